@@ -1,0 +1,82 @@
+"""Unread tensors of the file formats that weights come in: safetensors, torch .pt, and shape lists for dry runs."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+from convert.engine import ConversionError, Source
+
+DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "F64": np.float64, "I64": np.int64}
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A tensor in a file: shape and dtype are known, `read` brings the numbers (None for a shape list)."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    read: Callable[[], np.ndarray | None]
+
+
+def abstract(keys: dict[str, tuple[list[int], str]]) -> dict[str, Source]:
+    """Sources from a list of name -> (shape, dtype name), without numbers."""
+    return {name: Tensor(tuple(shape), np.dtype(getattr(ml_dtypes, dtype, dtype)), lambda: None) for name, (shape, dtype) in keys.items()}
+
+
+def safetensors(path: Path) -> dict[str, Source]:
+    """Every tensor of a .safetensors file, read through a memory map."""
+    try:
+        with open(path, "rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            total = path.stat().st_size
+            if size > total - 8:
+                raise ConversionError(f"{path} is not a safetensors file or is cut short: its header claims {size} bytes of {total}")
+            header = json.loads(file.read(size))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ConversionError(f"cannot read {path}: {error}") from None
+    header.pop("__metadata__", None)
+    sources, start = {}, 8 + size
+    for name, entry in header.items():
+        begin, end = entry["data_offsets"]
+        dtype = DTYPES.get(entry["dtype"])
+        if dtype is None:
+            raise ConversionError(f"{path}: {name} is of type {entry['dtype']}; expected one of {', '.join(DTYPES)}")
+        if start + end > total:
+            raise ConversionError(f"{path} is cut short: {name} ends at byte {start + end}, the file has {total}")
+        sources[name] = Tensor(tuple(entry["shape"]), np.dtype(dtype), mapped(path, np.dtype(dtype), start + begin, tuple(entry["shape"])))
+    return sources
+
+
+def mapped(path: Path, dtype: np.dtype, offset: int, shape: tuple[int, ...]) -> Callable[[], np.ndarray]:
+    """A reader of one tensor through its own memory map, which is unmapped when the array is dropped."""
+    return lambda: np.memmap(path, dtype, "r", offset, shape) if shape else np.fromfile(path, dtype, 1, offset=offset).reshape(())
+
+
+def torch_file(path: Path, *keys: str) -> dict[str, Source]:
+    """Every tensor of a torch .pt file (weights only, memory mapped); `keys` lead to the state dict inside it."""
+    import pickle
+
+    import torch
+
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        for key in keys:
+            state = state[key]
+    except (OSError, RuntimeError, KeyError, TypeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+        raise ConversionError(f"cannot read {path} as a torch weights file: {str(error).splitlines()[0]}") from None
+    return {name: torch_tensor(value) for name, value in state.items() if isinstance(value, torch.Tensor)}
+
+
+def torch_tensor(value) -> Source:
+    """An unread view of a torch tensor; bfloat16 goes through its bit pattern, as numpy has no such type."""
+    import torch
+
+    name = str(value.dtype).removeprefix("torch.")
+    dtype = np.dtype(getattr(ml_dtypes, name, name))
+    if value.dtype == torch.bfloat16:
+        return Tensor(tuple(value.shape), dtype, lambda: value.contiguous().view(torch.int16).numpy().view(dtype))
+    return Tensor(tuple(value.shape), dtype, lambda: value.contiguous().numpy())

@@ -1,0 +1,115 @@
+"""The few layers every part is made of. B batch, T query time, S key time, D width, N heads, K key/value heads, H head size.
+
+A module computes in the dtype of its input and casts its weights to it (a no-op when they agree), so the caller picks
+the precision. Each parameter carries `axes`, its logical axis names; sharding rules map those to the mesh.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+Array = jax.Array
+
+
+def param(rngs: nnx.Rngs, shape: Sequence[int], axes: Sequence[str | None], fan_in: int | None = None) -> nnx.Param:
+    """A float32 parameter: normal with deviation 1/sqrt(fan_in), or zeros without a fan-in."""
+    shape = tuple(shape)
+    if fan_in is None:
+        return nnx.Param(jnp.zeros(shape), axes=tuple(axes))
+    return nnx.Param(jax.random.normal(rngs.params(), shape) / math.sqrt(fan_in), axes=tuple(axes))
+
+
+class Linear(nnx.Module):
+    """y[..., out] = x[..., in] kernel[in, out] + bias[out]; `in` and `out` may span several axes (heads)."""
+
+    def __init__(self, rngs: nnx.Rngs, shape, axes, in_dims: int = 1, bias: bool = True):
+        self.in_dims = in_dims
+        self.kernel = param(rngs, shape, axes, fan_in=math.prod(shape[:in_dims]))
+        self.bias = param(rngs, shape[in_dims:], axes[in_dims:]) if bias else None
+
+    def __call__(self, x: Array) -> Array:
+        n = self.in_dims
+        contract = (tuple(range(x.ndim - n, x.ndim)), tuple(range(n)))
+        y = jax.lax.dot_general(x, self.kernel[...].astype(x.dtype), (contract, ((), ())))
+        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+
+
+class Conv1d(nnx.Module):
+    """Convolution over time, [B, T, C_in] -> [B, T', C_out], kernel [K, C_in / groups, C_out]; padding (left, right) in samples."""
+
+    def __init__(self, rngs, shape, *, stride=1, dilation=1, padding=(0, 0), groups=1, bias=True, axes=(None, None, None)):
+        self.stride, self.dilation, self.padding, self.groups = stride, dilation, tuple(padding), groups
+        self.kernel = param(rngs, shape, axes, fan_in=shape[0] * shape[1])
+        self.bias = param(rngs, shape[2:], axes[2:]) if bias else None
+
+    def __call__(self, x: Array) -> Array:
+        y = jax.lax.conv_general_dilated(
+            x,
+            self.kernel[...].astype(x.dtype),
+            window_strides=(self.stride,),
+            padding=(self.padding,),
+            rhs_dilation=(self.dilation,),
+            dimension_numbers=("NHC", "HIO", "NHC"),
+            feature_group_count=self.groups,
+        )
+        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """Layer normalisation over the last axis, computed in float32."""
+
+    def __init__(self, size: int, eps: float = 1e-5, axis: str | None = None):
+        self.eps = eps
+        self.scale = nnx.Param(jnp.ones(size), axes=(axis,))
+        self.bias = nnx.Param(jnp.zeros(size), axes=(axis,))
+
+    def __call__(self, x: Array) -> Array:
+        y = x.astype(jnp.float32)
+        y = y - y.mean(-1, keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.eps)
+        return (y * self.scale[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)).astype(x.dtype)
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square normalisation over the last axis, computed in float32."""
+
+    def __init__(self, size: int, eps: float = 1e-6, axis: str | None = None):
+        self.eps = eps
+        self.scale = nnx.Param(jnp.ones(size), axes=(axis,))
+
+    def __call__(self, x: Array) -> Array:
+        y = x.astype(jnp.float32)
+        y = (y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.eps)).astype(x.dtype)
+        return y * self.scale[...].astype(x.dtype)
+
+
+class Embedding(nnx.Module):
+    """Rows of a table [V, D]."""
+
+    def __init__(self, rngs: nnx.Rngs, vocabulary: int, width: int, axes=("vocabulary", "embed")):
+        self.table = param(rngs, (vocabulary, width), axes, fan_in=width)
+
+    def __call__(self, ids: Array) -> Array:
+        return jnp.take(self.table[...], ids, axis=0)
+
+
+def attend(q: Array, k: Array, v: Array, mask: Array | None = None, bias: Array | None = None, scale: float | None = None) -> Array:
+    """Softmax attention, q [B, T, N, H], k and v [B, S, K, H] (N a multiple of K) -> [B, T, N, H].
+
+    `mask` (bool, True = attend) and `bias` broadcast to [B, N, T, S]; the default scale is H ** -0.5.
+    """
+    return jax.nn.dot_product_attention(q, k, v, bias=bias, mask=mask, scale=scale)
+
+
+def stack(count: int, build: Callable[[nnx.Rngs], nnx.Module], rngs: nnx.Rngs) -> nnx.Module:
+    """`count` copies of a module with their parameters stacked on a leading axis, to be run by `scan`."""
+    return nnx.vmap(build, in_axes=0, out_axes=0)(rngs.split(count))
+
+
+def scan(layers: nnx.Module, body: Callable, carry, xs=None):
+    """Run stacked layers in order: `body(layer, carry, x) -> (carry, y)`, once compiled for all of them."""
+    graph, params = nnx.split(layers)
+    return jax.lax.scan(lambda carry, x: body(nnx.merge(graph, x[0]), carry, x[1]), carry, (params, xs))
