@@ -14,6 +14,8 @@ from typing import Protocol
 import jax
 import numpy as np
 
+from omni2_jax.checkpoint import Unread, flatten
+
 
 class ConversionError(ValueError):
     """The source does not fit the table; the message lists every complaint."""
@@ -83,36 +85,17 @@ class Table:
     aliases: Mapping[str, str] = field(default_factory=dict)
     dropped: Mapping[str, str] = field(default_factory=dict)
 
+    def at(self, source: str = "", target: str = "") -> "Table":
+        """The same table with prefixes in front of every source and target name."""
+        rename = lambda names: source + names if isinstance(names, str) else tuple(source + n for n in names)  # noqa: E731
+        return Table(
+            tuple(Rule(rename(r.sources), target + r.target, r.transform) for r in self.rules),
+            {source + a: source + b for a, b in self.aliases.items()},
+            {re.escape(source) + p: why for p, why in self.dropped.items()},
+        )
 
-@dataclass(frozen=True)
-class Stacked:
-    """One target parameter that is not read yet: its shape and dtype are known, `read` stacks its layers."""
-
-    path: str
-    shape: tuple[int, ...]
-    dtype: np.dtype
-    read: Callable[[], np.ndarray]
-
-
-def flatten(tree: Mapping, prefix: str = "") -> dict[str, object]:
-    """A nested dict as {"a.b.c": leaf}."""
-    flat_tree = {}
-    for key, value in tree.items():
-        path = f"{prefix}{key}"
-        flat_tree.update(flatten(value, path + ".") if isinstance(value, Mapping) else {path: value})
-    return flat_tree
-
-
-def unflatten(leaves: Mapping[str, object]) -> dict:
-    """The inverse of `flatten`; integer keys (nnx.List entries) come back as integers."""
-    tree: dict = {}
-    for path, leaf in leaves.items():
-        *parents, last = (int(key) if key.isdigit() else key for key in path.split("."))
-        node = tree
-        for key in parents:
-            node = node.setdefault(key, {})
-        node[last] = leaf
-    return tree
+    def __add__(self, other: "Table") -> "Table":
+        return Table(self.rules + other.rules, {**self.aliases, **other.aliases}, {**self.dropped, **other.dropped})
 
 
 def indices(rule: Rule, shape: tuple[int, ...]) -> list[tuple[int, ...]]:
@@ -127,7 +110,7 @@ def source_shapes(rule: Rule, shape: tuple[int, ...]) -> list[tuple[int, ...]]:
 
 
 def plan(table: Table, source: Mapping[str, Source], target: Mapping, where: str) -> dict:
-    """Check a part completely and return its parameter tree with `Stacked` leaves.
+    """Check a part completely and return its parameter tree with `Unread` leaves.
 
     source: name -> unread tensor, only this part's names. target: nested dict of ShapeDtypeStruct. where: the file or
     directory, for messages. Raises ConversionError with every complaint.
@@ -151,7 +134,7 @@ def plan(table: Table, source: Mapping[str, Source], target: Mapping, where: str
                     dtypes.add(np.dtype(source[name].dtype))
         if len(complaints) == faults:
             dtype = np.result_type(*dtypes) if len(dtypes) > 1 else next(iter(dtypes), np.dtype(np.float32))
-            planned[rule.target] = Stacked(rule.target, shape, dtype, reader(rule, source, shape, dtype))
+            planned[rule.target] = Unread(shape, dtype, reader(rule, source, shape, dtype))
     set_here = {rule.target for rule in table.rules}
     complaints += [f"nothing in the table sets {path}" for path in leaves if path not in set_here]
     for alias, original in table.aliases.items():
@@ -160,7 +143,7 @@ def plan(table: Table, source: Mapping[str, Source], target: Mapping, where: str
     complaints += [f"unexpected {name}" for name in unused if not any(re.fullmatch(p, name) for p in table.dropped)]
     if complaints:
         raise ConversionError(f"{where}: " + summary(complaints))
-    return unflatten({path: planned[path] for path in leaves})
+    return jax.tree.unflatten(jax.tree.structure(target), [planned[path] for path in leaves])
 
 
 def summary(complaints: list[str], shown: int = 20) -> str:

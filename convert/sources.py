@@ -1,4 +1,4 @@
-"""Unread tensors of the file formats that weights come in: safetensors, torch .pt, and shape lists for dry runs."""
+"""Unread tensors of the file formats that weights come in: safetensors, torch .pt, ONNX, and shape lists for dry runs."""
 
 import json
 from collections.abc import Callable
@@ -80,3 +80,35 @@ def torch_tensor(value) -> Source:
     if value.dtype == torch.bfloat16:
         return Tensor(tuple(value.shape), dtype, lambda: value.contiguous().view(torch.int16).numpy().view(dtype))
     return Tensor(tuple(value.shape), dtype, lambda: value.contiguous().numpy())
+
+
+def onnx_file(path: Path) -> dict[str, Source]:
+    """Every constant input of an ONNX graph's nodes, named by its use as "<node>.<operator>.<input>", in topological order.
+
+    The names in the file are no guide: exporters number them, fold them and store some as nodes.
+    """
+    import onnx
+    from google.protobuf.message import DecodeError
+
+    try:
+        graph = onnx.load(path, load_external_data=False).graph
+    except (OSError, DecodeError) as error:
+        raise ConversionError(f"cannot read {path} as an ONNX model: {error}") from None
+    constants, sources = {tensor.name: tensor for tensor in graph.initializer}, {}
+    for position, node in enumerate(graph.node):
+        if node.op_type == "Constant":
+            constants.update((node.output[0], attribute.t) for attribute in node.attribute if attribute.name == "value")
+        elif node.op_type == "Identity" and node.input[0] in constants:
+            constants[node.output[0]] = constants[node.input[0]]
+        else:
+            uses = {f"{position}.{node.op_type}.{slot}": constants[name] for slot, name in enumerate(node.input) if name in constants}
+            sources.update((use, onnx_tensor(tensor)) for use, tensor in uses.items())
+    return sources
+
+
+def onnx_tensor(tensor) -> Source:
+    """An unread view of an ONNX tensor."""
+    import onnx
+
+    dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type))
+    return Tensor(tuple(tensor.dims), dtype, lambda: onnx.numpy_helper.to_array(tensor))

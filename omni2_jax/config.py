@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -96,6 +97,10 @@ class HiftConfig:
     slope: float = 0.1
     limit: float = 0.99
     f0_channels: int = 512
+
+    @property
+    def samples_per_frame(self) -> int:
+        return math.prod(self.upsample) * self.hop
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,150 @@
+"""CAM++: 3D-Speaker's state dict, or the released campplus.onnx, <-> omni2_jax.speaker.
+
+Batch normalisations have fixed statistics and are folded. Backwards they come out as identities (mean 0, variance
+1 - eps, so a deviation of 1). The ONNX exporter has folded most already; `from_onnx` gives its tensors their torch names.
+"""
+
+import itertools
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+
+from convert.engine import ConversionError, Rule, Source, Table, Transform, conv
+from convert.sources import Tensor
+from omni2_jax.config import SpeakerConfig
+
+EPS = 1e-5  # of every batch normalisation
+NORM = ("weight", "bias", "running_mean", "running_var")  # in the order of ONNX's inputs
+
+# torch weight <-> kernel, channels last
+conv2d = Transform(lambda x, shape: x.transpose(3, 2, 1, 0), lambda y: (y.transpose(3, 2, 1, 0),))
+pointwise = Transform(lambda x, shape: x.transpose().reshape(shape), lambda y: (y.transpose().reshape(y.shape[1], y.shape[0], 1),))
+
+
+def unflattened(channels: int) -> Transform:
+    """The first convolution behind the head reads [channel, mel] in torch and [mel, channel] here."""
+
+    def forward(x, shape):
+        out, inputs, width = x.shape
+        return x.reshape(out, channels, inputs // channels, width).transpose(3, 2, 1, 0).reshape(shape)
+
+    def backward(y):
+        width, inputs, out = y.shape
+        return (y.reshape(width, inputs // channels, channels, out).transpose(3, 2, 1, 0).reshape(out, inputs, width),)
+
+    return Transform(forward, backward)
+
+
+# ---- batch normalisation ----
+
+
+def gain(variance: np.ndarray) -> np.ndarray:
+    return (variance.astype(np.float64) + EPS) ** -0.5
+
+
+def full(size: int, value: float) -> np.ndarray:
+    return np.full(size, value, np.float32)
+
+
+def scaled(layout: Transform) -> Transform:
+    """(weight, norm weight, variance) <-> kernel with the scale in it."""
+
+    def forward(x, weight, variance, shape):
+        return layout.forward(x * (weight * gain(variance)).reshape(-1, *[1] * (x.ndim - 1)), shape)
+
+    def backward(y):
+        (x,) = layout.backward(y)
+        return x, full(x.shape[0], 1), full(x.shape[0], 1 - EPS)
+
+    return Transform(forward, backward)
+
+
+# (norm weight, norm bias, mean, variance) <-> bias of the convolution in front, or scale and shift of a normalisation in front
+shifted = Transform(
+    lambda weight, bias, mean, variance, shape: bias - mean * weight * gain(variance),
+    lambda y: (full(y.shape[0], 1), y, full(y.shape[0], 0), full(y.shape[0], 1 - EPS)),
+)
+rows = Transform(
+    lambda weight, bias, mean, variance, shape: np.stack([weight * gain(variance), bias - mean * weight * gain(variance)]),
+    lambda y: (y[0], y[1], full(y.shape[1], 0), full(y.shape[1], 1 - EPS)),
+)
+
+
+def folded(source: str, norm: str, target: str, layout: Transform = pointwise) -> Iterator[Rule]:
+    """The rules of a convolution and the batch normalisation behind it."""
+    weight, bias, mean, variance = (f"{norm}.{part}" for part in NORM)
+    yield Rule((f"{source}.weight", weight, variance), f"{target}.kernel", scaled(layout))
+    yield Rule((weight, bias, mean, variance), f"{target}.bias", shifted)
+
+
+def output() -> Iterator[Rule]:
+    """The last layer; its batch normalisation has no weight and no bias of its own."""
+    source, norm = "xvector.dense.linear.weight", "xvector.dense.nonlinear.batchnorm"
+    ones = lambda variance: np.ones_like(variance)  # noqa: E731
+    kernel, bias = scaled(pointwise), lambda mean, variance, shape: -mean * gain(variance)
+    yield Rule(
+        (source, f"{norm}.running_var"),
+        "out.kernel",
+        Transform(lambda x, variance, shape: kernel.forward(x, ones(variance), variance, shape), lambda y: kernel.backward(y)[::2]),
+    )
+    yield Rule((f"{norm}.running_mean", f"{norm}.running_var"), "out.bias", Transform(bias, lambda y: (-y, full(y.shape[0], 1 - EPS))))
+
+
+# ---- the table ----
+
+
+def head() -> Iterator[tuple[str, str, str]]:
+    """Convolution, normalisation and target of the 2-D head, in the order of the graph."""
+    yield "head.conv1", "head.bn1", "head.conv1"
+    for i, (layer, block) in enumerate(itertools.product((1, 2), (0, 1))):
+        source, target = f"head.layer{layer}.{block}", f"head.blocks.{i}"
+        yield from ((f"{source}.conv{k}", f"{source}.bn{k}", f"{target}.conv{k}") for k in (1, 2))
+        if block == 0:
+            yield f"{source}.shortcut.0", f"{source}.shortcut.1", f"{target}.shortcut"
+    yield "head.conv2", "head.bn2", "head.conv2"
+
+
+def dense(source: str, target: str) -> Iterator[Rule]:
+    """The rules of one densely connected layer."""
+    yield Rule(tuple(f"{source}.nonlinear1.batchnorm.{part}" for part in NORM), f"{target}.norm.rows", rows)
+    yield from folded(f"{source}.linear1", f"{source}.nonlinear2.batchnorm", f"{target}.down")
+    yield Rule(f"{source}.cam_layer.linear_local.weight", f"{target}.context.local.kernel", conv)
+    for theirs, ours in (("linear1", "down"), ("linear2", "up")):
+        yield Rule(f"{source}.cam_layer.{theirs}.weight", f"{target}.context.{ours}.kernel", pointwise)
+        yield Rule(f"{source}.cam_layer.{theirs}.bias", f"{target}.context.{ours}.bias")
+
+
+def rules(config: SpeakerConfig) -> Iterator[Rule]:
+    for source, norm, target in head():
+        yield from folded(source, norm, target, conv2d)
+    yield from folded("xvector.tdnn.linear", "xvector.tdnn.nonlinear.batchnorm", "tdnn", unflattened(config.head_channels))
+    for i, layers in enumerate(config.layers):
+        for j in range(layers):
+            yield from dense(f"xvector.block{i + 1}.tdnnd{j + 1}", f"blocks.{i}.layers.{j}")
+        transit, target = f"xvector.transit{i + 1}", f"blocks.{i}"
+        yield Rule(tuple(f"{transit}.nonlinear.batchnorm.{part}" for part in NORM), f"{target}.norm.rows", rows)
+        if i == len(config.layers) - 1:
+            yield from folded(f"{transit}.linear", "xvector.out_nonlinear.batchnorm", f"{target}.transition")
+        else:
+            yield Rule(f"{transit}.linear.weight", f"{target}.transition.kernel", pointwise)
+    yield from output()
+
+
+def table(config: SpeakerConfig) -> Table:
+    """torch names, as in 3D-Speaker's state dict and as `from_onnx` gives them."""
+    return Table(tuple(rules(config)), dropped={r".*\.num_batches_tracked": "only training counts batches"})
+
+
+def infer_config(source: Mapping[str, Source], where: str) -> SpeakerConfig:
+    """The dimensions, from the shapes of torch-named tensors."""
+    try:
+        head_channels = source["head.conv1.weight"].shape[0]
+        channels, inputs, _ = source["xvector.tdnn.linear.weight"].shape
+        bottleneck = source["xvector.block1.tdnnd1.linear1.weight"].shape[0]
+        growth = source["xvector.block1.tdnnd1.cam_layer.linear_local.weight"].shape[0]
+        embedding = source["xvector.dense.linear.weight"].shape[0]
+    except (KeyError, ValueError) as error:
+        raise ConversionError(f"{where} is not a CAM++ speaker encoder: {error} is missing or of another rank") from None
+    names = [name.split(".") for name in source if name.endswith(".cam_layer.linear_local.weight")]
+    layers = tuple(sum(name[1] == f"block{i}" for name in names) for i in (1, 2, 3))
+    return SpeakerConfig(inputs // head_channels * 8, embedding, head_channels, channels, growth, bottleneck // growth, layers)

@@ -1,0 +1,24 @@
+"""Gate fusion: what the LLM meant (hidden state) and what it said (token), mixed elementwise (paper equations 1-4)."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from omni2_jax.layers import Linear
+
+
+class GateFusion(nnx.Module):
+    def __init__(self, llm_width: int, width: int, rngs: nnx.Rngs):
+        self.up = Linear(rngs, (llm_width, 2 * llm_width), ("embed", "hidden"))
+        self.down = Linear(rngs, (2 * llm_width, width), ("hidden", "embed"))
+        self.gate = Linear(rngs, (2 * width, width), ("hidden", "embed"))
+
+    def project(self, hidden: jax.Array) -> jax.Array:
+        """LLM hidden states [..., D_llm] -> [..., D]."""
+        return self.down(jax.nn.relu(self.up(hidden)))
+
+    def __call__(self, hidden: jax.Array, embedding: jax.Array) -> jax.Array:
+        """Hidden state that produced a token [..., D_llm] and the token's speech-LM embedding [..., D] -> [..., D]."""
+        meaning = self.project(hidden)
+        g = jax.nn.sigmoid(self.gate(jnp.concatenate([meaning, embedding], -1)))
+        return g * meaning + (1 - g) * embedding
