@@ -61,7 +61,7 @@ conv = Transform(lambda x, shape: x.transpose(2, 1, 0), lambda y: (y.transpose(2
 
 @dataclass(frozen=True)
 class Rule:
-    """`target` (dotted path) is made of `sources` (name templates) by `transform`."""
+    """`target` (dotted path) is made of `sources` (name templates) by `transform`; without sources it is generated."""
 
     sources: tuple[str, ...] | str
     target: str
@@ -73,7 +73,7 @@ class Rule:
 
     @property
     def stacked_axes(self) -> int:
-        first = self.sources if isinstance(self.sources, str) else self.sources[0]
+        first = self.sources if isinstance(self.sources, str) else "".join(self.sources[:1])
         return sum("{" + letter + "}" in first for letter in "ijk")
 
 
@@ -175,12 +175,11 @@ def reader(rule: Rule, source: Mapping[str, Source], shape: tuple[int, ...], dty
     return read
 
 
-def unplan(table: Table, params: Mapping) -> Iterable[tuple[str, np.ndarray]]:
-    """The source tensors of a part (aliases included), one parameter at a time: what `plan` reads, written back."""
-    leaves = flatten(params)
+def unplan(table: Table, read: Callable[[str], np.ndarray]) -> Iterable[tuple[str, np.ndarray]]:
+    """What `plan` reads, written back: the source tensors of a part, aliases included. `read` brings one parameter by path."""
     copies = {original: alias for alias, original in table.aliases.items()}
     for rule in table.rules:
-        value = np.asarray(leaves[rule.target])
+        value = read(rule.target)
         for index in indices(rule, value.shape):
             for name, tensor in zip(rule.names(index), rule.transform.backward(value[index]), strict=True):
                 tensor = np.ascontiguousarray(tensor)

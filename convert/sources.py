@@ -56,19 +56,36 @@ def mapped(path: Path, dtype: np.dtype, offset: int, shape: tuple[int, ...]) -> 
     return lambda: np.memmap(path, dtype, "r", offset, shape) if shape else np.fromfile(path, dtype, 1, offset=offset).reshape(())
 
 
-def torch_file(path: Path, *keys: str) -> dict[str, Source]:
-    """Every tensor of a torch .pt file (weights only, memory mapped); `keys` lead to the state dict inside it."""
-    import pickle
-
+def torch_object(path: Path):
+    """What a torch .pt file holds (weights only, memory mapped)."""
     import torch
 
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        for key in keys:
-            state = state[key]
-    except (OSError, RuntimeError, KeyError, TypeError, ValueError, EOFError, pickle.UnpicklingError) as error:
-        raise ConversionError(f"cannot read {path} as a torch weights file: {str(error).splitlines()[0]}") from None
-    return {name: torch_tensor(value) for name, value in state.items() if isinstance(value, torch.Tensor)}
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # torch, pickle and zipfile raise a dozen kinds, all meaning: this is no weights file
+        raise ConversionError(f"cannot read {path} as a torch weights file: {first_line(error)}") from None
+
+
+def torch_file(path: Path, *keys: str) -> dict[str, Source]:
+    """Every tensor of a torch .pt file; `keys` lead to the state dict inside it."""
+    state = torch_object(path)
+    for key in keys:
+        if not isinstance(state, dict) or key not in state:
+            raise ConversionError(f"{path} has no {key!r}: it is another kind of torch file")
+        state = state[key]
+    return {name: torch_tensor(value) for name, value in state.items() if hasattr(value, "dtype")}
+
+
+def torch_dims(path: Path) -> dict[str, int]:
+    """The `dims` of an OpenAI Whisper .pt file."""
+    content = torch_object(path)
+    if not isinstance(content, dict) or "dims" not in content:
+        raise ConversionError(f"{path} is not an OpenAI Whisper file: it has no 'dims'")
+    return content["dims"]
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def torch_tensor(value) -> Source:

@@ -5,7 +5,7 @@
 
 import contextlib
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,8 +15,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
 
-from omni2_jax.config import Omni2Config
-from omni2_jax.model import DECODER_PARTS, PARTS, Model
+from omni2_jax.config import DECODER_PARTS, PARTS, Omni2Config
+from omni2_jax.model import Model
 
 CHUNK_BYTES = 64 * 2**20  # tensorstore's unit of reading and writing: it bounds host memory
 
@@ -113,6 +113,15 @@ def load_part(directory: Path, part: str, shapes: Mapping, dtype: jnp.dtype | No
     return jax.tree.unflatten(treedef, [leaves[path] for path in expected])
 
 
+def load_leaf(directory: Path, part: str, path: str) -> np.ndarray:
+    """One parameter as stored, without reading the rest of its part."""
+    where = (directory / "params" / part).absolute()
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        wanted = {path: ocp.RestoreArgs(restore_type=np.ndarray)}
+        restored = checkpointer.restore(where, args=ocp.args.PyTreeRestore({path: 0}, restore_args=wanted, partial_restore=True))
+    return restored[path]
+
+
 def check(where: Path, stored: Mapping[str, tuple], expected: Mapping) -> None:
     """Raise ValueError unless the stored parameters are those of the configuration."""
     faults = [f"{path} is missing" for path in expected if path not in stored]
@@ -126,16 +135,14 @@ def check(where: Path, stored: Mapping[str, tuple], expected: Mapping) -> None:
         raise ValueError(f"{where} does not fit its config.json: {'; '.join(faults[:10])}")
 
 
-def load(directory: Path, config: Omni2Config, dtype: jnp.dtype, only: Iterable[str] = PARTS) -> tuple[nnx.GraphDef, dict]:
-    """The model's graph and parameters: language parts in `dtype`, the decoder in float32 (its solver needs it)."""
+def load(directory: Path, config: Omni2Config, dtype: jnp.dtype) -> tuple[nnx.GraphDef, dict]:
+    """The graph and parameters of the parts that `config` has: the language side in `dtype`, the decoder in float32 (its solver needs it)."""
     graph, shapes = abstract(config)
-    present = parts(directory)
-    absent = [part for part in shapes if part not in present]
+    absent = [part for part in shapes if part not in parts(directory)]
     if absent:
         raise ValueError(f"{directory} lacks the parameters of {', '.join(absent)}, which its config.json describes")
-    return graph, {
-        part: load_part(directory, part, shapes[part], jnp.float32 if part in DECODER_PARTS else dtype) for part in shapes if part in only
-    }
+    dtypes = {part: jnp.float32 if part in DECODER_PARTS else dtype for part in shapes}
+    return graph, {part: load_part(directory, part, shapes[part], dtypes[part]) for part in shapes}
 
 
 def first_line(error: BaseException) -> str:

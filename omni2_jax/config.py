@@ -8,6 +8,10 @@ from pathlib import Path
 
 import pydantic
 
+LANGUAGE_PARTS = ("speech_encoder", "adapter", "llm", "fusion", "speech_lm")
+DECODER_PARTS = ("flow", "hift", "speaker")
+PARTS = LANGUAGE_PARTS + DECODER_PARTS  # in the order of the data's path
+
 
 @dataclass(frozen=True)
 class Qwen2Config:
@@ -97,6 +101,7 @@ class HiftConfig:
     slope: float = 0.1
     limit: float = 0.99
     f0_channels: int = 512
+    overlap: int = 8  # mel frames that a stream's next chunk vocodes again; their samples are held back and cross-faded
 
     @property
     def samples_per_frame(self) -> int:
@@ -124,7 +129,6 @@ class TokenConfig:
     text_eos: tuple[int, ...] = (151645,)
     sep: int = 151665  # <sep> in the speech LM's vocabulary; unit u is sep + 1 + u
     unit_eos: int = 151643
-    pad: int = 151643
 
 
 @dataclass(frozen=True)
@@ -147,8 +151,16 @@ class Omni2Config:
     def replace(self, **changes) -> "Omni2Config":
         return dataclasses.replace(self, **changes)
 
+    def only(self, *parts: str) -> "Omni2Config":
+        """The same model with no other parts than these."""
+        fields = [f.name for f in dataclasses.fields(self) if f.name in PARTS]
+        return self.replace(**{name: None for name in fields if name not in parts})
+
     def save(self, path: Path) -> None:
-        path.write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n")
+        """Write config.json, whole or not at all."""
+        work = path.with_name(path.name + ".partial")
+        work.write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n")
+        work.replace(path)
 
     @classmethod
     def load(cls, path: Path) -> "Omni2Config":

@@ -17,8 +17,12 @@ class GateFusion(nnx.Module):
         """LLM hidden states [..., D_llm] -> [..., D]."""
         return self.down(jax.nn.relu(self.up(hidden)))
 
+    def openness(self, meaning: jax.Array, embedding: jax.Array) -> jax.Array:
+        """The gate g of projected hidden states and token embeddings [..., D]: 1 = the hidden state alone is heard."""
+        return jax.nn.sigmoid(self.gate(jnp.concatenate([meaning, embedding], -1)))
+
     def __call__(self, hidden: jax.Array, embedding: jax.Array) -> jax.Array:
         """Hidden state that produced a token [..., D_llm] and the token's speech-LM embedding [..., D] -> [..., D]."""
         meaning = self.project(hidden)
-        g = jax.nn.sigmoid(self.gate(jnp.concatenate([meaning, embedding], -1)))
+        g = self.openness(meaning, embedding)
         return g * meaning + (1 - g) * embedding

@@ -21,9 +21,6 @@ from omni2_jax.whisper import SpeechEncoder
 Array = jax.Array
 
 SPEECH = -200  # stands for one speech feature in a prompt's ids (the released code's SPEECH_TOKEN_INDEX, expanded)
-LANGUAGE_PARTS = ("speech_encoder", "adapter", "llm", "fusion", "speech_lm")
-DECODER_PARTS = ("flow", "hift", "speaker")
-PARTS = LANGUAGE_PARTS + DECODER_PARTS
 
 
 class Model(nnx.Module):
@@ -31,7 +28,7 @@ class Model(nnx.Module):
         c = config
         self.config = config
         self.speech_encoder = c.speech_encoder and SpeechEncoder(c.speech_encoder, rngs)
-        self.adapter = c.adapter and Adapter(c.adapter, c.speech_encoder.width, c.llm.width, rngs)
+        self.adapter = c.adapter and c.speech_encoder and c.llm and Adapter(c.adapter, c.speech_encoder.width, c.llm.width, rngs)
         self.llm = c.llm and Qwen2(c.llm, rngs)
         self.fusion = c.llm and c.speech_lm and GateFusion(c.llm.width, c.speech_lm.width, rngs)
         self.speech_lm = c.speech_lm and Qwen2(c.speech_lm, rngs)

@@ -55,18 +55,18 @@ class ReadWriteState:
     @classmethod
     def empty(cls, config: Omni2Config, slots: int, llm_capacity: int, speech_capacity: int, dtype=jnp.float32) -> "ReadWriteState":
         """`slots` idle slots; capacities in positions of the two caches."""
-        zeros = jnp.zeros(slots, jnp.int32)
+        zeros = lambda: jnp.zeros(slots, jnp.int32)  # noqa: E731 (a buffer each: all are donated)
         return cls(
-            phase=zeros,
+            phase=zeros(),
             llm=Cache.empty(config.llm, slots, llm_capacity, dtype),
-            llm_length=zeros,
+            llm_length=zeros(),
             hidden=jnp.zeros((slots, config.llm.width), dtype),
             seen=jnp.zeros((slots, config.llm.vocabulary), bool),
-            text_count=zeros,
+            text_count=zeros(),
             speech=Cache.empty(config.speech_lm, slots, speech_capacity, dtype),
-            speech_length=zeros,
-            pending=zeros - 1,
-            flush_count=zeros,
+            speech_length=zeros(),
+            pending=zeros() - 1,
+            flush_count=zeros(),
             request=request(config, slots),
         )
 

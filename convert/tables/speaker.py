@@ -1,7 +1,7 @@
-"""CAM++: 3D-Speaker's state dict, or the released campplus.onnx, <-> omni2_jax.speaker.
+"""CAM++: 3D-Speaker's state dict, or the released campplus.onnx under its names, <-> omni2_jax.speaker.
 
-Batch normalisations have fixed statistics and are folded. Backwards they come out as identities (mean 0, variance
-1 - eps, so a deviation of 1). The ONNX exporter has folded most already; `from_onnx` gives its tensors their torch names.
+Batch normalisations have fixed statistics and are folded. Backwards they come out as identities: mean 0, variance 1 - eps.
+The ONNX exporter has folded most of them already; speaker_onnx.py names what is left.
 """
 
 import itertools
@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 
 from convert.engine import ConversionError, Rule, Source, Table, Transform, conv
-from convert.sources import Tensor
 from omni2_jax.config import SpeakerConfig
 
 EPS = 1e-5  # of every batch normalisation
@@ -38,8 +37,8 @@ def unflattened(channels: int) -> Transform:
 # ---- batch normalisation ----
 
 
-def gain(variance: np.ndarray) -> np.ndarray:
-    return (variance.astype(np.float64) + EPS) ** -0.5
+def gain(variance: np.ndarray, weight: np.ndarray | float = 1.0) -> np.ndarray:
+    return weight * (variance.astype(np.float64) + EPS) ** -0.5
 
 
 def full(size: int, value: float) -> np.ndarray:
@@ -47,25 +46,25 @@ def full(size: int, value: float) -> np.ndarray:
 
 
 def scaled(layout: Transform) -> Transform:
-    """(weight, norm weight, variance) <-> kernel with the scale in it."""
-
-    def forward(x, weight, variance, shape):
-        return layout.forward(x * (weight * gain(variance)).reshape(-1, *[1] * (x.ndim - 1)), shape)
+    """(weight, norm variance, norm weight) <-> kernel with the scale in it; the norm weight may be absent."""
 
     def backward(y):
         (x,) = layout.backward(y)
-        return x, full(x.shape[0], 1), full(x.shape[0], 1 - EPS)
+        return x, full(x.shape[0], 1 - EPS), full(x.shape[0], 1)
 
-    return Transform(forward, backward)
+    return Transform(lambda x, *norm, shape: layout.forward(x * gain(*norm).reshape(-1, *[1] * (x.ndim - 1)), shape), backward)
 
 
-# (norm weight, norm bias, mean, variance) <-> bias of the convolution in front, or scale and shift of a normalisation in front
+# (variance, weight, mean, bias) <-> bias of the convolution in front
 shifted = Transform(
-    lambda weight, bias, mean, variance, shape: bias - mean * weight * gain(variance),
-    lambda y: (full(y.shape[0], 1), y, full(y.shape[0], 0), full(y.shape[0], 1 - EPS)),
+    lambda variance, weight, mean, bias, shape: bias - mean * gain(variance, weight),
+    lambda y: (full(y.shape[0], 1 - EPS), full(y.shape[0], 1), full(y.shape[0], 0), y),
 )
-rows = Transform(
-    lambda weight, bias, mean, variance, shape: np.stack([weight * gain(variance), bias - mean * weight * gain(variance)]),
+# (variance, mean) <-> the same for a normalisation without weight and bias of its own
+centred = Transform(lambda variance, mean, shape: -mean * gain(variance), lambda y: (full(y.shape[0], 1 - EPS), -y))
+# (weight, bias, mean, variance) <-> scale and shift of a normalisation without a convolution in front
+affine = Transform(
+    lambda weight, bias, mean, variance, shape: np.stack([gain(variance, weight), bias - mean * gain(variance, weight)]),
     lambda y: (y[0], y[1], full(y.shape[1], 0), full(y.shape[1], 1 - EPS)),
 )
 
@@ -73,21 +72,16 @@ rows = Transform(
 def folded(source: str, norm: str, target: str, layout: Transform = pointwise) -> Iterator[Rule]:
     """The rules of a convolution and the batch normalisation behind it."""
     weight, bias, mean, variance = (f"{norm}.{part}" for part in NORM)
-    yield Rule((f"{source}.weight", weight, variance), f"{target}.kernel", scaled(layout))
-    yield Rule((weight, bias, mean, variance), f"{target}.bias", shifted)
+    yield Rule((f"{source}.weight", variance, weight), f"{target}.kernel", scaled(layout))
+    yield Rule((variance, weight, mean, bias), f"{target}.bias", shifted)
 
 
 def output() -> Iterator[Rule]:
-    """The last layer; its batch normalisation has no weight and no bias of its own."""
-    source, norm = "xvector.dense.linear.weight", "xvector.dense.nonlinear.batchnorm"
-    ones = lambda variance: np.ones_like(variance)  # noqa: E731
-    kernel, bias = scaled(pointwise), lambda mean, variance, shape: -mean * gain(variance)
-    yield Rule(
-        (source, f"{norm}.running_var"),
-        "out.kernel",
-        Transform(lambda x, variance, shape: kernel.forward(x, ones(variance), variance, shape), lambda y: kernel.backward(y)[::2]),
-    )
-    yield Rule((f"{norm}.running_mean", f"{norm}.running_var"), "out.bias", Transform(bias, lambda y: (-y, full(y.shape[0], 1 - EPS))))
+    """The rules of the last layer, whose batch normalisation has no weight and no bias."""
+    *_, mean, variance = (f"xvector.dense.nonlinear.batchnorm.{part}" for part in NORM)
+    kernel = scaled(pointwise)
+    yield Rule(("xvector.dense.linear.weight", variance), "out.kernel", Transform(kernel.forward, lambda y: kernel.backward(y)[:2]))
+    yield Rule((variance, mean), "out.bias", centred)
 
 
 # ---- the table ----
@@ -106,7 +100,7 @@ def head() -> Iterator[tuple[str, str, str]]:
 
 def dense(source: str, target: str) -> Iterator[Rule]:
     """The rules of one densely connected layer."""
-    yield Rule(tuple(f"{source}.nonlinear1.batchnorm.{part}" for part in NORM), f"{target}.norm.rows", rows)
+    yield Rule(tuple(f"{source}.nonlinear1.batchnorm.{part}" for part in NORM), f"{target}.norm.rows", affine)
     yield from folded(f"{source}.linear1", f"{source}.nonlinear2.batchnorm", f"{target}.down")
     yield Rule(f"{source}.cam_layer.linear_local.weight", f"{target}.context.local.kernel", conv)
     for theirs, ours in (("linear1", "down"), ("linear2", "up")):
@@ -122,7 +116,7 @@ def rules(config: SpeakerConfig) -> Iterator[Rule]:
         for j in range(layers):
             yield from dense(f"xvector.block{i + 1}.tdnnd{j + 1}", f"blocks.{i}.layers.{j}")
         transit, target = f"xvector.transit{i + 1}", f"blocks.{i}"
-        yield Rule(tuple(f"{transit}.nonlinear.batchnorm.{part}" for part in NORM), f"{target}.norm.rows", rows)
+        yield Rule(tuple(f"{transit}.nonlinear.batchnorm.{part}" for part in NORM), f"{target}.norm.rows", affine)
         if i == len(config.layers) - 1:
             yield from folded(f"{transit}.linear", "xvector.out_nonlinear.batchnorm", f"{target}.transition")
         else:
@@ -131,7 +125,7 @@ def rules(config: SpeakerConfig) -> Iterator[Rule]:
 
 
 def table(config: SpeakerConfig) -> Table:
-    """torch names, as in 3D-Speaker's state dict and as `from_onnx` gives them."""
+    """torch names, as in 3D-Speaker's state dict and as `from_onnx` of speaker_onnx.py gives them."""
     return Table(tuple(rules(config)), dropped={r".*\.num_batches_tracked": "only training counts batches"})
 
 

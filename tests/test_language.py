@@ -1,0 +1,194 @@
+"""Speech encoder, adapter, both language models, gate fusion and the read/write rules against the released PyTorch code."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from convert import build
+from omni2_jax import audio, checkpoint, readwrite
+from omni2_jax.layers import scan
+from omni2_jax.model import SPEECH
+from omni2_jax.readwrite import IDLE, ReadWriteState
+from omni2_jax.sampling import Sampling
+
+CASES = "ABCDE"
+CLOSE = {"atol": 1e-4, "rtol": 0}
+LOGITS = {"atol": 5e-4, "rtol": 0}
+
+
+@pytest.fixture(scope="module")
+def cases(goldens):
+    return json.loads((goldens / "omni2" / "cases.json").read_text())["cases"]
+
+
+@pytest.fixture(scope="module")
+def arrays(goldens):
+    return {name: np.load(goldens / "omni2" / f"case_{name}.npz") for name in CASES}
+
+
+@pytest.fixture(scope="module")
+def parts(model):
+    """The language side as a module, for looking inside."""
+    return nnx.merge(model.graph, model.params)
+
+
+@pytest.fixture(scope="module")
+def features(model, goldens):
+    """Speech features of every clip, from the wav on."""
+    return {clip: np.asarray(model.features([audio.load(goldens / "audio" / f"{clip}.wav")])[0]) for clip in ("speech_a", "speech_b", "synth_c")}
+
+
+def prompt(case, golden, features):
+    """Expanded ids [T] and features [F, D] of a case."""
+    ids = np.concatenate([[SPEECH] * 300 if i == SPEECH else [i] for i in golden["input_ids"]])
+    return ids, np.concatenate([features[turn["clip"]] for turn in case["conversation"] if "clip" in turn])
+
+
+def generate(model, prompts, requests):
+    """Greedy generation of several prompts in one batch -> per slot (text ids, speech ids)."""
+    slots, longest = len(prompts), max(len(ids) for ids, _ in prompts)
+    ids, features = np.zeros((slots, longest), np.int32), np.zeros((slots, 600, prompts[0][1].shape[1]), np.float32)
+    for row, (row_ids, row_features) in enumerate(prompts):
+        ids[row, : len(row_ids)], features[row, : len(row_features)] = row_ids, row_features
+    state = ReadWriteState.empty(model.config, slots, 1024, 1024)
+    lengths = jnp.array([len(row_ids) for row_ids, _ in prompts])
+    state = model.prefill(model.params, state, jnp.asarray(ids), lengths, jnp.asarray(features), requests)
+    text, speech = [[] for _ in prompts], [[] for _ in prompts]
+    for _ in range(100):
+        state, burst = model.read_write(model.params, state, False)
+        for row in range(slots):
+            text[row] += [int(t) for t in burst.tokens[row] if t >= 0]
+            speech[row] += [int(t) for t in burst.speech[row] if t >= 0]
+        if np.all(np.asarray(state.phase) == IDLE):
+            return list(zip(text, speech, strict=True))
+    raise AssertionError("generation does not end")
+
+
+def request(model, case, slots=1):
+    given = case["generate_kwargs"]
+    return readwrite.request(
+        model.config,
+        slots,
+        text=Sampling.of(slots, repetition_penalty=given.get("repetition_penalty", 1.0)),
+        unit=Sampling.of(slots),
+        text_eos=given.get("eos_token_id"),
+        max_text=given["max_new_tokens"],
+        max_flush=case["flush_cap"],
+    )
+
+
+def test_speech_features(features, cases, arrays):
+    for name in CASES:
+        first = next(turn["clip"] for turn in cases[name]["conversation"] if "clip" in turn)
+        np.testing.assert_allclose(features[first], arrays[name]["speech_features_0"], **CLOSE)
+
+
+def test_encoder_inside(goldens):
+    """An OpenAI Whisper file alone: after the convolutions, after every block, and after the last norm."""
+    release = build.read_whisper(goldens / "whisper" / "tiny.pt")
+    graph, _ = checkpoint.abstract(release.config)
+    encoder = nnx.merge(graph, jax.tree.map(lambda leaf: jnp.asarray(leaf.read(), jnp.float32), release.params)).speech_encoder
+    golden = np.load(goldens / "whisper" / "speech_a.npz")
+    x = encoder.embed(jnp.asarray(np.load(goldens / "audio" / "speech_a.npz")["logmel_pad30"].T)[None])
+    np.testing.assert_allclose(x[0][golden["rows"]], golden["conv_plus_pos"], **CLOSE)
+    _, blocks = scan(encoder.blocks, lambda block, x, _: (block(x), block(x)), x)
+    for i, block in enumerate(blocks):
+        np.testing.assert_allclose(block[0][golden["rows"]], golden[f"block{i}"], **CLOSE)
+    np.testing.assert_allclose(encoder.norm(blocks[-1])[0], golden["encoder_out"], **CLOSE)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_prefill(name, parts, cases, arrays, features):
+    golden = arrays[name]
+    ids, heard = prompt(cases[name], golden, features)
+    embeds = parts.embed_prompt(jnp.asarray(ids)[None], jnp.asarray(heard)[None])
+    hidden, _ = parts.llm(embeds, jnp.arange(len(ids))[None])
+    np.testing.assert_allclose(hidden[0, -1], golden["prefill_hidden_last"], **CLOSE)
+    np.testing.assert_allclose(hidden[0, -40:], golden["prefill_hidden_rows"], **CLOSE)
+    np.testing.assert_allclose(parts.llm.logits(hidden[0, -1]), golden["prefill_logits"], **LOGITS)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_teacher_forced_hidden_states_and_fusion(name, parts, arrays, features, cases):
+    """The released step-by-step hidden states, logits, gates and fused rows, from one pass over prompt and answer."""
+    golden = arrays[name]
+    ids, heard = prompt(cases[name], golden, features)
+    text = golden["text_ids"]
+    embeds = parts.embed_prompt(jnp.asarray(np.concatenate([ids, text]))[None], jnp.asarray(heard)[None])
+    hidden = parts.llm(embeds, jnp.arange(embeds.shape[1])[None])[0][0, len(ids) - 1 : -1]  # the state that produced each token
+    np.testing.assert_allclose(hidden, golden["step_hidden"], **CLOSE)
+    np.testing.assert_allclose(parts.llm.logits(hidden), golden["step_logits"], **LOGITS)
+    np.testing.assert_allclose(parts.fuse(hidden, jnp.asarray(text)), collect(golden, "fused"), **CLOSE)
+    meaning = parts.fusion.project(hidden)
+    np.testing.assert_allclose(meaning, collect(golden, "proj"), **CLOSE)
+    embedding = parts.speech_lm.embed(jnp.asarray(text))
+    np.testing.assert_allclose(parts.fusion.openness(meaning, embedding), collect(golden, "gate"), **CLOSE)
+
+
+def steps(golden) -> int:
+    """How many read/write steps a case has."""
+    return len([key for key in golden.files if key.endswith("_fused")])
+
+
+def collect(golden, what):
+    """An array of every read/write step, joined."""
+    return np.concatenate([golden[f"step{i}_{what}"] for i in range(steps(golden))])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_speech_logits(name, parts, arrays, model):
+    """The speech LM's first logits of every burst, from one pass over its whole context."""
+    golden = arrays[name]
+    context = jnp.asarray(golden["tts_inputs_final"])[None]
+    logits = parts.speech_lm.logits(parts.speech_lm(context, jnp.arange(context.shape[1])[None])[0][0])
+    before, reads = 0, [len(golden[f"step{i}_fused"]) for i in range(steps(golden))]
+    for i, rows in enumerate(reads):
+        first = before + rows + (i == len(reads) - 1)  # <sep> follows the rows of the last read
+        np.testing.assert_allclose(logits[first - 1], golden[f"step{i}_first_logits"], **LOGITS)
+        before = first + len(golden[f"step{i}_gen_ids"])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_greedy_sequences(name, model, cases, arrays, features):
+    case, golden = cases[name], arrays[name]
+    ((text, speech),) = generate(model, [prompt(case, golden, features)], request(model, case))
+    assert text == golden["text_ids"].tolist()
+    assert model.tokenizer.unit_text(speech) == case["prediction_units"]
+    assert model.tokenizer.decode(text) == case["text"].strip()
+
+
+def test_batch_of_different_lengths_equals_one_by_one(model, cases, arrays, features):
+    """All five cases at once, each with its own prompt length, end token, caps and penalty."""
+    prompts = [prompt(cases[name], arrays[name], features) for name in CASES]
+    requests = [request(model, cases[name]) for name in CASES]
+    together = generate(model, prompts, jax.tree.map(lambda *rows: jnp.concatenate(rows), *requests))
+    for name, (text, speech) in zip(CASES, together, strict=True):
+        assert text == arrays[name]["text_ids"].tolist(), name
+        assert model.tokenizer.unit_text(speech) == cases[name]["prediction_units"], name
+
+
+def test_sampling_does_not_depend_on_the_batch(model, cases, arrays, features):
+    """The same key and prompt give the same answer alone and next to another slot."""
+    prompts = [prompt(cases[name], arrays[name], features) for name in "CE"]
+    asked = readwrite.request(model.config, 2, text=Sampling.of(2, 0.8, 0.9, 20), max_text=12, max_flush=20, seed=3)
+    together = generate(model, prompts, asked)
+    for row in range(2):
+        alone = generate(model, prompts[row : row + 1], jax.tree.map(lambda leaf: leaf[row : row + 1], asked))  # noqa: B023
+        assert alone == together[row : row + 1]
+
+
+def test_units_only_samples_nothing_else(model, cases, arrays, features):
+    ids, heard = prompt(cases["A"], arrays["A"], features)
+    asked = readwrite.request(model.config, 1, max_text=30, max_flush=50)
+    state = ReadWriteState.empty(model.config, 1, 1024, 1024)
+    state = model.prefill(model.params, state, jnp.asarray(ids)[None], jnp.array([len(ids)]), jnp.asarray(heard)[None], asked)
+    tokens, seen = model.config.tokens, set()
+    while int(state.phase[0]) != IDLE:
+        state, burst = model.read_write(model.params, state, True)
+        seen |= set(np.asarray(burst.speech).ravel().tolist())
+    assert len(seen) > 50
+    assert all(t in (-1, tokens.unit_eos) or tokens.sep < t <= tokens.sep + model.config.units for t in seen)
