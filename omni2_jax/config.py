@@ -122,6 +122,25 @@ class SpeakerConfig:
 
 
 @dataclass(frozen=True)
+class UnitsConfig:
+    """S3 speech tokenizer v2: 100 mel frames to 25 units a second. It makes training data and is no part of the model."""
+
+    mels: int = 128
+    width: int = 1280
+    layers: int = 6
+    heads: int = 20
+    memory: int = 31  # taps of the FSMN memory, centred
+    rope_theta: float = 1e4
+    digits: int = 8  # of a unit, each 0, 1 or 2
+    window: int = 3000  # mel frames read at once (30 s); a longer clip is read in windows
+    overlap: int = 400  # mel frames that neighbouring windows share; half of it is a whole number of units
+
+    @property
+    def units(self) -> int:
+        return 3**self.digits
+
+
+@dataclass(frozen=True)
 class TokenConfig:
     """Ids that the read/write rules need (tokenizers of the release)."""
 

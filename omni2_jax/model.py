@@ -40,11 +40,11 @@ class Model(nnx.Module):
         """Log-mel of whole turns [B, 3000, M] -> speech features [B, 300, D]."""
         return self.adapter(self.speech_encoder(mel))
 
-    def embed_prompt(self, ids: Array, features: Array) -> Array:
-        """Prompt ids [B, T], SPEECH at each speech position, and the features of its turns [B, F, D] in order -> [B, T, D]."""
+    def embed_prompt(self, ids: Array, features: Array, first: Array | int = 0) -> Array:
+        """Prompt ids [B, T], SPEECH at each speech position, and the features [B, F, D] that go there from `first` on -> [B, T, D]."""
         speech = ids == SPEECH
-        order = jnp.maximum(jnp.cumsum(speech, -1) - 1, 0)
-        heard = jnp.take_along_axis(features, jnp.minimum(order, features.shape[1] - 1)[..., None], axis=1)
+        order = jnp.clip(first + jnp.cumsum(speech, -1) - 1, 0, features.shape[1] - 1)
+        heard = jnp.take_along_axis(features, order[..., None], axis=1)
         return jnp.where(speech[..., None], heard.astype(features.dtype), self.llm.embed(ids).astype(features.dtype))
 
     def fuse(self, hidden: Array, tokens: Array) -> Array:

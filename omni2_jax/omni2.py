@@ -7,7 +7,7 @@
 
 import functools
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,12 +18,15 @@ from flax import nnx
 
 from omni2_jax import audio, checkpoint, readwrite, voices
 from omni2_jax.config import LANGUAGE_PARTS, Omni2Config
-from omni2_jax.readwrite import ReadWriteState
+from omni2_jax.engine import Engine
+from omni2_jax.readwrite import Request
 from omni2_jax.sampling import Sampling
-from omni2_jax.tokenizer import Tokenizer, parse_units
+from omni2_jax.session import Reply, Session, replies, split
+from omni2_jax.streaming import Shape
+from omni2_jax.tokenizer import Tokenizer
 
-Turn = str | Path | np.ndarray
-BUCKET = 128  # prompts and caches are padded to a multiple of this, so that few shapes are ever compiled
+Sound = str | Path | np.ndarray  # a file, or samples [N] at 16 kHz
+BUCKET = 256  # capacities are rounded up to a multiple of this, so that few shapes are ever compiled
 
 
 @dataclass(frozen=True)
@@ -40,11 +43,21 @@ class Options:
     unit_vocabulary: str = "units"  # "all" = any token can be sampled, as released
     max_flush_units: int = 1024  # speech tokens after the end of the text
     seed: int = 0
+    chunk: int | None = None  # units that the flow takes as one chunk; None = the checkpoint's 50
+    left_chunks: int | None = None  # chunks that the flow sees before its own; None = all
+    long: str = "refuse"  # turns over 30 s: "refuse", "truncate" or "split"
+
+    def __post_init__(self):
+        for name, least in {"temperature": 0, "unit_temperature": 0, "max_new_tokens": 1, "max_flush_units": 1, "unit_top_k": 0}.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected at least {least}")
+        if self.unit_vocabulary not in ("units", "all"):
+            raise ValueError(f"unit_vocabulary is {self.unit_vocabulary!r}, expected 'units' or 'all'")
 
 
 @dataclass(frozen=True)
 class Answer:
-    """Text; units (25 a second); `unit_text` as the released scripts spell it; waveform float32 [N] at 24 kHz, or None."""
+    """Text; units (25 a second) and the same as the released scripts spell them; waveform float32 [N] at 24 kHz, None without a decoder."""
 
     text: str
     units: list[int]
@@ -53,42 +66,126 @@ class Answer:
 
 
 class Omni2:
-    """A checkpoint in memory. `load` it; `answer` a wav or a conversation."""
+    """A checkpoint in memory. `load` it; `answer` a wav or a conversation; or hold a `session`."""
 
     def __init__(self, directory: Path, config: Omni2Config, graph: nnx.GraphDef, params: dict, tokenizer: Tokenizer, defaults: dict):
-        self.directory, self.config, self.params, self.tokenizer, self.defaults = directory, config, params, tokenizer, defaults
-        self.graph = graph
-        model = functools.partial(nnx.merge, graph)
-        self.hear = jax.jit(lambda params, clips: model(params).hear(audio.log_mel(clips).astype(self.dtype)))
-        self.prefill = jax.jit(lambda params, *inputs: readwrite.prefill(model(params), *inputs), donate_argnums=1)
-        self.read_write = jax.jit(
-            lambda params, state, units_only: readwrite.read_write(model(params), state, units_only), static_argnums=2, donate_argnums=1
-        )
-        self.speak = jax.jit(lambda params, *inputs: model(params).speak(*inputs))
-
-    @property
-    def dtype(self) -> jnp.dtype:
-        return self.params["llm"]["norm"]["scale"].dtype
+        self.directory, self.config, self.graph, self.params = directory, config, graph, params
+        self.tokenizer, self.defaults = tokenizer, defaults
+        self.dtype = params["llm"]["norm"]["scale"].dtype
+        self.engines: dict[Shape, Engine] = {}
+        self._hear = jax.jit(lambda params, clip: nnx.merge(graph, params).hear(audio.log_mel(clip).astype(self.dtype))[0])
 
     @classmethod
     def load(cls, directory: str | Path, dtype: jnp.dtype | None = None, decoder: bool = True) -> "Omni2":
-        """Read a checkpoint directory. dtype of the language side: bfloat16 on accelerators, float32 on the CPU. decoder=False skips the audio."""
+        """Read a checkpoint directory. Raises ValueError naming what is missing or damaged.
+
+        dtype: of the language side; by default bfloat16 on accelerators, float32 on the CPU. decoder: whether to load the audio side.
+        """
         directory = Path(directory)
         config = Omni2Config.load(directory / "config.json")
-        missing = [part for part in LANGUAGE_PARTS if part not in checkpoint.parts(directory)]
+        wanted = (*LANGUAGE_PARTS, "flow", "hift") if decoder else LANGUAGE_PARTS
+        missing = [part for part in wanted if part not in checkpoint.parts(directory)]
         if missing:
-            raise ValueError(f"{directory} cannot answer: it lacks {', '.join(missing)} (convert a LLaMA-Omni2 release with --omni2)")
-        dtype = dtype or (jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
-        needed = config.only(*LANGUAGE_PARTS, *(("flow", "hift") if decoder else ()))
-        graph, params = checkpoint.load(directory, needed, dtype)
-        positions = config.speech_encoder.frames // config.adapter.stride
+            source = "LLaMA-Omni2 release with --omni2" if set(missing) & set(LANGUAGE_PARTS) else "cosy2_decoder with --decoder"
+            raise ValueError(f"{directory} lacks {', '.join(missing)}: add it with python -m convert from a {source}")
+        tokenizer = Tokenizer(directory, config, config.speech_encoder.frames // config.adapter.stride)
         generation = directory / "generation_config.json"
         defaults = json.loads(generation.read_text()) if generation.exists() else {}
-        return cls(directory, config, graph, params, Tokenizer(directory, config, positions), defaults)
+        dtype = dtype or (jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
+        graph, params = checkpoint.load(directory, config.only(*wanted), dtype)
+        return cls(directory, config.only(*wanted, "speaker"), graph, params, tokenizer, defaults)
 
-    # ---- hearing and answering ----
+    def hear(self, sound: Sound, over: str = "refuse") -> list[jax.Array]:
+        """A spoken turn -> speech features [300, D] of every 30 s of it. Raises ValueError for bad audio.
 
-    def features(self, clips: Sequence[np.ndarray]) -> jax.Array:
-        """Speech features [n, 300, D] of turns of 16 kHz samples, each padded to 30 s."""
+        over: what becomes of a turn over 30 s: "refuse" it, "truncate" it, or "split" it into several clips.
+        """
+        samples = audio.load(sound) if isinstance(sound, str | Path) else audio.check(np.asarray(sound, np.float32), "the samples given")
+        clips = audio.fit(samples, over=over, name=sound if isinstance(sound, str | Path) else "the turn")
         padded, _ = audio.pad(clips, audio.RATE * audio.TURN_SECONDS)
-        return jnp.concatenate([self.hear(self.params, clip[None]) for clip in jnp.asarray(padded)])
+        return [self._hear(self.params, clip[None]) for clip in padded]
+
+    def voice(self, name: str | None) -> jax.Array | None:
+        """The x-vector of a voice by name or prompt file (None: the first stored one); None without a decoder."""
+        return jnp.asarray(voices.resolve(self.directory, self.config, name)) if self.config.flow else None
+
+    def request(self, options: Options) -> Request:
+        """Options as what a slot is told, generation_config.json filling in what they leave open."""
+        given = lambda value, name, off: value if value is not None else self.defaults.get(name, off)  # noqa: E731
+        text = Sampling.of(
+            1,
+            options.temperature,
+            given(options.top_p, "top_p", 1.0),
+            given(options.top_k, "top_k", 0),
+            given(options.repetition_penalty, "repetition_penalty", 1.0),
+        )
+        unit = Sampling.of(1, options.unit_temperature, top_k=options.unit_top_k)
+        return readwrite.request(
+            self.config, 1, text, unit, max_text=options.max_new_tokens, max_flush=options.max_flush_units, seed=options.seed
+        )
+
+    def engine(self, options: Options, prompt: int, slots: int = 1) -> Engine:
+        """The engine for prompts of up to `prompt` positions; one per shape, so that answers alike compile once."""
+        read, write, text = self.config.read, self.config.write, options.max_new_tokens
+        speech = text + write * -(-text // read) + options.max_flush_units + 1
+        shape = Shape(
+            slots=slots,
+            prompt=self.tokenizer.positions + 84,  # a turn, its template and a short answer before it
+            llm=rounded(prompt + text + 1),
+            speech=rounded(speech),
+            units=rounded(speech - text),
+            chunk=options.chunk,
+            left_chunks=options.left_chunks,
+            units_only=options.unit_vocabulary == "units",
+        )
+        if shape not in self.engines:
+            self.engines[shape] = Engine(self.config, self.graph, self.params, shape)
+        return self.engines[shape]
+
+    def session(self, voice: str | None = None, options: Options | None = None, overflow: str = "error", positions: int | None = None) -> Session:
+        """A conversation of its own. positions: LLM positions it may take (default: the checkpoint's limit)."""
+        options = options or Options()
+        engine = self.engine(options, (positions or self.config.max_prompt) - options.max_new_tokens)
+        hear = functools.partial(self.hear, over=options.long)
+        return Session(hear, engine, self.tokenizer, self.request(options), self.voice(voice), overflow)
+
+    def answer(self, conversation: Sound | Sequence, voice: str | None = None, options: Options | None = None) -> Answer:
+        """Answer a spoken question, or the last turn of a conversation: sounds at even places (the user), texts at odd ones."""
+        return join(self.stream(conversation, voice, options), self.config.flow is not None)
+
+    def stream(self, conversation: Sound | Sequence, voice: str | None = None, options: Options | None = None) -> Iterator[Reply]:
+        """The same answer as it is made."""
+        (stream,) = self.streams([conversation], voice, options)
+        return stream
+
+    def streams(self, conversations: Sequence, voice: str | None = None, options: Options | None = None) -> list[Iterator[Reply]]:
+        """Answers to many conversations at once, a slot for each; exhausting one of them drives them all."""
+        options = options or Options()
+        x_vector, asked, prompts = self.voice(voice), self.request(options), []
+        for conversation in conversations:
+            turns = [conversation] if isinstance(conversation, str | Path | np.ndarray) else list(conversation)
+            if len(turns) % 2 == 0:
+                raise ValueError(f"a conversation of {len(turns)} turns does not end with the user's")
+            heard = [self.hear(turn, options.long) if i % 2 == 0 else turn for i, turn in enumerate(turns)]
+            ids = self.tokenizer.prompt([turn if isinstance(turn, str) else len(turn) for turn in heard])
+            if len(ids) > self.config.max_prompt:
+                raise ValueError(f"the conversation takes {len(ids)} positions, the model takes {self.config.max_prompt}; leave out old turns")
+            prompts.append((ids, [clip for turn in heard[::2] for clip in turn]))
+        engine = self.engine(options, max(len(ids) for ids, _ in prompts), len(prompts))
+        queued = [engine.submit(split(ids, features, engine.shape.prompt), asked, x_vector) for ids, features in prompts]
+        return [replies(stream, self.tokenizer, []) for stream in queued]
+
+
+def join(replies: Iterator[Reply], spoken: bool) -> Answer:
+    """All of an answer at once."""
+    parts = list(replies)
+    return Answer(
+        "".join(part.text for part in parts),
+        [unit for part in parts for unit in part.units],
+        "".join(part.unit_text for part in parts),
+        np.concatenate([part.samples for part in parts]) if spoken else None,
+    )
+
+
+def rounded(size: int) -> int:
+    return -(-size // BUCKET) * BUCKET

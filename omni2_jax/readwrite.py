@@ -18,7 +18,7 @@ from omni2_jax.sampling import Sampling, penalise, sample
 
 Array = jax.Array
 
-IDLE, READING, FLUSHING = 0, 1, 2
+IDLE, READING, FLUSHING, FAILED = 0, 1, 2, 3  # FAILED: logits were not finite; the slot is as good as idle
 MAX_EOS = 8  # text end tokens a request may name
 
 
@@ -40,7 +40,7 @@ class Request:
 class ReadWriteState:
     """Everything between two bursts. All of it is donated to the next one."""
 
-    phase: Array  # [B] IDLE, READING or FLUSHING
+    phase: Array  # [B] IDLE, READING, FLUSHING or FAILED
     llm: Cache
     llm_length: Array  # [B] positions written
     hidden: Array  # [B, D] the LLM's last hidden state: it produces, and is paired with, the next text token
@@ -98,15 +98,17 @@ def request(
     )
 
 
-def prefill(model: Model, state: ReadWriteState, ids: Array, lengths: Array, features: Array, asked: Request) -> ReadWriteState:
-    """Start a turn in every slot with lengths > 0, behind whatever its LLM cache holds already.
+def prefill(
+    model: Model, state: ReadWriteState, ids: Array, lengths: Array, features: Array, asked: Request, first: Array | int = 0
+) -> ReadWriteState:
+    """Start a turn in every slot with lengths > 0, behind whatever its LLM cache holds already; the rest is left as it is.
 
-    ids: [B, T] new prompt tokens, `model.SPEECH` at each speech position, right-padded. features: [B, F, D] speech features
-    of the new turns. The rest of the slots is left as it is.
+    ids: [B, T] new prompt tokens, `model.SPEECH` at each speech position, right-padded. features: [B, F, D] speech features,
+    `first` of which were used by earlier pieces: a long prompt may come in several pieces, each through here.
     """
     time = jnp.arange(ids.shape[1])[None]
     positions = jnp.where(time < lengths[:, None], state.llm_length[:, None] + time, -1)
-    hidden, llm = model.llm(model.embed_prompt(ids, features), positions, state.llm)
+    hidden, llm = model.llm(model.embed_prompt(ids, features, first), positions, state.llm)
     last = jnp.take_along_axis(hidden, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0]
     start = lengths > 0
     pick = lambda new, old: jnp.where(start.reshape((-1,) + (1,) * (old.ndim - 1)), new, old)  # noqa: E731
@@ -142,7 +144,10 @@ def read(model: Model, state: ReadWriteState) -> tuple[ReadWriteState, Array, Ar
 
     def one(carry):
         i, state, tokens, hiddens, reading = carry
-        logits = penalise(model.llm.logits(state.hidden), state.seen, asked.text.repetition_penalty)
+        logits = model.llm.logits(state.hidden)
+        failed = reading & ~jnp.all(jnp.isfinite(logits), axis=-1)
+        reading &= ~failed
+        logits = penalise(logits, state.seen, asked.text.repetition_penalty)
         keys = jax.vmap(jax.random.fold_in)(asked.key, 2 * state.text_count)
         token = jnp.where(reading, sample(logits, asked.text, keys), -1)
         count = state.text_count + reading
@@ -154,6 +159,7 @@ def read(model: Model, state: ReadWriteState) -> tuple[ReadWriteState, Array, Ar
         tokens, hiddens = tokens.at[:, i].set(token), hiddens.at[:, i].set(state.hidden)
         state = dataclasses.replace(
             state,
+            phase=jnp.where(failed, FAILED, state.phase),
             llm=llm,
             llm_length=state.llm_length + reading,
             hidden=jnp.where(reading[:, None], hidden[:, 0], state.hidden),
@@ -162,17 +168,17 @@ def read(model: Model, state: ReadWriteState) -> tuple[ReadWriteState, Array, Ar
         )
         return i + 1, state, tokens, hiddens, reading & ~over
 
-    was_reading = state.phase == READING
+    reading = state.phase == READING
     tokens = jnp.full((rows.size, size), -1, jnp.int32)
     hiddens = jnp.zeros((rows.size, size, state.hidden.shape[-1]), state.hidden.dtype)
-    _, state, tokens, hiddens, reading = jax.lax.while_loop(more, one, (0, state, tokens, hiddens, was_reading))
-    ended = was_reading & ~reading
+    _, state, tokens, hiddens, reading = jax.lax.while_loop(more, one, (0, state, tokens, hiddens, reading))
+    ended = (state.phase == READING) & ~reading
     return dataclasses.replace(state, phase=jnp.where(ended, FLUSHING, state.phase)), tokens, hiddens, ended
 
 
 def write(model: Model, state: ReadWriteState, tokens: Array, hiddens: Array, ended: Array, units_only: bool) -> tuple[ReadWriteState, Array]:
     """Feed the speech LM its last token, the fused rows and, where the text just ended, <sep>; then up to W speech tokens [B, W]."""
-    config, active = model.config, state.phase != IDLE
+    config, active = model.config, (state.phase == READING) | (state.phase == FLUSHING)
     fused = model.fuse(hiddens, tokens)
     edge = lambda ids: model.speech_lm.embed(ids).astype(fused.dtype)[:, None]  # noqa: E731
     sep = jnp.full_like(state.pending, config.tokens.sep)
@@ -194,9 +200,16 @@ def burst(model: Model, state: ReadWriteState, hidden: Array, active: Array, uni
 
     def put(i, state, hidden, speech, alive):
         keys = jax.vmap(jax.random.fold_in)(asked.key, 2 * state.speech_length + 1)
+        failed = alive & ~jnp.all(jnp.isfinite(hidden), axis=-1)  # as finite as its logits, and a thousand times smaller
+        alive &= ~failed
         token = jnp.where(alive, next_token(hidden, asked.unit, keys), -1)
         flushed = state.flush_count + (alive & flushing)
-        state = dataclasses.replace(state, pending=jnp.where(alive, token, state.pending), flush_count=flushed)
+        state = dataclasses.replace(
+            state,
+            phase=jnp.where(failed, FAILED, state.phase),
+            pending=jnp.where(alive, token, state.pending),
+            flush_count=flushed,
+        )
         over = (token == config.tokens.unit_eos) | (flushing & (flushed >= asked.max_flush))
         return state, speech.at[:, i].set(token), alive & ~over
 
@@ -216,7 +229,7 @@ def burst(model: Model, state: ReadWriteState, hidden: Array, active: Array, uni
     state, speech, alive = put(0, state, hidden, jnp.full((active.size, size), -1, jnp.int32), active)
     _, state, speech, alive = jax.lax.while_loop(more, one, (1, state, speech, alive))
     # An eos in mid-stream only ends the burst; after the text it ends the turn, as does the cap.
-    done = flushing & ~alive & active
+    done = flushing & ~alive & active & (state.phase != FAILED)
     return dataclasses.replace(state, phase=jnp.where(done, IDLE, state.phase)), speech
 
 

@@ -25,7 +25,7 @@ def load(directory: Path):
 
 
 class Tokenizer:
-    """Prompts in, text out. `positions` is how many LLM positions a spoken turn takes (300)."""
+    """Prompts in, text out. `positions` is how many LLM positions a clip of 30 s takes (300)."""
 
     def __init__(self, directory: Path, config: Omni2Config, positions: int):
         self.text = load(directory / "tokenizer")
@@ -33,28 +33,26 @@ class Tokenizer:
         self.config = config
         self.positions = positions
 
-    def prompt(self, turns: Sequence[str | None]) -> list[int]:
-        """Turns in order, user first, None where a turn is spoken and text for the assistant's -> prompt ids, speech expanded.
+    def prompt(self, turns: Sequence[str | int]) -> list[int]:
+        """Turns in order, the user's first: how many clips of speech it has, or its text -> prompt ids, speech expanded.
 
         The same chat template as the released code (Qwen2.5's, with its default system line).
         """
         return self.expand(self.text.encode(self.render(turns), add_special_tokens=False))
 
-    def continuation(self, ended: bool) -> list[int]:
-        """What stands between the answer in the cache and the model's next one: a new spoken turn. `ended`: the answer's end token is in."""
+    def continuation(self, clips: int, ended: bool) -> list[int]:
+        """What follows an answer in the cache: its end token unless it is there (`ended`), and a spoken turn of so many clips."""
         marker = "\0"
-        tail = self.render([None, marker, None]).split(marker, 1)[1]
-        ids = self.text.encode(tail, add_special_tokens=False)
+        ids = self.text.encode(self.render([1, marker, clips]).split(marker, 1)[1], add_special_tokens=False)
         return self.expand(ids[1:] if ended else ids)
 
-    def render(self, turns: Sequence[str | None]) -> str:
-        messages = [
-            {"role": "assistant" if i % 2 else "user", "content": SPEECH_TEXT if turn is None else turn} for i, turn in enumerate(turns)
-        ]
+    def render(self, turns: Sequence[str | int]) -> str:
+        content = [turn if isinstance(turn, str) else SPEECH_TEXT * turn for turn in turns]
+        messages = [{"role": "assistant" if i % 2 else "user", "content": text} for i, text in enumerate(content)]
         return self.text.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
 
     def expand(self, ids: Sequence[int]) -> list[int]:
-        """<speech> becomes as many SPEECH ids as a turn has features."""
+        """<speech> becomes as many SPEECH ids as a clip has features."""
         return [i for token in ids for i in ([SPEECH] * self.positions if token == self.config.tokens.speech else [token])]
 
     def decode(self, ids: Sequence[int]) -> str:

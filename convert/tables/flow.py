@@ -5,12 +5,14 @@ import numpy as np
 
 from convert.engine import Rule, Table, Transform, conv, flat, kernel, same
 
-pointwise = Transform(kernel().forward, lambda y: (y.transpose().reshape(*y.shape[::-1], 1),))  # torch Conv1d of size 1 <-> Linear
+linear = kernel()
+# torch Conv1d of size 1 <-> Linear
+pointwise = Transform(linear.forward, lambda y: (y.transpose().reshape(*y.shape[::-1], 1),))
 # No file holds the noise (the released code draws it when it starts), so it is drawn here once and kept in our checkpoint.
 noise = Transform(lambda shape: np.asarray(jax.random.normal(jax.random.key(0), shape)), lambda y: ())
 
 
-def layer(theirs: str, ours: str, transform: Transform = kernel(), bias: Transform | None = flat) -> list[Rule]:
+def layer(theirs: str, ours: str, transform: Transform = linear, bias: Transform | None = flat) -> list[Rule]:
     """Weight and, unless `bias` is None, bias of a linear layer or a convolution."""
     rules = [Rule(f"{theirs}.weight", f"{ours}.kernel", transform)]
     return rules if bias is None else [*rules, Rule(f"{theirs}.bias", f"{ours}.bias", bias)]

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from omni2_jax.layers import Conv1d
+from omni2_jax.layers import Conv1d, scan
 
 Array = jax.Array
 
@@ -28,40 +28,100 @@ class Chunks:
     left: int | None = None
     shift: int = 0
 
+    def end(self, unit: Array) -> Array:
+        """The first unit behind the chunk of `unit`."""
+        return ((unit + self.shift) // self.size + 1) * self.size - self.shift
+
     def sees(self, query: Array, key: Array, rate: int) -> Array:
         """Whether frames `query` [B, T] see frames `key` [B, S], `rate` frames to a unit, -1 = no such frame: bool [B, T, S]."""
-        own, other = ((index // rate + self.shift) // self.size for index in (query[:, :, None], key[:, None, :]))
+        own, other = (self.end(index // rate) for index in (query[:, :, None], key[:, None, :]))
         seen = (other <= own) & (key >= 0)[:, None, :]
-        return seen if self.left is None else seen & (other >= own - self.left)
+        return seen if self.left is None else seen & (other >= own - self.left * self.size)
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Window:
-    """The stretch of frames that a call computes. The whole utterance has no past: its keys are its own frames."""
+    """The stretch of frames that a call computes. A whole utterance has no past: its keys are its own frames."""
 
     valid: Array  # [B, T] bool: the frame exists
     query: Array  # [B, T] its index
     key: Array  # [B, S] the index of each key
     bias: Array  # [B, 1, T, S] float32, 0 where a frame sees a key
+    slot: Array | None = None  # [B] where in the memory the window's keys go
+    kept: Array | None = None  # [B] how many of the window's frames are past for the next call
 
     @classmethod
-    def whole(cls, frames: int, lengths: Array, chunks: Chunks, rate: int) -> "Window":
-        """All frames of right-padded utterances of `lengths` [B] frames."""
-        index = jnp.broadcast_to(jnp.arange(frames), (lengths.shape[0], frames))
-        valid = index < lengths[:, None]
-        bias = jnp.where(chunks.sees(index, index, rate) & valid[:, None, :], 0.0, UNSEEN)
-        return cls(valid, index, index, bias[:, None])
+    def over(cls, query: Array, key: Array, length: Array, chunks: Chunks, rate: int, slot=None, kept=None) -> "Window":
+        """Frames `query` [B, T] among keys `key` [B, S] of utterances of `length` [B] frames, `rate` frames to a unit."""
+        bias = jnp.where(chunks.sees(query, key, rate) & (key < length[:, None])[:, None], 0.0, UNSEEN)
+        return cls(query < length[:, None], query, key, bias[:, None], slot, kept)
+
+    @classmethod
+    def whole(cls, frames: int, length: Array, chunks: Chunks, rate: int) -> "Window":
+        """All frames of right-padded utterances."""
+        index = jnp.broadcast_to(jnp.arange(frames), (length.shape[0], frames))
+        return cls.over(index, index, length, chunks, rate)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Memory:
+    """Keys and values of frames that may be seen again: [L, B, N, S, H]. Where a frame lies in S is the caller's business."""
+
+    keys: Array
+    values: Array
+
+    @classmethod
+    def empty(cls, layers: int, batch: int, capacity: int, heads: int, head_size: int, dtype) -> "Memory":
+        shape = (layers, batch, heads, capacity, head_size)
+        return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+
+    def write(self, layer: Array, slot: Array, k: Array, v: Array) -> "Memory":
+        """Put k and v [B, T, N, H] of one layer at slots slot[b], slot[b] + 1, ..."""
+        rows, slots = jnp.arange(len(slot))[:, None], slot[:, None] + jnp.arange(k.shape[1])
+        put = lambda old, new: old.at[layer, rows, :, slots].set(new.astype(old.dtype), unique_indices=True)  # noqa: E731
+        return Memory(put(self.keys, k), put(self.values, v))
+
+
+def attend(q: Array, k: Array, v: Array, bias: Array, window: Window, memory: Memory | None, layer: Array) -> tuple[Array, Memory | None]:
+    """Softmax attention of scaled q over k and v, all [B, T, N, H], and over the memory, in which they are left -> [B, T, N, H].
+
+    bias broadcasts to [B, N, T, S]. Heads go before time: keys and values that are read often lie head by head.
+    """
+    if memory is None:
+        keys, values = k.swapaxes(1, 2), v.swapaxes(1, 2)
+    else:
+        memory = memory.write(layer, window.slot, k, v)
+        keys, values = (x[layer].astype(q.dtype) for x in (memory.keys, memory.values))
+    weights = jax.nn.softmax(jnp.einsum("BTNH,BNSH->BNTS", q, keys) + bias, -1)
+    return jnp.einsum("BNTS,BNSH->BTNH", weights, values), memory
+
+
+def run_blocks(blocks: nnx.Module, x: Array, window: Window, memory: Memory | None, layers: Array) -> tuple[Array, Memory | None]:
+    """x [B, T, C] through stacked transformer blocks, whose places in the memory are `layers`."""
+
+    def body(block, carry, layer):
+        return block(carry[0], window, carry[1], layer), None
+
+    return scan(blocks, body, (x, memory), layers)[0]
 
 
 class CausalConv(Conv1d):
     """A convolution over each frame and the K - 1 frames before it, [B, T, C] -> [B, T, C']."""
 
     def __init__(self, rngs: nnx.Rngs, size: int, c_in: int, c_out: int):
-        super().__init__(rngs, (size, c_in, c_out), padding=(size - 1, 0), axes=(None, None, "embed"))
+        super().__init__(rngs, (size, c_in, c_out), axes=(None, None, "embed"))
 
+    def tail(self, batch: int, dtype) -> Array:
+        """An empty tail (of each layer, where layers are stacked): the inputs [B, K - 1, C] before a window."""
+        *layers, size, channels, _ = self.kernel.shape
+        return jnp.zeros((*layers, batch, size - 1, channels), dtype)
 
-def attend(q: Array, k: Array, v: Array, bias: Array) -> Array:
-    """Softmax attention of scaled q [B, T, N, H] over k, v [B, S, N, H] -> [B, T, N, H]; bias broadcasts to [B, N, T, S]."""
-    weights = jax.nn.softmax(jnp.einsum("BTNH,BSNH->BNTS", q, k) + bias, -1)
-    return jnp.einsum("BNTS,BSNH->BTNH", weights, v)
+    def __call__(self, x: Array, window: Window, tail: Array | None) -> tuple[Array, Array | None]:
+        """The convolution, and the tail before the next window. Before an utterance's first frame there are zeros."""
+        if tail is None:
+            return super().__call__(jnp.pad(x, ((0, 0), (self.kernel.shape[0] - 1, 0), (0, 0)))), None
+        x = jnp.concatenate([jnp.where(window.query[:, :1, None] > 0, tail, 0).astype(x.dtype), x], 1)
+        cut = jax.vmap(lambda row, start: jax.lax.dynamic_slice_in_dim(row, start, tail.shape[1]))
+        return super().__call__(x), cut(x, window.kept).astype(tail.dtype)

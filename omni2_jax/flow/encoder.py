@@ -5,14 +5,15 @@ convolution nor a macaron half (CosyVoice2's settings), so a block is relative a
 """
 
 import math
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from omni2_jax.config import FlowConfig
-from omni2_jax.flow.context import CausalConv, Window, attend
-from omni2_jax.layers import Conv1d, LayerNorm, Linear, param, scan, stack
+from omni2_jax.flow.context import CausalConv, Memory, Window, attend, run_blocks
+from omni2_jax.layers import Conv1d, LayerNorm, Linear, param, stack
 
 Array = jax.Array
 
@@ -45,16 +46,17 @@ class RelativeAttention(nnx.Module):
     def position_scores(self, q: Array, window: Window) -> Array:
         """Scaled queries [B, T, N, H] -> [B, N, T, S]."""
         sine, cosine = jnp.einsum("BTNH,DCNH->CBTND", q, self.position[...].astype(q.dtype))
-        width = 2 * self.position.shape[0]
-        sin_i, cos_i = (wave[:, :, None, :].astype(q.dtype) for wave in waves(window.query, width))
+        width, origin = 2 * self.position.shape[0], window.query[:, :1]  # small angles are exact ones
+        sin_i, cos_i = (wave[:, :, None, :].astype(q.dtype) for wave in waves(window.query - origin, width))
         turned = jnp.concatenate([cosine * sin_i - sine * cos_i, sine * sin_i + cosine * cos_i], -1)
-        return jnp.einsum("BTND,BSD->BNTS", turned, jnp.concatenate(waves(window.key, width), -1).astype(q.dtype))
+        return jnp.einsum("BTND,BSD->BNTS", turned, jnp.concatenate(waves(window.key - origin, width), -1).astype(q.dtype))
 
-    def __call__(self, x: Array, window: Window) -> Array:
+    def __call__(self, x: Array, window: Window, memory: Memory | None, layer: Array) -> tuple[Array, Memory | None]:
         q, scale = self.query(x), self.query.kernel.shape[-1] ** -0.5
         near = (q + self.content_bias[...].astype(x.dtype)) * scale
         far = self.position_scores((q + self.position_bias[...].astype(x.dtype)) * scale, window)
-        return self.out(attend(near, self.key(x), self.value(x), far + window.bias))
+        y, memory = attend(near, self.key(x), self.value(x), far + window.bias, window, memory, layer)
+        return self.out(y), memory
 
 
 class Block(nnx.Module):
@@ -66,9 +68,10 @@ class Block(nnx.Module):
         self.up = Linear(rngs, (d, f), ("embed", "hidden"))
         self.down = Linear(rngs, (f, d), ("hidden", "embed"))
 
-    def __call__(self, x: Array, window: Window) -> Array:
-        x = x + self.attention(self.attention_norm(x), window)
-        return x + self.down(jax.nn.silu(self.up(self.mlp_norm(x))))
+    def __call__(self, x: Array, window: Window, memory: Memory | None, layer: Array) -> tuple[Array, Memory | None]:
+        y, memory = self.attention(self.attention_norm(x), window, memory, layer)
+        x = x + y
+        return x + self.down(jax.nn.silu(self.up(self.mlp_norm(x)))), memory
 
 
 class Embed(nnx.Module):
@@ -91,15 +94,27 @@ class LookAhead(nnx.Module):
         self.ahead = Conv1d(rngs, (ahead + 1, d, d), padding=(0, ahead), axes=(None, None, "embed"))
         self.behind = CausalConv(rngs, 3, d, d)
 
-    def __call__(self, x: Array) -> Array:
-        return x + self.behind(jax.nn.leaky_relu(self.ahead(x)))
+    def __call__(self, x: Array, window: Window, tail: Array | None = None) -> tuple[Array, Array | None]:
+        y, tail = self.behind(jax.nn.leaky_relu(self.ahead(x)), window, tail)
+        return x + y, tail
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class EncoderPast:
+    """What is kept of finished chunks."""
+
+    look_ahead: Array  # [B, 2, D] tail
+    upsample: Array  # [B, 4, D] tail
+    units: Memory  # of the blocks before upsampling
+    frames: Memory  # and after
 
 
 class Encoder(nnx.Module):
     """Reference: UpsampleConformerEncoder."""
 
     def __init__(self, config: FlowConfig, rngs: nnx.Rngs):
-        self.rate = config.upsample
+        self.config = config
         self.embed = Embed(config, rngs)
         self.look_ahead = LookAhead(config, rngs)
         self.blocks = stack(config.layers, lambda r: Block(config, r), rngs)
@@ -108,10 +123,23 @@ class Encoder(nnx.Module):
         self.up_blocks = stack(config.up_layers, lambda r: Block(config, r), rngs)
         self.norm = LayerNorm(config.width)
 
-    def __call__(self, x: Array, units: Window, frames: Window) -> Array:
-        """Unit embeddings [B, T, D] -> features [B, 2T, D]; `units` and `frames` say what is seen before and after upsampling."""
-        x = self.look_ahead(self.embed(x) * units.valid[..., None])  # units past the end must look like no units at all
-        x, _ = scan(self.blocks, lambda block, x, _: (block(x, units), None), x)
-        x = self.up_embed(self.upsample(jnp.repeat(x, self.rate, axis=1)))
-        x, _ = scan(self.up_blocks, lambda block, x, _: (block(x, frames), None), x)
-        return self.norm(x)
+    def past(self, batch: int, capacity: int, dtype) -> EncoderPast:
+        """Room for `capacity` units."""
+        c = self.config
+        heads = c.heads, c.width // c.heads
+        return EncoderPast(
+            self.look_ahead.behind.tail(batch, dtype),
+            self.upsample.tail(batch, dtype),
+            Memory.empty(c.layers, batch, capacity, *heads, dtype),
+            Memory.empty(c.up_layers, batch, c.upsample * capacity, *heads, dtype),
+        )
+
+    def __call__(self, x: Array, units: Window, frames: Window, past: EncoderPast | None = None) -> tuple[Array, EncoderPast | None]:
+        """Unit embeddings [B, T, D] -> features [B, 2T, D]; `units` and `frames` are the window before and after upsampling."""
+        c, p = self.config, past or EncoderPast(None, None, None, None)
+        x = self.embed(x) * units.valid[..., None]  # units past the end must look like no units at all
+        x, look_ahead = self.look_ahead(x, units, p.look_ahead)
+        x, unit_memory = run_blocks(self.blocks, x, units, p.units, jnp.arange(c.layers))
+        x, upsample = self.upsample(jnp.repeat(x, c.upsample, axis=1), frames, p.upsample)
+        x, frame_memory = run_blocks(self.up_blocks, self.up_embed(x), frames, p.frames, jnp.arange(c.up_layers))
+        return self.norm(x), past and EncoderPast(look_ahead, upsample, unit_memory, frame_memory)

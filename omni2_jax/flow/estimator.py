@@ -5,13 +5,14 @@ level and never changes the frame rate: down, middle and up are stages in a row,
 """
 
 import math
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from omni2_jax.config import FlowConfig
-from omni2_jax.flow.context import CausalConv, Window, attend
+from omni2_jax.flow.context import CausalConv, Memory, Window, attend, run_blocks
 from omni2_jax.layers import LayerNorm, Linear, scan, stack
 
 Array = jax.Array
@@ -38,9 +39,10 @@ class ConvBlock(nnx.Module):
         self.conv = CausalConv(rngs, 3, c_in, c_out)
         self.norm = LayerNorm(c_out)
 
-    def __call__(self, x: Array, window: Window) -> Array:
+    def __call__(self, x: Array, window: Window, tail: Array | None) -> tuple[Array, Array | None]:
         valid = window.valid[..., None]
-        return jax.nn.mish(self.norm(self.conv(x * valid))) * valid
+        y, tail = self.conv(x * valid, window, tail)
+        return jax.nn.mish(self.norm(y)) * valid, tail
 
 
 class Attention(nnx.Module):
@@ -51,9 +53,10 @@ class Attention(nnx.Module):
         self.value = Linear(rngs, (c, n, h), ("embed", "heads", "head"), bias=False)
         self.out = Linear(rngs, (n, h, c), ("heads", "head", "embed"), in_dims=2)
 
-    def __call__(self, x: Array, window: Window) -> Array:
+    def __call__(self, x: Array, window: Window, memory: Memory | None, layer: Array) -> tuple[Array, Memory | None]:
         q = self.query(x) * self.query.kernel.shape[-1] ** -0.5
-        return self.out(attend(q, self.key(x), self.value(x), window.bias))
+        y, memory = attend(q, self.key(x), self.value(x), window.bias, window, memory, layer)
+        return self.out(y), memory
 
 
 class Block(nnx.Module):
@@ -67,13 +70,14 @@ class Block(nnx.Module):
         self.up = Linear(rngs, (c, 4 * c), ("embed", "hidden"))
         self.down = Linear(rngs, (4 * c, c), ("hidden", "embed"))
 
-    def __call__(self, x: Array, window: Window) -> Array:
-        x = x + self.attention(self.attention_norm(x), window)
-        return x + self.down(jax.nn.gelu(self.up(self.mlp_norm(x)), approximate=False))
+    def __call__(self, x: Array, window: Window, memory: Memory | None, layer: Array) -> tuple[Array, Memory | None]:
+        y, memory = self.attention(self.attention_norm(x), window, memory, layer)
+        x = x + y
+        return x + self.down(jax.nn.gelu(self.up(self.mlp_norm(x)), approximate=False)), memory
 
 
 class Stage(nnx.Module):
-    """A residual pair of convolutions that is told the time, then transformer blocks (reference: CausalResnetBlock1D and what follows it)."""
+    """A residual pair of convolutions that is told the time (reference: CausalResnetBlock1D), then transformer blocks."""
 
     def __init__(self, config: FlowConfig, c_in: int, rngs: nnx.Rngs):
         c = config.channels
@@ -83,11 +87,28 @@ class Stage(nnx.Module):
         self.skip = Linear(rngs, (c_in, c), (None, "embed"))
         self.blocks = stack(config.blocks, lambda r: Block(config, r), rngs)
 
-    def __call__(self, x: Array, time: Array, window: Window) -> Array:
-        """x [B, T, C_in], time [B or 1, 4C] -> [B, T, C]."""
-        y = self.conv1(x, window) + self.time(jax.nn.mish(time))[:, None]
-        x = self.conv2(y, window) + self.skip(x * window.valid[..., None])
-        return scan(self.blocks, lambda block, x, _: (block(x, window), None), x)[0]
+    def tails(self, batch: int, dtype) -> tuple[Array, Array]:
+        return self.conv1.conv.tail(batch, dtype), self.conv2.conv.tail(batch, dtype)
+
+    def __call__(self, x: Array, time: Array, window: Window, tails, memory: Memory | None, layers: Array):
+        """x [B, T, C_in], time [B or 1, 4C] -> ([B, T, C], memory), tails; `layers`: where the memory has the blocks."""
+        y, tail1 = self.conv1(x, window, tails[0])
+        y, tail2 = self.conv2(y + self.time(jax.nn.mish(time))[:, None], window, tails[1])
+        x = y + self.skip(x * window.valid[..., None])
+        return run_blocks(self.blocks, x, window, memory, layers), (tail1, tail2)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Tails:
+    """The inputs [B, 2, C] of every convolution before the window; of a stage, those of its two convolutions."""
+
+    down: tuple = (None, None)
+    down_conv: Array | None = None
+    middle: tuple = (None, None)
+    up: tuple = (None, None)
+    up_conv: Array | None = None
+    final: Array | None = None
 
 
 class Estimator(nnx.Module):
@@ -95,6 +116,7 @@ class Estimator(nnx.Module):
 
     def __init__(self, config: FlowConfig, rngs: nnx.Rngs):
         c = config.channels
+        self.layers = config.mid_blocks + 2, config.blocks
         self.time = TimeEmbedding(config, rngs)
         self.down = Stage(config, 4 * config.mels, rngs)
         self.down_conv = CausalConv(rngs, 3, c, c)
@@ -104,12 +126,38 @@ class Estimator(nnx.Module):
         self.final = ConvBlock(c, c, rngs)
         self.out = Linear(rngs, (c, config.mels), ("embed", None))
 
-    def __call__(self, x: Array, given: Array, t: Array, window: Window) -> Array:
-        """Mel x [B, T, M] at time t [B or 1] and what is given for it [B, T, 3M] (mu, speaker, prompt) -> dx/dt [B, T, M]."""
-        time, valid = self.time(t), window.valid[..., None]
-        x = skip = self.down(jnp.concatenate([x, given], -1), time, window)
-        x = self.down_conv(x * valid)
-        x, _ = scan(self.middle, lambda stage, x, _: (stage(x, time, window), None), x)
-        x = self.up(jnp.concatenate([x, skip], -1), time, window)
-        x = self.final(self.up_conv(x * valid), window)
-        return self.out(x) * valid
+    def tails(self, batch: int, dtype) -> Tails:
+        """Before an utterance's first window."""
+        return Tails(
+            self.down.tails(batch, dtype),
+            self.down_conv.tail(batch, dtype),
+            self.middle.tails(batch, dtype),
+            self.up.tails(batch, dtype),
+            self.up_conv.tail(batch, dtype),
+            self.final.conv.tail(batch, dtype),
+        )
+
+    def __call__(
+        self,
+        x: Array,
+        given: Array,
+        t: Array,
+        window: Window,
+        past: Tails | None = None,
+        memory: Memory | None = None,
+        first: Array | int = 0,
+    ) -> tuple[Array, Tails, Memory | None]:
+        """Mel x [B, T, M] at time t [B or 1] and what is given for it [B, T, 3M] (mu, speaker, prompt) -> dx/dt [B, T, M].
+
+        A window with a past has tails and a memory, from whose layer `first` on the blocks lie; both come back for the next one.
+        """
+        past, time, valid = past or Tails(), self.time(t), window.valid[..., None]
+        layers = first + jnp.arange(math.prod(self.layers)).reshape(self.layers)
+        (skip, memory), down = self.down(jnp.concatenate([x, given], -1), time, window, past.down, memory, layers[0])
+        x, down_conv = self.down_conv(skip * valid, window, past.down_conv)
+        stages = past.middle, layers[1:-1]
+        (x, memory), middle = scan(self.middle, lambda stage, c, xs: stage(c[0], time, window, xs[0], c[1], xs[1]), (x, memory), stages)
+        (x, memory), up = self.up(jnp.concatenate([x, skip], -1), time, window, past.up, memory, layers[-1])
+        x, up_conv = self.up_conv(x * valid, window, past.up_conv)
+        x, final = self.final(x, window, past.final)
+        return self.out(x) * valid, Tails(down, down_conv, middle, up, up_conv, final), memory

@@ -3,6 +3,7 @@
 B rows, n units, T = 2n mel frames (50 a second), M mel bins, D width.
 """
 
+import math
 from dataclasses import dataclass
 
 import jax
@@ -11,9 +12,9 @@ import numpy as np
 from flax import nnx
 
 from omni2_jax.config import FlowConfig
-from omni2_jax.flow.context import Chunks, Window
-from omni2_jax.flow.encoder import Encoder
-from omni2_jax.flow.estimator import Estimator
+from omni2_jax.flow.context import Chunks, Memory, Window
+from omni2_jax.flow.encoder import Encoder, EncoderPast
+from omni2_jax.flow.estimator import Estimator, Tails
 from omni2_jax.layers import Embedding, Linear, param
 
 Array = jax.Array
@@ -27,6 +28,16 @@ class Prompt:
     units: Array  # [B, p] int32
     mel: Array  # [B, 2p, M]
     lengths: Array  # [B] units
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class FlowPast:
+    """What is kept of finished chunks. The estimator's rows are those of the guided branch, then those of the free one."""
+
+    encoder: EncoderPast
+    tails: Tails  # with a leading axis of Euler steps
+    memory: Memory  # its layers are the estimator's blocks, step after step
 
 
 def cosine(t):
@@ -60,23 +71,40 @@ class Flow(nnx.Module):
         """Units [B, n] -> the encoder's guess of the mel [B, 2n, M]."""
         n, rate = units.shape[1], self.config.upsample
         seen = Window.whole(n, lengths, chunks, 1), Window.whole(rate * n, rate * lengths, chunks, rate)
-        return self.project(self.encoder(self.embed(units), *seen))
+        return self.project(self.encoder(self.embed(units), *seen)[0])
 
-    def solve(self, mu: Array, voice: Array, cond: Array, z: Array, window: Window) -> Array:
-        """Euler steps from noise z to mel [B, T, M], with classifier-free guidance; both branches are one batch."""
+    def past(self, batch: int, capacity: int, dtype) -> FlowPast:
+        """Room for `capacity` units of `batch` streams."""
+        c, stages = self.config, self.estimator.layers
+        tails = self.estimator.tails(2 * batch, dtype)
+        return FlowPast(
+            self.encoder.past(batch, capacity, dtype),
+            jax.tree.map(lambda tail: jnp.zeros((c.steps, *tail.shape), dtype), tails),
+            Memory.empty(c.steps * math.prod(stages), 2 * batch, c.upsample * capacity, c.estimator_heads, c.estimator_head_size, dtype),
+        )
+
+    def solve(
+        self, mu: Array, voice: Array, cond: Array, z: Array, window: Window, tails: Tails | None = None, memory: Memory | None = None
+    ) -> tuple[Array, Tails, Memory | None]:
+        """Euler steps from noise z to mel [B, T, M], with classifier-free guidance; both branches are one batch.
+
+        Where there is a past, `tails` have a leading axis of steps, and the memory's layers are those of all steps.
+        """
         config = self.config
-        voice = jnp.broadcast_to(voice[:, None], mu.shape)
-        given = jnp.concatenate([mu, voice, cond], -1)
+        given = jnp.concatenate([mu, jnp.broadcast_to(voice[:, None], mu.shape), cond], -1)
         given = jnp.concatenate([given, jnp.zeros_like(given)])
         both = jax.tree.map(lambda a: jnp.concatenate([a, a]), window)
         times = cosine(jnp.linspace(0.0, 1.0, config.steps + 1))
+        firsts = jnp.arange(config.steps) * math.prod(self.estimator.layers)
 
-        def step(x, time):
-            t, dt = time
-            guided, free = jnp.split(self.estimator(jnp.concatenate([x, x]), given, t[None], both), 2)
-            return x + dt * ((1 + config.guidance) * guided - config.guidance * free), None
+        def step(carry, xs):
+            (x, memory), (t, dt, first, tails) = carry, xs
+            velocity, tails, memory = self.estimator(jnp.concatenate([x, x]), given, t[None], both, tails, memory, first)
+            guided, free = jnp.split(velocity, 2)
+            return (x + dt * ((1 + config.guidance) * guided - config.guidance * free), memory), tails
 
-        return jax.lax.scan(step, z, (times[:-1], jnp.diff(times)))[0]
+        (mel, memory), tails = jax.lax.scan(step, (z, memory), (times[:-1], jnp.diff(times), firsts, tails))
+        return mel, tails, memory
 
     def __call__(
         self,
@@ -107,7 +135,7 @@ class Flow(nnx.Module):
         if prompt is not None:
             cond = cond.at[:, : prompt.mel.shape[1]].set(prompt.mel) * (window.query < rate * before[:, None])[..., None]
         z = jnp.broadcast_to(self.noise[:frames].astype(mu.dtype), mu.shape)
-        mel = self.solve(mu, voice, cond, z, window) * window.valid[..., None]
+        mel = self.solve(mu, voice, cond, z, window)[0] * window.valid[..., None]
         mel = jax.vmap(lambda row, start: jax.lax.dynamic_slice_in_dim(row, start, rate * n))(mel, rate * before)
         return mel, rate * jnp.maximum(available - before, 0)
 
@@ -121,5 +149,5 @@ class Flow(nnx.Module):
         window = Window.whole(mel.shape[1], lengths, Chunks(self.config.chunk), self.config.upsample)
         x = (1 - still * t[:, None, None]) * z + t[:, None, None] * mel
         given = jnp.concatenate([mu, jnp.broadcast_to(voice[:, None], mu.shape), cond], -1) * kept[:, None, None]
-        error = (self.estimator(x, given, t, window) - (mel - still * z)) * window.valid[..., None]
+        error = (self.estimator(x, given, t, window)[0] - (mel - still * z)) * window.valid[..., None]
         return jnp.square(error).sum() / (window.valid.sum() * mel.shape[-1])

@@ -1,0 +1,245 @@
+"""The `omni2` command: `omni2 chat` answers spoken questions, `omni2 info` describes a checkpoint."""
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import rich.console
+import rich.progress
+import rich.table
+import typer
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, no_args_is_help=True)
+notes = rich.console.Console(stderr=True)
+
+
+@app.callback()
+def omni2() -> None:
+    """LLaMA-Omni2 in JAX: a language model that hears a spoken question and answers in text and in speech at once."""
+
+
+@app.command()
+def chat(
+    wavs: Annotated[list[Path] | None, typer.Argument(metavar="QUESTION.wav ...", help="Spoken turns of one conversation, in order (wav, flac, ogg).")] = None,
+    checkpoint: Annotated[Path, typer.Option(help="A checkpoint directory made by python -m convert.")] = ...,
+    out: Annotated[Path | None, typer.Option(help="Write the spoken answer here; with several turns as NAME-1.wav, NAME-2.wav ...")] = None,
+    questions: Annotated[Path | None, typer.Option(help="Answer every item of a questions.json instead (the released example format).")] = None,
+    out_dir: Annotated[Path | None, typer.Option(help="With --questions: where answers.jsonl and ID.wav go.")] = None,
+    no_wav: Annotated[bool, typer.Option("--no-wav", help="Text and units only, no audio.")] = False,
+    batch: Annotated[int, typer.Option(min=1, help="With --questions: how many to answer at once.")] = 1,
+    stream: Annotated[bool, typer.Option("--stream", help="Write the audio as it is made (--out FILE.wav, or - for raw 16-bit PCM on stdout) and print timings.")] = False,
+    voice: Annotated[str | None, typer.Option(help="A voice stored in the checkpoint, or a sound file to speak like. [default: the first stored]")] = None,
+    temperature: Annotated[float, typer.Option(min=0, help="Of the text; 0 is greedy.")] = 0.0,
+    top_p: Annotated[float | None, typer.Option(min=0, max=1, help="Sample the text from its likeliest tokens of this total probability.")] = None,
+    top_k: Annotated[int | None, typer.Option(min=0, help="Sample the text from its K likeliest tokens; 0 is off.")] = None,
+    repetition_penalty: Annotated[float | None, typer.Option(help="Over 1 makes text tokens said before less likely.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Text tokens at most.")] = 256,
+    unit_temperature: Annotated[float, typer.Option(min=0, help="Of the speech units; 0 is greedy (which tends to repeat itself).")] = 1.0,
+    unit_vocabulary: Annotated[str, typer.Option(help="units: only units can be sampled; all: any token, as in the released code.")] = "units",
+    max_flush_units: Annotated[int, typer.Option(min=1, help="Speech tokens at most after the text has ended.")] = 1024,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same answer.")] = 0,
+    truncate: Annotated[bool, typer.Option("--truncate", help="Cut turns over 30 s (they are refused otherwise).")] = False,
+    split_long: Annotated[bool, typer.Option("--split-long", help="Hear turns over 30 s as several clips.")] = False,
+) -> None:
+    """Answer spoken questions in text and speech."""
+    from omni2_jax.omni2 import Omni2, Options
+
+    if truncate and split_long:
+        raise ValueError("--truncate and --split-long exclude each other")
+    options = Options(
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        repetition_penalty=repetition_penalty,
+        max_new_tokens=max_new_tokens,
+        unit_temperature=unit_temperature,
+        unit_vocabulary=unit_vocabulary,
+        max_flush_units=max_flush_units,
+        seed=seed,
+        long="truncate" if truncate else "split" if split_long else "refuse",
+    )
+    if questions:
+        if wavs or out or stream or out_dir is None:
+            raise ValueError("--questions takes --out-dir, and neither wav files, --out nor --stream")
+        answer_questions(checkpoint, read_questions(questions), out_dir, not no_wav, batch, voice, options)
+        return
+    if not wavs:
+        raise ValueError("nothing to answer: give wav files, or --questions with --out-dir")
+    from omni2_jax import audio
+
+    for wav in wavs:  # a bad file is told before minutes are spent on the others
+        audio.fit(audio.load(wav), over=options.long, name=wav)
+    outs = targets(out, len(wavs))
+    with notes.status("loading"):
+        model = Omni2.load(checkpoint, decoder=out is not None or not no_wav)
+        session = model.session(voice, options)
+    if stream:
+        converse_aloud(session, wavs, outs)
+    else:
+        converse(session, wavs, outs)
+
+
+def targets(out: Path | None, turns: int) -> list[Path | None]:
+    """One output file for each turn, all of them writable."""
+    from omni2_jax import audio
+
+    if out is None or str(out) == "-":
+        return [out] * turns
+    outs = [out] if turns == 1 else [out.with_name(f"{out.stem}-{i + 1}{out.suffix}") for i in range(turns)]
+    for path in outs:
+        audio.writable(path)
+    return outs
+
+
+def converse(session, wavs: list[Path], outs: list[Path | None]) -> None:
+    """Answer one turn after the other, the text as it comes."""
+    from omni2_jax import audio
+    from omni2_jax.omni2 import join
+
+    for wav, out in zip(wavs, outs, strict=True):
+        if len(wavs) > 1:
+            notes.print(f"[bold]{wav}[/]")
+        answer = join(shown(session.respond(wav), sys.stdout), spoken=True)
+        notes.print(f"{len(answer.units)} units, {len(answer.waveform) / audio.SPEECH_RATE:.2f} s of speech" + (f" -> {out}" if out else ""))
+        if out:
+            audio.save(out, answer.waveform)
+
+
+def shown(replies: Iterator, file) -> Iterator:
+    """The same replies; their text is printed as it passes."""
+    for reply in replies:
+        print(reply.text, end="", flush=True, file=file)
+        yield reply
+    print(file=file)
+
+
+def converse_aloud(session, wavs: list[Path], outs: list[Path | None]) -> None:
+    """Answer one turn after the other, writing samples as they are made, and print how fast that was."""
+    from omni2_jax import audio
+
+    with notes.status("compiling"):
+        session.engine.warm_up()
+        session.hear(wavs[0])
+    for wav, out in zip(wavs, outs, strict=True):
+        with audio.Writer(out) as writer:
+            marks, seconds = [time.perf_counter()], 0.0
+            first = None
+            for reply in shown(session.respond(wav), sys.stderr if str(out) == "-" else sys.stdout):
+                writer.write(reply.samples)
+                marks.append(time.perf_counter())
+                seconds += len(reply.samples) / audio.SPEECH_RATE
+                first = marks[-1] - marks[0] if first is None and len(reply.samples) else first
+        notes.print(timings(session, marks, seconds, first))
+
+
+def timings(session, marks: list[float], seconds: float, first: float | None) -> rich.table.Table:
+    table = rich.table.Table(title="timings", show_header=False)
+    total, steps = marks[-1] - marks[0], [b - a for a, b in zip(marks[1:-1], marks[2:], strict=True)]
+    rows = [
+        ("time to first audio", f"{1000 * first:.0f} ms" if first else "no audio"),
+        ("real-time factor", f"{total / seconds:.3f}" if seconds else "no audio"),
+        ("speech", f"{seconds:.2f} s in {total:.2f} s"),
+    ]
+    rows += [(name, f"{1000 * value:.0f} ms") for name, value in session.stages.items()]
+    rows += [("a step (mean, slowest)", f"{1000 * sum(steps) / len(steps):.0f} ms, {1000 * max(steps):.0f} ms")] if steps else []
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def read_questions(path: Path) -> list[dict]:
+    """The items of a questions.json, sound paths resolved against its folder; raises ValueError on the first thing that is wrong."""
+    from omni2_jax import audio
+
+    try:
+        items = json.loads(path.read_text())
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"cannot read {path}: {error}") from None
+    if not isinstance(items, list) or not items:
+        raise ValueError(f"{path} holds no list of questions")
+    parsed = []
+    for number, item in enumerate(items):
+        where = f"{path}: item {number}"
+        if not isinstance(item, dict) or "id" not in item or not item.get("conversation"):
+            raise ValueError(f"{where} has no id or no conversation")
+        name = str(item["id"])
+        if name in ("", ".", "..") or "/" in name or name in {other["id"] for other in parsed}:
+            raise ValueError(f"{where}: id {name!r} is used twice or cannot be a file's name")
+        turns = []
+        for i, turn in enumerate(item["conversation"]):
+            key = "text" if i % 2 else "speech"
+            if not isinstance(turn, dict) or not isinstance(turn.get(key), str):
+                raise ValueError(f"{where} ({name}): turn {i} has no {key!r}")
+            turns.append(turn[key] if i % 2 else sound_path(path, turn[key]))
+        if len(turns) % 2 == 0:
+            raise ValueError(f"{where} ({name}): the conversation does not end with the user's turn")
+        for turn in turns[::2]:
+            audio.load(turn)
+        parsed.append({"id": name, "given": item["id"], "turns": turns})
+    return parsed
+
+
+def sound_path(questions: Path, sound: str) -> Path:
+    """Relative to the questions file; the released examples are relative to where one stands."""
+    beside = questions.parent / sound
+    return beside if beside.exists() or not Path(sound).exists() else Path(sound)
+
+
+def answer_questions(checkpoint: Path, items: list[dict], out_dir: Path, wav: bool, batch: int, voice: str | None, options) -> None:
+    """Answer every item; a line of answers.jsonl and a wav are written as soon as an answer is whole."""
+    from omni2_jax import audio
+    from omni2_jax.omni2 import Omni2, join
+
+    answers = out_dir / "answers.jsonl"
+    if answers.exists():
+        raise ValueError(f"{answers} exists already; give a new --out-dir")
+    out_dir.mkdir(parents=True, exist_ok=True)
+    audio.writable(answers)
+    with notes.status("loading"):
+        model = Omni2.load(checkpoint, decoder=wav)
+    progress = rich.progress.Progress(*rich.progress.Progress.get_default_columns(), rich.progress.MofNCompleteColumn(), console=notes)
+    with progress, open(answers, "w", encoding="utf-8") as file:
+        task = progress.add_task("answering", total=len(items))
+        for start in range(0, len(items), batch):
+            group = items[start : start + batch]
+            for item, replies in zip(group, model.streams([item["turns"] for item in group], voice, options), strict=True):
+                answer = join(replies, wav)
+                if wav:
+                    audio.save(out_dir / f"{item['id']}.wav", answer.waveform)
+                line = {"question_id": item["given"], "prediction": answer.text.strip(), "prediction_units": answer.unit_text}
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+                file.flush()
+                progress.console.print(f"{item['id']}: {answer.text.strip()}", markup=False, highlight=False)
+                progress.advance(task)
+
+
+@app.command()
+def info(checkpoint: Annotated[Path, typer.Argument(metavar="CKPT", help="A checkpoint directory.")]) -> None:
+    """What a checkpoint holds: sizes, parameters, R and W, voices."""
+    from omni2_jax.checkpoint import describe
+
+    description = describe(checkpoint)
+    table = rich.table.Table("part", "dimensions", "parameters", "dtype", "MB", title=str(checkpoint))
+    for row in description.rows:
+        table.add_row(*row)
+    console = rich.console.Console()
+    console.print(table)
+    for name, value in description.facts.items():
+        console.print(f"{name}: {value}", highlight=False)
+
+
+def main() -> None:
+    """The command's entry: every foreseen failure is one line on stderr and exit code 1."""
+    try:
+        app()
+    except (ValueError, OSError, RuntimeError) as error:
+        sys.exit(f"error: {' '.join(str(error).split())}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

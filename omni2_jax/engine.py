@@ -1,0 +1,181 @@
+"""Many speakers at once: slots, an admission queue and continuous batching over one compiled streaming step.
+
+Requests join and leave between steps without a new compilation and without changing anybody else's answer. Step n + 1 is
+dispatched before step n is read back, so the device never waits for the host.
+"""
+
+import collections
+import dataclasses
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from omni2_jax import streaming
+from omni2_jax.config import Omni2Config
+from omni2_jax.readwrite import FAILED, IDLE, Request, request
+from omni2_jax.streaming import Chunk, Shape, StreamState
+
+
+class QueueFullError(RuntimeError):
+    """The engine has no room for another request."""
+
+
+class GenerationError(RuntimeError):
+    """A slot's numbers were not finite; its answer ends here."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A stretch of a prompt with the features of at most one spoken turn."""
+
+    ids: np.ndarray  # [P] at most Shape.prompt
+    features: jax.Array  # [F, D] of that turn
+    first: int  # how many of its features earlier pieces used
+
+
+@dataclass(eq=False)
+class Stream:
+    """An answer on its way. Iterating over it drives the engine; `cancel` ends it at once."""
+
+    engine: "Engine"
+    pieces: Sequence[Piece]
+    request: Request
+    voice: jax.Array | None
+    lane: StreamState | None  # the conversation so far; after the end, with this answer in it
+    keep: bool  # whether the lane is wanted back
+    heard: int  # LLM positions of the conversation up to what has been handed out
+    slot: int | None = None
+    chunks: collections.deque = field(default_factory=collections.deque)
+    done: bool = False
+    error: Exception | None = None
+
+    def __iter__(self) -> Iterator[Chunk]:
+        while self.chunks or not self.done:
+            if not self.chunks:
+                self.engine.step()
+                continue
+            chunk = self.chunks.popleft()
+            self.heard = chunk.llm_length
+            yield chunk
+        if self.error:
+            raise self.error
+
+    def cancel(self) -> None:
+        """Stop now. What was handed out stays in the conversation's lane, the rest is forgotten."""
+        self.engine.cancel(self)
+
+
+class Engine:
+    """`submit` a turn, iterate over its stream."""
+
+    def __init__(self, config: Omni2Config, graph: nnx.GraphDef, params: dict, shape: Shape, queue: int = 64):
+        self.config, self.params, self.shape, self.queue = config, params, shape, queue
+        self.dtype = params["llm"]["norm"]["scale"].dtype
+        model = functools.partial(nnx.merge, graph)
+        axes = streaming.slot_axes(model(params), shape)
+        self._prefill = jax.jit(lambda params, lane, *piece: streaming.prefill(model(params), lane, *piece), donate_argnums=1)
+        self._step = jax.jit(lambda params, state: streaming.read_write_step(model(params), shape, state), donate_argnums=1)
+        self._insert = jax.jit(functools.partial(streaming.insert, axes), donate_argnums=0)
+        self._release = jax.jit(functools.partial(streaming.release, axes), donate_argnums=0)
+        self._empty = jax.jit(lambda params, slots: StreamState.empty(model(params), shape, slots, self.dtype), static_argnums=1)
+        self.state = self._empty(params, shape.slots)
+        self.slots: list[Stream | None] = [None] * shape.slots
+        self.waiting: collections.deque[Stream] = collections.deque()
+        self.dispatched: collections.deque[tuple[jax.Array, list[Stream | None]]] = collections.deque()
+
+    def warm_up(self) -> None:
+        """Compile everything there is to compile, so that no conversation has to wait for it."""
+        width = self.config.llm.width
+        ids = np.zeros(self.shape.prompt, np.int32)
+        features = jnp.zeros((self.config.speech_encoder.frames // self.config.adapter.stride, width), self.dtype)
+        voice = jnp.ones(self.config.flow.speaker) if self.config.flow else None
+        asked = request(self.config, max_text=1, max_flush=1)
+        for _ in self.submit([Piece(ids, features, 0)], asked, voice, keep=True):
+            pass
+
+    def compilations(self) -> int:
+        """Programs compiled so far."""
+        return sum(f._cache_size() for f in (self._prefill, self._step, self._insert, self._release, self._empty))
+
+    def submit(
+        self,
+        pieces: Sequence[Piece],
+        asked: Request,
+        voice: jax.Array | None,
+        lane: StreamState | None = None,
+        length: int = 0,
+        keep: bool = False,
+    ) -> Stream:
+        """Queue a turn: its prompt, behind the `length` positions of a conversation's lane. Raises QueueFullError when `queue` wait already."""
+        if len(self.waiting) >= self.queue:
+            raise QueueFullError(f"all {self.shape.slots} slots are taken and {self.queue} requests wait; try again later")
+        length += sum(len(piece.ids) for piece in pieces)
+        stream = Stream(self, pieces, asked, voice, lane, keep, length)
+        self.waiting.append(stream)
+        return stream
+
+    def step(self) -> None:
+        """Admit who waits, dispatch a step if anybody speaks, and read back the step before it."""
+        self.admit()
+        if any(self.slots):
+            self.state, packed = self._step(self.params, self.state)
+            packed.copy_to_host_async()
+            self.dispatched.append((packed, list(self.slots)))
+        if len(self.dispatched) > 1 or not any(self.slots):
+            self.read_back()
+
+    def admit(self) -> None:
+        for slot, taken in enumerate(self.slots):
+            if taken is None and self.waiting:
+                stream = self.waiting.popleft()
+                lane = self._empty(self.params, 1) if stream.lane is None else stream.lane
+                for piece in stream.pieces:
+                    ids = np.zeros(self.shape.prompt, np.int32)
+                    ids[: len(piece.ids)] = piece.ids
+                    lane = self._prefill(
+                        self.params, lane, ids, np.int32(len(piece.ids)), piece.features, np.int32(piece.first), stream.request, stream.voice
+                    )
+                stream.lane = None
+                self.state = self._insert(self.state, lane, np.int32(slot))
+                self.slots[slot], stream.slot = stream, slot
+
+    def read_back(self) -> None:
+        """Hand the oldest dispatched step to its streams."""
+        if not self.dispatched:
+            return
+        packed, streams = self.dispatched.popleft()
+        rows = np.asarray(packed)
+        for slot, stream in enumerate(streams):
+            if stream is None or stream.done:
+                continue
+            chunk = Chunk.of(rows[slot], self.config)
+            stream.chunks.append(chunk)
+            if chunk.phase in (IDLE, FAILED):
+                if chunk.phase == FAILED:
+                    stream.error = GenerationError("the model's numbers were not finite (NaN or infinite weights or input); the answer was stopped")
+                self.free(stream, chunk.llm_length)
+
+    def free(self, stream: Stream, heard: int) -> None:
+        """Take a stream out of its slot; the lane goes back to it if it wants it."""
+        stream.done = True
+        self.slots[stream.slot] = None
+        self.state, lane = self._release(self.state, np.int32(stream.slot), np.int32(heard))
+        stream.lane = lane if stream.keep and not stream.error else None
+
+    def cancel(self, stream: Stream) -> None:
+        """End a stream wherever it is: waiting, in a slot, or over but not yet heard to its end."""
+        stream.chunks.clear()
+        if stream.slot is None:
+            if stream in self.waiting:
+                self.waiting.remove(stream)
+        elif not stream.done:
+            self.free(stream, stream.heard)
+        elif stream.lane is not None:
+            words = dataclasses.replace(stream.lane.words, llm_length=jnp.array([stream.heard], jnp.int32))
+            stream.lane = dataclasses.replace(stream.lane, words=words)
+        stream.done = True
