@@ -7,6 +7,7 @@ row then gives the numbers it gives alone, and zeros behind its last frame.
 import functools
 import io
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -80,6 +81,48 @@ def save(path: str | Path, samples: np.ndarray, rate: int = SPEECH_RATE) -> None
     except (OSError, soundfile.SoundFileError) as error:
         aside.unlink(missing_ok=True)
         raise ValueError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from None
+
+
+def writable(path: str | Path) -> None:
+    """Raise ValueError unless a file can be written at `path`: told before minutes are spent on what goes into it."""
+    path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"cannot write {path}: it is a directory")
+    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        raise ValueError(f"cannot write {path}: {path.parent} is not a directory that can be written to")
+
+
+class Writer:
+    """Samples to a 16-bit wav as they come, or as raw little-endian PCM to stdout for "-"; nowhere for None.
+
+    A context manager. The wav appears under its name when the block ends well, and not at all otherwise.
+    """
+
+    def __init__(self, path: str | Path | None, rate: int = SPEECH_RATE):
+        self.path, self.rate = path and Path(path), rate
+        self.aside = self.path and self.path.with_name(self.path.name + ".partial")
+
+    def __enter__(self) -> "Writer":
+        self.file = None
+        if self.path and str(self.path) != "-":
+            writable(self.path)
+            self.file = soundfile.SoundFile(self.aside, "w", self.rate, 1, "PCM_16", format="WAV")
+        return self
+
+    def write(self, samples: np.ndarray) -> None:
+        if self.file:
+            self.file.write(samples)
+        elif self.path:
+            sys.stdout.buffer.write((np.clip(samples, -1, 1) * 32767).astype("<i2").tobytes())
+            sys.stdout.buffer.flush()
+
+    def __exit__(self, kind, *_) -> None:
+        if self.file:
+            self.file.close()
+            if kind is None:
+                self.aside.replace(self.path)
+            else:
+                self.aside.unlink()
 
 
 # ---- turns ----

@@ -1,6 +1,6 @@
 """A checkpoint directory: the configuration, tokenizers, voices, and one Orbax (tensorstore) tree per part, each restorable alone.
 
-    CKPT/config.json  generation_config.json  tokenizer/  tts_tokenizer/  voices/NAME.npy  assets/  params/PART/
+CKPT/config.json  generation_config.json  tokenizer/  tts_tokenizer/  voices/NAME.npy  assets/  params/PART/
 """
 
 import contextlib
@@ -92,6 +92,16 @@ def parts(directory: Path) -> list[str]:
     return [part for part in PARTS if (directory / "params" / part / "_METADATA").exists()]
 
 
+def metadata(directory: Path, part: str) -> dict[str, ocp.metadata.ArrayMetadata]:
+    """Shapes and dtypes of a part's parameters by path. Raises ValueError when its files are damaged."""
+    where = (directory / "params" / part).absolute()
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        try:
+            return checkpointer.metadata(where).item_metadata.tree
+        except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:
+            raise ValueError(f"{where} cannot be read, its files are damaged or missing: {first_line(error)}") from None
+
+
 def load_part(directory: Path, part: str, shapes: Mapping, dtype: jnp.dtype | None = None, sharding=None) -> dict:
     """Restore one part as a nested dict of arrays.
 
@@ -103,10 +113,9 @@ def load_part(directory: Path, part: str, shapes: Mapping, dtype: jnp.dtype | No
     sharding = sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
     shardings = dict.fromkeys(expected, sharding) if isinstance(sharding, jax.sharding.Sharding) else flatten(sharding)
     args = {path: ocp.ArrayRestoreArgs(dtype=dtype, sharding=shardings[path]) for path in expected}
+    check(where, {path: tuple(leaf.shape) for path, leaf in metadata(directory, part).items()}, expected)
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         try:
-            stored = checkpointer.metadata(where.absolute()).item_metadata.tree
-            check(where, {path: tuple(leaf.shape) for path, leaf in stored.items()}, expected)
             leaves = checkpointer.restore(where.absolute(), args=ocp.args.PyTreeRestore(restore_args=args))
         except (OSError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{where} cannot be restored, its files are damaged or missing: {first_line(error)}") from None

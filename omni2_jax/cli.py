@@ -1,5 +1,6 @@
 """The `omni2` command: `omni2 chat` answers spoken questions, `omni2 info` describes a checkpoint."""
 
+import itertools
 import json
 import sys
 import time
@@ -23,22 +24,26 @@ def omni2() -> None:
 
 @app.command()
 def chat(
-    wavs: Annotated[list[Path] | None, typer.Argument(metavar="QUESTION.wav ...", help="Spoken turns of one conversation, in order (wav, flac, ogg).")] = None,
+    wavs: Annotated[list[Path] | None, typer.Argument(metavar="QUESTION.wav ...", help="Spoken turns of one conversation.")] = None,
     checkpoint: Annotated[Path, typer.Option(help="A checkpoint directory made by python -m convert.")] = ...,
     out: Annotated[Path | None, typer.Option(help="Write the spoken answer here; with several turns as NAME-1.wav, NAME-2.wav ...")] = None,
-    questions: Annotated[Path | None, typer.Option(help="Answer every item of a questions.json instead (the released example format).")] = None,
+    questions: Annotated[Path | None, typer.Option(help="Answer every item of a questions.json (the released format).")] = None,
     out_dir: Annotated[Path | None, typer.Option(help="With --questions: where answers.jsonl and ID.wav go.")] = None,
     no_wav: Annotated[bool, typer.Option("--no-wav", help="Text and units only, no audio.")] = False,
     batch: Annotated[int, typer.Option(min=1, help="With --questions: how many to answer at once.")] = 1,
-    stream: Annotated[bool, typer.Option("--stream", help="Write the audio as it is made (--out FILE.wav, or - for raw 16-bit PCM on stdout) and print timings.")] = False,
-    voice: Annotated[str | None, typer.Option(help="A voice stored in the checkpoint, or a sound file to speak like. [default: the first stored]")] = None,
+    stream: Annotated[
+        bool, typer.Option("--stream", help="Write audio as it is made (--out - is raw 16-bit PCM on stdout), print timings.")
+    ] = False,
+    voice: Annotated[str | None, typer.Option(help="A stored voice, or a sound file to speak like. [default: the first stored]")] = None,
     temperature: Annotated[float, typer.Option(min=0, help="Of the text; 0 is greedy.")] = 0.0,
-    top_p: Annotated[float | None, typer.Option(min=0, max=1, help="Sample the text from its likeliest tokens of this total probability.")] = None,
-    top_k: Annotated[int | None, typer.Option(min=0, help="Sample the text from its K likeliest tokens; 0 is off.")] = None,
+    top_p: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Sample among the likeliest text tokens of this total probability.")
+    ] = None,
+    top_k: Annotated[int | None, typer.Option(min=0, help="Sample among the K likeliest text tokens; 0 is off.")] = None,
     repetition_penalty: Annotated[float | None, typer.Option(help="Over 1 makes text tokens said before less likely.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Text tokens at most.")] = 256,
     unit_temperature: Annotated[float, typer.Option(min=0, help="Of the speech units; 0 is greedy (which tends to repeat itself).")] = 1.0,
-    unit_vocabulary: Annotated[str, typer.Option(help="units: only units can be sampled; all: any token, as in the released code.")] = "units",
+    unit_vocabulary: Annotated[str, typer.Option(help="units: nothing else can be sampled; all: any token, as released.")] = "units",
     max_flush_units: Annotated[int, typer.Option(min=1, help="Speech tokens at most after the text has ended.")] = 1024,
     seed: Annotated[int, typer.Option(help="The same seed gives the same answer.")] = 0,
     truncate: Annotated[bool, typer.Option("--truncate", help="Cut turns over 30 s (they are refused otherwise).")] = False,
@@ -103,7 +108,8 @@ def converse(session, wavs: list[Path], outs: list[Path | None]) -> None:
         if len(wavs) > 1:
             notes.print(f"[bold]{wav}[/]")
         answer = join(shown(session.respond(wav), sys.stdout), spoken=True)
-        notes.print(f"{len(answer.units)} units, {len(answer.waveform) / audio.SPEECH_RATE:.2f} s of speech" + (f" -> {out}" if out else ""))
+        seconds = len(answer.waveform) / audio.SPEECH_RATE
+        notes.print(f"{len(answer.units)} units, {seconds:.2f} s of speech" + (f" -> {out}" if out else ""))
         if out:
             audio.save(out, answer.waveform)
 
@@ -124,29 +130,28 @@ def converse_aloud(session, wavs: list[Path], outs: list[Path | None]) -> None:
         session.engine.warm_up()
         session.hear(wavs[0])
     for wav, out in zip(wavs, outs, strict=True):
+        session.stages, seconds, first = {}, 0.0, None
+        marks = [time.perf_counter()]
         with audio.Writer(out) as writer:
-            marks, seconds = [time.perf_counter()], 0.0
-            first = None
             for reply in shown(session.respond(wav), sys.stderr if str(out) == "-" else sys.stdout):
                 writer.write(reply.samples)
                 marks.append(time.perf_counter())
                 seconds += len(reply.samples) / audio.SPEECH_RATE
                 first = marks[-1] - marks[0] if first is None and len(reply.samples) else first
-        notes.print(timings(session, marks, seconds, first))
+        notes.print(timings(session.stages, marks, seconds, first))
 
 
-def timings(session, marks: list[float], seconds: float, first: float | None) -> rich.table.Table:
-    table = rich.table.Table(title="timings", show_header=False)
-    total, steps = marks[-1] - marks[0], [b - a for a, b in zip(marks[1:-1], marks[2:], strict=True)]
-    rows = [
-        ("time to first audio", f"{1000 * first:.0f} ms" if first else "no audio"),
-        ("real-time factor", f"{total / seconds:.3f}" if seconds else "no audio"),
-        ("speech", f"{seconds:.2f} s in {total:.2f} s"),
-    ]
-    rows += [(name, f"{1000 * value:.0f} ms") for name, value in session.stages.items()]
-    rows += [("a step (mean, slowest)", f"{1000 * sum(steps) / len(steps):.0f} ms, {1000 * max(steps):.0f} ms")] if steps else []
-    for row in rows:
-        table.add_row(*row)
+def timings(stages: dict[str, float], marks: list[float], seconds: float, first: float | None) -> rich.table.Table:
+    """A table of an answer's times; marks: when it was asked and when each step's reply came."""
+    total, steps = marks[-1] - marks[0], [b - a for a, b in itertools.pairwise(marks[1:])]
+    table = rich.table.Table(show_header=False)
+    table.add_row("time to first audio", f"{1000 * first:.0f} ms" if first else "no audio")
+    table.add_row("real-time factor", f"{total / seconds:.3f} ({seconds:.2f} s of speech in {total:.2f} s)" if seconds else "no audio")
+    for name, value in stages.items():
+        table.add_row(name, f"{1000 * value:.0f} ms")
+    table.add_row("first step", f"{1000 * (marks[1] - marks[0] - sum(stages.values())):.0f} ms")
+    if steps:
+        table.add_row("later steps (mean, slowest)", f"{1000 * sum(steps) / len(steps):.0f} ms, {1000 * max(steps):.0f} ms")
     return table
 
 
@@ -219,16 +224,18 @@ def answer_questions(checkpoint: Path, items: list[dict], out_dir: Path, wav: bo
 @app.command()
 def info(checkpoint: Annotated[Path, typer.Argument(metavar="CKPT", help="A checkpoint directory.")]) -> None:
     """What a checkpoint holds: sizes, parameters, R and W, voices."""
-    from omni2_jax.checkpoint import describe
+    from omni2_jax import info as described
 
-    description = describe(checkpoint)
-    table = rich.table.Table("part", "dimensions", "parameters", "dtype", "MB", title=str(checkpoint))
-    for row in description.rows:
-        table.add_row(*row)
+    table = rich.table.Table("part", "dimensions", "parameters", "stored as", "MB", title=str(checkpoint))
+    parts = described.parts(checkpoint)
+    for part in parts:
+        table.add_row(part.name, part.dimensions, f"{part.parameters:,}", part.dtype, f"{part.bytes / 1e6:,.1f}")
+    table.add_section()
+    table.add_row("all", "", f"{sum(p.parameters for p in parts):,}", "", f"{sum(p.bytes for p in parts) / 1e6:,.1f}")
     console = rich.console.Console()
     console.print(table)
-    for name, value in description.facts.items():
-        console.print(f"{name}: {value}", highlight=False)
+    for name, value in described.facts(checkpoint).items():
+        console.print(f"{name}: {value}", highlight=False, markup=False)
 
 
 def main() -> None:

@@ -111,7 +111,7 @@ class Engine:
         length: int = 0,
         keep: bool = False,
     ) -> Stream:
-        """Queue a turn: its prompt, behind the `length` positions of a conversation's lane. Raises QueueFullError when `queue` wait already."""
+        """Queue a turn: its prompt, behind the `length` positions of a conversation's lane. Raises QueueFullError."""
         if len(self.waiting) >= self.queue:
             raise QueueFullError(f"all {self.shape.slots} slots are taken and {self.queue} requests wait; try again later")
         length += sum(len(piece.ids) for piece in pieces)
@@ -135,11 +135,9 @@ class Engine:
                 stream = self.waiting.popleft()
                 lane = self._empty(self.params, 1) if stream.lane is None else stream.lane
                 for piece in stream.pieces:
-                    ids = np.zeros(self.shape.prompt, np.int32)
-                    ids[: len(piece.ids)] = piece.ids
-                    lane = self._prefill(
-                        self.params, lane, ids, np.int32(len(piece.ids)), piece.features, np.int32(piece.first), stream.request, stream.voice
-                    )
+                    ids = np.pad(piece.ids, (0, self.shape.prompt - len(piece.ids)))
+                    size, first = np.int32(len(piece.ids)), np.int32(piece.first)
+                    lane = self._prefill(self.params, lane, ids, size, piece.features, first, stream.request, stream.voice)
                 stream.lane = None
                 self.state = self._insert(self.state, lane, np.int32(slot))
                 self.slots[slot], stream.slot = stream, slot
@@ -157,7 +155,7 @@ class Engine:
             stream.chunks.append(chunk)
             if chunk.phase in (IDLE, FAILED):
                 if chunk.phase == FAILED:
-                    stream.error = GenerationError("the model's numbers were not finite (NaN or infinite weights or input); the answer was stopped")
+                    stream.error = GenerationError("the model's numbers were not finite (NaN or infinite); the answer was stopped")
                 self.free(stream, chunk.llm_length)
 
     def free(self, stream: Stream, heard: int) -> None:

@@ -3,6 +3,8 @@
     model = Omni2.load("CKPT")
     answer = model.answer("question.wav", voice="jane")
     answer.text, answer.units, answer.waveform
+
+`Omni2.stream` gives the same answer as it is made, `Omni2.session` a conversation.
 """
 
 import functools
@@ -142,7 +144,9 @@ class Omni2:
             self.engines[shape] = Engine(self.config, self.graph, self.params, shape)
         return self.engines[shape]
 
-    def session(self, voice: str | None = None, options: Options | None = None, overflow: str = "error", positions: int | None = None) -> Session:
+    def session(
+        self, voice: str | None = None, options: Options | None = None, overflow: str = "error", positions: int | None = None
+    ) -> Session:
         """A conversation of its own. positions: LLM positions it may take (default: the checkpoint's limit)."""
         options = options or Options()
         engine = self.engine(options, (positions or self.config.max_prompt) - options.max_new_tokens)
@@ -169,7 +173,7 @@ class Omni2:
             heard = [self.hear(turn, options.long) if i % 2 == 0 else turn for i, turn in enumerate(turns)]
             ids = self.tokenizer.prompt([turn if isinstance(turn, str) else len(turn) for turn in heard])
             if len(ids) > self.config.max_prompt:
-                raise ValueError(f"the conversation takes {len(ids)} positions, the model takes {self.config.max_prompt}; leave out old turns")
+                raise ValueError(f"the conversation takes {len(ids)} positions, at most {self.config.max_prompt} fit; leave out old turns")
             prompts.append((ids, [clip for turn in heard[::2] for clip in turn]))
         engine = self.engine(options, max(len(ids) for ids, _ in prompts), len(prompts))
         queued = [engine.submit(split(ids, features, engine.shape.prompt), asked, x_vector) for ids, features in prompts]

@@ -176,7 +176,9 @@ def read(model: Model, state: ReadWriteState) -> tuple[ReadWriteState, Array, Ar
     return dataclasses.replace(state, phase=jnp.where(ended, FLUSHING, state.phase)), tokens, hiddens, ended
 
 
-def write(model: Model, state: ReadWriteState, tokens: Array, hiddens: Array, ended: Array, units_only: bool) -> tuple[ReadWriteState, Array]:
+def write(
+    model: Model, state: ReadWriteState, tokens: Array, hiddens: Array, ended: Array, units_only: bool
+) -> tuple[ReadWriteState, Array]:
     """Feed the speech LM its last token, the fused rows and, where the text just ended, <sep>; then up to W speech tokens [B, W]."""
     config, active = model.config, (state.phase == READING) | (state.phase == FLUSHING)
     fused = model.fuse(hiddens, tokens)
@@ -250,4 +252,3 @@ def chooser(model: Model, units_only: bool):
         return jnp.where(unit == units, tokens.unit_eos, first + unit)
 
     return choose
-

@@ -3,9 +3,13 @@
     session = model.session(voice="jane")
     for chunk in session.respond("question.wav"):
         chunk.text, chunk.units, chunk.samples
+
+`interrupt` stops an answer at once; leaving the loop does the same.
 """
 
+import contextlib
 import itertools
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -54,6 +58,7 @@ class Session:
         self.lane: StreamState | None = None
         self.length = 0  # LLM positions in the lane
         self.stream: Stream | None = None
+        self.stages: dict[str, float] | None = None  # set it to {} to have the seconds of hearing and prefill measured
 
     def respond(self, sound) -> Iterator[Reply]:
         """Answer a spoken turn (a file, or samples [N] at 16 kHz). Leaving the loop early is an interruption.
@@ -62,15 +67,27 @@ class Session:
         """
         if self.stream is not None:
             raise RuntimeError("the last answer is still on its way; interrupt() it first")
-        features = self.hear(sound)
+        with self.stage("hearing") as settle:
+            features = settle(self.hear(sound))
         pieces, lane = self.admit(features)
         turn = Turn(features, [])
-        self.turns.append(turn)
         self.stream = self.engine.submit(pieces, self.request, self.voice, lane, self.length, keep=True)
+        self.turns.append(turn)
+        with self.stage("prefill") as settle:
+            self.engine.admit()
+            settle(self.engine.state)
         try:
             yield from replies(self.stream, self.tokenizer, turn.answer)
         finally:
             self.interrupt()
+
+    @contextlib.contextmanager
+    def stage(self, name: str) -> Iterator[Callable]:
+        """Times a block where times are wanted; the block passes what it computes through `settle`, which then waits for it."""
+        start = time.perf_counter()
+        yield jax.block_until_ready if self.stages is not None else lambda value: value
+        if self.stages is not None:
+            self.stages[name] = time.perf_counter() - start
 
     def interrupt(self) -> None:
         """Stop the answer at once. What was handed out stays in the history; the user's next turn follows it."""

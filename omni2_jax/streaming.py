@@ -1,4 +1,4 @@
-"""The streaming step: for all slots at once and in one compiled call, R text tokens, their fusion, W units, the mel they complete, the samples.
+"""The streaming step: in one compiled call for all slots, R text tokens, their fusion, W units, the mel they complete, the samples.
 
 Four verbs over (params, state): `prefill` a lane (a state of one slot) with a turn, `insert` it into a slot, `read_write_step`
 until the turn is over, `release` the lane again. Nothing is ever recomputed from the start.

@@ -7,7 +7,15 @@ from pathlib import Path
 from omni2_jax.config import Omni2Config
 from omni2_jax.model import SPEECH
 
-FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json", "chat_template.jinja")
+FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+)
 SPEECH_TEXT = "<speech>"
 
 

@@ -1,7 +1,6 @@
 """Whisper's encoder: log-mel [B, 2T, M] -> frames [B, T, D], T = 1500 for 30 s. It stays frozen in every training stage."""
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from omni2_jax.config import SpeechEncoderConfig

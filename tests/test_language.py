@@ -1,5 +1,6 @@
 """Speech encoder, adapter, both language models, gate fusion and the read/write rules against the released PyTorch code."""
 
+import functools
 import json
 
 import jax
@@ -9,7 +10,7 @@ import pytest
 from flax import nnx
 
 from convert import build
-from omni2_jax import audio, checkpoint, readwrite
+from omni2_jax import checkpoint, readwrite
 from omni2_jax.layers import scan
 from omni2_jax.model import SPEECH
 from omni2_jax.readwrite import IDLE, ReadWriteState
@@ -39,7 +40,7 @@ def parts(model):
 @pytest.fixture(scope="module")
 def features(model, goldens):
     """Speech features of every clip, from the wav on."""
-    return {clip: np.asarray(model.features([audio.load(goldens / "audio" / f"{clip}.wav")])[0]) for clip in ("speech_a", "speech_b", "synth_c")}
+    return {clip: np.asarray(model.hear(goldens / "audio" / f"{clip}.wav")[0]) for clip in ("speech_a", "speech_b", "synth_c")}
 
 
 def prompt(case, golden, features):
@@ -48,18 +49,30 @@ def prompt(case, golden, features):
     return ids, np.concatenate([features[turn["clip"]] for turn in case["conversation"] if "clip" in turn])
 
 
+@functools.cache
+def programs(model):
+    """The two compiled functions that generation is made of."""
+    merge = functools.partial(nnx.merge, model.graph)
+    prefill = jax.jit(lambda params, *given: readwrite.prefill(merge(params), *given), donate_argnums=1)
+    read_write = jax.jit(
+        lambda params, state, units_only: readwrite.read_write(merge(params), state, units_only), donate_argnums=1, static_argnums=2
+    )
+    return prefill, read_write
+
+
 def generate(model, prompts, requests):
     """Greedy generation of several prompts in one batch -> per slot (text ids, speech ids)."""
     slots, longest = len(prompts), max(len(ids) for ids, _ in prompts)
     ids, features = np.zeros((slots, longest), np.int32), np.zeros((slots, 600, prompts[0][1].shape[1]), np.float32)
     for row, (row_ids, row_features) in enumerate(prompts):
         ids[row, : len(row_ids)], features[row, : len(row_features)] = row_ids, row_features
+    prefill, read_write = programs(model)
     state = ReadWriteState.empty(model.config, slots, 1024, 1024)
     lengths = jnp.array([len(row_ids) for row_ids, _ in prompts])
-    state = model.prefill(model.params, state, jnp.asarray(ids), lengths, jnp.asarray(features), requests)
+    state = prefill(model.params, state, jnp.asarray(ids), lengths, jnp.asarray(features), requests)
     text, speech = [[] for _ in prompts], [[] for _ in prompts]
     for _ in range(100):
-        state, burst = model.read_write(model.params, state, False)
+        state, burst = read_write(model.params, state, False)
         for row in range(slots):
             text[row] += [int(t) for t in burst.tokens[row] if t >= 0]
             speech[row] += [int(t) for t in burst.speech[row] if t >= 0]
@@ -184,11 +197,12 @@ def test_sampling_does_not_depend_on_the_batch(model, cases, arrays, features):
 def test_units_only_samples_nothing_else(model, cases, arrays, features):
     ids, heard = prompt(cases["A"], arrays["A"], features)
     asked = readwrite.request(model.config, 1, max_text=30, max_flush=50)
+    prefill, read_write = programs(model)
     state = ReadWriteState.empty(model.config, 1, 1024, 1024)
-    state = model.prefill(model.params, state, jnp.asarray(ids)[None], jnp.array([len(ids)]), jnp.asarray(heard)[None], asked)
+    state = prefill(model.params, state, jnp.asarray(ids)[None], jnp.array([len(ids)]), jnp.asarray(heard)[None], asked)
     tokens, seen = model.config.tokens, set()
     while int(state.phase[0]) != IDLE:
-        state, burst = model.read_write(model.params, state, True)
+        state, burst = read_write(model.params, state, True)
         seen |= set(np.asarray(burst.speech).ravel().tolist())
     assert len(seen) > 50
     assert all(t in (-1, tokens.unit_eos) or tokens.sep < t <= tokens.sep + model.config.units for t in seen)

@@ -145,16 +145,19 @@ def flow_step(flow: Flow, state: FlowState, new: Array, counts: Array, final: Ar
         raise ValueError(f"{new.shape[1]} new units a step; the state was made for {room - chunks.size - config.lookahead + 1}")
     state = append(state, new, counts)
     ready = jnp.where(final, state.count, jnp.maximum(state.count - config.lookahead, state.given))
-    end = chunks.end(state.start)
-    finished = jnp.where(state.count >= end + config.lookahead, end - state.start, 0)
-
-    def branch(width: int, past: FlowPast) -> tuple[Array, FlowPast]:
-        mel, past = compute(flow, dataclasses.replace(state, past=past), ready, finished, width)
-        return jnp.pad(mel, ((0, 0), (0, rate * (room - width) + most), (0, 0))), past
-
+    active, end = ready > state.given, chunks.end(state.start)
+    finished = jnp.where(active & (state.count >= end + config.lookahead), end - state.start, 0)
+    needed = jnp.max(jnp.where(active, ready - state.start, 0))
     most = rate * (new.shape[1] + config.lookahead)
-    needed = jnp.sum(jnp.max(ready - state.start) > jnp.array(state.widths[:-1]))
-    mel, past = jax.lax.switch(needed, [partial(branch, width) for width in state.widths], state.past)
+    mel, past = jnp.zeros((len(ready), rate * room + most, config.mels)), state.past
+
+    def at_width(_, carry, width):
+        mel, past = compute(flow, dataclasses.replace(state, past=carry[1]), ready, finished, width)
+        return carry[0].at[:, : rate * width].set(mel), past
+
+    for below, width in zip((0, *state.widths), state.widths, strict=False):  # at most one of these loops runs, once; a switch would copy the past
+        runs = (below < needed) & (needed <= width)
+        mel, past = jax.lax.fori_loop(0, runs.astype(jnp.int32), partial(at_width, width=width), (mel, past))
     mel = jax.vmap(lambda row, first: jax.lax.dynamic_slice_in_dim(row, first, most))(mel, rate * (state.given - state.start))
     frames = rate * (ready - state.given)
     state = dataclasses.replace(
