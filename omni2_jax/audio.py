@@ -72,15 +72,20 @@ def save(path: str | Path, samples: np.ndarray, rate: int = SPEECH_RATE) -> None
     Raises ValueError, one line naming the file: not writable, empty, NaN or infinite.
     """
     path = Path(path)
-    pcm = np.round(np.clip(check(np.asarray(samples, np.float32), path), -1, 1) * 32767).astype(np.int16)
+    samples = to_pcm(check(np.asarray(samples, np.float32), path))
     aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         with open(aside, "wb") as file:
-            soundfile.write(file, pcm, rate, format="WAV", subtype="PCM_16")
+            soundfile.write(file, samples, rate, format="WAV", subtype="PCM_16")
         os.replace(aside, path)
     except (OSError, soundfile.SoundFileError) as error:
         aside.unlink(missing_ok=True)
         raise ValueError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from None
+
+
+def to_pcm(samples: np.ndarray) -> np.ndarray:
+    """Samples in [-1, 1] (clipped to it) as 16-bit integers."""
+    return np.round(np.clip(samples, -1, 1) * 32767).astype(np.int16)
 
 
 def writable(path: str | Path) -> None:
@@ -111,9 +116,9 @@ class Writer:
 
     def write(self, samples: np.ndarray) -> None:
         if self.file:
-            self.file.write(samples)
+            self.file.write(to_pcm(samples))
         elif self.path:
-            sys.stdout.buffer.write((np.clip(samples, -1, 1) * 32767).astype("<i2").tobytes())
+            sys.stdout.buffer.write(to_pcm(samples).astype("<i2").tobytes())
             sys.stdout.buffer.flush()
 
     def __exit__(self, kind, *_) -> None:

@@ -75,12 +75,12 @@ def chat(
         raise ValueError("nothing to answer: give wav files, or --questions with --out-dir")
     from omni2_jax import audio
 
-    for wav in wavs:  # a bad file is told before minutes are spent on the others
-        audio.fit(audio.load(wav), over=options.long, name=wav)
+    # A bad file is told before minutes are spent on the others.
+    clips = sum(len(audio.fit(audio.load(wav), over=options.long, name=wav)) for wav in wavs)
     outs = targets(out, len(wavs))
     with notes.status("loading"):
         model = Omni2.load(checkpoint, decoder=out is not None or not no_wav)
-        session = model.session(voice, options)
+        session = model.session(voice, options, turns=len(wavs), clips=clips)
     if stream:
         converse_aloud(session, wavs, outs)
     else:

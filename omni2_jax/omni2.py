@@ -28,6 +28,7 @@ from omni2_jax.streaming import Shape
 from omni2_jax.tokenizer import Tokenizer
 
 Sound = str | Path | np.ndarray  # a file, or samples [N] at 16 kHz
+TEMPLATE = 128  # positions that the chat template puts around a turn, at most
 BUCKET = 256  # capacities are rounded up to a multiple of this, so that few shapes are ever compiled
 
 
@@ -132,7 +133,7 @@ class Omni2:
         speech = text + write * -(-text // read) + options.max_flush_units + 1
         shape = Shape(
             slots=slots,
-            prompt=self.tokenizer.positions + 84,  # a turn, its template and a short answer before it
+            prompt=self.tokenizer.positions + TEMPLATE,
             llm=rounded(prompt + text + 1),
             speech=rounded(speech),
             units=rounded(speech - text),
@@ -145,12 +146,24 @@ class Omni2:
         return self.engines[shape]
 
     def session(
-        self, voice: str | None = None, options: Options | None = None, overflow: str = "error", positions: int | None = None
+        self,
+        voice: str | None = None,
+        options: Options | None = None,
+        overflow: str = "error",
+        turns: int | None = None,
+        clips: int | None = None,
     ) -> Session:
-        """A conversation of its own. positions: LLM positions it may take (default: the checkpoint's limit)."""
+        """A conversation of its own. overflow: see `Session`.
+
+        turns, clips: how many turns it will have at most, and clips of 30 s in them, if that is known: the cache is made for these,
+        otherwise for the longest conversation that the checkpoint allows.
+        """
         options = options or Options()
-        engine = self.engine(options, (positions or self.config.max_prompt) - options.max_new_tokens)
+        positions = self.config.max_prompt
+        if turns:
+            positions = min(positions, (clips or turns) * self.tokenizer.positions + turns * (TEMPLATE + options.max_new_tokens))
         hear = functools.partial(self.hear, over=options.long)
+        engine = self.engine(options, positions)
         return Session(hear, engine, self.tokenizer, self.request(options), self.voice(voice), overflow)
 
     def answer(self, conversation: Sound | Sequence, voice: str | None = None, options: Options | None = None) -> Answer:

@@ -95,7 +95,7 @@ def attend(q: Array, k: Array, v: Array, bias: Array, window: Window, memory: Me
         memory = memory.write(layer, window.slot, k, v)
         keys, values = (x[layer].astype(q.dtype) for x in (memory.keys, memory.values))
     weights = jax.nn.softmax(jnp.einsum("BTNH,BNSH->BNTS", q, keys) + bias, -1)
-    return jnp.einsum("BNTS,BNSH->BTNH", weights, values), memory
+    return jnp.einsum("BNTS,BNSH->BNTH", weights, values).swapaxes(1, 2), memory
 
 
 def run_blocks(blocks: nnx.Module, x: Array, window: Window, memory: Memory | None, layers: Array) -> tuple[Array, Memory | None]:
