@@ -3,7 +3,7 @@
 B rows, T frames of the stretch, S frames that can be seen, N heads, H head size, C channels, L layers.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
@@ -48,14 +48,17 @@ class Window:
     query: Array  # [B, T] its index
     key: Array  # [B, S] the index of each key
     bias: Array  # [B, 1, T, S] float32, 0 where a frame sees a key
+    used: Array  # [B] keys before which all lie that are seen
     slot: Array | None = None  # [B] where in the memory the window's keys go
     kept: Array | None = None  # [B] how many of the window's frames are past for the next call
+    extents: tuple[int, ...] = field(default=(), metadata={"static": True})  # attention reads the least of these that holds `used`
 
     @classmethod
-    def over(cls, query: Array, key: Array, length: Array, chunks: Chunks, rate: int, slot=None, kept=None) -> "Window":
+    def over(cls, query: Array, key: Array, length: Array, chunks: Chunks, rate: int, **memory) -> "Window":
         """Frames `query` [B, T] among keys `key` [B, S] of utterances of `length` [B] frames, `rate` frames to a unit."""
-        bias = jnp.where(chunks.sees(query, key, rate) & (key < length[:, None])[:, None], 0.0, UNSEEN)
-        return cls(query < length[:, None], query, key, bias[:, None], slot, kept)
+        seen = chunks.sees(query, key, rate) & (key < length[:, None])[:, None]
+        used = jnp.max(jnp.where(seen.any(1), jnp.arange(1, key.shape[1] + 1), 0), 1)
+        return cls(query < length[:, None], query, key, jnp.where(seen, 0.0, UNSEEN)[:, None], used, **memory)
 
     @classmethod
     def whole(cls, frames: int, length: Array, chunks: Chunks, rate: int) -> "Window":
@@ -89,13 +92,16 @@ def attend(q: Array, k: Array, v: Array, bias: Array, window: Window, memory: Me
 
     bias broadcasts to [B, N, T, S]. Heads go before time: keys and values that are read often lie head by head.
     """
+
+    def over(keys: Array, values: Array) -> Array:
+        weights = jax.nn.softmax(jnp.einsum("BTNH,BNSH->BNTS", q, keys) + bias[..., : keys.shape[2]], -1)
+        return jnp.einsum("BNTS,BNSH->BNTH", weights, values).swapaxes(1, 2)
+
     if memory is None:
-        keys, values = k.swapaxes(1, 2), v.swapaxes(1, 2)
-    else:
-        memory = memory.write(layer, window.slot, k, v)
-        keys, values = (x[layer].astype(q.dtype) for x in (memory.keys, memory.values))
-    weights = jax.nn.softmax(jnp.einsum("BTNH,BNSH->BNTS", q, keys) + bias, -1)
-    return jnp.einsum("BNTS,BNSH->BNTH", weights, values).swapaxes(1, 2), memory
+        return over(k.swapaxes(1, 2), v.swapaxes(1, 2)), None
+    memory = memory.write(layer, window.slot, k, v)
+    least = jnp.sum(window.used.max() > jnp.array(window.extents[:-1]))
+    return jax.lax.switch(least, [lambda size=size: over(*memory.read(layer, size, q.dtype)) for size in window.extents]), memory
 
 
 def run_blocks(blocks: nnx.Module, x: Array, window: Window, memory: Memory | None, layers: Array) -> tuple[Array, Memory | None]:

@@ -32,7 +32,8 @@ class FlowState:
     tenant: Array  # [B, S] the unit whose keys lie in each slot of the memory, -1 where none
     past: FlowPast
     chunks: Chunks = field(metadata={"static": True})
-    widths: tuple[int, ...] = field(metadata={"static": True})  # units of a window: each step computes the least that holds its work
+    widths: tuple[int, ...] = field(metadata={"static": True})  # units of a window: a step computes the least that holds its work
+    extents: tuple[int, ...] = field(metadata={"static": True})  # slots of the memory: attention reads the least that holds the past
 
     @classmethod
     def empty(
@@ -42,13 +43,14 @@ class FlowState:
         write: int,
         chunks: Chunks | None = None,
         max_units: int | None = None,
-        widths: tuple[int, ...] | None = None,
+        ladder: bool = True,
         dtype=jnp.float32,
     ) -> "FlowState":
         """Streams that speak with `voice` [B, M] and take up to `write` units a step.
 
-        The memory holds what `chunks.left` needs, but no more than `max_units`: what is older is forgotten. `widths` default to
-        the few that steps of `write` units need; one alone, the largest, saves compilations where a batch fills it anyway.
+        The memory holds what `chunks.left` needs, but no more than `max_units`: what is older is forgotten. With `ladder`, a step
+        that has less to compute or to see costs less; without, there is one size, which is quicker to compile and as good for a
+        batch that fills it anyway.
         Raises ValueError for a write larger than a chunk, a memory without bounds, or one that outlasts the noise.
         """
         config = flow.config
@@ -63,17 +65,23 @@ class FlowState:
         ring = [] if chunks.left is None else [chunks.left + -(-room // chunks.size)]
         ring += [-(-(max_units + chunks.shift) // chunks.size)] if max_units else []
         capacity = min(ring) * chunks.size + room - chunks.size
-        batch, late = len(voice), config.lookahead - chunks.shift % chunks.size
+        late = config.lookahead - chunks.shift % chunks.size  # units of a chunk that are not there yet when it has all its writes
+        widths = [width for width in range(write - late, room, write) if width > 0] if ladder else []
+        extents = [capacity]
+        while ladder and extents[0] >= 4 * room:
+            extents.insert(0, extents[0] // 2)
+        count, batch = jnp.zeros(len(voice), jnp.int32), len(voice)
         return cls(
             voice=voice,
             units=jnp.zeros((batch, room), jnp.int32),
-            count=jnp.zeros(batch, jnp.int32),
-            start=jnp.zeros(batch, jnp.int32),
-            given=jnp.zeros(batch, jnp.int32),
+            count=count,
+            start=count + 0,
+            given=count + 0,
             tenant=jnp.full((batch, capacity), -1, jnp.int32),
             past=flow.past(batch, capacity, dtype),
             chunks=chunks,
-            widths=widths or (*(w - late for w in range(write, room + late, write) if 0 < w - late < room), room),
+            widths=(*widths, room),
+            extents=tuple(extents),
         )
 
     def restart(self, streams: Array, voice: Array) -> "FlowState":
@@ -123,7 +131,8 @@ def compute(flow: Flow, state: FlowState, ready: Array, finished: Array, width: 
         query, key = state.start[:, None] + jnp.arange(width), state.tenants(width)
         if rate > 1:
             query, key = frames_of(query, rate), frames_of(key, rate)
-        return Window.over(query, key, rate * length, chunks, rate, rate * state.slot(), rate * finished)
+        extents = tuple(rate * size for size in state.extents)
+        return Window.over(query, key, rate * length, chunks, rate, slot=rate * state.slot(), kept=rate * finished, extents=extents)
 
     x = flow.embed(state.units[:, :wide])
     features, encoder = flow.encoder(x, window(wide, state.count, 1), window(wide, state.count, rate), past.encoder)
@@ -155,7 +164,9 @@ def flow_step(flow: Flow, state: FlowState, new: Array, counts: Array, final: Ar
         mel, past = compute(flow, dataclasses.replace(state, past=carry[1]), ready, finished, width)
         return carry[0].at[:, : rate * width].set(mel), past
 
-    for below, width in zip((0, *state.widths), state.widths, strict=False):  # at most one of these loops runs, once; a switch would copy the past
+    for below, width in zip(
+        (0, *state.widths), state.widths, strict=False
+    ):  # at most one of these loops runs, once; a switch would copy the past
         runs = (below < needed) & (needed <= width)
         mel, past = jax.lax.fori_loop(0, runs.astype(jnp.int32), partial(at_width, width=width), (mel, past))
     mel = jax.vmap(lambda row, first: jax.lax.dynamic_slice_in_dim(row, first, most))(mel, rate * (state.given - state.start))
