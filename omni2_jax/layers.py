@@ -109,7 +109,21 @@ def stack(count: int, build: Callable[[nnx.Rngs], nnx.Module], rngs: nnx.Rngs) -
     return nnx.vmap(build, in_axes=0, out_axes=0)(rngs.split(count))
 
 
+def unstack(layers: nnx.Module) -> nnx.List:
+    """Stacked layers as a list, each with arrays of its own. `scan` then unrolls them: twice as fast on a CPU, where a scan copies
+    every layer's weights before it uses them, but slow to compile."""
+    graph, params = nnx.split(layers)
+    count = jax.tree.leaves(params)[0].shape[0]
+    return nnx.List([nnx.merge(graph, jax.tree.map(lambda leaf: leaf[i], params)) for i in range(count)])  # noqa: B023
+
+
 def scan(layers: nnx.Module, body: Callable, carry, xs=None):
-    """Run stacked layers in order: `body(layer, carry, x) -> (carry, y)`, once compiled for all of them."""
+    """Run layers in order: `body(layer, carry, x) -> (carry, y)`; stacked ones once compiled for all of them, listed ones unrolled."""
+    if isinstance(layers, nnx.List):
+        ys = []
+        for i, layer in enumerate(layers):
+            carry, y = body(layer, carry, jax.tree.map(lambda leaf: leaf[i], xs))  # noqa: B023
+            ys.append(y)
+        return carry, jax.tree.map(lambda *leaves: jnp.stack(leaves), *ys)
     graph, params = nnx.split(layers)
     return jax.lax.scan(lambda carry, x: body(nnx.merge(graph, x[0]), carry, x[1]), carry, (params, xs))

@@ -14,6 +14,7 @@ from omni2_jax.config import Omni2Config
 from omni2_jax.flow.matching import Flow
 from omni2_jax.fusion import GateFusion
 from omni2_jax.hift import Hift
+from omni2_jax.layers import unstack
 from omni2_jax.qwen2 import Qwen2
 from omni2_jax.speaker import Speaker
 from omni2_jax.whisper import SpeechEncoder
@@ -50,3 +51,15 @@ class Model(nnx.Module):
     def fuse(self, hidden: Array, tokens: Array) -> Array:
         """LLM hidden states [..., D] and the text tokens they produced [...] -> speech-LM inputs [..., D']."""
         return self.fusion(hidden, self.speech_lm.embed(tokens).astype(hidden.dtype))
+
+
+def for_serving(graph: nnx.GraphDef, params: dict) -> tuple[nnx.GraphDef, dict]:
+    """The form to generate with on this platform: on a CPU the layers of both language models in lists instead of stacked."""
+    if jax.default_backend() != "cpu":
+        return graph, params
+    model = nnx.merge(graph, params)
+    for lm in (model.llm, model.speech_lm):
+        if lm is not None:
+            lm.layers = unstack(lm.layers)
+    graph, state = nnx.split(model)
+    return graph, nnx.to_pure_dict(state)

@@ -21,6 +21,7 @@ from flax import nnx
 from omni2_jax import audio, checkpoint, readwrite, voices
 from omni2_jax.config import LANGUAGE_PARTS, Omni2Config
 from omni2_jax.engine import Engine
+from omni2_jax.model import for_serving
 from omni2_jax.readwrite import Request
 from omni2_jax.sampling import Sampling
 from omni2_jax.session import Reply, Session, replies, split
@@ -95,7 +96,7 @@ class Omni2:
         generation = directory / "generation_config.json"
         defaults = json.loads(generation.read_text()) if generation.exists() else {}
         dtype = dtype or (jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
-        graph, params = checkpoint.load(directory, config.only(*wanted), dtype)
+        graph, params = for_serving(*checkpoint.load(directory, config.only(*wanted), dtype))
         return cls(directory, config.only(*wanted, "speaker"), graph, params, tokenizer, defaults)
 
     def hear(self, sound: Sound, over: str = "refuse") -> list[jax.Array]:
