@@ -1,0 +1,81 @@
+"""Bytes and FLOPs of one streaming step, counted from the dimensions: every weight is read once a pass and used once a position."""
+
+import math
+from dataclasses import dataclass
+
+import jax
+
+from omni2_jax.config import Omni2Config, Qwen2Config
+from omni2_jax.streaming import Shape
+
+
+@dataclass(frozen=True)
+class Work:
+    """Bytes moved and floating-point operations."""
+
+    bytes: float
+    flops: float
+
+    def least_seconds(self, bandwidth: float, rate: float) -> float:
+        """What the device needs at best for this."""
+        return max(self.bytes / bandwidth, self.flops / rate)
+
+
+def count(tree) -> int:
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+
+
+def size(tree) -> int:
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def decoder_pass(lm: Qwen2Config, params: dict, head: int, slots: int, capacity: int) -> Work:
+    """One token of every slot through a language model with `head` rows of its head, reading its whole cache."""
+    width = params["norm"]["scale"].dtype.itemsize
+    layers, rows = count(params["layers"]), head * lm.width
+    cache = 2 * lm.layers * lm.kv_heads * lm.head_size * capacity * slots
+    attention = 4 * lm.layers * lm.heads * lm.head_size * capacity * slots
+    return Work((layers + rows + cache) * width, 2 * (layers + rows) * slots + attention)
+
+
+def times(work: Work, passes: float) -> Work:
+    return Work(work.bytes * passes, work.flops * passes)
+
+
+def step(config: Omni2Config, params: dict, shape: Shape) -> dict[str, Work]:
+    """What one step of all slots has to do, by stage."""
+    text = decoder_pass(config.llm, params["llm"], config.llm.vocabulary, shape.slots, shape.llm)
+    unit = decoder_pass(config.speech_lm, params["speech_lm"], config.units + 1, shape.slots, shape.speech)
+    return {
+        "text": times(text, config.read),
+        "units": times(unit, config.write),
+        "flow": flow(config, params["flow"], shape),
+        "vocoder": vocoder(config, params["hift"], shape),
+    }
+
+
+def flow(config: Omni2Config, params: dict, shape: Shape) -> Work:
+    """A window of the open chunk and the new units: the encoder once, the estimator for each Euler step and guidance branch."""
+    c = config.flow
+    window = (shape.chunk or c.chunk) + config.write + c.lookahead - 1
+    frames, past = (
+        c.upsample * window,
+        c.upsample * (shape.units if shape.left_chunks is None else shape.left_chunks * (shape.chunk or c.chunk)),
+    )
+    passes = 2 * c.steps
+    attention = 4 * (2 + c.mid_blocks) * c.blocks * c.estimator_heads * c.estimator_head_size * frames * (frames + past)
+    kept = 2 * (2 + c.mid_blocks) * c.blocks * c.estimator_heads * c.estimator_head_size * past * 4
+    flops = 2 * count(params["encoder"]) * frames + passes * (2 * count(params["estimator"]) * frames + attention)
+    return Work(size(params["encoder"]) + passes / 2 * size(params["estimator"]) + passes * shape.slots * kept, flops * shape.slots)
+
+
+def vocoder(config: Omni2Config, params: dict, shape: Shape) -> Work:
+    """The new frames and the overlap: a stage's weights are used once a position of its own rate."""
+    c = config.hift
+    frames = c.overlap + config.flow.upsample * (config.write + config.flow.lookahead)
+    flops, rate = 2 * count([params["conv_in"], params["f0"]]) * frames, 1
+    for stage, factor in zip(params["stages"].values(), c.upsample, strict=True):
+        rate *= factor
+        flops += 2 * count(stage) * frames * rate
+    flops += 2 * count(params["conv_out"]) * frames * rate
+    return Work(size(params), flops * shape.slots)

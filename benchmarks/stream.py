@@ -1,0 +1,244 @@
+"""`python -m benchmarks.stream`: how fast the streaming step is, what it costs as an answer grows, and how many speakers it serves."""
+
+import dataclasses
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Annotated
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import rich.console
+import rich.table
+import typer
+from flax import nnx
+
+from benchmarks import device, roofline
+from benchmarks.sizes import load
+from omni2_jax import readwrite, streaming
+from omni2_jax.engine import Engine, Piece, Stream
+from omni2_jax.model import SPEECH
+from omni2_jax.readwrite import Burst
+from omni2_jax.streaming import Shape
+
+UNITS_A_SECOND = 25
+POINTS = (5, 20, 50, 100)  # chunks whose cost is compared
+console = rich.console.Console()
+
+
+class Bench:
+    """An engine whose slots all talk without end."""
+
+    def __init__(self, config, graph, params, shape: Shape):
+        self.config, self.shape = config, shape
+        self.engine = Engine(config, graph, params, shape)
+        positions = config.speech_encoder.frames // config.adapter.stride
+        ids = np.array([1] * 30 + [SPEECH] * positions + [1] * 10, np.int32)
+        self.piece = Piece(ids, jnp.zeros((positions, config.llm.width), self.engine.dtype), 0)
+        self.voice = jnp.ones(config.flow.speaker)
+        # No text token ends the answer, so that every step reads R and writes W.
+        self.request = readwrite.request(config, text_eos=(), max_text=1 << 20)
+        self.engine.warm_up()
+
+    def fill(self) -> list[Stream]:
+        streams = [self.engine.submit([self.piece], self.request, self.voice) for _ in range(self.shape.slots)]
+        self.engine.admit()
+        jax.block_until_ready(self.engine.state)
+        return streams
+
+    def step(self) -> tuple[float, float]:
+        """One step by itself, read back: (seconds in all, seconds until the call returned)."""
+        engine, start = self.engine, time.perf_counter()
+        engine.state, packed = engine._step(engine.params, engine.state)
+        called = time.perf_counter()
+        np.asarray(packed)
+        return time.perf_counter() - start, called - start
+
+    def empty(self, streams: list[Stream]) -> None:
+        for stream in streams:
+            stream.cancel()
+
+    def first_audio(self, repeats: int = 3) -> float:
+        """Seconds from speech features on the device to the first samples on the host."""
+        times = []
+        for _ in range(repeats):
+            start = time.perf_counter()
+            stream = self.engine.submit([self.piece], self.request, self.voice)
+            next(chunk for chunk in stream if len(chunk.samples))
+            times.append(time.perf_counter() - start)
+            stream.cancel()
+        return min(times)
+
+
+def sized(config, slots: int, chunks: int, chunk: int | None, left_chunks: int | None) -> Shape:
+    """Capacities for answers of so many chunks."""
+    positions = config.speech_encoder.frames // config.adapter.stride
+    room = (chunks + 8) * config.write
+    prompt = positions + 84
+    return Shape(
+        slots=slots,
+        prompt=prompt,
+        llm=prompt + (chunks + 8) * config.read,
+        speech=room + (chunks + 8) * config.read,
+        units=room,
+        chunk=chunk,
+        left_chunks=left_chunks,
+    )
+
+
+def stages(config, graph, params, shape: Shape, bench: Bench) -> dict[str, float]:
+    """Milliseconds of the parts of a step, each compiled by itself, and of what comes before the first step."""
+    merge = lambda params: nnx.merge(graph, params)  # noqa: E731
+    slots = shape.slots
+    tokens = jnp.zeros((slots, config.read), jnp.int32)
+    hiddens, no = jnp.zeros((slots, config.read, config.llm.width), bench.engine.dtype), jnp.zeros(slots, bool)
+    burst = Burst(tokens, jnp.full((slots, config.write), config.tokens.sep + 1), jnp.ones(slots, jnp.int32))
+    parts = {
+        "text": lambda params, state: dataclasses.replace(state, words=readwrite.read(merge(params), state.words)[0]),
+        "units": lambda params, state: dataclasses.replace(
+            state, words=readwrite.write(merge(params), state.words, tokens, hiddens, no, shape.units_only)[0]
+        ),
+        "flow and vocoder": lambda params, state: streaming.speak_step(merge(params), shape, state, burst, no)[0],
+    }
+    found, streams = {}, bench.fill()
+    for name, part in parts.items():
+        run, state, times = jax.jit(part, donate_argnums=1), bench.engine.state, []
+        for _ in range(6):
+            start = time.perf_counter()
+            state = jax.block_until_ready(run(params, state))
+            times.append(time.perf_counter() - start)
+        bench.engine.state = state
+        found[name] = 1000 * statistics.median(times[1:])
+    bench.empty(streams)
+    mel = jnp.zeros((1, 2 * config.speech_encoder.frames, config.speech_encoder.mels), bench.engine.dtype)
+    hear = jax.jit(lambda params, mel: merge(params).hear(mel))
+    found["encoder"] = 1000 * device.seconds(lambda: hear(params, mel), 3)
+    start = time.perf_counter()
+    bench.empty(bench.fill())
+    found["prefill"] = 1000 * (time.perf_counter() - start) / slots
+    return found
+
+
+def growth(bench: Bench, chunks: int) -> tuple[list[float], float]:
+    """Seconds of every step of an answer of so many chunks, and the median seconds that Python took to dispatch one."""
+    streams = bench.fill()
+    steps = [bench.step() for _ in range(chunks)]
+    bench.empty(streams)
+    return [total for total, _ in steps], statistics.median(called for _, called in steps)
+
+
+def around(times: list[float], chunk: int) -> float:
+    """Milliseconds of a chunk, the median of it and its two neighbours on each side."""
+    return 1000 * statistics.median(times[max(chunk - 3, 0) : chunk + 2])
+
+
+def main(
+    size: Annotated[str, typer.Option(help="tiny, 0.5b or 7b: dimensions with random weights, unless --checkpoint is given.")] = "tiny",
+    checkpoint: Annotated[Path | None, typer.Option(help="A converted checkpoint to measure instead.")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Slots; throughput is measured at 1, 2, 4 ... up to this.")] = 1,
+    chunks: Annotated[int, typer.Option(min=5, help="Chunks of one answer (0.4 s each).")] = 100,
+    chunk: Annotated[int | None, typer.Option(help="Units that the flow takes as one chunk. [default: the checkpoint's, 50]")] = None,
+    left_chunks: Annotated[int | None, typer.Option(help="Chunks that the flow sees before its own. [default: all]")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures here.")] = None,
+) -> None:
+    """Measure the streaming step: time to first audio, real-time factor, chunk cost, speakers, and the share of the roofline."""
+    dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+    config, graph, params = load(size, checkpoint, dtype)
+    shape = sized(config, 1, chunks, chunk, left_chunks)
+    bench = Bench(config, graph, params, shape)
+    compiled, speech = bench.engine.compilations(), config.write / UNITS_A_SECOND
+    times, dispatch = growth(bench, chunks)
+    median = statistics.median(times)
+    parts = stages(config, graph, params, shape, bench)
+    figures = {
+        "device": jax.devices()[0].device_kind,
+        "size": str(checkpoint or size),
+        "dtype": dtype.__name__,
+        "batch": batch,
+        "shape": dataclasses.asdict(shape),
+        "first_audio_ms": 1000 * bench.first_audio(),
+        "rtf": median / speech,
+        "chunk_ms": {str(c): around(times, c) for c in POINTS if c <= chunks},
+        "encoder_ms": parts["encoder"],
+        "prefill_ms": parts["prefill"],
+        "text_token_ms": parts["text"] / config.read,
+        "unit_ms": parts["units"] / config.write,
+        "flow_vocoder_ms": parts["flow and vocoder"],
+        "dispatch_share": dispatch / median,
+        "compilations": compiled,
+        "compilations_during_answers": bench.engine.compilations() - compiled,
+    }
+    figures |= speakers(config, graph, params, batch, chunks, chunk, left_chunks)
+    figures["roofline"] = against_roofline(config, params, shape, parts, dtype)
+    report(figures)
+    if json_file:
+        json_file.write_text(json.dumps(figures, indent=1) + "\n")
+
+
+def speakers(config, graph, params, batch: int, chunks: int, chunk: int | None, left_chunks: int | None) -> dict:
+    """Audio seconds a second at growing batches, and the largest whose 95th percentile of step times keeps up with the speech."""
+    speech, rates, most = config.write / UNITS_A_SECOND, {}, 0
+    slots = 1
+    while slots <= batch:
+        bench = Bench(config, graph, params, sized(config, slots, chunks, chunk, left_chunks))
+        times, _ = growth(bench, min(chunks, 30))
+        rates[str(slots)] = slots * speech / statistics.median(times)
+        if np.percentile(times, 95) <= speech:
+            most = slots
+        slots *= 2
+    return {"audio_s_per_s": rates, "realtime_speakers": most}
+
+
+def against_roofline(config, params, shape: Shape, parts: dict[str, float], dtype) -> dict:
+    bandwidth = device.copy_bandwidth()
+    rates = {"text": device.matmul_rate(dtype), "decoder": device.matmul_rate(jnp.float32)}
+    work = roofline.step(config, params, shape)
+    rows = {"text": ("text", "text"), "units": ("units", "text"), "flow and vocoder": (None, "decoder")}
+    found = {"copy_bytes_per_s": bandwidth, "matmul_flops_per_s": rates["text"], "matmul_float32_flops_per_s": rates["decoder"]}
+    for name, (stage, rate) in rows.items():
+        least = [work[stage]] if stage else [work["flow"], work["vocoder"]]
+        bound = 1000 * sum(w.least_seconds(bandwidth, rates[rate]) for w in least)
+        found[name] = {
+            "bytes": sum(w.bytes for w in least),
+            "flops": sum(w.flops for w in least),
+            "least_ms": bound,
+            "ms": parts[name],
+            "fraction": bound / parts[name],
+        }
+    return found
+
+
+def report(figures: dict) -> None:
+    """The same figures as tables."""
+    table = rich.table.Table(show_header=False, title=f"{figures['size']}, {figures['dtype']}, {figures['device']}")
+    rows = {
+        "time to first audio (features on the device)": f"{figures['first_audio_ms']:.0f} ms",
+        "real-time factor, one speaker": f"{figures['rtf']:.3f}",
+        "encoder and adapter, 30 s": f"{figures['encoder_ms']:.0f} ms",
+        "prefill of a turn": f"{figures['prefill_ms']:.0f} ms",
+        "a text token": f"{figures['text_token_ms']:.2f} ms",
+        "a unit": f"{figures['unit_ms']:.2f} ms",
+        "flow and vocoder, a chunk": f"{figures['flow_vocoder_ms']:.0f} ms",
+        "step at chunk": ", ".join(f"{c}: {ms:.0f} ms" for c, ms in figures["chunk_ms"].items()),
+        "Python's share of a step": f"{100 * figures['dispatch_share']:.1f} %",
+        "compilations (warm-up, answers)": f"{figures['compilations']}, {figures['compilations_during_answers']}",
+        "audio seconds a second, by slots": ", ".join(f"{n}: {rate:.2f}" for n, rate in figures["audio_s_per_s"].items()),
+        "speakers in real time (p95)": str(figures["realtime_speakers"]),
+    }
+    for row in rows.items():
+        table.add_row(*row)
+    console.print(table)
+    table = rich.table.Table("stage of a step", "MB moved", "GFLOP", "at best, ms", "measured, ms", "of the roofline")
+    for name in ("text", "units", "flow and vocoder"):
+        w = figures["roofline"][name]
+        numbers = (w["bytes"] / 1e6, w["flops"] / 1e9, w["least_ms"], w["ms"])
+        table.add_row(name, *(f"{n:.1f}" for n in numbers), f"{100 * w['fraction']:.0f} %")
+    console.print(table)
+    copied, multiplied = figures["roofline"]["copy_bytes_per_s"], figures["roofline"]["matmul_flops_per_s"]
+    console.print(f"copy {copied / 1e9:.1f} GB/s, matmul {multiplied / 1e12:.2f} TFLOP/s, measured in this run", highlight=False)
+
+
+if __name__ == "__main__":
+    typer.run(main)
