@@ -4,6 +4,7 @@ import dataclasses
 import json
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -170,25 +171,27 @@ def main(
         "compilations": compiled,
         "compilations_during_answers": bench.engine.compilations() - compiled,
     }
-    figures |= speakers(config, graph, params, batch, chunks, chunk, left_chunks)
+    figures |= speakers(times, lambda slots: Bench(config, graph, params, sized(config, slots, chunks, chunk, left_chunks)), batch, speech)
     figures["roofline"] = against_roofline(config, params, shape, parts, dtype)
     report(figures)
     if json_file:
         json_file.write_text(json.dumps(figures, indent=1) + "\n")
 
 
-def speakers(config, graph, params, batch: int, chunks: int, chunk: int | None, left_chunks: int | None) -> dict:
-    """Audio seconds a second at growing batches, and the largest whose 95th percentile of step times keeps up with the speech."""
-    speech, rates, most = config.write / UNITS_A_SECOND, {}, 0
-    slots = 1
-    while slots <= batch:
-        bench = Bench(config, graph, params, sized(config, slots, chunks, chunk, left_chunks))
-        times, _ = growth(bench, min(chunks, 30))
+def speakers(times: list[float], bench: Callable[[int], Bench], batch: int, speech: float) -> dict:
+    """Audio seconds a second at 1, 2, 4 ... slots, and the most slots whose 95th percentile of step times keeps up with the speech.
+
+    times: of one slot, measured already; speech: seconds of it in a step.
+    """
+    rates, most, slots = {}, 0, 1
+    while True:
         rates[str(slots)] = slots * speech / statistics.median(times)
         if np.percentile(times, 95) <= speech:
             most = slots
         slots *= 2
-    return {"audio_s_per_s": rates, "realtime_speakers": most}
+        if slots > batch:
+            return {"audio_s_per_s": rates, "realtime_speakers": most}
+        times, _ = growth(bench(slots), 30)
 
 
 def against_roofline(config, params, shape: Shape, parts: dict[str, float], dtype) -> dict:

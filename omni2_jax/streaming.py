@@ -15,7 +15,7 @@ import numpy as np
 from omni2_jax import readwrite
 from omni2_jax.config import Omni2Config
 from omni2_jax.flow.context import Chunks
-from omni2_jax.flow.streaming import FlowState, flow_step
+from omni2_jax.flow.streaming import FlowState, Plan, flow_step
 from omni2_jax.hift import draw
 from omni2_jax.model import Model
 from omni2_jax.readwrite import FLUSHING, IDLE, READING, Burst, ReadWriteState, Request
@@ -38,6 +38,20 @@ class Shape:
     units_only: bool = True
     seamless: bool = True  # join the pieces of the waveform without the small jumps that the released code makes
 
+    def check(self, config: Omni2Config, prompt: int, text: int, flush: int) -> None:
+        """Raise ValueError unless there is room for an answer of at most `text` tokens and `flush` units behind a prompt."""
+        units, speech = longest(config, text, flush)
+        needs = {"llm": prompt + text, "speech": speech} | ({"units": units} if config.flow and self.left_chunks is None else {})
+        for name, size in needs.items():
+            if size > getattr(self, name):
+                raise ValueError(f"prompt and answer may take {size} positions of Shape.{name}, which has {getattr(self, name)}")
+
+
+def longest(config: Omni2Config, text: int, flush: int) -> tuple[int, int]:
+    """The most units, and positions of the speech LM, that `text` tokens make with at most `flush` units after the last one."""
+    units = config.write * -(-text // config.read) + flush
+    return units, text + 1 + units
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
@@ -56,11 +70,10 @@ class StreamState:
         if model.flow is None:
             return cls(words, None, None, jnp.zeros(slots, jnp.int32))
         chunks = Chunks(shape.chunk or model.config.flow.chunk, shape.left_chunks)
-        # Windows of several sizes save work for one speaker; among many, everybody's must not depend on the others.
-        widths = None if shape.slots == 1 else (chunks.size + model.config.write + model.config.flow.lookahead - 1,)
-        voice = jnp.zeros((slots, model.config.flow.mels))
         units = shape.units if shape.left_chunks is None else None
-        flow = FlowState.empty(model.flow, voice, model.config.write, chunks, units, widths)
+        # A ladder of sizes saves work for one speaker; among many, everybody's samples must not depend on the others.
+        plan = Plan.of(model.config.flow, model.config.write, chunks, units, ladder=shape.slots == 1)
+        flow = FlowState.empty(model.flow, jnp.zeros((slots, model.config.flow.mels)), plan)
         return cls(words, flow, VocoderState.empty(model.config.hift, slots), jnp.zeros(slots, jnp.int32))
 
 

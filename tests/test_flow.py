@@ -22,6 +22,7 @@ from omni2_jax.flow.matching import Flow, Prompt, cosine
 
 GOLDENS = Path(__file__).parent / "goldens"
 RELEASED = Chunks(50)
+QUICK = {"xla_backend_optimization_level": 1}  # these small models take longer to compile than to run
 LENGTHS = (13, 47, 60, 113)
 TINY = FlowConfig(
     width=64,
@@ -65,7 +66,7 @@ def flow() -> Flow:
 def full_pass():
     """Jitted `Flow.__call__` of the tiny release: (units, lengths, voice, final, prompt, chunks)."""
     graph, params = nnx.split(tiny_flow())
-    run = jax.jit(lambda params, *given: nnx.merge(graph, params)(*given), static_argnums=6)
+    run = jax.jit(lambda params, *given: nnx.merge(graph, params)(*given), static_argnums=6, compiler_options=QUICK)
     return functools.partial(run, params)
 
 
@@ -119,7 +120,7 @@ def test_encoder(flow):
     want = golden("encoder")
     units, lengths = padded([want[f"L{n}_token"] for n in LENGTHS])
     seen = windows(units.shape[1], lengths)
-    h = jax.jit(lambda u: flow.encoder(flow.embed(u), *seen)[0])(units)
+    h = jax.jit(lambda u: flow.encoder(flow.embed(u), *seen)[0], compiler_options=QUICK)(units)
     for row, n in zip(h, LENGTHS, strict=True):
         close(row[: 2 * n], want[f"L{n}_h"], 1e-4)
 
@@ -138,7 +139,7 @@ def test_padding_of_a_reference_batch_reaches_its_last_units(flow):
     look-ahead of the last three real units sees that. Letting padding through there gives its numbers; we do not let it through."""
     want = golden("encoder")
     units, (long, short) = jnp.asarray(want["B2_token"]), want["B2_len"]
-    encode = jax.jit(lambda x, seen, frames: flow.encoder(x, seen, frames)[0])
+    encode = jax.jit(lambda x, seen, frames: flow.encoder(x, seen, frames)[0], compiler_options=QUICK)
     seen, frames = windows(units.shape[1], want["B2_len"])
     x = flow.embed(units) * seen.valid[..., None]
     leaky = encode(x, dataclasses.replace(seen, valid=jnp.ones_like(seen.valid)), frames)
@@ -157,14 +158,14 @@ def test_estimator(flow):
     t = jnp.asarray(want["t"])
     close(flow.estimator.time(t), want["time_emb"], 1e-4)
     seen = Window.whole(frames, lengths, RELEASED, 2)
-    velocity, _, _ = flow.estimator(channels_last(want["x"]), channels_last(given), t, seen)
+    velocity, _, _ = jax.jit(flow.estimator, compiler_options=QUICK)(channels_last(want["x"]), channels_last(given), t, seen)
     close(velocity, want["out"].swapaxes(1, 2), 1e-4)
 
 
 def test_voice_and_mu(flow):
     want, units = golden("flow"), golden("encoder")["L13_token"]
     close(flow.voice(jnp.asarray(want["embedding"])[None])[0], want["spk_projected"], 1e-6)
-    mu = flow.mu(jnp.asarray(units)[None], jnp.array([13]), RELEASED)
+    mu = jax.jit(flow.mu, static_argnums=2, compiler_options=QUICK)(jnp.asarray(units)[None], jnp.array([13]), RELEASED)
     close(mu[0], want["L13_noprompt_final_mu"].T, 1e-4)
     close(cosine(jnp.linspace(0, 1, TINY.steps + 1))[:-1], want["euler_t"], 1e-6)
 
@@ -192,7 +193,8 @@ def test_training_loss(flow):
     kept = jnp.asarray(want["cfg_uniform"]) > TINY.guidance_dropout
     t = jnp.asarray(want["t_uniform"][:, 0, 0])
     close(cosine(t), want["t_cosine"][:, 0, 0], 1e-6)
-    close(flow.compute_loss(mel, lengths, mu, jnp.asarray(want["spks"]), cond, t, z, kept), want["loss"][0], 1e-4)
+    loss = jax.jit(flow.compute_loss, compiler_options=QUICK)(mel, lengths, mu, jnp.asarray(want["spks"]), cond, t, z, kept)
+    close(loss, want["loss"][0], 1e-4)
 
 
 # --- properties

@@ -1,0 +1,1 @@
+"""Flow matching: speech units to mel frames, at once or in chunks."""

@@ -28,6 +28,10 @@ class Chunks:
     left: int | None = None
     shift: int = 0
 
+    def __post_init__(self):
+        if self.size < 1 or not 0 <= self.shift < self.size or (self.left or 0) < 0:
+            raise ValueError(f"{self}: expected size >= 1, left >= 0 or None, and shift from 0 to size - 1")
+
     def end(self, unit: Array) -> Array:
         """The first unit behind the chunk of `unit`."""
         return ((unit + self.shift) // self.size + 1) * self.size - self.shift
@@ -86,6 +90,11 @@ class Memory:
         put = lambda old, new: old.at[layer, rows, :, slots].set(new.astype(old.dtype), unique_indices=True)  # noqa: E731
         return Memory(put(self.keys, k), put(self.values, v))
 
+    def read(self, layer: Array, size: int, dtype) -> tuple[Array, Array]:
+        """The first `size` slots of a layer's keys and values, [B, N, size, H]."""
+        shape = (1, *self.keys.shape[1:3], size, self.keys.shape[4])
+        return tuple(jax.lax.dynamic_slice(x, (layer, 0, 0, 0, 0), shape)[0].astype(dtype) for x in (self.keys, self.values))
+
 
 def attend(q: Array, k: Array, v: Array, bias: Array, window: Window, memory: Memory | None, layer: Array) -> tuple[Array, Memory | None]:
     """Softmax attention of scaled q over k and v, all [B, T, N, H], and over the memory, in which they are left -> [B, T, N, H].
@@ -95,6 +104,7 @@ def attend(q: Array, k: Array, v: Array, bias: Array, window: Window, memory: Me
 
     def over(keys: Array, values: Array) -> Array:
         weights = jax.nn.softmax(jnp.einsum("BTNH,BNSH->BNTS", q, keys) + bias[..., : keys.shape[2]], -1)
+        # Time comes before heads only at the end: as an einsum's output it would double the time on a CPU.
         return jnp.einsum("BNTS,BNSH->BNTH", weights, values).swapaxes(1, 2)
 
     if memory is None:

@@ -2,8 +2,8 @@
 
 A chunk is finished when the look-ahead behind its last unit has arrived; nothing in it changes any more. Its keys and values (of each
 layer, Euler step and guidance branch) stay in memory and only the open chunk is computed again: the same mel as the full pass over
-everything so far, at a cost that does not grow. B streams, W new units at most, U units of a window at most, S units in memory,
-M mel bins, F mel frames given at most, T a window's frames.
+everything so far, at a cost that does not grow. B streams, W new units of a step at most, U units of a window at most, S units in
+memory, M mel bins, F mel frames of a step at most.
 """
 
 import dataclasses
@@ -13,16 +13,78 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from omni2_jax.config import FlowConfig
 from omni2_jax.flow.context import Chunks, Window
 from omni2_jax.flow.matching import Flow, FlowPast
 
 Array = jax.Array
 
 
+@dataclass(frozen=True)
+class Plan:
+    """The sizes of a stream, in units; made by `of`."""
+
+    chunks: Chunks
+    write: int  # new units a step takes at most
+    lookahead: int
+    ring: int  # the memory is a ring of chunks so long
+    ladder: bool
+
+    @classmethod
+    def of(cls, config: FlowConfig, write: int, chunks: Chunks | None = None, max_units: int | None = None, ladder: bool = True) -> "Plan":
+        """chunks: by default the config's chunk, and everything before it.
+
+        The memory holds what `chunks.left` needs but no more than `max_units`: what is older is forgotten. With `ladder`, a step
+        that has less to compute or to see costs less; without, there is one size, which is quicker to compile and as good for a
+        batch that fills it anyway. Raises ValueError for a write larger than a chunk, a memory without bounds, or one that
+        outlasts the noise.
+        """
+        chunks = chunks or Chunks(config.chunk)
+        if not 0 < write <= chunks.size:
+            raise ValueError(f"{write} new units a step, expected 1 to {chunks.size}: no step may finish more than one chunk")
+        if chunks.left is None and not max_units:
+            raise ValueError("a flow that sees the whole past needs max_units")
+        if chunks.left is None and config.upsample * max_units > config.noise_frames:
+            raise ValueError(f"{max_units} units make {config.upsample * max_units} mel frames; the flow's noise has {config.noise_frames}")
+        plan = cls(chunks, write, config.lookahead, 0, ladder)
+        needs = [] if chunks.left is None else [chunks.left + plan.reach]
+        needs += [max(plan.reach, -(-(max_units + chunks.shift) // chunks.size))] if max_units else []
+        return dataclasses.replace(plan, ring=min(needs) * chunks.size)
+
+    @property
+    def room(self) -> int:
+        """The most units that an open chunk and what has arrived behind it can be."""
+        return self.chunks.size + self.write + self.lookahead - 1
+
+    @property
+    def reach(self) -> int:
+        """The chunks that they lie in."""
+        return -(-self.room // self.chunks.size)
+
+    @property
+    def capacity(self) -> int:
+        """Slots of the memory: a window that begins in the ring's last chunk hangs over its end."""
+        return self.ring + self.room - self.chunks.size
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Units of a window: a step computes the least of these that holds its work. Unless writes are tiny, full ones fit exactly."""
+        late = (self.lookahead - self.chunks.shift) % self.write  # units wanting when the write arrives that a chunk ends in
+        stride = self.write * -(-self.chunks.size // (6 * self.write))  # each rung is compiled on its own
+        rungs = range(self.write - late, self.chunks.size + (self.write if late else 1), stride) if self.ladder else ()
+        return (*rungs, self.room)
+
+    @property
+    def extents(self) -> tuple[int, ...]:
+        """Slots of the memory: attention reads the least of these that holds what it sees."""
+        parts = 4 if self.ladder and self.chunks.left is None else 1
+        return tuple(-(-self.capacity * part // parts) for part in range(1, parts + 1))
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class FlowState:
-    """Everything between two steps; donate it to the next one. The memory is a ring of chunks, and a window may hang over its end."""
+    """Everything between two steps; donate it to the next one."""
 
     voice: Array  # [B, M]
     units: Array  # [B, U] units from `start` on
@@ -31,86 +93,47 @@ class FlowState:
     given: Array  # [B] units whose mel has been given out
     tenant: Array  # [B, S] the unit whose keys lie in each slot of the memory, -1 where none
     past: FlowPast
-    chunks: Chunks = field(metadata={"static": True})
-    widths: tuple[int, ...] = field(metadata={"static": True})  # units of a window: a step computes the least that holds its work
-    extents: tuple[int, ...] = field(metadata={"static": True})  # slots of the memory: attention reads the least that holds the past
+    plan: Plan = field(metadata={"static": True})
 
     @classmethod
-    def empty(
-        cls,
-        flow: Flow,
-        voice: Array,
-        write: int,
-        chunks: Chunks | None = None,
-        max_units: int | None = None,
-        ladder: bool = True,
-        dtype=jnp.float32,
-    ) -> "FlowState":
-        """Streams that speak with `voice` [B, M] and take up to `write` units a step.
-
-        The memory holds what `chunks.left` needs, but no more than `max_units`: what is older is forgotten. With `ladder`, a step
-        that has less to compute or to see costs less; without, there is one size, which is quicker to compile and as good for a
-        batch that fills it anyway.
-        Raises ValueError for a write larger than a chunk, a memory without bounds, or one that outlasts the noise.
-        """
-        config = flow.config
-        chunks = chunks or Chunks(config.chunk)
-        if write > chunks.size:
-            raise ValueError(f"{write} new units a step could finish more than one chunk of {chunks.size}")
-        if chunks.left is None and not max_units:
-            raise ValueError("a flow that sees the whole past needs max_units")
-        if chunks.left is None and config.upsample * max_units > config.noise_frames:
-            raise ValueError(f"{max_units} units make {config.upsample * max_units} mel frames; the flow's noise has {config.noise_frames}")
-        room = chunks.size + write + config.lookahead - 1  # the most units that an open chunk and what follows it can be
-        ring = [] if chunks.left is None else [chunks.left + -(-room // chunks.size)]
-        ring += [-(-(max_units + chunks.shift) // chunks.size)] if max_units else []
-        capacity = min(ring) * chunks.size + room - chunks.size
-        late = config.lookahead - chunks.shift % chunks.size  # units of a chunk that are not there yet when it has all its writes
-        widths = [width for width in range(write - late, room, write) if width > 0] if ladder else []
-        extents = [capacity]
-        while ladder and extents[0] >= 4 * room:
-            extents.insert(0, extents[0] // 2)
-        count, batch = jnp.zeros(len(voice), jnp.int32), len(voice)
+    def empty(cls, flow: Flow, voice: Array, plan: Plan, dtype=jnp.float32) -> "FlowState":
+        """Streams that speak with `voice` [B, M], before their first units; `dtype` is that of the memory."""
+        batch = len(voice)
+        zeros = lambda: jnp.zeros(batch, jnp.int32)  # noqa: E731 (a buffer each, and a copy of the voice: all are donated)
         return cls(
-            voice=voice,
-            units=jnp.zeros((batch, room), jnp.int32),
-            count=count,
-            start=count + 0,
-            given=count + 0,
-            tenant=jnp.full((batch, capacity), -1, jnp.int32),
-            past=flow.past(batch, capacity, dtype),
-            chunks=chunks,
-            widths=(*widths, room),
-            extents=tuple(extents),
+            voice=jnp.array(voice),
+            units=jnp.zeros((batch, plan.room), jnp.int32),
+            count=zeros(),
+            start=zeros(),
+            given=zeros(),
+            tenant=jnp.full((batch, plan.capacity), -1, jnp.int32),
+            past=flow.past(batch, plan.capacity, dtype),
+            plan=plan,
         )
 
     def restart(self, streams: Array, voice: Array) -> "FlowState":
         """New streams, with voices [B, M], where `streams` [B] is True."""
         fresh = {name: jnp.where(streams, 0, getattr(self, name)) for name in ("count", "start", "given")}
-        rows = streams[:, None]
-        return dataclasses.replace(
-            self, **fresh, tenant=jnp.where(rows, -1, self.tenant), voice=jnp.where(rows, voice.astype(self.voice.dtype), self.voice)
-        )
+        tenant, voice = jnp.where(streams[:, None], -1, self.tenant), jnp.where(streams[:, None], voice, self.voice)
+        return dataclasses.replace(self, **fresh, tenant=tenant, voice=voice)
+
+    def append(self, new: Array, counts: Array) -> "FlowState":
+        """The first counts[b] of the units new[b] arrive."""
+        index = jnp.arange(self.plan.room) - (self.count - self.start)[:, None]
+        arrived = jnp.take_along_axis(new, jnp.clip(index, 0, new.shape[1] - 1), 1)
+        units = jnp.where((index >= 0) & (index < counts[:, None]), arrived, self.units)
+        return dataclasses.replace(self, units=units, count=self.count + counts)
 
     def slot(self) -> Array:
-        """Where in the memory the open chunk goes, [B]."""
-        ring = self.tenant.shape[1] - (self.units.shape[1] - self.chunks.size)
-        first = self.start + self.chunks.shift
-        return first // self.chunks.size * self.chunks.size % ring + first % self.chunks.size
+        """Where in the memory the window begins, [B]."""
+        size, first = self.plan.chunks.size, self.start + self.plan.chunks.shift
+        return first // size * size % self.plan.ring + first % size
 
     def tenants(self, width: Array | int) -> Array:
-        """`tenant` with the first `width` units of the window in it, [B, S]."""
-        at = jnp.arange(self.tenant.shape[1]) - self.slot()[:, None]
-        outside = (at < 0) | (at >= self.units.shape[1])
+        """`tenant` while the first `width` units of the window lie there, [B, S]; the rest of the window's place is void."""
+        at = jnp.arange(self.plan.capacity) - self.slot()[:, None]
+        outside = (at < 0) | (at >= self.plan.room)
         return jnp.where(outside, self.tenant, jnp.where(at < width, self.start[:, None] + at, -1))
-
-
-def append(state: FlowState, new: Array, counts: Array) -> FlowState:
-    """The first counts[b] of the units new[b] arrive."""
-    index = jnp.arange(state.units.shape[1]) - (state.count - state.start)[:, None]
-    arrived = jnp.take_along_axis(new, jnp.clip(index, 0, new.shape[1] - 1), 1)
-    units = jnp.where((index >= 0) & (index < counts[:, None]), arrived, state.units)
-    return dataclasses.replace(state, units=units, count=state.count + counts)
 
 
 def frames_of(units: Array, rate: int) -> Array:
@@ -124,15 +147,13 @@ def compute(flow: Flow, state: FlowState, ready: Array, finished: Array, width: 
 
     finished [B]: how many of the window's units become past.
     """
-    config, chunks, rate, past = flow.config, state.chunks, flow.config.upsample, state.past
-    wide = min(width + config.lookahead, state.units.shape[1])
+    config, plan, rate, past = flow.config, state.plan, flow.config.upsample, state.past
+    wide = min(width + config.lookahead, plan.room)
 
     def window(width: int, length: Array, rate: int) -> Window:
-        query, key = state.start[:, None] + jnp.arange(width), state.tenants(width)
-        if rate > 1:
-            query, key = frames_of(query, rate), frames_of(key, rate)
-        extents = tuple(rate * size for size in state.extents)
-        return Window.over(query, key, rate * length, chunks, rate, slot=rate * state.slot(), kept=rate * finished, extents=extents)
+        query, key = frames_of(state.start[:, None] + jnp.arange(width), rate), frames_of(state.tenants(width), rate)
+        extents = tuple(rate * extent for extent in plan.extents)
+        return Window.over(query, key, rate * length, plan.chunks, rate, slot=rate * state.slot(), kept=rate * finished, extents=extents)
 
     x = flow.embed(state.units[:, :wide])
     features, encoder = flow.encoder(x, window(wide, state.count, 1), window(wide, state.count, rate), past.encoder)
@@ -147,33 +168,34 @@ def flow_step(flow: Flow, state: FlowState, new: Array, counts: Array, final: Ar
 
     new [B, W]: units, of which the first counts [B] are new; final [B] bool: no more will come, so what lacks its look-ahead is
     given out, too. A stream without new units gives nothing, and after its end only `restart` makes it speak again.
-    Reference: SpeechDecoder.token2wav, which keeps mel frames from 2 * token_offset on, without its full pass.
+    Reference: SpeechDecoder.token2wav, which runs everything again and keeps the mel from 2 * token_offset on.
     """
-    config, chunks, rate, room = flow.config, state.chunks, flow.config.upsample, state.units.shape[1]
-    if new.shape[1] != room - chunks.size - config.lookahead + 1:
-        raise ValueError(f"{new.shape[1]} new units a step; the state was made for {room - chunks.size - config.lookahead + 1}")
-    state = append(state, new, counts)
-    ready = jnp.where(final, state.count, jnp.maximum(state.count - config.lookahead, state.given))
-    active, end = ready > state.given, chunks.end(state.start)
-    finished = jnp.where(active & (state.count >= end + config.lookahead), end - state.start, 0)
+    plan, rate = state.plan, flow.config.upsample
+    if new.shape[1] != plan.write:
+        raise ValueError(f"{new.shape[1]} new units a step; the state was made for {plan.write}")
+    state = state.append(new, counts)
+    ready = jnp.where(final, state.count, jnp.maximum(state.count - plan.lookahead, state.given))
+    active, end = ready > state.given, plan.chunks.end(state.start)
+    finished = jnp.where(active & (state.count >= end + plan.lookahead), end - state.start, 0)
     needed = jnp.max(jnp.where(active, ready - state.start, 0))
-    most = rate * (new.shape[1] + config.lookahead)
-    mel, past = jnp.zeros((len(ready), rate * room + most, config.mels)), state.past
+    most = rate * (plan.write + plan.lookahead)
 
     def at_width(_, carry, width):
         mel, past = compute(flow, dataclasses.replace(state, past=carry[1]), ready, finished, width)
         return carry[0].at[:, : rate * width].set(mel), past
 
-    for below, width in zip(
-        (0, *state.widths), state.widths, strict=False
-    ):  # at most one of these loops runs, once; a switch would copy the past
+    carry, below = (jnp.zeros((len(ready), rate * plan.room + most, flow.config.mels)), state.past), 0
+    for width in plan.widths:  # at most one of these loops runs, and once: unlike a switch, it works on the past in place
         runs = (below < needed) & (needed <= width)
-        mel, past = jax.lax.fori_loop(0, runs.astype(jnp.int32), partial(at_width, width=width), (mel, past))
+        carry, below = jax.lax.fori_loop(0, runs.astype(jnp.int32), partial(at_width, width=width), carry), width
+
+    mel, past = carry
     mel = jax.vmap(lambda row, first: jax.lax.dynamic_slice_in_dim(row, first, most))(mel, rate * (state.given - state.start))
     frames = rate * (ready - state.given)
+    ahead = jnp.minimum(jnp.arange(plan.room) + finished[:, None], plan.room - 1)
     state = dataclasses.replace(
         state,
-        units=jnp.take_along_axis(state.units, jnp.minimum(jnp.arange(room) + finished[:, None], room - 1), 1),
+        units=jnp.take_along_axis(state.units, ahead, 1),
         start=state.start + finished,
         given=ready,
         tenant=state.tenants(finished[:, None]),

@@ -1,0 +1,110 @@
+"""Host memory of a conversion: a made-up release of a released size is converted by a process that watches its own memory.
+
+python -m benchmarks.convert_memory --size 0_5b
+
+The file is memory mapped, so its pages come and go as the kernel likes; what counts is the anonymous memory above the start.
+"""
+
+import importlib
+import json
+import math
+import multiprocessing
+import shutil
+import tempfile
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Annotated
+
+import ml_dtypes
+import numpy as np
+import typer
+
+from convert import build, releases
+from convert.engine import indices, source_shapes
+from convert.tables import omni2
+from omni2_jax import checkpoint, tokenizer
+from omni2_jax.config import LANGUAGE_PARTS, Omni2Config
+
+TOKENIZERS = Path(__file__).parent.parent / "tests" / "goldens" / "omni2"
+
+
+def tensors(config: Omni2Config) -> Iterator[tuple[tuple[str, ...], tuple[int, ...]]]:
+    """Names and shape of every tensor of a release with these dimensions; a tied head is a second name."""
+    table, leaves = omni2.table(config), checkpoint.flatten(checkpoint.abstract(config)[1])
+    copies = {original: alias for alias, original in table.aliases.items()}
+    for rule in table.rules:
+        shape = leaves[rule.target].shape
+        for index in indices(rule, shape):
+            for name, size in zip(rule.names(index), source_shapes(rule, shape), strict=True):
+                yield (name, copies[name]) if name in copies else (name,), size
+
+
+def write_release(directory: Path, config: Omni2Config) -> None:
+    """A release in one safetensors file of random bfloat16 numbers, which compress as little as real ones."""
+    directory.mkdir()
+    for source, target in ((TOKENIZERS, directory), (TOKENIZERS / "tts_tokenizer", directory / "tts_tokenizer")):
+        target.mkdir(exist_ok=True)
+        for name in filter(lambda name: (source / name).exists(), tokenizer.FILES):
+            shutil.copyfile(source / name, target / name)
+    (directory / "config.json").write_text(json.dumps(releases.omni2_json(config, "bfloat16")))
+    entries, sizes, end = {}, [], 0
+    for names, shape in tensors(config):
+        sizes.append((len(names), math.prod(shape)))
+        for name in names:
+            begin, end = end, end + 2 * math.prod(shape)
+            entries[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [begin, end]}
+    header = json.dumps(entries).encode()
+    random = np.random.default_rng(0)
+    pool = random.standard_normal(2**24, np.float32).astype(ml_dtypes.bfloat16)
+    with open(directory / "model.safetensors", "wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        for copies, size in sizes:
+            tensor = np.resize(np.roll(pool, random.integers(pool.size)), size).tobytes()
+            file.write(tensor * copies)
+
+
+def anonymous() -> int:
+    """Bytes of this process that no file backs (Linux)."""
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
+    return int(line.split()[1]) * 1024
+
+
+def watched(release: Path, out: Path) -> dict[str, int]:
+    """Convert; bytes before the first tensor is read, at the peak, of the largest parameter and of all of them."""
+    planned = build.read_omni2(release)
+    sizes = [leaf.nbytes for leaf in checkpoint.flatten(planned.params).values()]
+    before, seen, over = anonymous(), [0], threading.Event()
+
+    def sample() -> None:
+        while not over.wait(0.002):
+            seen.append(anonymous())
+
+    watcher = threading.Thread(target=sample)
+    watcher.start()
+    build.write(out, planned, {})
+    over.set()
+    watcher.join()
+    return {"before": before, "peak": max(seen), "largest": max(sizes), "all": sum(sizes)}
+
+
+def measure(config: Omni2Config) -> dict[str, int]:
+    """What `watched` says in a process of its own."""
+    with tempfile.TemporaryDirectory() as directory:
+        release, out = Path(directory) / "release", Path(directory) / "checkpoint"
+        write_release(release, config)
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            return pool.submit(watched, release, out).result()
+
+
+def main(size: Annotated[str, typer.Option(help="A file of configs/, without its omni2_.")] = "0_5b") -> None:
+    config = importlib.import_module(f"configs.omni2_{size}").config
+    found = measure(config.only(*LANGUAGE_PARTS))
+    for name, count in (found | {"above": found["peak"] - found["before"]}).items():
+        print(f"{name:8} {count / 1e6:9.1f} MB")
+    print(f"peak above the start / largest parameter: {(found['peak'] - found['before']) / found['largest']:.2f}")
+
+
+if __name__ == "__main__":
+    typer.run(main)

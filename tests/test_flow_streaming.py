@@ -1,0 +1,146 @@
+"""The flow in chunks against the released session and against the full pass over everything so far."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from omni2_jax.flow.context import Chunks
+from omni2_jax.flow.streaming import FlowState, Plan, flow_step
+from tests.test_flow import QUICK, TINY, close, full_pass, golden, tiny_flow
+
+VOICES = jnp.asarray(np.random.default_rng(0).standard_normal((3, 80)), jnp.float32)
+
+
+@functools.cache
+def jitted_step():
+    graph, params = nnx.split(tiny_flow())
+    step = jax.jit(
+        lambda params, state, *given: flow_step(nnx.merge(graph, params), state, *given), donate_argnums=1, compiler_options=QUICK
+    )
+    return functools.partial(step, params)
+
+
+def released_voice() -> jax.Array:
+    return tiny_flow().voice(jnp.asarray(golden("flow")["embedding"])[None])
+
+
+def feed(state: FlowState, rows: list[tuple[np.ndarray, bool]]) -> tuple[FlowState, list[np.ndarray]]:
+    """One step: (new units, final) of each stream -> the mel that each gives."""
+    new = np.zeros((len(rows), state.plan.write), np.int32)
+    for row, (units, _) in zip(new, rows, strict=True):
+        row[: len(units)] = units
+    counts, final = jnp.array([len(units) for units, _ in rows]), jnp.array([final for _, final in rows])
+    state, mel, frames = jitted_step()(state, jnp.asarray(new), counts, final)
+    return state, [row[:count] for row, count in zip(np.asarray(mel), frames, strict=True)]
+
+
+def released_sessions() -> list[tuple[list[tuple[np.ndarray, bool]], list[np.ndarray]]]:
+    """What each released session was fed, call by call, and the mel that its vocoder was given beyond the overlap."""
+    sessions = []
+    for want in (golden(f"stream_{name}") for name in ("s1", "s2", "s3")):
+        last = len(want["chunks"]) - 1
+        parts = np.split(want["units"], np.cumsum(want["chunks"])[:-1])
+        mel = [want[f"c{call}_hift_in"].T[8 if call else 0 :] for call in range(last + 1)]
+        sessions.append(([(part, call == last) for call, part in enumerate(parts)], mel))
+    return sessions
+
+
+def test_released_sessions_side_by_side_and_again_in_a_used_slot():
+    """Three sessions of 6, 2 and 8 calls in three slots; when the second is over, its slot serves the third once more."""
+    sessions, idle = released_sessions(), (np.zeros(0, np.int32), False)
+    sessions[1] = tuple(own + again for own, again in zip(sessions[1], sessions[2], strict=True))
+    state = FlowState.empty(tiny_flow(), jnp.tile(released_voice(), (3, 1)), Plan.of(TINY, 10, max_units=80, ladder=False))
+    for call in range(10):
+        if call == 2:
+            state = state.restart(jnp.array([False, True, False]), state.voice)
+        state, mel = feed(state, [fed[call] if call < len(fed) else idle for fed, _ in sessions])
+        for ours, (_, theirs) in zip(mel, sessions, strict=True):
+            if call < len(theirs):
+                assert ours.shape == theirs[call].shape
+                close(ours, theirs[call], 5e-4)
+            else:
+                assert len(ours) == 0
+    np.testing.assert_array_equal(state.given, [53, 72, 72])
+
+
+CASES = {
+    "everything before, in parts": Plan.of(TINY, 5, Chunks(5, shift=3), max_units=64),
+    "one chunk before": Plan.of(TINY, 5, Chunks(5, left=1), ladder=False),
+    "two chunks before": Plan.of(TINY, 5, Chunks(6, left=2, shift=1), ladder=False),
+}
+
+
+@pytest.mark.parametrize("plan", CASES.values(), ids=CASES.keys())
+def test_every_step_equals_the_full_pass_over_all_units_so_far(plan):
+    """Three streams that differ in how much comes when, with writes of nothing; one ends early, and another in mid-air."""
+    rng = np.random.default_rng(1)
+    comes = [[5] * 9, [1, 2, 0, 5, 4, 5, 5, 3, 1], [5, 5, 5, 3, 0, 0, 0, 0, 0]]
+    units = jnp.asarray(rng.integers(0, TINY.units, (3, 45)))
+    ends = (99, 8, 3)
+    state, given, arrived = FlowState.empty(tiny_flow(), VOICES, plan), np.zeros(3, int), np.zeros(3, int)
+    for call in range(9):
+        counts = np.array([row[call] for row in comes])
+        rows = [(np.asarray(units[b, arrived[b] : arrived[b] + counts[b]]), call == ends[b]) for b in range(3)]
+        state, mel = feed(state, rows)
+        arrived = arrived + counts
+        final = jnp.array([call >= end for end in ends])
+        whole, frames = full_pass()(units, jnp.asarray(arrived), VOICES, final, None, plan.chunks)
+        for b in range(3):
+            assert len(mel[b]) == frames[b] - given[b]
+            close(mel[b], whole[b, given[b] : frames[b]], 1e-4)
+        given = np.asarray(frames)
+
+
+def test_one_compilation_in_place():
+    """Steps of all kinds compile once; the donated state becomes the new one, and next to it little is allocated."""
+    plan = CASES["everything before, in parts"]
+    state = FlowState.empty(tiny_flow(), VOICES, plan)
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    given = jnp.zeros((3, 5), jnp.int32), jnp.array([5, 0, 3]), jnp.zeros(3, bool)
+    used = jitted_step().func.lower(*jitted_step().args, state, *given).compile().memory_analysis()
+    assert used.alias_size_in_bytes >= size and used.temp_size_in_bytes < size / 2
+    state, _, _ = jitted_step()(state, *given)
+    before = jitted_step().func._cache_size()
+    for final in (False, True):
+        state, _, _ = jitted_step()(state, *given[:2], jnp.full(3, final))
+    assert jitted_step().func._cache_size() == before
+
+
+def test_a_memory_in_half_precision_is_close():
+    """Where each write finishes a chunk, what a stream gives is the full pass over all of it."""
+    plan = Plan.of(TINY, 5, Chunks(5, left=1, shift=3), ladder=False)
+    state, given = FlowState.empty(tiny_flow(), VOICES, plan, jnp.bfloat16), []
+    units = jnp.tile(jnp.arange(45), (3, 1))
+    for part in np.split(np.arange(45), 9):
+        state, mel = feed(state, [(part, False)] * 3)
+        given.append(mel[0])
+    whole, frames = full_pass()(units, jnp.full(3, 45), VOICES, jnp.zeros(3, bool), None, plan.chunks)
+    given = np.concatenate(given)
+    assert len(given) == frames[0] == 84
+    assert 1e-5 < np.abs(given - whole[0, :84]).max() < 0.1
+
+
+def test_plans_that_cannot_work_are_errors():
+    with pytest.raises(ValueError, match="11 new units a step, expected 1 to 10"):
+        Plan.of(TINY, 11, Chunks(10, left=1))
+    with pytest.raises(ValueError, match="needs max_units"):
+        Plan.of(TINY, 10)
+    with pytest.raises(ValueError, match="602 mel frames; the flow's noise has 600"):
+        Plan.of(TINY, 10, max_units=301)
+    with pytest.raises(ValueError, match="expected size >= 1"):
+        Chunks(4, shift=4)
+    state = FlowState.empty(tiny_flow(), VOICES, CASES["two chunks before"])
+    with pytest.raises(ValueError, match="4 new units a step; the state was made for 5"):
+        flow_step(tiny_flow(), state, jnp.zeros((3, 4), jnp.int32), jnp.zeros(3, jnp.int32), jnp.zeros(3, bool))
+
+
+def test_sizes_for_the_released_chunk():
+    """The sizes that a step of 10 units can need, and no more: 7, 17 ... 57 units wait for their mel, or at the end up to 62."""
+    plan = Plan.of(TINY, 10, max_units=300)
+    assert plan.widths == (7, 17, 27, 37, 47, 57, 62) and plan.capacity == 312
+    assert Plan.of(TINY, 10, Chunks(10, left=3, shift=3)).widths == (10, 22)
+    assert Plan.of(TINY, 10, Chunks(50, left=3), ladder=False).widths == (62,)
