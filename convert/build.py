@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from convert import releases
+from convert import cosyvoice, releases
 from convert.engine import ConversionError, Source, Table, plan
-from convert.sources import onnx_file, torch_file, torch_object
+from convert.sources import onnx_file, torch_dims, torch_file, torch_object
 from convert.tables import flow, hift, omni2, qwen2, speaker, speaker_onnx, whisper
 from omni2_jax import checkpoint, tokenizer, voices
 from omni2_jax.config import PARTS, Omni2Config
@@ -33,75 +33,88 @@ def planned(table: Table, sources: Mapping[str, Source], config: Omni2Config, wh
     return plan(table, sources, checkpoint.abstract(config)[1], str(where))
 
 
+def read_omni2(directory: Path, whisper_file: Path | None = None) -> Release:
+    """A LLaMA-Omni2 release directory; the speech encoder inside it wins over a Whisper file, which only tells its heads."""
+    where = releases.weights(directory)
+    sources = releases.tensors(where)
+    config = releases.omni2(directory, sources, whisper_file)
+    files = language_files(directory) | tokenizer_files(directory / "tts_tokenizer", "tts_tokenizer")
+    files["assets/config.json"] = directory / "config.json"
+    return Release(config, planned(omni2.table(config), sources, config, where), files)
+
+
+def read_qwen(directory: Path) -> Release:
+    """A plain Hugging Face Qwen2.5 directory: what stage I(a) starts from."""
+    where = releases.weights(directory)
+    config = releases.qwen_directory(directory)
+    table = qwen2.table(config.llm).at("", "llm.")
+    return Release(config, planned(table, releases.tensors(where), config, where), language_files(directory))
+
+
+def language_files(directory: Path) -> dict[str, Path]:
+    """The LLM's tokenizer and, where there is one, its generation_config.json."""
+    generation = {"generation_config.json": directory / "generation_config.json"}
+    return tokenizer_files(directory, "tokenizer") | (generation if generation["generation_config.json"].exists() else {})
+
+
 def tokenizer_files(directory: Path, folder: str) -> dict[str, Path]:
     tokenizer.load(directory)
     return {f"{folder}/{name}": directory / name for name in tokenizer.FILES if (directory / name).exists()}
 
 
-def read_omni2(directory: Path, whisper_file: Path | None = None) -> Release:
-    """A LLaMA-Omni2 release directory; the speech encoder inside it wins over a Whisper file, which only tells its heads."""
-    sources = releases.tensors(directory)
-    config = releases.omni2(directory, sources, whisper_file)
-    files = tokenizer_files(directory, "tokenizer") | tokenizer_files(directory / "tts_tokenizer", "tts_tokenizer")
-    files["assets/config.json"] = directory / "config.json"
-    if (directory / "generation_config.json").exists():
-        files["generation_config.json"] = directory / "generation_config.json"
-    return Release(config, planned(omni2.table(config), sources, config, directory), files)
-
-
-def read_qwen(directory: Path) -> Release:
-    """A plain Hugging Face Qwen2.5 directory: what stage I(a) starts from."""
-    config = releases.qwen_directory(directory)
-    table = qwen2.table(config.llm).at("", "llm.")
-    return Release(config, planned(table, releases.tensors(directory), config, directory), tokenizer_files(directory, "tokenizer"))
-
-
 def read_whisper(path: Path) -> Release:
     """An OpenAI Whisper .pt or a Hugging Face Whisper directory; the text decoder is dropped."""
     if path.is_dir():
-        sources = {name.removeprefix("model."): source for name, source in releases.tensors(path).items()}
+        where = releases.weights(path)
+        sources = {name.removeprefix("model."): source for name, source in releases.tensors(where).items()}
         encoder = releases.whisper_directory(path)
     else:
-        sources = torch_file(path, "model_state_dict")
-        encoder = releases.speech_encoder(sources, "encoder.", path, releases.torch_dims(path).get("n_audio_head"))
+        where, sources = path, torch_file(path, "model_state_dict")
+        encoder = releases.speech_encoder(sources, "encoder.", path, torch_dims(path).get("n_audio_head"))
     config = releases.NOTHING.replace(speech_encoder=encoder)
     table = whisper.table(hugging_face=path.is_dir()).at("encoder.", "speech_encoder.")
     table = dataclasses.replace(table, dropped={r"(decoder|proj_out)\..*": "the text decoder is not part of LLaMA-Omni2"})
-    return Release(config, planned(table, sources, config, path))
+    return Release(config, planned(table, sources, config, where))
 
 
 def read_decoder(directory: Path) -> Release:
     """A cosy2_decoder directory: flow.pt, hift.pt and their yaml; campplus.onnx and spk2info.pt where it has them."""
-    flow_config, hift_config, yaml_file = releases.decoder(directory)
+    flow_config, hift_config, yaml_file = cosyvoice.read(directory)
     config = releases.NOTHING.replace(flow=flow_config, hift=hift_config)
-    sources = prefixed("flow.", torch_file(directory / "flow.pt")) | prefixed("hift.", hift.plain_names(torch_file(directory / "hift.pt")))
-    table = flow.table().at("flow.", "flow.") + hift.table(hift_config).at("hift.", "hift.")
     files = {f"assets/{yaml_file.name}": yaml_file}
+    sources = {
+        "flow.pt: ": torch_file(directory / "flow.pt"),
+        "hift.pt: ": hift.plain_names(torch_file(directory / "hift.pt")),
+    }
+    table = flow.table().at("flow.pt: ", "flow.") + hift.table(hift_config).at("hift.pt: ", "hift.")
     campplus = directory / "campplus.onnx"
     if campplus.exists():
-        names = speaker_onnx.from_onnx(onnx_file(campplus), str(campplus))
-        config = config.replace(speaker=speaker.infer_config(names, str(campplus)))
-        sources |= prefixed("speaker.", names)
-        table += speaker.table(config.speaker).at("speaker.", "speaker.")
+        sources["campplus.onnx: "] = speaker_onnx.from_onnx(onnx_file(campplus), str(campplus))
+        config = config.replace(speaker=speaker.infer_config(sources["campplus.onnx: "], str(campplus)))
+        table += speaker.table(config.speaker).at("campplus.onnx: ", "speaker.")
         files["assets/campplus.onnx"] = campplus  # never trained; the released front end reads it as it is
-    return Release(config, planned(table, sources, config, directory), files, stored_voices(directory / "spk2info.pt"))
+    named = {file + name: source for file, tensors in sources.items() for name, source in tensors.items()}
+    return Release(config, planned(table, named, config, directory), files, stored_voices(directory / "spk2info.pt", flow_config.speaker))
 
 
-def prefixed(prefix: str, sources: Mapping[str, Source]) -> dict[str, Source]:
-    return {prefix + name: source for name, source in sources.items()}
-
-
-def stored_voices(path: Path) -> dict[str, np.ndarray]:
+def stored_voices(path: Path, size: int) -> dict[str, np.ndarray]:
     """The x-vectors of a spk2info.pt, by the file's own names."""
     entries = torch_object(path) if path.exists() else {}
-    return {safe_name(name, path): np.asarray(entry["embedding"], np.float32).reshape(-1) for name, entry in entries.items()}
+    try:
+        x_vectors = {str(name): np.asarray(entry["embedding"], np.float32).reshape(-1) for name, entry in entries.items()}
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ConversionError(f"{path} does not hold an x-vector for every voice: {error!r}") from None
+    for name, x_vector in x_vectors.items():
+        check_name(name, path)
+        if x_vector.shape != (size,):
+            raise ConversionError(f"{path}: voice {name!r} has {x_vector.size} numbers, expected an x-vector of {size}")
+    return x_vectors
 
 
-def safe_name(name: str, where: Path | str) -> str:
-    """A voice's name, which is also a file's name."""
+def check_name(name: str, where: Path | str) -> None:
+    """A voice's name is also a file's name."""
     if not name or name.startswith(".") or "/" in name or "\\" in name:
         raise ConversionError(f"{where}: {name!r} cannot be the name of a voice; use letters, digits, '-' and '_'")
-    return name
 
 
 def combine(given: Sequence[Release]) -> Release:
@@ -114,44 +127,44 @@ def combine(given: Sequence[Release]) -> Release:
             raise ConversionError(f"{', '.join(sorted(twice))} would come from two sources; name only one of them")
         base = whole.config if whole.params else release.config
         parts = {name: getattr(release.config, name) or getattr(whole.config, name) for name in PARTS if name != "fusion"}
-        whole = Release(
-            base.replace(**parts), whole.params | release.params, whole.files | release.files, whole.voices | release.voices
-        )
+        whole = Release(base.replace(**parts), whole.params | release.params, whole.files | release.files, whole.voices | release.voices)
     return whole
 
 
 def write(out: Path, release: Release, prompts: Mapping[str, Path], written: Written = lambda _: None) -> None:
     """Make the checkpoint `out`, whole or not at all. prompts: voice name -> prompt wav or .npy x-vector."""
     with checkpoint.aside(out) as work:
-        write_into(work, release, written)
-        add_voices(work, release.config, prompts)
+        write_into(work, release, prompts, written)
 
 
 def extend(out: Path, release: Release | None, prompts: Mapping[str, Path], written: Written = lambda _: None) -> None:
-    """Add parts that a checkpoint lacks, and voices. Its config.json is replaced last, so a cut leaves the checkpoint as it was."""
+    """Add parts that a checkpoint lacks, and voices. Its config.json names them last, so a cut leaves the checkpoint as it was."""
     config = Omni2Config.load(out / "config.json")
-    if release is not None:
-        there = [part for part in checkpoint.parts(out) if part in release.params]
-        if there:
-            raise ConversionError(f"{out} has {', '.join(there)} already; convert into a new directory")
-        config = combine([Release(config, dict.fromkeys(checkpoint.parts(out), {})), release]).config
-        write_into(out, dataclasses.replace(release, config=config), written)
-    add_voices(out, config, prompts)
+    release = release or Release(config)
+    there = Release(config, {part: {} for part in PARTS if getattr(config, part, None)})
+    if twice := [part for part in there.params if part in release.params]:
+        raise ConversionError(f"{out} has {', '.join(twice)} already; convert into a new directory")
+    config = combine([there, release]).config
+    try:
+        remove_parts(out, release)  # what an earlier cut left behind
+        write_into(out, dataclasses.replace(release, config=config), prompts, written)
+    except BaseException:
+        remove_parts(out, release)
+        raise
 
 
-def write_into(directory: Path, release: Release, written: Written) -> None:
+def remove_parts(directory: Path, release: Release) -> None:
+    for part in release.params:
+        checkpoint.remove(directory / "params" / part)
+
+
+def write_into(directory: Path, release: Release, prompts: Mapping[str, Path], written: Written) -> None:
     for name, source in release.files.items():
         (directory / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source, directory / name)
     for part, params in release.params.items():
         checkpoint.save_part(directory, part, params, written)
-    for name, x_vector in release.voices.items():
+    made = {name: voices.from_file(directory, release.config, path) for name, path in prompts.items()}
+    for name, x_vector in (release.voices | made).items():
         voices.save(directory, name, x_vector)
     release.config.save(directory / "config.json")
-
-
-def add_voices(directory: Path, config: Omni2Config, prompts: Mapping[str, Path]) -> None:
-    """Store the x-vector of every prompt, once all of them have been computed."""
-    x_vectors = {safe_name(name, "--voice"): voices.from_file(directory, config, path) for name, path in prompts.items()}
-    for name, x_vector in x_vectors.items():
-        voices.save(directory, name, x_vector)

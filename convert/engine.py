@@ -149,7 +149,8 @@ def plan(table: Table, source: Mapping[str, Source], target: Mapping, where: str
 def summary(complaints: list[str], shown: int = 20) -> str:
     """All complaints in one line, the first `shown` in full."""
     rest = f"; and {len(complaints) - shown} more" if len(complaints) > shown else ""
-    return f"{len(complaints)} tensors do not fit: " + "; ".join(complaints[:shown]) + rest
+    count = "1 tensor does" if len(complaints) == 1 else f"{len(complaints)} tensors do"
+    return f"{count} not fit: " + "; ".join(complaints[:shown]) + rest
 
 
 def compare(alias: str, copy: Source, original_name: str, original: Source) -> list[str]:

@@ -1,5 +1,6 @@
 """A checkpoint -> the released PyTorch layout: OUT/LLaMA-Omni2 (safetensors, tokenizers) and OUT/cosy2_decoder (flow.pt, hift.pt)."""
 
+import contextlib
 import json
 import shutil
 from collections.abc import Iterator
@@ -7,10 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import rich.progress
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from convert import releases
 from convert.engine import ConversionError, Table, unplan
+from convert.sources import reason
 from convert.tables import flow, hift, omni2
 from omni2_jax import checkpoint, voices
 from omni2_jax.config import LANGUAGE_PARTS, Omni2Config
@@ -33,11 +36,15 @@ def write(directory: Path, out: Path, progress: rich.progress.Progress) -> None:
 
 def tensors(directory: Path, table: Table, progress: rich.progress.Progress, label: str) -> Iterator[tuple[str, np.ndarray]]:
     """The source tensors of a table, one parameter in memory at a time; its targets start with the part's name."""
-    task = progress.add_task(label, total=None)
+    parts = dict.fromkeys(rule.target.partition(".")[0] for rule in table.rules)
+    leaves = {f"{part}.{path}": leaf for part in parts for path, leaf in checkpoint.stored(directory, part).items()}
+    absent = [rule.target for rule in table.rules if rule.target not in leaves]
+    if absent:
+        raise ConversionError(f"{directory} does not fit its config.json: it lacks {', '.join(absent[:10])}")
+    task = progress.add_task(label, total=sum(leaf.nbytes for leaf in leaves.values()))
 
     def read(path: str) -> np.ndarray:
-        part, _, leaf = path.partition(".")
-        value = checkpoint.load_leaf(directory, part, leaf)
+        value = leaves[path].read()
         progress.advance(task, value.nbytes)
         return value
 
@@ -62,7 +69,9 @@ class Shards:
 
     def flush(self) -> None:
         self.names.append(list(self.waiting))
-        save_file(self.waiting, self.directory / f"shard-{len(self.names)}", metadata={"format": "pt"})
+        file = self.directory / f"shard-{len(self.names)}"
+        with writing(file):
+            save_file(self.waiting, file, metadata={"format": "pt"})
         self.waiting, self.size = {}, 0
 
     def close(self) -> None:
@@ -92,7 +101,9 @@ def write_omni2(directory: Path, config: Omni2Config, out: Path, progress: rich.
     content = {**generated, **stated, "stream_params": generated["stream_params"]}
     (out / "config.json").write_text(json.dumps(content, indent=1) + "\n")
     for source, target in {"tokenizer": out, "tts_tokenizer": out / "tts_tokenizer"}.items():
-        shutil.copytree(directory / source, target, dirs_exist_ok=True)
+        target.mkdir(exist_ok=True)
+        for file in (directory / source).iterdir():
+            shutil.copyfile(file, target / file.name)
     if (directory / "generation_config.json").exists():
         shutil.copyfile(directory / "generation_config.json", out / "generation_config.json")
 
@@ -103,9 +114,20 @@ def write_decoder(directory: Path, config: Omni2Config, out: Path, progress: ric
     out.mkdir()
     for part, table in {"flow": flow.table().at("", "flow."), "hift": hift.table(config.hift).at("", "hift.")}.items():
         state = {name: torch.from_numpy(tensor) for name, tensor in tensors(directory, table, progress, part)}
-        torch.save(state, out / f"{part}.pt")
+        with writing(out / f"{part}.pt"):
+            torch.save(state, out / f"{part}.pt")
     for asset in (directory / "assets").iterdir():
         if asset.name != "config.json":
             shutil.copyfile(asset, out / asset.name)
     x_vectors = {name: {"embedding": torch.from_numpy(voices.resolve(directory, config, name))[None]} for name in voices.names(directory)}
-    torch.save(x_vectors, out / "spk2info.pt")
+    with writing(out / "spk2info.pt"):
+        torch.save(x_vectors, out / "spk2info.pt")
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """safetensors and torch have their own kinds of error for a file that cannot be written."""
+    try:
+        yield
+    except (SafetensorError, RuntimeError) as error:
+        raise ConversionError(f"cannot write {path}: {reason(error)}") from None

@@ -1,6 +1,8 @@
 """Unread tensors of the file formats that weights come in: safetensors, torch .pt, ONNX, and shape lists for dry runs."""
 
 import json
+import math
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,24 +33,32 @@ def safetensors(path: Path) -> dict[str, Source]:
     """Every tensor of a .safetensors file, read through a memory map."""
     try:
         with open(path, "rb") as file:
-            size = int.from_bytes(file.read(8), "little")
-            total = path.stat().st_size
+            size, total = int.from_bytes(file.read(8), "little"), path.stat().st_size
             if size > total - 8:
-                raise ConversionError(f"{path} is not a safetensors file or is cut short: its header claims {size} bytes of {total}")
+                raise ConversionError(
+                    f"{path} is no safetensors file or is cut short: its header should be {size} bytes, the file is {total}"
+                )
             header = json.loads(file.read(size))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ConversionError(f"cannot read {path}: {error}") from None
+        raise ConversionError(f"cannot read {path}: {reason(error)}") from None
+    if not isinstance(header, dict):
+        raise ConversionError(f"{path} is no safetensors file: its header is a {type(header).__name__}")
     header.pop("__metadata__", None)
-    sources, start = {}, 8 + size
-    for name, entry in header.items():
-        begin, end = entry["data_offsets"]
-        dtype = DTYPES.get(entry["dtype"])
-        if dtype is None:
-            raise ConversionError(f"{path}: {name} is of type {entry['dtype']}; expected one of {', '.join(DTYPES)}")
-        if start + end > total:
-            raise ConversionError(f"{path} is cut short: {name} ends at byte {start + end}, the file has {total}")
-        sources[name] = Tensor(tuple(entry["shape"]), np.dtype(dtype), mapped(path, np.dtype(dtype), start + begin, tuple(entry["shape"])))
-    return sources
+    return {name: located(path, name, entry, 8 + size, total) for name, entry in header.items()}
+
+
+def located(path: Path, name: str, entry: dict, start: int, total: int) -> Source:
+    """The tensor that an entry of a safetensors header describes; `start` is where the data begins, `total` the file's size."""
+    try:
+        shape, (begin, end), dtype = tuple(entry["shape"]), entry["data_offsets"], np.dtype(DTYPES[entry["dtype"]])
+        fits = begin >= 0 and end - begin == dtype.itemsize * math.prod(shape)
+    except (KeyError, TypeError, ValueError):
+        fits = False
+    if not fits:
+        raise ConversionError(f"{path} is corrupt, or its type is none of {', '.join(DTYPES)}: it describes {name} as {entry}")
+    if start + end > total:
+        raise ConversionError(f"{path} is cut short: {name} ends at byte {start + end}, the file has {total}")
+    return Tensor(shape, dtype, mapped(path, dtype, start + begin, shape))
 
 
 def mapped(path: Path, dtype: np.dtype, offset: int, shape: tuple[int, ...]) -> Callable[[], np.ndarray]:
@@ -61,9 +71,9 @@ def torch_object(path: Path):
     import torch
 
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # torch, pickle and zipfile raise a dozen kinds, all meaning: this is no weights file
-        raise ConversionError(f"cannot read {path} as a torch weights file: {first_line(error)}") from None
+        raise ConversionError(f"cannot read {path} as a torch weights file: {reason(error)}") from None
 
 
 def torch_file(path: Path, *keys: str) -> dict[str, Source]:
@@ -73,6 +83,8 @@ def torch_file(path: Path, *keys: str) -> dict[str, Source]:
         if not isinstance(state, dict) or key not in state:
             raise ConversionError(f"{path} has no {key!r}: it is another kind of torch file")
         state = state[key]
+    if not isinstance(state, dict):
+        raise ConversionError(f"{path} holds a {type(state).__name__}, expected tensors by name")
     return {name: torch_tensor(value) for name, value in state.items() if hasattr(value, "dtype")}
 
 
@@ -84,7 +96,10 @@ def torch_dims(path: Path) -> dict[str, int]:
     return content["dims"]
 
 
-def first_line(error: BaseException) -> str:
+def reason(error: BaseException) -> str:
+    """Why, without the file's name, which the message has already."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
@@ -110,7 +125,7 @@ def onnx_file(path: Path) -> dict[str, Source]:
     try:
         graph = onnx.load(path, load_external_data=False).graph
     except (OSError, DecodeError) as error:
-        raise ConversionError(f"cannot read {path} as an ONNX model: {error}") from None
+        raise ConversionError(f"cannot read {path} as an ONNX model: {reason(error)}") from None
     constants, sources = {tensor.name: tensor for tensor in graph.initializer}, {}
     for position, node in enumerate(graph.node):
         if node.op_type == "Constant":

@@ -4,8 +4,10 @@ CKPT/config.json  generation_config.json  tokenizer/  tts_tokenizer/  voices/NAM
 """
 
 import contextlib
+import math
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +20,8 @@ from flax import nnx
 from omni2_jax.config import DECODER_PARTS, PARTS, Omni2Config
 from omni2_jax.model import Model
 
-CHUNK_BYTES = 64 * 2**20  # tensorstore's unit of reading and writing: it bounds host memory
+CHUNK_BYTES = 8 * 2**20  # tensorstore's unit of reading and writing
+FILE_BYTES = 4 * CHUNK_BYTES  # tensorstore holds compressed chunks in memory until they fill a file
 
 
 @dataclass(frozen=True)
@@ -29,21 +32,50 @@ class Unread:
     dtype: np.dtype
     read: Callable[[], np.ndarray]
 
+    @property
+    def nbytes(self) -> int:
+        return self.dtype.itemsize * math.prod(self.shape)
+
 
 class UnreadHandler(ocp.type_handlers.NumpyHandler):
-    """Saves `Unread` leaves one after the other, so that one parameter at a time is in memory."""
+    """Saves `Unread` leaves one after the other, so that one large parameter, or a few small ones, are in memory at a time."""
 
     def __init__(self, written: Callable[[Unread], None]):
         super().__init__(deepcopy_host_arrays=False)
         self.written = written
 
     async def serialize(self, values, infos, args=None):
-        return [ocp.future.CommitFutureAwaitingContractedSignals(self._background_serialize(values, infos, args), name="unread")]
+        for some in batches(values):
+            await super()._background_serialize([value.read() for value in values[some]], infos[some], args[some])
+            for value in values[some]:
+                self.written(value)
+        return []  # nothing is left to a background thread, so what goes wrong is raised here
 
-    async def _background_serialize(self, values, infos, args=None):
-        for value, info, arg in zip(values, infos, args, strict=True):
-            await super()._background_serialize([value.read()], [info], [arg])
-            self.written(value)
+    async def _open_and_write(self, value, tspec, ts_context):
+        # Orbax cuts axes into divisors only, and the 158227 tokens of the speech LM, a prime, into single rows.
+        tspec["metadata"]["chunks"] = chunk_shape(value.shape, value.dtype.itemsize)
+        await super()._open_and_write(value, tspec, ts_context)
+
+
+def chunk_shape(shape: Sequence[int], itemsize: int) -> list[int]:
+    """Contiguous pieces of an array, of CHUNK_BYTES at most: the first axes are cut, the last ones whole."""
+    chunk = []
+    for axis, size in enumerate(shape):
+        most = max(1, min(size, CHUNK_BYTES // max(1, itemsize * math.prod(shape[axis + 1 :]))))
+        # Pieces that go into the axis evenly are compressed without a copy.
+        chunk.append(next((even for even in range(most, most // 2, -1) if size % even == 0), most))
+    return chunk
+
+
+def batches(leaves: Sequence[Unread]) -> Iterator[slice]:
+    """Slices of CHUNK_BYTES together at most, or of one larger leaf. Each is a commit, and a commit of tiny leaves is mostly overhead."""
+    start, size = 0, 0
+    for i, leaf in enumerate(leaves):
+        if i > start and size + leaf.nbytes > CHUNK_BYTES:
+            yield slice(start, i)
+            start, size = i, 0
+        size += leaf.nbytes
+    yield slice(start, len(leaves))
 
 
 def flatten(tree: Mapping) -> dict[str, object]:
@@ -51,9 +83,23 @@ def flatten(tree: Mapping) -> dict[str, object]:
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class SameKey:
+    """Stands in for nnx.Rngs where only shapes are wanted; counting keys makes abstract tracing of many layers slow (3 s of 4)."""
+
+    key: jax.Array
+
+    def params(self) -> jax.Array:
+        return self.key
+
+    def split(self, count: int) -> "SameKey":
+        return SameKey(jax.random.split(self.key, count))
+
+
 def abstract(config: Omni2Config) -> tuple[nnx.GraphDef, dict]:
     """The model's graph and its parameters as shapes, nothing allocated: ({part: tree of ShapeDtypeStruct})."""
-    graph, state = nnx.split(nnx.eval_shape(lambda: Model(config, nnx.Rngs(0))))
+    graph, state = nnx.split(nnx.eval_shape(lambda: Model(config, SameKey(jax.random.key(0)))))
     return graph, nnx.to_pure_dict(state)
 
 
@@ -73,18 +119,32 @@ def aside(out: Path) -> Iterator[Path]:
         yield work
         work.rename(out)
     finally:
-        shutil.rmtree(work, ignore_errors=True)
+        remove(work)
+
+
+def remove(directory: Path, seconds: float = 10) -> None:
+    """Delete a directory, into which tensorstore goes on writing for a moment when it is interrupted."""
+    deadline = time.monotonic() + seconds
+    while directory.exists() and time.monotonic() < deadline:
+        shutil.rmtree(directory, ignore_errors=True)
+        time.sleep(0.05)
 
 
 def save_part(directory: Path, part: str, params: Mapping, written: Callable[[Unread], None] = lambda _: None) -> None:
     """Write one part's parameters: a nested dict of `Unread` leaves, numpy or JAX arrays."""
-    leaves = flatten(params)
+    leaves = {path: unread(leaf) for path, leaf in flatten(params).items()}
     registry = ocp.type_handlers.create_type_handler_registry(
-        (Unread, UnreadHandler(written)), (np.ndarray, ocp.type_handlers.NumpyHandler()), (jax.Array, ocp.type_handlers.ArrayHandler())
+        (Unread, UnreadHandler(written)), (jax.Array, ocp.type_handlers.ArrayHandler())
     )
-    chunked = {path: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES) for path in leaves}
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(type_handler_registry=registry)) as checkpointer:
-        checkpointer.save(directory.absolute() / "params" / part, args=ocp.args.PyTreeSave(leaves, save_args=chunked))
+        checkpointer.save(directory.absolute() / "params" / part, args=ocp.args.PyTreeSave(leaves, ocdbt_target_data_file_size=FILE_BYTES))
+
+
+def unread(leaf: Unread | np.ndarray | jax.Array) -> Unread | jax.Array:
+    """An array that this process holds whole as one to be copied to the host when its turn comes; others Orbax writes in shards."""
+    if isinstance(leaf, Unread) or not getattr(leaf, "is_fully_addressable", True):
+        return leaf
+    return Unread(leaf.shape, np.dtype(leaf.dtype), lambda: np.asarray(leaf))
 
 
 def parts(directory: Path) -> list[str]:
@@ -114,21 +174,28 @@ def load_part(directory: Path, part: str, shapes: Mapping, dtype: jnp.dtype | No
     shardings = dict.fromkeys(expected, sharding) if isinstance(sharding, jax.sharding.Sharding) else flatten(sharding)
     args = {path: ocp.ArrayRestoreArgs(dtype=dtype, sharding=shardings[path]) for path in expected}
     check(where, {path: tuple(leaf.shape) for path, leaf in metadata(directory, part).items()}, expected)
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        try:
-            leaves = checkpointer.restore(where.absolute(), args=ocp.args.PyTreeRestore(restore_args=args))
-        except (OSError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{where} cannot be restored, its files are damaged or missing: {first_line(error)}") from None
+    leaves = restore(where, ocp.args.PyTreeRestore(restore_args=args))
     return jax.tree.unflatten(treedef, [leaves[path] for path in expected])
 
 
-def load_leaf(directory: Path, part: str, path: str) -> np.ndarray:
-    """One parameter as stored, without reading the rest of its part."""
+def stored(directory: Path, part: str) -> dict[str, Unread]:
+    """A part's parameters by path, as stored, each to be read without the rest."""
     where = (directory / "params" / part).absolute()
+
+    def reader(path: str) -> Callable[[], np.ndarray]:
+        args = ocp.args.PyTreeRestore({path: 0}, restore_args={path: ocp.RestoreArgs(restore_type=np.ndarray)}, partial_restore=True)
+        return lambda: restore(where, args)[path]
+
+    return {path: Unread(tuple(leaf.shape), np.dtype(leaf.dtype), reader(path)) for path, leaf in metadata(directory, part).items()}
+
+
+def restore(where: Path, args: ocp.args.PyTreeRestore) -> dict:
+    """What Orbax restores. Raises ValueError naming the part and, on one line, what keeps it from being restored."""
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        wanted = {path: ocp.RestoreArgs(restore_type=np.ndarray)}
-        restored = checkpointer.restore(where, args=ocp.args.PyTreeRestore({path: 0}, restore_args=wanted, partial_restore=True))
-    return restored[path]
+        try:
+            return checkpointer.restore(where.absolute(), args=args)
+        except Exception as error:  # damaged files raise many kinds, a bare Exception around tensorstore's own error among them
+            raise ValueError(f"{where} cannot be restored, are its files damaged? {first_line(error.__cause__ or error)}") from None
 
 
 def check(where: Path, stored: Mapping[str, tuple], expected: Mapping) -> None:
@@ -145,7 +212,7 @@ def check(where: Path, stored: Mapping[str, tuple], expected: Mapping) -> None:
 
 
 def load(directory: Path, config: Omni2Config, dtype: jnp.dtype) -> tuple[nnx.GraphDef, dict]:
-    """The graph and parameters of the parts that `config` has: the language side in `dtype`, the decoder in float32 (its solver needs it)."""
+    """Graph and parameters of the parts that `config` has: the language side in `dtype`, the decoder in float32 (its solver needs it)."""
     graph, shapes = abstract(config)
     absent = [part for part in shapes if part not in parts(directory)]
     if absent:

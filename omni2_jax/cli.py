@@ -46,6 +46,10 @@ def chat(
     unit_vocabulary: Annotated[str, typer.Option(help="units: nothing else can be sampled; all: any token, as released.")] = "units",
     max_flush_units: Annotated[int, typer.Option(min=1, help="Speech tokens at most after the text has ended.")] = 1024,
     seed: Annotated[int, typer.Option(help="The same seed gives the same answer.")] = 0,
+    chunk: Annotated[
+        int | None, typer.Option(help="Units that see one another in the flow; fewer cost less. [default: the checkpoint's]")
+    ] = None,
+    left_chunks: Annotated[int, typer.Option(min=-1, help="Chunks that the flow sees before its own; -1: all, as released.")] = 4,
     truncate: Annotated[bool, typer.Option("--truncate", help="Cut turns over 30 s (they are refused otherwise).")] = False,
     split_long: Annotated[bool, typer.Option("--split-long", help="Hear turns over 30 s as several clips.")] = False,
 ) -> None:
@@ -64,22 +68,28 @@ def chat(
         unit_vocabulary=unit_vocabulary,
         max_flush_units=max_flush_units,
         seed=seed,
+        chunk=chunk,
+        left_chunks=None if left_chunks < 0 else left_chunks,
         long="truncate" if truncate else "split" if split_long else "refuse",
     )
     if questions:
         if wavs or out or stream or out_dir is None:
             raise ValueError("--questions takes --out-dir, and neither wav files, --out nor --stream")
-        answer_questions(checkpoint, read_questions(questions), out_dir, not no_wav, batch, voice, options)
+        answer_questions(checkpoint, read_questions(questions, options.long), out_dir, not no_wav, batch, voice, options)
         return
     if not wavs:
         raise ValueError("nothing to answer: give wav files, or --questions with --out-dir")
+    if str(out) == "-" and not stream:
+        raise ValueError("--out - needs --stream")
+    if out and no_wav:
+        raise ValueError("--out and --no-wav exclude each other")
     from omni2_jax import audio
 
     # A bad file is told before minutes are spent on the others.
     clips = sum(len(audio.fit(audio.load(wav), over=options.long, name=wav)) for wav in wavs)
     outs = targets(out, len(wavs))
     with notes.status("loading"):
-        model = Omni2.load(checkpoint, decoder=out is not None or not no_wav)
+        model = Omni2.load(checkpoint, decoder=not no_wav)
         session = model.session(voice, options, turns=len(wavs), clips=clips)
     if stream:
         converse_aloud(session, wavs, outs)
@@ -111,7 +121,17 @@ def converse(session, wavs: list[Path], outs: list[Path | None]) -> None:
         seconds = len(answer.waveform) / audio.SPEECH_RATE
         notes.print(f"{len(answer.units)} units, {seconds:.2f} s of speech" + (f" -> {out}" if out else ""))
         if out:
-            audio.save(out, answer.waveform)
+            save_speech(out, answer.waveform)
+
+
+def save_speech(path: Path, waveform) -> None:
+    """An answer may be without a single unit; then there is nothing to write."""
+    from omni2_jax import audio
+
+    if waveform.size:
+        audio.save(path, waveform)
+    else:
+        notes.print(f"no speech, hence no {path}")
 
 
 def shown(replies: Iterator, file) -> Iterator:
@@ -155,8 +175,11 @@ def timings(stages: dict[str, float], marks: list[float], seconds: float, first:
     return table
 
 
-def read_questions(path: Path) -> list[dict]:
-    """The items of a questions.json, sound paths resolved against its folder; raises ValueError on the first thing that is wrong."""
+def read_questions(path: Path, long: str) -> list[dict]:
+    """The items of a questions.json, sound paths resolved against its folder; raises ValueError on the first thing that is wrong.
+
+    long: what is to become of turns over 30 s, see `Options`.
+    """
     from omni2_jax import audio
 
     try:
@@ -168,7 +191,7 @@ def read_questions(path: Path) -> list[dict]:
     parsed = []
     for number, item in enumerate(items):
         where = f"{path}: item {number}"
-        if not isinstance(item, dict) or "id" not in item or not item.get("conversation"):
+        if not isinstance(item, dict) or "id" not in item or not isinstance(item.get("conversation"), list):
             raise ValueError(f"{where} has no id or no conversation")
         name = str(item["id"])
         if name in ("", ".", "..") or "/" in name or name in {other["id"] for other in parsed}:
@@ -182,7 +205,7 @@ def read_questions(path: Path) -> list[dict]:
         if len(turns) % 2 == 0:
             raise ValueError(f"{where} ({name}): the conversation does not end with the user's turn")
         for turn in turns[::2]:
-            audio.load(turn)
+            audio.fit(audio.load(turn), over=long, name=turn)
         parsed.append({"id": name, "given": item["id"], "turns": turns})
     return parsed
 
@@ -201,19 +224,21 @@ def answer_questions(checkpoint: Path, items: list[dict], out_dir: Path, wav: bo
     answers = out_dir / "answers.jsonl"
     if answers.exists():
         raise ValueError(f"{answers} exists already; give a new --out-dir")
-    out_dir.mkdir(parents=True, exist_ok=True)
-    audio.writable(answers)
+    audio.writable(next(parent for parent in answers.absolute().parents if parent.exists()) / answers.name)
     with notes.status("loading"):
         model = Omni2.load(checkpoint, decoder=wav)
+        model.voice(voice)  # one that does not exist is told before anything is written
+    out_dir.mkdir(parents=True, exist_ok=True)
     progress = rich.progress.Progress(*rich.progress.Progress.get_default_columns(), rich.progress.MofNCompleteColumn(), console=notes)
     with progress, open(answers, "w", encoding="utf-8") as file:
         task = progress.add_task("answering", total=len(items))
         for start in range(0, len(items), batch):
             group = items[start : start + batch]
-            for item, replies in zip(group, model.streams([item["turns"] for item in group], voice, options), strict=True):
+            streams = model.streams([item["turns"] for item in group], voice, options, slots=batch)
+            for item, replies in zip(group, streams, strict=True):
                 answer = join(replies, wav)
                 if wav:
-                    audio.save(out_dir / f"{item['id']}.wav", answer.waveform)
+                    save_speech(out_dir / f"{item['id']}.wav", answer.waveform)
                 line = {"question_id": item["given"], "prediction": answer.text.strip(), "prediction_units": answer.unit_text}
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
                 file.flush()

@@ -42,6 +42,7 @@ class SpeechEncoderConfig:
     width: int = 1280
     layers: int = 32
     heads: int = 20
+    hidden: int | None = None  # of the MLPs; None is OpenAI's 4 * width
 
 
 @dataclass(frozen=True)
@@ -153,6 +154,8 @@ class TokenConfig:
 @dataclass(frozen=True)
 class Omni2Config:
     """The whole model. A part that a checkpoint lacks is None."""
+
+    __pydantic_config__ = pydantic.ConfigDict(extra="forbid")  # another program's config.json must not pass for ours
 
     llm: Qwen2Config | None = field(default_factory=Qwen2Config)
     speech_encoder: SpeechEncoderConfig | None = field(default_factory=SpeechEncoderConfig)

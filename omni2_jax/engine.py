@@ -17,7 +17,7 @@ from flax import nnx
 
 from omni2_jax import streaming
 from omni2_jax.config import Omni2Config
-from omni2_jax.readwrite import FAILED, IDLE, Request, request
+from omni2_jax.readwrite import FAILED, IDLE, ReadWriteState, Request, request
 from omni2_jax.streaming import Chunk, Shape, StreamState
 
 
@@ -46,7 +46,7 @@ class Stream:
     pieces: Sequence[Piece]
     request: Request
     voice: jax.Array | None
-    lane: StreamState | None  # the conversation so far; after the end, with this answer in it
+    lane: ReadWriteState | None  # the conversation so far; after the end, with this answer in it
     keep: bool  # whether the lane is wanted back
     heard: int  # LLM positions of the conversation up to what has been handed out
     slot: int | None = None
@@ -75,15 +75,18 @@ class Engine:
 
     def __init__(self, config: Omni2Config, graph: nnx.GraphDef, params: dict, shape: Shape, queue: int = 64):
         self.config, self.params, self.shape, self.queue = config, params, shape, queue
-        self.dtype = params["llm"]["norm"]["scale"].dtype
+        weight = params["llm"]["norm"]["scale"]
+        self.dtype, self.home = weight.dtype, weight.sharding
         model = functools.partial(nnx.merge, graph)
-        axes = streaming.slot_axes(model(params), shape)
         self._prefill = jax.jit(lambda params, lane, *piece: streaming.prefill(model(params), lane, *piece), donate_argnums=1)
         self._step = jax.jit(lambda params, state: streaming.read_write_step(model(params), shape, state), donate_argnums=1)
-        self._insert = jax.jit(functools.partial(streaming.insert, axes), donate_argnums=0)
-        self._release = jax.jit(functools.partial(streaming.release, axes), donate_argnums=0)
-        self._empty = jax.jit(lambda params, slots: StreamState.empty(model(params), shape, slots, self.dtype), static_argnums=1)
-        self.state = self._empty(params, shape.slots)
+        self._insert = jax.jit(lambda params, state, *lane: streaming.insert(model(params), state, *lane), donate_argnums=1)
+        self._release = jax.jit(streaming.release, donate_argnums=0)
+        # Committed to their place as what the other programs return is: otherwise they would be compiled for both.
+        words = lambda: ReadWriteState.empty(config, 1, shape.llm, shape.speech, self.dtype)  # noqa: E731
+        self._lane = jax.jit(words, out_shardings=self.home)
+        empty = lambda params: StreamState.empty(model(params), shape, shape.slots, self.dtype)  # noqa: E731
+        self.state = jax.jit(empty, out_shardings=self.home)(params)
         self.slots: list[Stream | None] = [None] * shape.slots
         self.waiting: collections.deque[Stream] = collections.deque()
         self.dispatched: collections.deque[tuple[jax.Array, list[Stream | None]]] = collections.deque()
@@ -100,21 +103,28 @@ class Engine:
 
     def compilations(self) -> int:
         """Programs compiled so far."""
-        return sum(f._cache_size() for f in (self._prefill, self._step, self._insert, self._release, self._empty))
+        return sum(f._cache_size() for f in (self._prefill, self._step, self._insert, self._release, self._lane))
 
     def submit(
         self,
         pieces: Sequence[Piece],
         asked: Request,
         voice: jax.Array | None,
-        lane: StreamState | None = None,
+        lane: ReadWriteState | None = None,
         length: int = 0,
         keep: bool = False,
     ) -> Stream:
-        """Queue a turn: its prompt, behind the `length` positions of a conversation's lane. Raises QueueFullError."""
+        """Queue a turn: its prompt, behind the `length` positions of a conversation's lane.
+
+        Raises QueueFullError, and ValueError for a turn that does not fit the engine's shape.
+        """
         if len(self.waiting) >= self.queue:
             raise QueueFullError(f"all {self.shape.slots} slots are taken and {self.queue} requests wait; try again later")
-        length += sum(len(piece.ids) for piece in pieces)
+        sizes = [len(piece.ids) for piece in pieces]
+        if not sizes or not 0 < min(sizes) <= max(sizes) <= self.shape.prompt:
+            raise ValueError(f"a prompt comes in pieces of 1 to {self.shape.prompt} positions; these have {sizes}")
+        length += sum(sizes)
+        self.shape.check(self.config, length, int(asked.max_text[0]), int(asked.max_flush[0]))
         stream = Stream(self, pieces, asked, voice, lane, keep, length)
         self.waiting.append(stream)
         return stream
@@ -130,17 +140,28 @@ class Engine:
             self.read_back()
 
     def admit(self) -> None:
-        for slot, taken in enumerate(self.slots):
-            if taken is None and self.waiting:
+        """Give free slots to those who wait. A turn that cannot be started ends with its error, the others do not notice."""
+        for slot in range(self.shape.slots):
+            while self.slots[slot] is None and self.waiting:
                 stream = self.waiting.popleft()
-                lane = self._empty(self.params, 1) if stream.lane is None else stream.lane
-                for piece in stream.pieces:
-                    ids = np.pad(piece.ids, (0, self.shape.prompt - len(piece.ids)))
-                    size, first = np.int32(len(piece.ids)), np.int32(piece.first)
-                    lane = self._prefill(self.params, lane, ids, size, piece.features, first, stream.request, stream.voice)
-                stream.lane = None
-                self.state = self._insert(self.state, lane, np.int32(slot))
+                try:
+                    lane = self.start(stream)
+                except Exception as error:
+                    stream.error, stream.done = error, True
+                    continue
+                self.state = self._insert(self.params, self.state, lane, np.int32(slot), stream.voice)
                 self.slots[slot], stream.slot = stream, slot
+
+    def start(self, stream: Stream) -> ReadWriteState:
+        """A stream's lane with its prompt in it."""
+        lane, stream.lane = stream.lane, None  # donated: from here on it is nobody's
+        lane = self._lane() if lane is None else lane
+        for piece in stream.pieces:
+            ids = np.pad(piece.ids, (0, self.shape.prompt - len(piece.ids)))
+            features = jax.device_put(piece.features, self.home)
+            size, first = np.int32(len(piece.ids)), np.int32(piece.first)
+            lane = self._prefill(self.params, lane, ids, size, features, first, stream.request)
+        return lane
 
     def read_back(self) -> None:
         """Hand the oldest dispatched step to its streams."""
@@ -171,9 +192,9 @@ class Engine:
         if stream.slot is None:
             if stream in self.waiting:
                 self.waiting.remove(stream)
+            stream.lane = None  # it lacks this turn, which its conversation goes on from
         elif not stream.done:
             self.free(stream, stream.heard)
         elif stream.lane is not None:
-            words = dataclasses.replace(stream.lane.words, llm_length=jnp.array([stream.heard], jnp.int32))
-            stream.lane = dataclasses.replace(stream.lane, words=words)
+            stream.lane = dataclasses.replace(stream.lane, llm_length=jnp.array([stream.heard], jnp.int32))
         stream.done = True

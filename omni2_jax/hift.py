@@ -174,7 +174,8 @@ class F0Predictor(nnx.Module):
         x = mel
         for conv in self.convs:
             x = jax.nn.elu(conv(trim(x, frames)))
-        return jnp.abs(self.head(x)[..., 0])
+        # As a product with a matrix of one column, its rounding on a CPU would depend on a frame's place in the batch.
+        return jnp.abs(jnp.sum(x * self.head.kernel[...][:, 0].astype(x.dtype), -1) + self.head.bias[...].astype(x.dtype))
 
 
 class Hift(nnx.Module):

@@ -25,7 +25,7 @@ from omni2_jax.model import for_serving
 from omni2_jax.readwrite import Request
 from omni2_jax.sampling import Sampling
 from omni2_jax.session import Reply, Session, replies, split
-from omni2_jax.streaming import Shape
+from omni2_jax.streaming import Shape, longest
 from omni2_jax.tokenizer import Tokenizer
 
 Sound = str | Path | np.ndarray  # a file, or samples [N] at 16 kHz
@@ -48,13 +48,15 @@ class Options:
     max_flush_units: int = 1024  # speech tokens after the end of the text
     seed: int = 0
     chunk: int | None = None  # units that the flow takes as one chunk; None = the checkpoint's 50
-    left_chunks: int | None = None  # chunks that the flow sees before its own; None = all
+    left_chunks: int | None = 4  # chunks that the flow sees before its own; None = all, as released (9 MB a unit at real size)
     long: str = "refuse"  # turns over 30 s: "refuse", "truncate" or "split"
 
     def __post_init__(self):
         for name, least in {"temperature": 0, "unit_temperature": 0, "max_new_tokens": 1, "max_flush_units": 1, "unit_top_k": 0}.items():
-            if getattr(self, name) < least:
+            if not getattr(self, name) >= least:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least {least}")
+        if self.repetition_penalty is not None and not self.repetition_penalty > 0:
+            raise ValueError(f"repetition_penalty is {self.repetition_penalty}, expected more than 0")
         if self.unit_vocabulary not in ("units", "all"):
             raise ValueError(f"unit_vocabulary is {self.unit_vocabulary!r}, expected 'units' or 'all'")
 
@@ -77,6 +79,7 @@ class Omni2:
         self.tokenizer, self.defaults = tokenizer, defaults
         self.dtype = params["llm"]["norm"]["scale"].dtype
         self.engines: dict[Shape, Engine] = {}
+        self.voices: dict[str | None, jax.Array] = {}  # those asked for so far
         self._hear = jax.jit(lambda params, clip: nnx.merge(graph, params).hear(audio.log_mel(clip).astype(self.dtype))[0])
 
     @classmethod
@@ -111,11 +114,13 @@ class Omni2:
 
     def voice(self, name: str | None) -> jax.Array | None:
         """The x-vector of a voice by name or prompt file (None: the first stored one); None without a decoder."""
-        return jnp.asarray(voices.resolve(self.directory, self.config, name)) if self.config.flow else None
+        if self.config.flow and name not in self.voices:
+            self.voices[name] = jnp.asarray(voices.resolve(self.directory, self.config, name))
+        return self.voices.get(name)
 
     def request(self, options: Options) -> Request:
         """Options as what a slot is told, generation_config.json filling in what they leave open."""
-        given = lambda value, name, off: value if value is not None else self.defaults.get(name, off)  # noqa: E731
+        given = lambda value, name, off: next(v for v in (value, self.defaults.get(name), off) if v is not None)  # noqa: E731
         text = Sampling.of(
             1,
             options.temperature,
@@ -130,14 +135,13 @@ class Omni2:
 
     def engine(self, options: Options, prompt: int, slots: int = 1) -> Engine:
         """The engine for prompts of up to `prompt` positions; one per shape, so that answers alike compile once."""
-        read, write, text = self.config.read, self.config.write, options.max_new_tokens
-        speech = text + write * -(-text // read) + options.max_flush_units + 1
+        units, speech = longest(self.config, options.max_new_tokens, options.max_flush_units)
         shape = Shape(
             slots=slots,
             prompt=self.tokenizer.positions + TEMPLATE,
-            llm=rounded(prompt + text + 1),
+            llm=rounded(prompt + options.max_new_tokens),
             speech=rounded(speech),
-            units=rounded(speech - text),
+            units=rounded(units),
             chunk=options.chunk,
             left_chunks=options.left_chunks,
             units_only=options.unit_vocabulary == "units",
@@ -176,8 +180,10 @@ class Omni2:
         (stream,) = self.streams([conversation], voice, options)
         return stream
 
-    def streams(self, conversations: Sequence, voice: str | None = None, options: Options | None = None) -> list[Iterator[Reply]]:
-        """Answers to many conversations at once, a slot for each; exhausting one of them drives them all."""
+    def streams(
+        self, conversations: Sequence, voice: str | None = None, options: Options | None = None, slots: int | None = None
+    ) -> list[Iterator[Reply]]:
+        """Answers to many conversations at once, in so many slots (default: one for each); exhausting one of them drives them all."""
         options = options or Options()
         x_vector, asked, prompts = self.voice(voice), self.request(options), []
         for conversation in conversations:
@@ -189,7 +195,7 @@ class Omni2:
             if len(ids) > self.config.max_prompt:
                 raise ValueError(f"the conversation takes {len(ids)} positions, at most {self.config.max_prompt} fit; leave out old turns")
             prompts.append((ids, [clip for turn in heard[::2] for clip in turn]))
-        engine = self.engine(options, max(len(ids) for ids, _ in prompts), len(prompts))
+        engine = self.engine(options, max(len(ids) for ids, _ in prompts), slots or len(prompts))
         queued = [engine.submit(split(ids, features, engine.shape.prompt), asked, x_vector) for ids, features in prompts]
         return [replies(stream, self.tokenizer, []) for stream in queued]
 

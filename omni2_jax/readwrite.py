@@ -6,6 +6,7 @@ B slots, T prompt time, R/W tokens per burst, D LLM width, V vocabulary.
 """
 
 import dataclasses
+import functools
 from dataclasses import dataclass
 
 import jax
@@ -69,6 +70,21 @@ class ReadWriteState:
             flush_count=zeros(),
             request=request(config, slots),
         )
+
+    def put(self, lane: "ReadWriteState", slot: Array) -> "ReadWriteState":
+        """This state with a lane, a state of one slot, in one of its slots."""
+        return over_slots(lambda axis, whole, one: jax.lax.dynamic_update_slice_in_dim(whole, one, slot, axis), self, lane)
+
+    def take(self, slot: Array) -> "ReadWriteState":
+        """A slot as a lane."""
+        return over_slots(lambda axis, whole: jax.lax.dynamic_slice_in_dim(whole, slot, 1, axis), self)
+
+
+def over_slots(function, *states: ReadWriteState) -> ReadWriteState:
+    """Map `function(axis of the slots, *arrays)` over the arrays of states: the caches' slots are on their second axis."""
+    bare = [dataclasses.replace(state, llm=None, speech=None) for state in states]
+    caches = {name: jax.tree.map(functools.partial(function, 1), *(getattr(s, name) for s in states)) for name in ("llm", "speech")}
+    return dataclasses.replace(jax.tree.map(functools.partial(function, 0), *bare), **caches)
 
 
 @jax.tree_util.register_dataclass

@@ -18,8 +18,7 @@ import numpy as np
 
 from omni2_jax.engine import Engine, Piece, Stream
 from omni2_jax.model import SPEECH
-from omni2_jax.readwrite import Request
-from omni2_jax.streaming import StreamState
+from omni2_jax.readwrite import ReadWriteState, Request
 from omni2_jax.tokenizer import Tokenizer, parse_units
 
 
@@ -55,7 +54,7 @@ class Session:
         self.request, self.voice = request, voice
         self.eos = {int(token) for token in np.asarray(request.text_eos[0]) if token >= 0}
         self.turns: list[Turn] = []
-        self.lane: StreamState | None = None
+        self.lane: ReadWriteState | None = None
         self.length = 0  # LLM positions in the lane
         self.stream: Stream | None = None
         self.stages: dict[str, float] | None = None  # set it to {} to have the seconds of hearing and prefill measured
@@ -71,15 +70,16 @@ class Session:
             features = settle(self.hear(sound))
         pieces, lane = self.admit(features)
         turn = Turn(features, [])
-        self.stream = self.engine.submit(pieces, self.request, self.voice, lane, self.length, keep=True)
+        stream = self.stream = self.engine.submit(pieces, self.request, self.voice, lane, self.length, keep=True)
         self.turns.append(turn)
-        with self.stage("prefill") as settle:
-            self.engine.admit()
-            settle(self.engine.state)
         try:
-            yield from replies(self.stream, self.tokenizer, turn.answer)
+            with self.stage("prefill") as settle:
+                self.engine.admit()
+                settle(self.engine.state)
+            yield from replies(stream, self.tokenizer, turn.answer)
         finally:
-            self.interrupt()
+            if self.stream is stream:  # else it was interrupted before, and another answer may be on its way
+                self.interrupt()
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[Callable]:
@@ -100,7 +100,7 @@ class Session:
             self.turns.pop()
         self.lane, self.length = stream.lane, stream.heard if stream.lane is not None else 0
 
-    def admit(self, features: list[jax.Array]) -> tuple[list[Piece], StreamState | None]:
+    def admit(self, features: list[jax.Array]) -> tuple[list[Piece], ReadWriteState | None]:
         """The prompt of a new turn: behind the lane if it fits, else (overflow "drop") from scratch behind the newest turns that fit."""
         room, size, past = self.engine.shape.llm - int(self.request.max_text[0]), self.engine.shape.prompt, self.turns
         if self.lane is not None:
@@ -112,7 +112,7 @@ class Session:
             turns = past[dropped:]
             ids = self.dialogue(turns, len(features))
             if len(ids) <= room:
-                self.turns, self.length = turns, 0
+                self.turns, self.lane, self.length = turns, None, 0
                 return split(ids, [f for turn in turns for f in turn.features] + features, size), None
         raise ValueError(
             f"the conversation takes {len(ids)} positions and {self.engine.shape.llm - room} more for the answer, "

@@ -1,7 +1,7 @@
 """The streaming step: in one compiled call for all slots, R text tokens, their fusion, W units, the mel they complete, the samples.
 
-Four verbs over (params, state): `prefill` a lane (a state of one slot) with a turn, `insert` it into a slot, `read_write_step`
-until the turn is over, `release` the lane again. Nothing is ever recomputed from the start.
+Four verbs over (params, state): `prefill` a lane (the language side's state of one slot) with a turn, `insert` it into a slot,
+`read_write_step` until the turn is over, `release` the lane again. Nothing is ever recomputed from the start.
 B slots, R/W tokens a step, M mel bins, S samples a step at most.
 """
 
@@ -69,47 +69,38 @@ class StreamState:
         words = ReadWriteState.empty(model.config, slots, shape.llm, shape.speech, dtype)
         if model.flow is None:
             return cls(words, None, None, jnp.zeros(slots, jnp.int32))
-        chunks = Chunks(shape.chunk or model.config.flow.chunk, shape.left_chunks)
+        config = model.config.flow
+        size = shape.chunk or config.chunk
+        # Where a write fills a chunk, it completes one each time if the first is shorter by the look-ahead it has to wait for.
+        chunks = Chunks(size, shape.left_chunks, config.lookahead if size == model.config.write else 0)
         units = shape.units if shape.left_chunks is None else None
         # A ladder of sizes saves work for one speaker; among many, everybody's samples must not depend on the others.
-        plan = Plan.of(model.config.flow, model.config.write, chunks, units, ladder=shape.slots == 1)
-        flow = FlowState.empty(model.flow, jnp.zeros((slots, model.config.flow.mels)), plan)
+        plan = Plan.of(config, model.config.write, chunks, units, ladder=shape.slots == 1)
+        flow = FlowState.empty(model.flow, jnp.zeros((slots, config.mels)), plan)
         return cls(words, flow, VocoderState.empty(model.config.hift, slots), jnp.zeros(slots, jnp.int32))
 
 
-def slot_axes(model: Model, shape: Shape) -> StreamState:
-    """Which axis of each array of the state counts the slots."""
-    one, two = (jax.eval_shape(lambda n=n: StreamState.empty(model, shape, n)) for n in (1, 2))
-    return jax.tree.map(lambda a, b: next(i for i, (m, n) in enumerate(zip(a.shape, b.shape, strict=True)) if m != n), one, two)
+def prefill(model: Model, lane: ReadWriteState, ids: Array, length: Array, features: Array, first: Array, asked: Request) -> ReadWriteState:
+    """Take a piece of a turn's prompt, ids [P] of which `length` count, into a lane of one slot (see `readwrite.prefill`)."""
+    return readwrite.prefill(model, lane, ids[None], length[None], features[None], asked, first)
 
 
-def prefill(
-    model: Model, lane: StreamState, ids: Array, length: Array, features: Array, first: Array, asked: Request, voice: Array | None
-) -> StreamState:
-    """Take a piece of a turn's prompt (see `readwrite.prefill`) into a lane of one slot, and make it ready to answer.
-
-    voice: x-vector [192] to speak with; None without a decoder.
-    """
-    words = readwrite.prefill(model, lane.words, ids[None], length[None], features[None], asked, first)
+def insert(model: Model, state: StreamState, lane: ReadWriteState, slot: Array, voice: Array | None) -> StreamState:
+    """Put a lane into a slot of the batch, to speak with an x-vector [192] (None without a decoder)."""
+    words = state.words.put(lane, slot)
     if model.flow is None:
-        return dataclasses.replace(lane, words=words)
-    flow = lane.flow.restart(jnp.array([True]), model.flow.voice(voice[None]))
-    return StreamState(words, flow, VocoderState.empty(model.config.hift, 1), jnp.zeros_like(lane.steps))
+        return dataclasses.replace(state, words=words)
+    here = jnp.arange(state.steps.size) == slot
+    flow = state.flow.restart(here, jnp.broadcast_to(model.flow.voice(voice[None]), state.flow.voice.shape))
+    return StreamState(words, flow, state.vocoder.restart(here), jnp.where(here, 0, state.steps))
 
 
-def insert(axes: StreamState, state: StreamState, lane: StreamState, slot: Array) -> StreamState:
-    """Put a lane into a slot of the batch."""
-    return jax.tree.map(
-        lambda axis, whole, one: jax.lax.dynamic_update_slice_in_dim(whole, one.astype(whole.dtype), slot, axis), axes, state, lane
-    )
-
-
-def release(axes: StreamState, state: StreamState, slot: Array, heard: Array) -> tuple[StreamState, StreamState]:
+def release(state: StreamState, slot: Array, heard: Array) -> tuple[StreamState, ReadWriteState]:
     """Stop a slot at once -> (state with that slot idle, its lane). `heard`: the LLM positions to keep of its conversation."""
-    lane = jax.tree.map(lambda axis, whole: jax.lax.dynamic_slice_in_dim(whole, slot, 1, axis), axes, state)
-    words = dataclasses.replace(lane.words, phase=jnp.full_like(lane.words.phase, IDLE), llm_length=heard[None])
+    lane = state.words.take(slot)
+    lane = dataclasses.replace(lane, phase=jnp.full_like(lane.phase, IDLE), llm_length=heard[None])
     idle = dataclasses.replace(state.words, phase=state.words.phase.at[slot].set(IDLE))
-    return dataclasses.replace(state, words=idle), dataclasses.replace(lane, words=words)
+    return dataclasses.replace(state, words=idle), lane
 
 
 def read_write_step(model: Model, shape: Shape, state: StreamState) -> tuple[StreamState, Array]:

@@ -4,6 +4,7 @@ B slots, F mel frames of a step at most, M mel bins, H harmonics. A step vocodes
 ones, keeps their old excitation, and cross-fades their samples, which were held back for it (the released SpeechDecoder.token2wav).
 """
 
+import dataclasses
 from dataclasses import dataclass
 
 import jax
@@ -38,6 +39,10 @@ class VocoderState:
             samples=jnp.zeros((batch, hold)),
             phase=jnp.zeros((batch, config.harmonics + 1)),
         )
+
+    def restart(self, streams: Array) -> "VocoderState":
+        """New streams where `streams` [B] is True. What they held is forgotten; the rest is only read behind `vocoded`."""
+        return dataclasses.replace(self, held=jnp.where(streams, 0, self.held), vocoded=self.vocoded & ~streams)
 
 
 def vocoder_step(

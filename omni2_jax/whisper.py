@@ -15,15 +15,15 @@ def gelu(x: Array) -> Array:
 
 class Block(nnx.Module):
     def __init__(self, config: SpeechEncoderConfig, rngs: nnx.Rngs):
-        d, n, h = config.width, config.heads, config.width // config.heads
+        d, n, h, f = config.width, config.heads, config.width // config.heads, config.hidden or 4 * config.width
         self.attention_norm = LayerNorm(d)
         self.query = Linear(rngs, (d, n, h), ("embed", "heads", "head"))
         self.key = Linear(rngs, (d, n, h), ("embed", "heads", "head"), bias=False)
         self.value = Linear(rngs, (d, n, h), ("embed", "heads", "head"))
         self.out = Linear(rngs, (n, h, d), ("heads", "head", "embed"), in_dims=2)
         self.mlp_norm = LayerNorm(d)
-        self.up = Linear(rngs, (d, 4 * d), ("embed", "hidden"))
-        self.down = Linear(rngs, (4 * d, d), ("hidden", "embed"))
+        self.up = Linear(rngs, (d, f), ("embed", "hidden"))
+        self.down = Linear(rngs, (f, d), ("hidden", "embed"))
 
     def __call__(self, x: Array) -> Array:
         y = self.attention_norm(x)

@@ -1,12 +1,16 @@
-"""What all tests share: one compilation cache, the goldens, and the tiny release converted once."""
+"""What all tests share: one compilation cache, the goldens, the tiny release converted once, and the engines compiled once."""
 
+import atexit
 import os
+import shutil
 import tempfile
 from pathlib import Path
 
 # Before jax is imported, and inherited by the command lines that the tests run.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="omni2-jax-cache-"))
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # set it to keep what was compiled for the next run
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="omni2-jax-cache-")
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
@@ -14,10 +18,15 @@ import jax.numpy as jnp
 import pytest
 
 from convert import build
+from omni2_jax import omni2
+from omni2_jax.engine import Engine
 from omni2_jax.omni2 import Omni2
+from tests.talk import GREEDY
 
 ROOT = Path(__file__).parent.parent
 GOLDENS = ROOT / "tests" / "goldens"
+
+omni2.BUCKET = 1280  # all conversations of the tests in one shape: compiling is most of their time
 
 
 @pytest.fixture(scope="session")
@@ -37,3 +46,44 @@ def checkpoint_dir(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def model(checkpoint_dir) -> Omni2:
     return Omni2.load(checkpoint_dir, dtype=jnp.float32)
+
+
+@pytest.fixture(scope="session")
+def text_model(checkpoint_dir) -> Omni2:
+    """The same without the audio side, which takes most of the time to compile."""
+    return Omni2.load(checkpoint_dir, dtype=jnp.float32, decoder=False)
+
+
+def warm(model: Omni2) -> Engine:
+    engine = model.engine(GREEDY, model.config.max_prompt, slots=3)
+    engine.warm_up()
+    return engine
+
+
+@pytest.fixture(scope="session")
+def warm_engine(model) -> Engine:
+    return warm(model)
+
+
+@pytest.fixture(scope="session")
+def warm_text_engine(text_model) -> Engine:
+    return warm(text_model)
+
+
+@pytest.fixture
+def engine(warm_engine):
+    """Three slots with everything behind them; a test must leave it idle, with nothing newly compiled."""
+    yield from left_idle(warm_engine)
+
+
+@pytest.fixture
+def text_engine(warm_text_engine):
+    """Three slots, text and units only."""
+    yield from left_idle(warm_text_engine)
+
+
+def left_idle(engine: Engine):
+    compiled = engine.compilations()
+    yield engine
+    assert not any(engine.slots) and not engine.waiting
+    assert engine.compilations() == compiled

@@ -1,0 +1,8 @@
+"""LLaMA-Omni2-14B: the speech side of every size around Qwen2.5-14B-Instruct.
+
+python -m convert --omni2 LLaMA-Omni2-14B --decoder cosy2_decoder --voice NAME=prompt.wav --out omni2-14b
+"""
+
+from omni2_jax.config import Omni2Config, Qwen2Config
+
+config = Omni2Config(llm=Qwen2Config(vocabulary=152064, width=5120, layers=48, heads=40, kv_heads=8, hidden=13824, tied=False))

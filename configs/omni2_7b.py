@@ -1,0 +1,8 @@
+"""LLaMA-Omni2-7B: the speech side of every size around Qwen2.5-7B-Instruct.
+
+python -m convert --omni2 LLaMA-Omni2-7B --decoder cosy2_decoder --voice NAME=prompt.wav --out omni2-7b
+"""
+
+from omni2_jax.config import Omni2Config, Qwen2Config
+
+config = Omni2Config(llm=Qwen2Config(vocabulary=152064, width=3584, layers=28, heads=28, kv_heads=4, hidden=18944, tied=False))

@@ -1,0 +1,81 @@
+"""The released conversations of the goldens, and how the tests of generation ask for them."""
+
+import dataclasses
+import functools
+import itertools
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from omni2_jax.engine import Engine, Piece, Stream
+from omni2_jax.omni2 import Omni2, Options
+from omni2_jax.readwrite import Request, request
+from omni2_jax.session import split
+
+GOLDENS = Path(__file__).parent / "goldens"
+CASES = json.loads((GOLDENS / "omni2" / "cases.json").read_text())["cases"]
+
+# As released, but for the small chunks of the flow: they are quick to compile and to run.
+GREEDY = Options(unit_temperature=0.0, unit_vocabulary="all", max_new_tokens=64, max_flush_units=60, chunk=10, left_chunks=2)
+
+
+def clip(name: str) -> Path:
+    return GOLDENS / "audio" / f"{name}.wav"
+
+
+def conversation(name: str) -> list[Path | str]:
+    return [clip(turn["clip"]) if "clip" in turn else turn["text"] for turn in CASES[name]["conversation"]]
+
+
+def asked(model: Omni2, name: str, **changes) -> Request:
+    """A case's own request: its end token, caps and penalty."""
+    given = CASES[name]["generate_kwargs"]
+    penalty = given.get("repetition_penalty")
+    options = dataclasses.replace(GREEDY, max_new_tokens=given["max_new_tokens"], repetition_penalty=penalty, **changes)
+    eos = request(model.config, text_eos=given.get("eos_token_id")).text_eos
+    return dataclasses.replace(model.request(options), text_eos=eos)
+
+
+@functools.cache
+def pieces(model: Omni2, name: str) -> list[Piece]:
+    """A case's prompt."""
+    turns = [model.hear(turn)[0] if isinstance(turn, Path) else turn for turn in conversation(name)]
+    ids = model.tokenizer.prompt([turn if isinstance(turn, str) else 1 for turn in turns])
+    return split(ids, turns[::2], model.tokenizer.positions + 128)
+
+
+def submit(engine: Engine, model: Omni2, name: str, **changes) -> Stream:
+    """Queue a case, its options changed."""
+    return engine.submit(pieces(model, name), asked(model, name, **changes), model.voice(None))
+
+
+@dataclasses.dataclass
+class Said:
+    """All of a stream: token ids and samples."""
+
+    text: list[int]
+    speech: list[int]
+    samples: np.ndarray
+
+    @classmethod
+    def by(cls, stream: Stream) -> "Said":
+        chunks = list(stream)
+        join = lambda lists: list(itertools.chain.from_iterable(lists))  # noqa: E731
+        return cls(join(c.tokens for c in chunks), join(c.speech for c in chunks), np.concatenate([c.samples for c in chunks]))
+
+    def __eq__(self, other: "Said") -> bool:
+        return self.text == other.text and self.speech == other.speech and np.array_equal(self.samples, other.samples)
+
+
+def broken(piece: Piece) -> Piece:
+    """A prompt with one feature that is not a number."""
+    return dataclasses.replace(piece, features=jnp.asarray(piece.features).at[7, 3].set(jnp.nan))
+
+
+def tree_equal(a, b) -> bool:
+    """Bit for bit, NaN included."""
+    raw = lambda x: np.asarray(jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x)  # noqa: E731
+    return jax.tree.all(jax.tree.map(lambda x, y: raw(x).tobytes() == raw(y).tobytes(), a, b))

@@ -1,0 +1,170 @@
+"""Many streams in one engine: each is what it would be alone, whoever comes, goes, waits or fails beside it."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from omni2_jax import checkpoint
+from omni2_jax.config import Omni2Config
+from omni2_jax.engine import GenerationError, QueueFullError
+from omni2_jax.readwrite import FLUSHING, IDLE, READING
+from omni2_jax.tokenizer import parse_units
+from tests.talk import CASES, Said, asked, broken, pieces, submit
+
+# Turns that have nothing in common: greedy and sampled, with keys of their own, of one to twelve steps before they flush.
+ASKED = [
+    ("B", {}),
+    ("A", {"temperature": 0.8, "top_p": 0.9, "seed": 3}),
+    ("E", {}),
+    ("C", {"temperature": 1.2, "top_k": 20, "unit_temperature": 1.0, "seed": 5}),
+    ("D", {"unit_temperature": 1.0, "unit_top_k": 50, "seed": 5}),
+]
+
+
+@pytest.fixture(scope="module")
+def alone(warm_text_engine, text_model):
+    """What each case says by itself."""
+    return {name: Said.by(submit(warm_text_engine, text_model, name)) for name in CASES}
+
+
+def test_released_conversations_through_three_slots(engine, model):
+    """All five queued at once: text and units as released, 40 ms of sound for every unit."""
+    streams = {name: submit(engine, model, name) for name in CASES}
+    for name, stream in streams.items():
+        said, units = Said.by(stream), parse_units(CASES[name]["prediction_units"], model.config.units)
+        assert model.tokenizer.decode(said.text) == CASES[name]["text"].strip()
+        assert model.tokenizer.unit_text(said.speech) == CASES[name]["prediction_units"]
+        assert said.samples.size == 960 * len(units)
+        assert np.abs(said.samples).max() > 0.01 and np.isfinite(said.samples).all()
+
+
+def test_company_changes_nothing(engine, model):
+    """Turns that join one after the other, beside one that fails and one that is cancelled, are bit by bit what they are alone."""
+    send = lambda name, changes: submit(engine, model, name, max_flush_units=20, **changes)  # noqa: E731
+    alone = [Said.by(send(*turn)) for turn in ASKED]
+    assert len({tuple(said.speech) for said in alone}) == len(ASKED)
+    failing = engine.submit([broken(piece) for piece in pieces(model, "A")], asked(model, "A"), model.voice(None))
+    streams, cancelled = [], send("A", {})
+    for turn in ASKED:
+        streams.append(send(*turn))
+        engine.step()
+        engine.step()
+    cancelled.cancel()
+    for stream, expected in zip(streams, alone, strict=True):
+        assert Said.by(stream) == expected
+    with pytest.raises(GenerationError, match="not finite"):
+        list(failing)
+
+
+def test_slots_read_flush_and_rest_in_the_same_step(text_engine, text_model, alone):
+    """E's text ends in its first step."""
+    streams = {name: submit(text_engine, text_model, name) for name in "EA"}
+    text_engine.step()
+    assert text_engine.state.words.phase.tolist() == [FLUSHING, READING, IDLE]
+    for name, stream in streams.items():
+        assert Said.by(stream) == alone[name]
+
+
+def test_next_step_is_dispatched_before_the_last_is_read(text_engine, text_model, monkeypatch):
+    while text_engine.dispatched:
+        text_engine.read_back()
+    events, step, read_back = [], text_engine._step, text_engine.read_back
+    monkeypatch.setattr(text_engine, "_step", lambda *given: (events.append("dispatch"), step(*given))[1])
+    monkeypatch.setattr(text_engine, "read_back", lambda: (events.append("read"), read_back())[1])
+    chunks = list(submit(text_engine, text_model, "A"))
+    assert events == ["dispatch"] + ["dispatch", "read"] * len(chunks)
+
+
+# --- faults
+
+
+def test_full_queue_is_refused(text_engine, text_model, alone, monkeypatch):
+    monkeypatch.setattr(text_engine, "queue", 1)
+    streams = []
+    for name in "ECEE":
+        streams.append(submit(text_engine, text_model, name))
+        text_engine.admit()
+    with pytest.raises(QueueFullError, match="all 3 slots are taken and 1 requests wait"):
+        submit(text_engine, text_model, "A")
+    for name, stream in zip("ECEE", streams, strict=True):
+        assert Said.by(stream) == alone[name]
+
+
+def test_cancelled_lane_goes_to_whoever_waits(text_engine, text_model, alone):
+    streams = [submit(text_engine, text_model, name) for name in "ABCDE"]
+    heard = next(iter(streams[0]))
+    streams[0].cancel()
+    streams[3].cancel()  # was only waiting
+    text_engine.step()
+    assert text_engine.slots == [streams[4], streams[1], streams[2]]
+    assert heard.tokens == alone["A"].text[:3] and list(streams[0]) == list(streams[3]) == []
+    for name, i in {"B": 1, "C": 2, "E": 4}.items():
+        assert Said.by(streams[i]) == alone[name]
+    streams[1].cancel()  # over already
+
+
+def test_nan_ends_one_slot(text_engine, text_model, alone):
+    failing = text_engine.submit([broken(piece) for piece in pieces(text_model, "A")], asked(text_model, "A"), None, keep=True)
+    beside = submit(text_engine, text_model, "C")
+    with pytest.raises(GenerationError, match="not finite"):
+        list(failing)
+    assert failing.lane is None
+    assert Said.by(beside) == alone["C"]
+    assert Said.by(submit(text_engine, text_model, "A")) == alone["A"]  # in the slot that failed
+
+
+def test_turn_that_cannot_start_disturbs_nobody(text_engine, text_model, alone, monkeypatch):
+    prefill, bad = text_engine._prefill, asked(text_model, "A")
+
+    def out_of_memory(*given):
+        if any(leaf is bad for leaf in given):
+            raise RuntimeError("out of memory")
+        return prefill(*given)
+
+    monkeypatch.setattr(text_engine, "_prefill", out_of_memory)
+    beside = submit(text_engine, text_model, "C")
+    failing = text_engine.submit(pieces(text_model, "A"), bad, None)
+    behind = [submit(text_engine, text_model, name) for name in "EAB"]
+    for name, stream in zip("CEAB", [beside, *behind], strict=True):
+        assert Said.by(stream) == alone[name]
+    with pytest.raises(RuntimeError, match="out of memory"):
+        list(failing)
+
+
+def test_turn_that_does_not_fit_is_refused(text_engine, text_model):
+    (piece,), request = pieces(text_model, "A"), asked(text_model, "A")
+    long = dataclasses.replace(piece, ids=np.zeros(429, np.int32))
+    with pytest.raises(ValueError, match=r"pieces of 1 to 428 positions; these have \[429\]"):
+        text_engine.submit([long], request, None)
+    with pytest.raises(ValueError, match=r"these have \[\]"):
+        text_engine.submit([], request, None)
+    with pytest.raises(ValueError, match=r"may take .* positions of Shape.llm"):
+        text_engine.submit([piece] * 20, request, None)
+    endless = dataclasses.replace(request, max_flush=jnp.array([2000]))
+    with pytest.raises(ValueError, match=r"may take 2285 positions of Shape.speech, which has 1280"):
+        text_engine.submit([piece], endless, None)
+
+
+# --- what a step costs
+
+
+def test_step_touches_neither_host_nor_new_memory(engine, model):
+    """No transfer, nothing compiled anew (the fixture checks that), and the whole state updated in place."""
+    stream = submit(engine, model, "A")
+    engine.admit()
+    with jax.transfer_guard("disallow"):
+        for _ in range(3):
+            engine.state, _ = engine._step(engine.params, engine.state)
+    stream.cancel()
+    compiled = engine._step.lower(engine.params, engine.state).compile()
+    assert compiled.memory_analysis().alias_size_in_bytes == sum(leaf.nbytes for leaf in jax.tree.leaves(engine.state))
+
+
+def test_few_leaves(engine):
+    """Passing them costs time in every step. Their number does not depend on how many layers there are."""
+    assert len(jax.tree.leaves(engine.state)) < 64
+    real = checkpoint.abstract(Omni2Config().only("llm", "fusion", "speech_lm", "flow", "hift"))[1]
+    assert len(jax.tree.leaves(real)) < 500
