@@ -43,10 +43,13 @@ class UnreadHandler(ocp.type_handlers.NumpyHandler):
     def __init__(self, written: Callable[[Unread], None]):
         super().__init__(deepcopy_host_arrays=False)
         self.written = written
+        self.failures: list[Exception] = []
 
     async def serialize(self, values, infos, args=None):
         for some in batches(values):
             await super()._background_serialize([value.read() for value in values[some]], infos[some], args[some])
+            if self.failures:
+                raise self.failures[0]
             for value in values[some]:
                 self.written(value)
         return []  # nothing is left to a background thread, so what goes wrong is raised here
@@ -54,7 +57,10 @@ class UnreadHandler(ocp.type_handlers.NumpyHandler):
     async def _open_and_write(self, value, tspec, ts_context):
         # Orbax cuts axes into divisors only, and the 158227 tokens of the speech LM, a prime, into single rows.
         tspec["metadata"]["chunks"] = chunk_shape(value.shape, value.dtype.itemsize)
-        await super()._open_and_write(value, tspec, ts_context)
+        try:
+            await super()._open_and_write(value, tspec, ts_context)
+        except Exception as error:  # of many kinds; the writes beside this one have to end before it is raised
+            self.failures.append(error)
 
 
 def chunk_shape(shape: Sequence[int], itemsize: int) -> list[int]:

@@ -130,6 +130,7 @@ class UnitsConfig:
     width: int = 1280
     layers: int = 6
     heads: int = 20
+    hidden: int | None = None  # of the MLPs; None is 4 * width
     memory: int = 31  # taps of the FSMN memory, centred
     rope_theta: float = 1e4
     digits: int = 8  # of a unit, each 0, 1 or 2

@@ -55,7 +55,7 @@ def text_model(checkpoint_dir) -> Omni2:
 
 
 def warm(model: Omni2) -> Engine:
-    engine = model.engine(GREEDY, model.config.max_prompt, slots=3)
+    engine = model.engine(GREEDY, 1000, slots=3)
     engine.warm_up()
     return engine
 

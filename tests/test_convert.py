@@ -98,7 +98,7 @@ def test_language_side_comes_back_bit_equal(back):
     assert_bit_equal(load_file(back / "LLaMA-Omni2" / "model.safetensors"), load_file(OMNI2 / "model.safetensors"))
     stated, original = (json.loads((directory / "config.json").read_text()) for directory in (back / "LLaMA-Omni2", OMNI2))
     assert original.items() <= stated.items()
-    for file in ("tokenizer.json", "vocab.json", "tts_tokenizer/tokenizer.json", "tts_tokenizer/tokenizer_config.json"):
+    for file in ("tokenizer.json", "vocab.json", "tts_tokenizer/vocab.json", "tts_tokenizer/tokenizer_config.json"):
         assert (back / "LLaMA-Omni2" / file).read_bytes() == (OMNI2 / file).read_bytes()
 
 

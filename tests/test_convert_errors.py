@@ -53,7 +53,7 @@ def scalar(**changes):
 
 RELEASES = {
     "missing tokenizer": ("tokenizer.json vocab.json merges.txt", None, ["has no tokenizer", "tokenizer.json"]),
-    "missing speech tokenizer": ("tts_tokenizer/tokenizer.json tts_tokenizer/vocab.json", None, ["tts_tokenizer has no tokenizer"]),
+    "missing speech tokenizer": ("tts_tokenizer/vocab.json", None, ["tts_tokenizer has no tokenizer"]),
     "damaged tokenizer": ("tokenizer.json", '{"version": 3', ["is not a readable tokenizer"]),
     "no weights": ("model.safetensors", None, ["neither model.safetensors nor"]),
     "cut short": ("model.safetensors", WEIGHTS.read_bytes()[:3_000_000], ["model.safetensors is cut short", "3000000"]),

@@ -17,6 +17,7 @@ from omni2_jax.readwrite import IDLE, ReadWriteState
 from omni2_jax.sampling import Sampling
 
 CASES = "ABCDE"
+INSIDE = "AB"  # cases whose inner states are kept, a single turn and a conversation
 CLOSE = {"atol": 1e-4, "rtol": 0}
 LOGITS = {"atol": 5e-4, "rtol": 0}
 
@@ -95,7 +96,7 @@ def request(model, case, slots=1):
 
 
 def test_speech_features(features, cases, arrays):
-    for name in CASES:
+    for name in INSIDE:
         first = next(turn["clip"] for turn in cases[name]["conversation"] if "clip" in turn)
         np.testing.assert_allclose(features[first], arrays[name]["speech_features_0"], **CLOSE)
 
@@ -111,10 +112,10 @@ def test_encoder_inside(goldens):
     _, blocks = scan(encoder.blocks, lambda block, x, _: (block(x), block(x)), x)
     for i, block in enumerate(blocks):
         np.testing.assert_allclose(block[0][golden["rows"]], golden[f"block{i}"], **CLOSE)
-    np.testing.assert_allclose(encoder.norm(blocks[-1])[0], golden["encoder_out"], **CLOSE)
+    np.testing.assert_allclose(encoder.norm(blocks[-1])[0][golden["rows"]], golden["encoder_out"], **CLOSE)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", INSIDE)
 def test_prefill(name, parts, cases, arrays, features):
     golden = arrays[name]
     ids, heard = prompt(cases[name], golden, features)
@@ -125,7 +126,7 @@ def test_prefill(name, parts, cases, arrays, features):
     np.testing.assert_allclose(parts.llm.logits(hidden[0, -1]), golden["prefill_logits"], **LOGITS)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", INSIDE)
 def test_teacher_forced_hidden_states_and_fusion(name, parts, arrays, features, cases):
     """The released step-by-step hidden states, logits, gates and fused rows, from one pass over prompt and answer."""
     golden = arrays[name]
@@ -152,7 +153,7 @@ def collect(golden, what):
     return np.concatenate([golden[f"step{i}_{what}"] for i in range(steps(golden))])
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", INSIDE)
 def test_speech_logits(name, parts, arrays, model):
     """The speech LM's first logits of every burst, from one pass over its whole context."""
     golden = arrays[name]
@@ -161,7 +162,8 @@ def test_speech_logits(name, parts, arrays, model):
     before, reads = 0, [len(golden[f"step{i}_fused"]) for i in range(steps(golden))]
     for i, rows in enumerate(reads):
         first = before + rows + (i == len(reads) - 1)  # <sep> follows the rows of the last read
-        np.testing.assert_allclose(logits[first - 1], golden[f"step{i}_first_logits"], **LOGITS)
+        if f"step{i}_first_logits" in golden.files:
+            np.testing.assert_allclose(logits[first - 1], golden[f"step{i}_first_logits"], **LOGITS)
         before = first + len(golden[f"step{i}_gen_ids"])
 
 

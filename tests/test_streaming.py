@@ -124,13 +124,18 @@ def copied(tree):
     return jax.tree.map(jnp.copy, tree)
 
 
-def test_insert_and_release_touch_one_slot(engine):
+def test_insert_and_release_touch_one_slot(engine, model):
     lanes = lambda state: [engine._release(copied(state), np.int32(slot), np.int32(5))[1] for slot in range(3)]  # noqa: E731
-    state, lane = scrambled(engine.state, 0), scrambled(engine._empty(engine.params, 1), 1)
-    before, after = lanes(state), lanes(engine._insert(copied(state), lane, np.int32(1)))
+    state, lane = scrambled(engine.state, 0), scrambled(engine._lane(), 1)
+    inserted = engine._insert(engine.params, copied(state), lane, np.int32(1), model.voice(None))
+    before, after = lanes(state), lanes(inserted)
     assert tree_equal(before[0], after[0]) and tree_equal(before[2], after[2])
-    words = dataclasses.replace(lane.words, phase=jnp.array([IDLE]), llm_length=jnp.array([5]))
-    assert tree_equal(after[1], dataclasses.replace(lane, words=words))
+    assert tree_equal(after[1], dataclasses.replace(lane, phase=jnp.array([IDLE]), llm_length=jnp.array([5])))
+    assert inserted.words.phase.tolist()[1] == lane.phase[0] and inserted.steps[1] == 0
+    others = np.array([0, 2])
+    for old, new in zip(*(jax.tree.leaves((x.flow, x.vocoder, x.steps)) for x in (state, inserted)), strict=True):
+        same = others if old.shape[0] == 3 else slice(None)  # the flow's memory, which the new stream cannot see, is not even touched
+        np.testing.assert_array_equal(old[same], new[same])
     released, _ = engine._release(copied(state), np.int32(2), np.int32(5))
     words = dataclasses.replace(state.words, phase=state.words.phase.at[2].set(IDLE))
     assert tree_equal(released, dataclasses.replace(state, words=words))
@@ -175,7 +180,7 @@ def test_only_units_are_spoken(engine):
 def test_bfloat16(checkpoint_dir, decoder):
     """The language side in the precision of accelerators. Behind units, the decoder is the same program."""
     model = Omni2.load(checkpoint_dir, dtype=jnp.bfloat16, decoder=decoder)
-    engine = model.engine(GREEDY, model.config.max_prompt, slots=1)
+    engine = model.engine(GREEDY, 1000)
     assert engine.state.words.llm.keys.dtype == engine.state.words.hidden.dtype == jnp.bfloat16
     if decoder:
         assert engine.state.flow.past.memory.keys.dtype == jnp.float32

@@ -1,0 +1,206 @@
+"""Conversations: what is kept from turn to turn, interruptions, and conversations that become too long."""
+
+import dataclasses
+import itertools
+
+import numpy as np
+import pytest
+
+from omni2_jax.engine import GenerationError, QueueFullError
+from omni2_jax.session import Session
+from tests.talk import CASES, GREEDY, clip, pieces
+
+A, B, C, SHORT = (clip(name) for name in ("speech_a", "speech_b", "synth_c", "short_d"))
+QUICK = dataclasses.replace(GREEDY, max_new_tokens=12, max_flush_units=10)
+
+
+@pytest.fixture
+def session(text_model):
+    """With a cache of 1280 positions: three turns fit, not four."""
+    return text_model.session(options=GREEDY, turns=1)
+
+
+def from_scratch(model, session: Session, turns: int | None = None, options=GREEDY) -> Session:
+    """Another session that remembers the same (first) turns, but has nothing in its cache."""
+    fresh = model.session(options=options, turns=1)
+    fresh.turns = [dataclasses.replace(turn, answer=list(turn.answer)) for turn in session.turns[:turns]]
+    return fresh
+
+
+def said(replies) -> tuple[str, list[int], np.ndarray]:
+    replies = list(replies)
+    samples = np.concatenate([reply.samples for reply in replies])
+    return "".join(reply.text for reply in replies), [unit for reply in replies for unit in reply.units], samples
+
+
+def equal(a, b) -> bool:
+    return a[:2] == b[:2] and np.array_equal(a[2], b[2])
+
+
+def test_turns_go_on_from_the_cache(text_model, session, monkeypatch):
+    """The first turn is the released answer; later ones take in only what is new, and say what they say from scratch."""
+    taken, submit = [], session.engine.submit
+    monkeypatch.setattr(session.engine, "submit", lambda pieces, *more, **how: (taken.append(pieces), submit(pieces, *more, **how))[1])
+    text, units, _ = said(session.respond(A))
+    assert text == CASES["A"]["text"].strip() and "".join(f"<{unit}>" for unit in units) == CASES["A"]["prediction_units"]
+    for wav in (B, C):
+        continued = said(session.respond(wav))
+        whole = from_scratch(text_model, session, turns=len(session.turns) - 1)
+        assert equal(said(whole.respond(wav)), continued)
+        assert whole.length == session.length and whole.turns[-1].answer == session.turns[-1].answer
+    lengths = [sum(len(piece.ids) for piece in pieces) for pieces in taken]
+    first, second, second_whole, third, third_whole = lengths
+    for before, new in zip(session.turns, (second, third), strict=False):
+        assert new == 300 + len(text_model.tokenizer.continuation(0, session.ended(before))) < first
+    assert second_whole == first + len(session.turns[0].answer) + second
+    assert third_whole == second_whole + len(session.turns[1].answer) + third
+
+
+def test_speech_of_two_turns(model):
+    """The same with sound: it depends on the units alone, and starts anew in every turn."""
+    session = model.session(options=QUICK, turns=1)
+    turns = [said(session.respond(wav)) for wav in (A, B)]
+    for _, units, samples in turns:
+        assert samples.size == 960 * len(units) > 0
+    assert equal(said(from_scratch(model, session, turns=1, options=QUICK).respond(B)), turns[1])
+
+
+def test_interruption_keeps_what_was_said(text_model, session):
+    """Two replies of A are heard, though the engine is ahead of them; nothing follows them, and the next turn goes on from there."""
+    replies = session.respond(A)
+    heard = [next(replies), next(replies)]
+    session.interrupt()
+    assert list(replies) == []
+    (turn,) = session.turns
+    assert text_model.tokenizer.decode(turn.answer) == "".join(reply.text for reply in heard) != ""
+    assert len(turn.answer) == 2 * text_model.config.read and not any(session.engine.slots)
+    assert equal(said(session.respond(B)), said(from_scratch(text_model, session, turns=1).respond(B)))
+
+
+def test_leaving_the_loop_interrupts(session):
+    for _ in session.respond(A):
+        break
+    assert session.stream is None and len(session.turns[0].answer) == session.engine.config.read
+    for _ in session.respond(SHORT):
+        session.interrupt()
+        session.interrupt()
+    assert [len(turn.answer) for turn in session.turns] == [3, 3]
+
+
+def test_last_replies_unheard(text_model, session):
+    """The engine is through, the user is not: what was not handed out is no part of the conversation."""
+    replies = session.respond(A)
+    heard = [next(replies) for _ in range(3)]
+    stream = session.stream
+    while not stream.done:
+        session.engine.step()
+    session.interrupt()
+    assert len(session.turns[0].answer) == 3 * text_model.config.read and len(heard) == 3
+    assert equal(said(session.respond(B)), said(from_scratch(text_model, session, turns=1).respond(B)))
+
+
+def test_one_answer_at_a_time(session):
+    replies = session.respond(A)
+    next(replies)
+    with pytest.raises(RuntimeError, match="still on its way"):
+        next(session.respond(B))
+    session.interrupt()
+    following = session.respond(B)
+    next(following)
+    replies.close()  # an answer that was interrupted long ago does not end the one after it
+    assert session.stream is not None and len(list(following)) > 0
+
+
+def test_two_sessions_share_an_engine(text_model, text_engine, session):
+    """Reply by reply in turns, each is what it is alone."""
+    expected = [said(session.respond(A)), said(session.respond(B))]
+    ask = text_model.request(GREEDY)
+    one, two = (Session(text_model.hear, text_engine, text_model.tokenizer, ask, None) for _ in range(2))
+    first = list(one.respond(A))
+    together = list(itertools.zip_longest(one.respond(B), two.respond(A)))
+    assert equal(said(first), expected[0])
+    assert equal(said(mine for mine, _ in together if mine), expected[1])
+    assert equal(said(other for _, other in together if other), expected[0])
+
+
+# --- faults
+
+
+def test_too_long_a_conversation(text_model, session):
+    """Four turns do not fit. Either the fourth is refused and changes nothing, or the first is forgotten."""
+    for wav in (A, B, C):
+        said(session.respond(wav))
+    length, turns = session.length, list(session.turns)
+    with pytest.raises(ValueError, match=r"takes 1\d\d\d positions and 64 more .* but there are 1280; start a new one"):
+        next(session.respond(A))
+    assert session.length == length and session.turns == turns
+
+    session.overflow = "drop"
+    answer = said(session.respond(A))
+    assert session.turns[:-1] == turns[1:]
+    rest = text_model.session(options=GREEDY, turns=1)
+    rest.turns = turns[1:]
+    assert equal(said(rest.respond(A)), answer)
+    with pytest.raises(ValueError, match="expected 'error' or 'drop'"):
+        text_model.session(options=GREEDY, turns=1, overflow="forget")
+
+
+def test_turn_that_alone_is_too_long(text_model):
+    session = text_model.session(options=dataclasses.replace(GREEDY, long="split"), turns=1, overflow="drop")
+    with pytest.raises(ValueError, match="but there are 1280"):
+        next(session.respond(np.zeros(16000 * 121, np.float32)))
+    assert session.turns == [] and said(session.respond(A))[0] == CASES["A"]["text"].strip()
+
+
+def test_bad_audio_changes_nothing(session):
+    said(session.respond(A))
+    for wav, message in ((np.full(1600, np.nan, np.float32), "NaN"), (np.zeros(0, np.float32), "empty"), ("nowhere.wav", "nowhere.wav")):
+        with pytest.raises(ValueError, match=message):
+            next(session.respond(wav))
+    with pytest.raises(ValueError, match=r"31.00 s long; at most 30 s fit"):
+        next(session.respond(np.zeros(16000 * 31, np.float32)))
+    assert len(session.turns) == 1 and said(session.respond(B))[1]
+
+
+def test_failed_answer_is_forgotten(text_model, session):
+    """The next turn goes on from the turns before it, which the cache has to be filled with again."""
+    said(session.respond(A))
+    healthy, session.hear = session.hear, lambda sound: [f.at[0, 0].set(np.nan) for f in healthy(sound)]
+    with pytest.raises(GenerationError):
+        said(session.respond(C))
+    session.hear = healthy
+    assert len(session.turns) == 1 and session.lane is None
+    assert equal(said(session.respond(B)), said(from_scratch(text_model, session, turns=1).respond(B)))
+
+
+def test_full_queue_loses_nothing(text_model, session, text_engine, monkeypatch):
+    busy = Session(text_model.hear, text_engine, text_model.tokenizer, text_model.request(GREEDY), None, "drop")
+    for wav in (A, B, C):
+        said(busy.respond(wav))
+    monkeypatch.setattr(text_engine, "queue", 0)
+    with pytest.raises(QueueFullError):
+        next(busy.respond(A))  # which would have dropped the first turn
+    monkeypatch.undo()
+    answer = said(busy.respond(A))
+    session.turns = busy.turns[:-1]
+    assert len(busy.turns) == 3 and equal(said(session.respond(A)), answer)
+
+
+def test_interruption_while_waiting(text_model, text_engine, monkeypatch):
+    """Ctrl-C before the turn has got a slot: it stays in the history, unanswered, as any turn that is cut short at once."""
+    session = Session(text_model.hear, text_engine, text_model.tokenizer, text_model.request(GREEDY), None)
+    said(session.respond(A))
+    others = [text_engine.submit(pieces(text_model, "A"), text_model.request(QUICK), None) for _ in range(3)]
+    text_engine.admit()
+
+    def interrupted():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(text_engine, "step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        next(session.respond(C))
+    monkeypatch.undo()
+    assert len(session.turns) == 2 and session.turns[1].answer == [] and session.stream is None
+    for other in others:
+        list(other)
+    assert equal(said(session.respond(B)), said(from_scratch(text_model, session, turns=2).respond(B)))
