@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -263,10 +264,19 @@ def info(checkpoint: Annotated[Path, typer.Argument(metavar="CKPT", help="A chec
         console.print(f"{name}: {value}", highlight=False, markup=False)
 
 
+def excepthook(kind, value, trace) -> None:
+    """When one parameter cannot be read, the threads that read the others find their event loop closed, and would each say so."""
+    if str(value) != "Event loop is closed":
+        sys.__excepthook__(kind, value, trace)
+
+
 def main() -> None:
     """The command's entry: every foreseen failure is one line on stderr and exit code 1."""
+    # What one run has compiled the next one finds. (JAX reads this when it is first imported, which is later.)
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path.home() / ".cache" / "omni2-jax"))
+    sys.excepthook, sys.unraisablehook = excepthook, lambda _: None
     try:
-        app()
+        typer.main.get_command(app)()  # app() would set an excepthook of its own
     except (ValueError, OSError, RuntimeError) as error:
         sys.exit(f"error: {' '.join(str(error).split())}")
     except KeyboardInterrupt:

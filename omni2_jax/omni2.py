@@ -96,8 +96,7 @@ class Omni2:
             source = "LLaMA-Omni2 release with --omni2" if set(missing) & set(LANGUAGE_PARTS) else "cosy2_decoder with --decoder"
             raise ValueError(f"{directory} lacks {', '.join(missing)}: add it with python -m convert from a {source}")
         tokenizer = Tokenizer(directory, config, config.speech_encoder.frames // config.adapter.stride)
-        generation = directory / "generation_config.json"
-        defaults = json.loads(generation.read_text()) if generation.exists() else {}
+        defaults = generation_defaults(directory / "generation_config.json")
         dtype = dtype or (jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
         graph, params = for_serving(*checkpoint.load(directory, config.only(*wanted), dtype))
         return cls(directory, config.only(*wanted, "speaker"), graph, params, tokenizer, defaults)
@@ -209,6 +208,17 @@ def join(replies: Iterator[Reply], spoken: bool) -> Answer:
         "".join(part.unit_text for part in parts),
         np.concatenate([part.samples for part in parts]) if spoken else None,
     )
+
+
+def generation_defaults(path: Path) -> dict:
+    """What a release says about sampling; nothing if it says nothing."""
+    try:
+        defaults = json.loads(path.read_text()) if path.exists() else {}
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    if not isinstance(defaults, dict):
+        raise ValueError(f"{path} holds no settings")
+    return defaults
 
 
 def rounded(size: int) -> int:
