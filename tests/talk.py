@@ -31,12 +31,10 @@ def conversation(name: str) -> list[Path | str]:
 
 
 def asked(model: Omni2, name: str, **changes) -> Request:
-    """A case's own request: its end token, caps and penalty."""
-    given = CASES[name]["generate_kwargs"]
-    penalty = given.get("repetition_penalty")
-    options = dataclasses.replace(GREEDY, max_new_tokens=given["max_new_tokens"], repetition_penalty=penalty, **changes)
-    eos = request(model.config, text_eos=given.get("eos_token_id")).text_eos
-    return dataclasses.replace(model.request(options), text_eos=eos)
+    """A case's own request, with its end token, cap and penalty, but for some changes of the options."""
+    given = dict(CASES[name]["generate_kwargs"])
+    eos = request(model.config, text_eos=given.pop("eos_token_id", None)).text_eos
+    return dataclasses.replace(model.request(dataclasses.replace(GREEDY, **(given | changes))), text_eos=eos)
 
 
 @functools.cache

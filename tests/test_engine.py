@@ -14,7 +14,7 @@ from omni2_jax.readwrite import FLUSHING, IDLE, READING
 from omni2_jax.tokenizer import parse_units
 from tests.talk import CASES, Said, asked, broken, pieces, submit
 
-# Turns that have nothing in common: greedy and sampled, with keys of their own, of one to twelve steps before they flush.
+# Turns that have nothing in common: greedy and sampled, with keys of their own, of one to six steps before they flush.
 ASKED = [
     ("B", {}),
     ("A", {"temperature": 0.8, "top_p": 0.9, "seed": 3}),
@@ -43,7 +43,7 @@ def test_released_conversations_through_three_slots(engine, model):
 
 def test_company_changes_nothing(engine, model):
     """Turns that join one after the other, beside one that fails and one that is cancelled, are bit by bit what they are alone."""
-    send = lambda name, changes: submit(engine, model, name, max_flush_units=20, **changes)  # noqa: E731
+    send = lambda name, changes: submit(engine, model, name, max_new_tokens=18, max_flush_units=20, **changes)  # noqa: E731
     alone = [Said.by(send(*turn)) for turn in ASKED]
     assert len({tuple(said.speech) for said in alone}) == len(ASKED)
     failing = engine.submit([broken(piece) for piece in pieces(model, "A")], asked(model, "A"), model.voice(None))
