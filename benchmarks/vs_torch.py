@@ -126,19 +126,24 @@ def main(
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures here.")] = None,
 ) -> None:
     """Time our speech LM and speech encoder against PyTorch's in float32 on the CPU."""
+    console = rich.console.Console()
     config, graph, params = load(size, None, jnp.float32)
     tokens = bursts * config.write
-    figures = {
-        "device": f"{jax.devices()[0].device_kind}, {torch.get_num_threads()} torch threads",
-        "size": size,
-        "bursts": bursts,
-        "ours_s": ours(config, graph, params, bursts, True, repeats),
-        "ours_all_tokens_s": ours(config, graph, params, bursts, False, repeats),
-        "torch_cached_s": theirs(config, bursts, True, repeats),
-        "torch_reprefill_s": theirs(config, bursts, False, 1),
-        "encoder_ours_s": encoder_ours(graph, params, config.speech_encoder, repeats),
-        "encoder_torch_s": encoder_theirs(config.speech_encoder, repeats),
+    figures = {"device": f"{jax.devices()[0].device_kind}, {torch.get_num_threads()} torch threads", "size": size, "bursts": bursts}
+    measured = {
+        "ours_s": lambda: ours(config, graph, params, bursts, True, repeats),
+        "torch_cached_s": lambda: theirs(config, bursts, True, repeats),
+        "torch_reprefill_s": lambda: theirs(config, bursts, False, 1),
+        "ours_all_tokens_s": lambda: ours(config, graph, params, bursts, False, repeats),
+        "encoder_ours_s": lambda: encoder_ours(graph, params, config.speech_encoder, repeats),
+        "encoder_torch_s": lambda: encoder_theirs(config.speech_encoder, repeats),
     }
+    for name, measure in measured.items():
+        with console.status(f"measuring {name}"):
+            figures[name] = measure()
+        console.print(f"{name} {figures[name]:.2f}", highlight=False)
+        if json_file:
+            json_file.write_text(json.dumps(figures, indent=1) + "\n")
     table = rich.table.Table("what", "seconds", "ms a unit", "of ours", title=f"{size}, float32, {bursts} bursts, {figures['device']}")
     for name, label in {
         "ours_s": "speech LM, ours (only units can be sampled)",
@@ -151,9 +156,7 @@ def main(
     table.add_section()
     for name, label in {"encoder_ours_s": "speech encoder, ours, 30 s", "encoder_torch_s": "speech encoder, PyTorch"}.items():
         table.add_row(label, f"{figures[name]:.2f}", "", f"{figures[name] / figures['encoder_ours_s']:.2f}")
-    rich.console.Console().print(table)
-    if json_file:
-        json_file.write_text(json.dumps(figures, indent=1) + "\n")
+    console.print(table)
 
 
 if __name__ == "__main__":

@@ -52,7 +52,8 @@ def test_company_changes_nothing(engine, model):
         streams.append(send(*turn))
         engine.step()
         engine.step()
-    cancelled.cancel()
+        if len(streams) == 2:
+            cancelled.cancel()  # in mid-speech; another turn takes its slot
     for stream, expected in zip(streams, alone, strict=True):
         assert Said.by(stream) == expected
     with pytest.raises(GenerationError, match="not finite"):
