@@ -194,5 +194,7 @@ class Omni2Config:
             raise ValueError(f"{path.parent} is not an omni2-jax checkpoint: it has no {path.name}") from None
         except (pydantic.ValidationError, UnicodeDecodeError) as error:
             faults = error.errors() if isinstance(error, pydantic.ValidationError) else []
+            if any(e["loc"] == ("model_type",) for e in faults):
+                raise ValueError(f"{path} is a Hugging Face config: {path.parent} has to be converted first (python -m convert)") from None
             detail = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'file'}: {e['msg']}" for e in faults) or str(error)
             raise ValueError(f"{path} is not an omni2-jax config: {detail}") from None
