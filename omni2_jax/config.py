@@ -195,6 +195,7 @@ class Omni2Config:
         except (pydantic.ValidationError, UnicodeDecodeError) as error:
             faults = error.errors() if isinstance(error, pydantic.ValidationError) else []
             if any(e["loc"] == ("model_type",) for e in faults):
-                raise ValueError(f"{path} is a Hugging Face config: {path.parent} has to be converted first (python -m convert)") from None
+                told = "is not an omni2-jax config but a Hugging Face one; convert its directory first (python -m convert)"
+                raise ValueError(f"{path} {told}") from None
             detail = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'file'}: {e['msg']}" for e in faults) or str(error)
             raise ValueError(f"{path} is not an omni2-jax config: {detail}") from None
