@@ -40,7 +40,8 @@ class Bench:
         self.piece = Piece(ids, jnp.zeros((positions, config.llm.width), self.engine.dtype), 0)
         self.voice = jnp.ones(config.flow.speaker)
         # No text token ends the answer, so that every step reads R and writes W.
-        self.request = readwrite.request(config, text_eos=(), max_text=1 << 20)
+        room = shape.llm - shape.prompt - 4 * config.read
+        self.request = readwrite.request(config, text_eos=(), max_text=room, max_flush=1)
         self.engine.warm_up()
 
     def fill(self) -> list[Stream]:
