@@ -274,6 +274,7 @@ def main() -> None:
     """The command's entry: every foreseen failure is one line on stderr and exit code 1."""
     # What one run has compiled the next one finds. (JAX reads this when it is first imported, which is later.)
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path.home() / ".cache" / "omni2-jax"))
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it advises to install PyTorch, which tokenizers do not need
     sys.excepthook, sys.unraisablehook = excepthook, lambda _: None
     try:
         typer.main.get_command(app)()  # app() would set an excepthook of its own
