@@ -120,7 +120,8 @@ def converse(session, wavs: list[Path], outs: list[Path | None]) -> None:
             notes.print(f"[bold]{wav}[/]")
         answer = join(shown(session.respond(wav), sys.stdout), spoken=True)
         seconds = len(answer.waveform) / audio.SPEECH_RATE
-        notes.print(f"{len(answer.units)} units, {seconds:.2f} s of speech" + (f" -> {out}" if out else ""))
+        spoken = f", {seconds:.2f} s of speech" if seconds else ""  # none with --no-wav
+        notes.print(f"{len(answer.units)} units{spoken}" + (f" -> {out}" if out else ""))
         if out:
             save_speech(out, answer.waveform)
 
