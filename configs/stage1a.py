@@ -1,0 +1,17 @@
+"""Stage I(a), speech to text: the adapter and all of the LLM (paper section 4.1).
+
+python -m train --config configs/stage1a.py --set checkpoint=start --set data=dialogues --out runs/1a
+
+`start` comes from python -m convert --whisper large-v3.pt --qwen Qwen2.5-7B-Instruct --speech-lm Qwen2.5-0.5B --out start.
+With --set rank=16 low-rank updates are trained instead of the LLM itself.
+"""
+
+from train.config import Bucket, Optimiser, Train
+
+config = Train(
+    stage="1a",
+    batch=32,
+    epochs=3,
+    optimiser=Optimiser(peak=5e-5),
+    buckets=(Bucket(1, 512), Bucket(2, 1024), Bucket(3, 1536), Bucket(5, 2560), Bucket(8, 4096)),
+)

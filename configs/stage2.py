@@ -1,0 +1,16 @@
+"""Stage II, speech to speech: gate fusion and the speech LM on the LLM's hidden states, the rest frozen (paper section 4.1).
+
+python -m train --config configs/stage2.py --set checkpoint=runs/1b/final --set data=dialogues --out runs/2
+
+--set mix=sum and --set mix=hidden are the ablations of gate fusion (table 2).
+"""
+
+from train.config import Bucket, Optimiser, Train
+
+config = Train(
+    stage="2",
+    batch=32,
+    epochs=1,
+    optimiser=Optimiser(peak=1e-3),
+    buckets=(Bucket(1, 512, 512), Bucket(1, 512, 1024), Bucket(2, 1024, 1024), Bucket(3, 1536, 1024), Bucket(5, 2560, 1024)),
+)

@@ -1,0 +1,175 @@
+"""What a training run is told: one typed dataclass, given by a configs/*.py file and changed by `--set key=value`."""
+
+import ast
+import dataclasses
+import difflib
+import runpy
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import pydantic
+
+FORBID = pydantic.ConfigDict(extra="forbid")
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """The shape of a batch's rows. An example goes into the first bucket that holds it; what a stage does not have takes no room."""
+
+    clips: int = 1  # 30 s of question
+    positions: int = 0  # of the LLM
+    tokens: int = 0  # of the speech LM in a reply; for the flow, units
+
+
+@dataclass(frozen=True)
+class Optimiser:
+    """AdamW after a linear warm-up, along a cosine (paper section 4.1; decay, betas and clipping are not stated there)."""
+
+    peak: float = 5e-5
+    warmup: float = 0.03  # share of all steps
+    final: float = 0.0  # share of the peak at the end
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    decay: float = 0.0  # of matrices
+    clip: float = 1.0  # norm of all gradients together
+    ema: float | None = None  # keep an exponential average of the weights, which is then what is validated and exported
+
+
+@dataclass(frozen=True)
+class MeshShape:
+    """Devices along each axis; one may be -1, the rest."""
+
+    replica: int = 1
+    fsdp: int = -1
+    tensor: int = 1
+
+
+@dataclass(frozen=True)
+class Train:
+    """One stage of training."""
+
+    __pydantic_config__ = FORBID
+
+    stage: Literal["1a", "1b", "2", "flow"]
+    checkpoint: str = ""  # what to start from, made by python -m convert or by an earlier stage
+    data: str = ""  # made by python -m train.prepare
+    validation: str | None = None  # another such dataset
+    batch: int = 32
+    microbatches: int = 1  # a batch is computed in so many parts, one after the other
+    epochs: float = 1.0
+    steps: int | None = None  # instead of epochs
+    seed: int = 0
+    optimiser: Optimiser = field(default_factory=Optimiser)
+    buckets: tuple[Bucket, ...] = (Bucket(),)
+    # What is trained
+    rank: int = 0  # stage 1a: train low-rank updates of this rank instead of the LLM (LoRA)
+    layout: Literal["read_write", "offline"] = "read_write"  # offline: all of the text before the first unit (table 4)
+    mix: Literal["gate", "sum", "hidden"] = "gate"  # stage 2: the paper's ablations of gate fusion (table 2)
+    reset: tuple[str, ...] = ()  # parts to begin anew instead of from the checkpoint (table 3, "scratch")
+    chunks: tuple[int, ...] = ()  # flow: chunk sizes drawn at random, 0 = the whole; none = the checkpoint's
+    # How it is computed
+    mesh: MeshShape = field(default_factory=MeshShape)
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of the computation; weights being trained are float32
+    remat: Literal["none", "dots", "full"] = "full"
+    loss_chunk: int = 256  # positions whose logits exist at once
+    workers: int = 4  # threads that read examples
+    strict: bool = False  # stop at a damaged record instead of leaving it out
+    # What is kept and shown
+    save_every: int = 500
+    keep: int = 2
+    validate_every: int = 500
+    samples: int = 2  # dialogues of the validation set that are answered at each validation
+    max_sample_text: int = 100  # text tokens of such an answer
+    profile: tuple[int, int] | None = None  # first and last step to trace with the JAX profiler
+    peak_flops: float | None = None  # of a device, where it is not known by name; for MFU
+
+    def __post_init__(self):
+        faults = [
+            f"{name} is {getattr(self, name)}, expected at least 1"
+            for name in ("batch", "microbatches", "loss_chunk", "workers", "save_every", "keep", "validate_every", "max_sample_text")
+            if getattr(self, name) < 1
+        ]
+        if self.batch % max(self.microbatches, 1):
+            faults.append(f"batch {self.batch} cannot be cut into {self.microbatches} microbatches")
+        if (self.steps is not None and self.steps < 1) or self.epochs <= 0:
+            faults.append("steps and epochs must be positive")
+        if not self.buckets:
+            faults.append("buckets is empty; at least one is needed")
+        if self.rank and self.stage != "1a":
+            faults.append("rank is for stage 1a; the other stages train no LLM")
+        if faults:
+            raise ValueError("; ".join(faults))
+
+
+# What may differ when a run is taken up again: it changes speed, memory or reports, not the result.
+FREE = {"mesh", "remat", "loss_chunk", "workers", "strict", "save_every", "keep", "validation", "validate_every", "samples"}
+FREE |= {"max_sample_text", "profile", "peak_flops", "microbatches"}
+
+
+def read(path: Path, changes: Sequence[str] = ()) -> Train:
+    """The `config` of a Python file, with `key=value` changes. Raises ValueError naming the file or the key, and what is meant perhaps."""
+    if not path.is_file():
+        known = sorted(str(file) for file in path.parent.glob("*.py")) if path.parent.is_dir() else []
+        raise ValueError(f"config {path} does not exist{nearest(str(path), known)}")
+    try:
+        config = runpy.run_path(str(path)).get("config")
+    except Exception as error:  # whatever somebody's file does
+        raise ValueError(f"config {path}: {type(error).__name__}: {error}") from None
+    if not isinstance(config, Train):
+        raise ValueError(f"config {path} defines no `config` of type train.config.Train")
+    return changed(config, changes)
+
+
+def changed(config: Train, changes: Sequence[str]) -> Train:
+    """A configuration with `key=value` changes, `optimiser.peak=1e-4` reaching into it; values are read as the key's type."""
+    tree = dataclasses.asdict(config)
+    for change in changes:
+        key, equals, text = change.partition("=")
+        *path, last = key.strip().split(".")
+        place, known = tree, dataclasses.asdict(config)
+        for name in (*path, last):
+            if not isinstance(known, dict) or name not in known:
+                raise ValueError(f"--set {change}: there is no {key!r}{nearest(key, keys(tree))}")
+            known = known[name]
+        if not equals:
+            raise ValueError(f"--set {change}: expected {key}=value")
+        for name in path:
+            place = place[name]
+        place[last] = literal(text.strip())
+    return checked(tree, "--set " + " ".join(changes) if changes else "config")
+
+
+def checked(tree: dict, where: str) -> Train:
+    """A configuration from a dictionary; every fault in one ValueError."""
+    try:
+        return pydantic.TypeAdapter(Train).validate_python(tree)
+    except pydantic.ValidationError as error:
+        faults = [f"{'.'.join(map(str, e['loc']))}: {e['msg'].removeprefix('Value error, ')}".removeprefix(": ") for e in error.errors()]
+        raise ValueError(f"{where}: {'; '.join(faults)}") from None
+
+
+def literal(text: str):
+    """A Python literal, else the text itself."""
+    if text.lower() in ("none", "true", "false"):
+        return {"none": None, "true": True, "false": False}[text.lower()]
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def keys(tree: dict, before: str = "") -> list[str]:
+    """All keys of nested dictionaries, dotted."""
+    found = []
+    for name, value in tree.items():
+        found += [before + name, *(keys(value, f"{before}{name}.") if isinstance(value, dict) else [])]
+    return found
+
+
+def nearest(name: str, known: Sequence[str]) -> str:
+    """A hint for somebody who mistyped."""
+    close = difflib.get_close_matches(name, known, 1, 0.5)
+    return f"; did you mean {close[0]}?" if close else ""

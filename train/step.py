@@ -1,0 +1,88 @@
+"""One optimiser step, compiled: gradients of all microbatches, AdamW, and the average of the weights. The state is donated."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from omni2_jax import sharding
+from train import optimiser, stages
+from train.config import Train
+from train.weights import Params, Weights
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class State:
+    """Everything that changes. Keys are drawn from (seed, step), and the data follows from them too, so nothing else is kept."""
+
+    step: jax.Array
+    params: Params  # float32
+    opt: optax.OptState
+    ema: Params | None
+
+
+def initial(train: Train, params: Params, steps: int) -> State:
+    average = None if train.optimiser.ema is None else jax.tree.map(jnp.copy, params)
+    return State(jnp.zeros((), jnp.int32), params, optimiser.build(train.optimiser, steps).init(params), average)
+
+
+def shardings(train: Train, weights: Weights, trained: Params, mesh: Mesh, steps: int) -> State:
+    """Where each array of the state lives: what belongs to a parameter with it, the rest everywhere."""
+    everywhere = sharding.replicated(mesh)
+    with_params = {path: weights.shardings[path] for path in trained}
+    tx = optimiser.build(train.optimiser, steps)
+    opt = optax.tree.map_params(
+        tx, lambda _, where: where, jax.eval_shape(tx.init, trained), with_params, transform_non_params=lambda _: everywhere
+    )
+    return State(everywhere, with_params, opt, None if train.optimiser.ema is None else with_params)
+
+
+def cast(train: Train, params: Params) -> Params:
+    """Weights for the computation. The flow's stays in float32, as its solver does."""
+    dtype = jnp.float32 if train.stage == "flow" else jnp.dtype(train.dtype)
+    return {path: leaf.astype(dtype) for path, leaf in params.items()}
+
+
+def make(train: Train, weights: Weights, steps: int, where: State) -> Callable:
+    """The compiled step: (state, frozen, batch [microbatches, B, ...]) -> (state, metrics)."""
+    tx, rate = optimiser.build(train.optimiser, steps), optimiser.schedule(train.optimiser, steps)
+
+    def total(params: Params, frozen: Params, batch: dict, key: jax.Array):
+        loss, terms = stages.loss(weights.model(cast(train, params), frozen), train, batch, key)
+        return loss, terms
+
+    def step(state: State, frozen: Params, batch: dict) -> tuple[State, dict[str, jax.Array]]:
+        keys = jax.random.split(jax.random.fold_in(jax.random.key(train.seed), state.step), train.microbatches)
+
+        def add(carry, xs):
+            (loss, terms), grads = jax.value_and_grad(total, has_aux=True)(state.params, frozen, *xs)
+            return jax.tree.map(jnp.add, carry, (loss, terms, grads)), None
+
+        zero = (jnp.zeros(()), jnp.zeros((), jnp.int32), jax.tree.map(jnp.zeros_like, state.params))
+        (loss, terms, grads), _ = jax.lax.scan(add, zero, (batch, keys))
+        # The mean over all terms of the batch, however it was cut.
+        count = jnp.maximum(terms, 1)
+        grads = jax.tree.map(lambda grad: grad / count, grads)
+        updates, opt = tx.update(grads, state.opt, state.params)
+        params = optax.apply_updates(state.params, updates)
+        keep = train.optimiser.ema
+        average = None if keep is None else jax.tree.map(lambda old, new: keep * old + (1 - keep) * new, state.ema, params)
+        metrics = {"loss": loss / count, "terms": terms, "gradient_norm": optax.global_norm(grads), "rate": rate(state.step)}
+        return State(state.step + 1, params, opt, average), metrics
+
+    return jax.jit(step, donate_argnums=0, out_shardings=(where, None))
+
+
+def make_validation(train: Train, weights: Weights) -> Callable:
+    """(params, frozen, batch [microbatches, B, ...]) -> loss and terms, summed; what a stage draws at random is always the same."""
+
+    def validate(params: Params, frozen: Params, batch: dict) -> tuple[jax.Array, jax.Array]:
+        model = weights.model(cast(train, params), frozen)
+        losses, terms = jax.lax.map(lambda micro: stages.loss(model, train, micro, jax.random.key(0)), batch)
+        return losses.sum(), terms.sum()
+
+    return jax.jit(validate)
