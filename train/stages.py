@@ -79,8 +79,11 @@ def unit_loss(model: Model, train: Train, batch: dict[str, Array], key: Array) -
 
 
 def speech_loss(model: Model, train: Train, batch: dict[str, Array], key: Array) -> Loss:
-    """Replies [B, C, S]; `source` is the LLM position whose hidden state produced a text token, -1 for other rows."""
-    hidden = jax.lax.stop_gradient(read_dialogue(model, train, batch))
+    return reply_loss(model, train, jax.lax.stop_gradient(read_dialogue(model, train, batch)), batch)
+
+
+def reply_loss(model: Model, train: Train, hidden: Array, batch: dict[str, Array]) -> Loss:
+    """Replies [B, C, S] given hidden states [B, T, D]: `source` is the position whose state produced a text token, -1 for other rows."""
     at = jnp.maximum(batch["source"], 0)
     produced = jnp.take_along_axis(hidden[:, None], at[..., None], axis=2)  # [B, C, S, D]
     flat = lambda x: x.reshape(-1, *x.shape[2:])  # noqa: E731
