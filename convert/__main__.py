@@ -22,15 +22,17 @@ def convert(
     decoder: Annotated[Path | None, typer.Option(help="A cosy2_decoder: cosyvoice.yaml, flow.pt, hift.pt, campplus.onnx.")] = None,
     whisper: Annotated[Path | None, typer.Option(help="An OpenAI Whisper .pt or a Hugging Face Whisper directory.")] = None,
     qwen: Annotated[Path | None, typer.Option(help="A plain Hugging Face Qwen2.5 directory.")] = None,
+    speech_lm: Annotated[Path | None, typer.Option(help="With --qwen: a plain Qwen2.5-0.5B directory to become the speech LM.")] = None,
+    speech_tokenizer: Annotated[Path | None, typer.Option(help="speech_tokenizer_v2.onnx, or s3tokenizer's .pt or .safetensors.")] = None,
     voice: Annotated[list[str] | None, typer.Option(help="Store a voice to speak with (repeatable).", metavar="NAME=prompt.wav")] = None,
     to_torch: Annotated[Path | None, typer.Option(help="A checkpoint to write back in the released PyTorch layout.")] = None,
 ) -> None:
     """Convert released weights into a checkpoint, or a checkpoint back into the released layout."""
-    for path in filter(None, (omni2, decoder, whisper, qwen, to_torch)):
+    for path in filter(None, (omni2, decoder, whisper, qwen, speech_lm, speech_tokenizer, to_torch)):
         if not path.exists():
             raise ValueError(f"{path} does not exist")
     if to_torch is not None:
-        if any((omni2, decoder, whisper, qwen, voice)):
+        if any((omni2, decoder, whisper, qwen, speech_lm, speech_tokenizer, voice)):
             raise ValueError("--to-torch takes --out and nothing else")
         with bar() as progress:
             export.write(to_torch, out, progress)
@@ -39,9 +41,9 @@ def convert(
     prompts = dict(parse_voice(text) for text in voice or [])
     extends = (out / "config.json").exists()
     with console.status("checking names and shapes"):
-        release = read(omni2, decoder, whisper, qwen)
+        release = read(omni2, decoder, whisper, qwen, speech_lm, speech_tokenizer)
     if release is None and not prompts:
-        raise ValueError("nothing to convert: give --omni2, --decoder, --whisper, --qwen, --voice or --to-torch")
+        raise ValueError("nothing to convert: give --omni2, --decoder, --whisper, --qwen, --speech-tokenizer, --voice or --to-torch")
     if release is None and not extends:
         raise ValueError(f"{out} is not a checkpoint, so there is nothing to add a voice to")
     with bar() as progress:
@@ -52,15 +54,25 @@ def convert(
         say(f"voices: {', '.join(voices.names(out)) or f'none; add one with python -m convert --voice NAME=prompt.wav --out {out}'}")
 
 
-def read(omni2: Path | None, decoder: Path | None, whisper: Path | None, qwen: Path | None) -> build.Release | None:
+def read(
+    omni2: Path | None,
+    decoder: Path | None,
+    whisper: Path | None,
+    qwen: Path | None,
+    speech_lm: Path | None,
+    speech_tokenizer: Path | None,
+) -> build.Release | None:
     """What the given sources hold together, checked but not read; None without a source."""
+    if speech_lm and not qwen:
+        raise ValueError("--speech-lm needs --qwen: the speech LM reads the tokens of that LLM")
     given = []
     if omni2:
         given.append(build.read_omni2(omni2, whisper))
     elif whisper:
         given.append(build.read_whisper(whisper))
-    given += [build.read_qwen(qwen)] if qwen else []
+    given += [build.read_qwen(qwen, speech_lm)] if qwen else []
     given += [build.read_decoder(decoder)] if decoder else []
+    given += [build.read_speech_tokenizer(speech_tokenizer)] if speech_tokenizer else []
     return build.combine(given) if given else None
 
 

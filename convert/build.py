@@ -8,24 +8,26 @@ from pathlib import Path
 
 import numpy as np
 
-from convert import cosyvoice, releases
+from convert import cosyvoice, releases, start, vocabulary
 from convert.engine import ConversionError, Source, Table, plan
 from convert.sources import onnx_file, torch_dims, torch_file, torch_object
 from convert.tables import flow, hift, omni2, qwen2, speaker, speaker_onnx, whisper
-from omni2_jax import checkpoint, tokenizer, voices
-from omni2_jax.config import PARTS, Omni2Config
+from convert.tables import units as units_tables
+from omni2_jax import checkpoint, tokenizer, units, voices
+from omni2_jax.config import PARTS, AdapterConfig, Omni2Config, UnitsConfig
 
 Written = Callable[[checkpoint.Unread], None]
 
 
 @dataclass
 class Release:
-    """What one source gives: its share of the configuration, unread parameters by part, files to copy, voices."""
+    """What one source gives: its share of the configuration, unread parameters by part, files to copy or their content, voices."""
 
     config: Omni2Config
     params: dict[str, Mapping] = field(default_factory=dict)
-    files: dict[str, Path] = field(default_factory=dict)
+    files: dict[str, Path | bytes] = field(default_factory=dict)
     voices: dict[str, np.ndarray] = field(default_factory=dict)
+    units: UnitsConfig | None = None  # the speech tokenizer's, which is no part of the model
 
 
 def planned(table: Table, sources: Mapping[str, Source], config: Omni2Config, where: Path) -> dict[str, Mapping]:
@@ -38,28 +40,53 @@ def read_omni2(directory: Path, whisper_file: Path | None = None) -> Release:
     where = releases.weights(directory)
     sources = releases.tensors(where)
     config = releases.omni2(directory, sources, whisper_file)
-    files = language_files(directory) | tokenizer_files(directory / "tts_tokenizer", "tts_tokenizer")
+    files = generation_file(directory) | tokenizer_files(directory, "tokenizer")
+    files |= tokenizer_files(directory / "tts_tokenizer", "tts_tokenizer")
     files["assets/config.json"] = directory / "config.json"
     return Release(config, planned(omni2.table(config), sources, config, where), files)
 
 
-def read_qwen(directory: Path) -> Release:
-    """A plain Hugging Face Qwen2.5 directory: what stage I(a) starts from."""
-    where = releases.weights(directory)
-    config = releases.qwen_directory(directory)
-    table = qwen2.table(config.llm).at("", "llm.")
-    return Release(config, planned(table, releases.tensors(where), config, where), language_files(directory))
-
-
-def language_files(directory: Path) -> dict[str, Path]:
-    """The LLM's tokenizer and, where there is one, its generation_config.json."""
-    generation = {"generation_config.json": directory / "generation_config.json"}
-    return tokenizer_files(directory, "tokenizer") | (generation if generation["generation_config.json"].exists() else {})
+def generation_file(directory: Path) -> dict[str, Path]:
+    path = directory / "generation_config.json"
+    return {path.name: path} if path.exists() else {}
 
 
 def tokenizer_files(directory: Path, folder: str) -> dict[str, Path]:
     tokenizer.load(directory)
     return {f"{folder}/{name}": directory / name for name in tokenizer.FILES if (directory / name).exists()}
+
+
+def read_qwen(directory: Path, speech_lm: Path | None = None) -> Release:
+    """A plain Hugging Face Qwen2.5 directory as the LLM, <speech> added; a second one becomes the speech LM (`with_speech_lm`)."""
+    where = releases.weights(directory)
+    config = releases.qwen_directory(directory)
+    table = qwen2.table(config.llm).at("", "llm.")
+    params = planned(table, releases.tensors(where), config, where)
+    plain = vocabulary.read(directory)
+    config = config.replace(tokens=dataclasses.replace(config.tokens, speech=plain.speech))
+    files = {f"tokenizer/{name}": file for name, file in vocabulary.with_speech(plain).items()}
+    release = Release(config, params, generation_file(directory) | files)
+    return with_speech_lm(release, plain, speech_lm) if speech_lm else release
+
+
+def with_speech_lm(release: Release, plain: vocabulary.Plain, directory: Path) -> Release:
+    """An LLM with a speech LM made of a plain, tied Qwen2.5: its text tokens' rows, then new ones for <sep> and the units (paper 2.2)."""
+    where, path = releases.weights(directory), directory / "config.json"
+    found = releases.qwen2(releases.read_json(path), path)
+    if not found.tied:
+        raise ConversionError(f"{path}: the embeddings are not tied; a speech LM's are, as in Qwen2.5-0.5B")
+    vocabulary.check_same(plain, directory)
+    if found.vocabulary < plain.speech:
+        raise ConversionError(f"{path}: vocab_size is {found.vocabulary}, but the tokenizer has {plain.speech} tokens")
+    table, alone = qwen2.table(found).at("", "speech_lm."), releases.NOTHING.replace(speech_lm=found)
+    params = planned(table, releases.tensors(where), alone, where)
+    files = {f"tts_tokenizer/{name}": file for name, file in vocabulary.with_units(plain, release.config.units).items()}
+
+    tokens = dataclasses.replace(release.config.tokens, sep=plain.speech, unit_eos=plain.ids[vocabulary.UNIT_EOS])
+    found = dataclasses.replace(found, vocabulary=tokens.sep + 1 + release.config.units)
+    embedding = params["speech_lm"]["embedding"]
+    embedding["table"] = start.extended(embedding["table"], kept=tokens.sep, vocabulary=found.vocabulary)
+    return Release(release.config.replace(speech_lm=found, tokens=tokens), release.params | params, release.files | files)
 
 
 def read_whisper(path: Path) -> Release:
@@ -97,6 +124,13 @@ def read_decoder(directory: Path) -> Release:
     return Release(config, planned(table, named, config, directory), files, stored_voices(directory / "spk2info.pt", flow_config.speaker))
 
 
+def read_speech_tokenizer(path: Path) -> Release:
+    """speech_tokenizer_v2.onnx, or the s3tokenizer package's state dict."""
+    sources = units_tables.read(path)
+    config = units_tables.infer_config(sources, str(path))
+    return Release(releases.NOTHING, {"units": plan(units_tables.table(), sources, units.abstract(config)[1], str(path))}, units=config)
+
+
 def stored_voices(path: Path, size: int) -> dict[str, np.ndarray]:
     """The x-vectors of a spk2info.pt, by the file's own names."""
     entries = torch_object(path) if path.exists() else {}
@@ -127,8 +161,25 @@ def combine(given: Sequence[Release]) -> Release:
             raise ConversionError(f"{', '.join(sorted(twice))} would come from two sources; name only one of them")
         base = whole.config if whole.params else release.config
         parts = {name: getattr(release.config, name) or getattr(whole.config, name) for name in PARTS if name != "fusion"}
-        whole = Release(base.replace(**parts), whole.params | release.params, whole.files | release.files, whole.voices | release.voices)
-    return whole
+        whole = Release(
+            base.replace(**parts),
+            whole.params | release.params,
+            whole.files | release.files,
+            whole.voices | release.voices,
+            whole.units or release.units,
+        )
+    return completed(whole)
+
+
+def completed(release: Release) -> Release:
+    """With a new adapter and a new gate fusion where a release has what they join but not them: stages I(a) and II train these."""
+    config, params = release.config, dict(release.params)
+    if config.speech_encoder and config.llm and not config.adapter:
+        config = config.replace(adapter=AdapterConfig())
+        params["adapter"] = start.adapter(config)
+    if config.llm and config.speech_lm and config.mix != "text" and "fusion" not in params:
+        params["fusion"] = start.fusion(config)
+    return dataclasses.replace(release, config=config, params=params)
 
 
 def write(out: Path, release: Release, prompts: Mapping[str, Path], written: Written = lambda _: None) -> None:
@@ -141,13 +192,16 @@ def extend(out: Path, release: Release | None, prompts: Mapping[str, Path], writ
     """Add parts that a checkpoint lacks, and voices. Its config.json names them last, so a cut leaves the checkpoint as it was."""
     config = Omni2Config.load(out / "config.json")
     release = release or Release(config)
-    there = Release(config, {part: {} for part in PARTS if getattr(config, part, None)})
+    # A fusion has no configuration of its own: it is there with the two that it joins.
+    there = Release(config, {part: {} for part in PARTS if getattr(config, part, config.llm and config.speech_lm)})
+    there.params |= {"units": {}} if (out / units.FILE).exists() else {}
     if twice := [part for part in there.params if part in release.params]:
         raise ConversionError(f"{out} has {', '.join(twice)} already; convert into a new directory")
-    config = combine([there, release]).config
+    whole = combine([there, release])
+    release = dataclasses.replace(whole, params={part: params for part, params in whole.params.items() if part not in there.params})
     try:
         remove_parts(out, release)  # what an earlier cut left behind
-        write_into(out, dataclasses.replace(release, config=config), prompts, written)
+        write_into(out, release, prompts, written)
     except BaseException:
         remove_parts(out, release)
         raise
@@ -156,15 +210,22 @@ def extend(out: Path, release: Release | None, prompts: Mapping[str, Path], writ
 def remove_parts(directory: Path, release: Release) -> None:
     for part in release.params:
         checkpoint.remove(directory / "params" / part)
+    if release.units:
+        (directory / units.FILE).unlink(missing_ok=True)
 
 
 def write_into(directory: Path, release: Release, prompts: Mapping[str, Path], written: Written) -> None:
-    for name, source in release.files.items():
+    for name, content in release.files.items():
         (directory / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source, directory / name)
+        if isinstance(content, bytes):
+            (directory / name).write_bytes(content)
+        else:
+            shutil.copyfile(content, directory / name)
     for part, params in release.params.items():
         checkpoint.save_part(directory, part, params, written)
     made = {name: voices.from_file(directory, release.config, path) for name, path in prompts.items()}
     for name, x_vector in (release.voices | made).items():
         voices.save(directory, name, x_vector)
+    if release.units:
+        units.save_config(directory, release.units)
     release.config.save(directory / "config.json")

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from omni2_jax import checkpoint, voices
+from omni2_jax import checkpoint, units, voices
 from omni2_jax.config import Omni2Config
 
 
@@ -29,7 +29,8 @@ def part(directory: Path, config: Omni2Config, name: str) -> Part:
     stored = checkpoint.metadata(directory, name).values()
     counts = [math.prod(leaf.shape) for leaf in stored]
     size = sum(count * leaf.dtype.itemsize for count, leaf in zip(counts, stored, strict=True))
-    return Part(name, dimensions(config, name), sum(counts), ", ".join(sorted({leaf.dtype.name for leaf in stored})), size)
+    dimensioned = speech_tokenizer(directory) if name == "units" else dimensions(config, name)
+    return Part(name, dimensioned, sum(counts), ", ".join(sorted({leaf.dtype.name for leaf in stored})), size)
 
 
 def dimensions(config: Omni2Config, name: str) -> str:
@@ -47,6 +48,11 @@ def dimensions(config: Omni2Config, name: str) -> str:
     if name == "hift":
         return f"{c.channels} channels, {c.harmonics} harmonics, {c.sample_rate} Hz"
     return f"CAM++: layers {c.layers}, x-vector {c.embedding}"
+
+
+def speech_tokenizer(directory: Path) -> str:
+    c = units.load_config(directory)
+    return f"speech tokenizer: {c.layers} layers, width {c.width}, {c.units} units"
 
 
 def facts(directory: Path) -> dict[str, str]:

@@ -4,13 +4,19 @@ CosyVoice 2 (arXiv 2412.10117, section 2.2): SenseVoice's encoder, Whisper's blo
 memory, up to a finite scalar quantisation. B batch, T frames or units, M mel bins, D width, N heads, H head size.
 """
 
+import dataclasses
 import functools
+import hashlib
+import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import pydantic
 from flax import nnx
 
-from omni2_jax import audio, whisper
+from omni2_jax import audio, checkpoint, whisper
 from omni2_jax.config import UnitsConfig
 from omni2_jax.layers import Conv1d, Linear, attend, scan, stack
 from omni2_jax.qwen2 import rope
@@ -21,6 +27,7 @@ Array = jax.Array
 LEVELS = 3  # values of a digit
 STRIDE = 4  # mel frames per unit
 LIMIT = 0.999  # keeps a saturated tanh inside the outer levels
+FILE = "units.json"  # a checkpoint's UnitsConfig, beside its config.json: the tokenizer is no part of the model
 
 
 class Block(whisper.Block):
@@ -121,3 +128,46 @@ def _tokenize(graph: nnx.GraphDef, params: nnx.State, wav: Array, lengths: Array
     with jax.default_matmul_precision("highest"):  # a unit is a rounding: TF32 or bfloat16 passes would move some
         mel = audio.log_mel(wav, lengths, tokenizer.config.mels)
         return tokenizer(mel, lengths // audio.WHISPER_HOP)
+
+
+# ---- in a checkpoint: FILE and params/units ----
+
+
+def abstract(config: UnitsConfig) -> tuple[nnx.GraphDef, dict]:
+    """The tokenizer's graph and its parameters as shapes."""
+    graph, state = nnx.split(nnx.eval_shape(lambda: UnitTokenizer(config, nnx.Rngs(0))))
+    return graph, nnx.to_pure_dict(state)
+
+
+def save_config(directory: Path, config: UnitsConfig) -> None:
+    """Write FILE, whole or not at all."""
+    work = directory / f"{FILE}.partial"
+    work.write_text(json.dumps(dataclasses.asdict(config), indent=1) + "\n")
+    work.replace(directory / FILE)
+
+
+def load_config(directory: Path) -> UnitsConfig:
+    """Raises ValueError, one line naming the checkpoint, when it has no speech tokenizer or its FILE is damaged."""
+    path = directory / FILE
+    try:
+        return pydantic.TypeAdapter(UnitsConfig).validate_json(path.read_bytes())
+    except OSError:
+        add = f"python -m convert --speech-tokenizer FILE --out {directory}"
+        raise ValueError(f"{directory} has no speech tokenizer (no {FILE}); add one with {add}") from None
+    except pydantic.ValidationError as error:
+        raise ValueError(f"{path} is not a speech tokenizer's configuration: {' '.join(str(error).split())}") from None
+
+
+def load(directory: Path) -> UnitTokenizer:
+    """The speech tokenizer of a checkpoint, in float32. Raises ValueError when there is none, or its files are damaged."""
+    graph, shapes = abstract(load_config(directory))
+    return nnx.merge(graph, checkpoint.load_part(directory, "units", shapes, jnp.float32))
+
+
+def fingerprint(tokenizer: UnitTokenizer) -> str:
+    """A hash of the parameters, for what the tokenizer has made to name it by."""
+    digest = hashlib.sha256()
+    for path, leaf in sorted(checkpoint.flatten(nnx.to_pure_dict(nnx.state(tokenizer))).items()):
+        digest.update(path.encode())
+        digest.update(np.ascontiguousarray(leaf))
+    return digest.hexdigest()[:16]

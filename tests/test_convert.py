@@ -241,7 +241,7 @@ def test_openai_whisper_and_qwen_together(tmp_path):
     for name in ("vocab.json", "merges.txt", "tokenizer_config.json"):
         (tmp_path / "qwen" / name).symlink_to(OMNI2 / name)
     assert convert("--whisper", GOLDENS / "whisper" / "tiny.pt", "--qwen", tmp_path / "qwen", "--out", tmp_path / "ckpt") == 0
-    assert checkpoint.parts(tmp_path / "ckpt") == ["speech_encoder", "llm"]
+    assert checkpoint.parts(tmp_path / "ckpt") == ["speech_encoder", "adapter", "llm"]
     weights = torch.load(GOLDENS / "whisper" / "tiny.pt", weights_only=True)["model_state_dict"]
     conv = stored(tmp_path / "ckpt")["speech_encoder.conv1.kernel"]
     assert conv.dtype == np.float16

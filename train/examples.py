@@ -14,7 +14,7 @@ from omni2_jax import audio
 from omni2_jax.config import Omni2Config
 from omni2_jax.tokenizer import Tokenizer
 from train.config import Bucket, Train
-from train.dataset import Dataset, Dialogue, Turn
+from train.dataset import Dataset, Dialogue, RecordError, Turn
 from train.layout import arrange
 from train.losses import IGNORE
 
@@ -104,7 +104,7 @@ class Examples:
         talk = self.conversation(dialogue)
         clips = [clip for turn in dialogue.turns[::2] for clip in audio.fit(self.data.clip(turn.clip), over="split")]
         if len(clips) != sum(talk.clips):
-            raise ValueError(f"{self.data.path}: dialogue {dialogue.id!r} has {len(clips)} clips, its turns tell of {sum(talk.clips)}")
+            raise RecordError(f"{self.data.path}: dialogue {dialogue.id!r} has {len(clips)} clips, its turns tell of {sum(talk.clips)}")
         for i, clip in enumerate(clips):
             put_at(row["audio"], (i,), pcm(clip))
         put(row, {"ids": talk.ids})

@@ -71,7 +71,7 @@ def make(train: Train, weights: Weights, steps: int, where: State) -> Callable:
         params = optax.apply_updates(state.params, updates)
         keep = train.optimiser.ema
         average = None if keep is None else jax.tree.map(lambda old, new: keep * old + (1 - keep) * new, state.ema, params)
-        metrics = {"loss": loss / count, "terms": terms, "gradient_norm": optax.global_norm(grads), "rate": rate(state.step)}
+        metrics = {"loss": loss / count, "terms": terms, "gradient_norm": optax.tree.norm(grads), "rate": rate(state.step)}
         return State(state.step + 1, params, opt, average), metrics
 
     return jax.jit(step, donate_argnums=0, out_shardings=(where, None))
