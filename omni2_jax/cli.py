@@ -2,8 +2,10 @@
 
 import itertools
 import json
+import logging
 import os
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -266,8 +268,8 @@ def info(checkpoint: Annotated[Path, typer.Argument(metavar="CKPT", help="A chec
 
 
 def excepthook(kind, value, trace) -> None:
-    """When one parameter cannot be read, the threads that read the others find their event loop closed, and would each say so."""
-    if str(value) != "Event loop is closed":
+    """When one parameter cannot be read, the threads that read the others fail too, and would each say so."""
+    if threading.current_thread() is threading.main_thread():
         sys.__excepthook__(kind, value, trace)
 
 
@@ -276,7 +278,8 @@ def main() -> None:
     # What one run has compiled the next one finds. (JAX reads this when it is first imported, which is later.)
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path.home() / ".cache" / "omni2-jax"))
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it advises to install PyTorch, which tokenizers do not need
-    sys.excepthook, sys.unraisablehook = excepthook, lambda _: None
+    sys.excepthook, sys.unraisablehook, threading.excepthook = excepthook, lambda _: None, lambda _: None
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # as above: reads that nobody waits for any more
     try:
         typer.main.get_command(app)()  # app() would set an excepthook of its own
     except (ValueError, OSError, RuntimeError) as error:

@@ -5,6 +5,7 @@ import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import pydantic
 
@@ -27,6 +28,7 @@ class Qwen2Config:
     norm_eps: float = 1e-6
     tied: bool = True
     max_positions: int = 32768
+    rank: int = 0  # of low-rank updates (LoRA) beside every matrix, while they are trained
 
     @property
     def head_size(self) -> int:
@@ -166,6 +168,7 @@ class Omni2Config:
     hift: HiftConfig | None = field(default_factory=HiftConfig)
     speaker: SpeakerConfig | None = field(default_factory=SpeakerConfig)
     tokens: TokenConfig = field(default_factory=TokenConfig)
+    mix: Literal["gate", "sum", "hidden", "text"] = "gate"  # what the speech LM hears of a text token (fusion.py); "text": the token alone
     units: int = 6561
     read: int = 3  # R: text tokens read before each write
     write: int = 10  # W: speech units written after each read

@@ -13,6 +13,13 @@ from flax import nnx
 
 Array = jax.Array
 
+LORA_SCALE = 2.0  # alpha / rank
+REMAT = {  # what a layer keeps from the forward pass for the backward pass; the rest is computed again
+    "none": jax.checkpoint_policies.everything_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
 
 def param(rngs: nnx.Rngs, shape: Sequence[int], axes: Sequence[str | None], fan_in: int | None = None) -> nnx.Param:
     """A float32 parameter: normal with deviation 1/sqrt(fan_in), or zeros without a fan-in."""
@@ -23,18 +30,30 @@ def param(rngs: nnx.Rngs, shape: Sequence[int], axes: Sequence[str | None], fan_
 
 
 class Linear(nnx.Module):
-    """y[..., out] = x[..., in] kernel[in, out] + bias[out]; `in` and `out` may span several axes (heads)."""
+    """y[..., out] = x[..., in] kernel[in, out] + bias[out]; `in` and `out` may span several axes (heads).
 
-    def __init__(self, rngs: nnx.Rngs, shape, axes, in_dims: int = 1, bias: bool = True):
+    rank: of a low-rank update beside the kernel, LORA_SCALE * low[in, rank] high[rank, out], zero at first (LoRA, arXiv 2106.09685).
+    """
+
+    def __init__(self, rngs: nnx.Rngs, shape, axes, in_dims: int = 1, bias: bool = True, rank: int = 0):
         self.in_dims = in_dims
-        self.kernel = param(rngs, shape, axes, fan_in=math.prod(shape[:in_dims]))
+        fan_in = math.prod(shape[:in_dims])
+        self.kernel = param(rngs, shape, axes, fan_in)
         self.bias = param(rngs, shape[in_dims:], axes[in_dims:]) if bias else None
+        self.low = param(rngs, (*shape[:in_dims], rank), (*axes[:in_dims], None), fan_in) if rank else None
+        self.high = param(rngs, (rank, *shape[in_dims:]), (None, *axes[in_dims:])) if rank else None
 
     def __call__(self, x: Array) -> Array:
-        n = self.in_dims
-        contract = (tuple(range(x.ndim - n, x.ndim)), tuple(range(n)))
-        y = jax.lax.dot_general(x, self.kernel[...].astype(x.dtype), (contract, ((), ())))
+        y = contract(x, self.kernel[...], self.in_dims)
+        if self.low is not None:
+            y = y + LORA_SCALE * contract(contract(x, self.low[...], self.in_dims), self.high[...], 1)
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+
+
+def contract(x: Array, kernel: Array, dims: int) -> Array:
+    """The last `dims` axes of x against the first ones of the kernel, in x's dtype."""
+    axes = (tuple(range(x.ndim - dims, x.ndim)), tuple(range(dims)))
+    return jax.lax.dot_general(x, kernel.astype(x.dtype), (axes, ((), ())))
 
 
 class Conv1d(nnx.Module):
@@ -117,8 +136,11 @@ def unstack(layers: nnx.Module) -> nnx.List:
     return nnx.List([nnx.merge(graph, jax.tree.map(lambda leaf: leaf[i], params)) for i in range(count)])  # noqa: B023
 
 
-def scan(layers: nnx.Module, body: Callable, carry, xs=None):
-    """Run layers in order: `body(layer, carry, x) -> (carry, y)`; stacked ones once compiled for all of them, listed ones unrolled."""
+def scan(layers: nnx.Module, body: Callable, carry, xs=None, remat: str = "none"):
+    """Run layers in order: `body(layer, carry, x) -> (carry, y)`; stacked ones once compiled for all of them, listed ones unrolled.
+
+    remat: one of REMAT, for stacked layers.
+    """
     if isinstance(layers, nnx.List):
         ys = []
         for i, layer in enumerate(layers):
@@ -126,4 +148,7 @@ def scan(layers: nnx.Module, body: Callable, carry, xs=None):
             ys.append(y)
         return carry, jax.tree.map(lambda *leaves: jnp.stack(leaves), *ys)
     graph, params = nnx.split(layers)
-    return jax.lax.scan(lambda carry, x: body(nnx.merge(graph, x[0]), carry, x[1]), carry, (params, xs))
+    one = lambda carry, x: body(nnx.merge(graph, x[0]), carry, x[1])  # noqa: E731
+    if remat != "none":  # a scan's body is not merged with its neighbours, so nothing has to be kept apart
+        one = jax.checkpoint(one, policy=REMAT[remat], prevent_cse=False)
+    return jax.lax.scan(one, carry, (params, xs))

@@ -31,7 +31,8 @@ class Model(nnx.Module):
         self.speech_encoder = c.speech_encoder and SpeechEncoder(c.speech_encoder, rngs)
         self.adapter = c.adapter and c.speech_encoder and c.llm and Adapter(c.adapter, c.speech_encoder.width, c.llm.width, rngs)
         self.llm = c.llm and Qwen2(c.llm, rngs)
-        self.fusion = c.llm and c.speech_lm and GateFusion(c.llm.width, c.speech_lm.width, rngs)
+        fused = c.llm and c.speech_lm and c.mix != "text"
+        self.fusion = GateFusion(c.llm.width, c.speech_lm.width, c.mix, rngs) if fused else None
         self.speech_lm = c.speech_lm and Qwen2(c.speech_lm, rngs)
         self.flow = c.flow and Flow(c.flow, rngs)
         self.hift = c.hift and Hift(c.hift, rngs)
@@ -50,7 +51,8 @@ class Model(nnx.Module):
 
     def fuse(self, hidden: Array, tokens: Array) -> Array:
         """LLM hidden states [..., D] and the text tokens they produced [...] -> speech-LM inputs [..., D']."""
-        return self.fusion(hidden, self.speech_lm.embed(tokens).astype(hidden.dtype))
+        said = self.speech_lm.embed(tokens).astype(hidden.dtype)
+        return said if self.fusion is None else self.fusion(hidden, said)
 
 
 def for_serving(graph: nnx.GraphDef, params: dict) -> tuple[nnx.GraphDef, dict]:

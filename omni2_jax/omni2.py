@@ -17,8 +17,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
-from omni2_jax import audio, checkpoint, readwrite, voices
+from omni2_jax import audio, checkpoint, readwrite, sharding, voices
 from omni2_jax.config import LANGUAGE_PARTS, Omni2Config
 from omni2_jax.engine import Engine
 from omni2_jax.model import for_serving
@@ -80,13 +81,19 @@ class Omni2:
         self.dtype = params["llm"]["norm"]["scale"].dtype
         self.engines: dict[Shape, Engine] = {}
         self.voices: dict[str | None, jax.Array] = {}  # those asked for so far
-        self._hear = jax.jit(lambda params, clip: nnx.merge(graph, params).hear(audio.log_mel(clip).astype(self.dtype))[0])
+        mesh = sharding.mesh_of(params)
+        hear = lambda params, clip: nnx.merge(graph, params).hear(audio.log_mel(clip).astype(self.dtype))[0]  # noqa: E731
+        self._hear = jax.jit(sharding.within(mesh, hear), out_shardings=sharding.replicated(mesh))
 
     @classmethod
-    def load(cls, directory: str | Path, dtype: jnp.dtype | None = None, decoder: bool = True) -> "Omni2":
+    def load(
+        cls, directory: str | Path, dtype: jnp.dtype | None = None, decoder: bool = True, mesh: Mesh | None = None
+    ) -> "Omni2":
         """Read a checkpoint directory. Raises ValueError naming what is missing or damaged.
 
         dtype: of the language side; by default bfloat16 on accelerators, float32 on the CPU. decoder: whether to load the audio side.
+        mesh: the devices to share it (`sharding.make_mesh`), by default one. Where several processes hold them, each of them makes
+        the same calls in the same order, and gets the same answers.
         """
         directory = Path(directory)
         config = Omni2Config.load(directory / "config.json")
@@ -98,8 +105,16 @@ class Omni2:
         tokenizer = Tokenizer(directory, config, config.speech_encoder.frames // config.adapter.stride)
         defaults = generation_defaults(directory / "generation_config.json")
         dtype = dtype or (jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
-        graph, params = for_serving(*checkpoint.load(directory, config.only(*wanted), dtype))
+        if mesh:
+            sharding.check(mesh, config.llm.width, config.llm.hidden)
+        graph, params = for_serving(*checkpoint.load(directory, config.only(*wanted), dtype, mesh))
         return cls(directory, config.only(*wanted, "speaker"), graph, params, tokenizer, defaults)
+
+    def update(self, params: dict) -> None:
+        """Go on with other weights of the same shapes; nothing is compiled again."""
+        self.params = params
+        for engine in self.engines.values():
+            engine.params = params
 
     def hear(self, sound: Sound, over: str = "refuse") -> list[jax.Array]:
         """A spoken turn -> speech features [300, D] of every 30 s of it. Raises ValueError for bad audio.

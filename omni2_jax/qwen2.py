@@ -10,6 +10,7 @@ from flax import nnx
 from omni2_jax.cache import Cache
 from omni2_jax.config import Qwen2Config
 from omni2_jax.layers import Embedding, Linear, RMSNorm, attend, scan, stack
+from omni2_jax.sharding import constrain
 
 Array = jax.Array
 
@@ -28,10 +29,10 @@ class Attention(nnx.Module):
     def __init__(self, config: Qwen2Config, rngs: nnx.Rngs):
         d, n, k, h = config.width, config.heads, config.kv_heads, config.head_size
         self.theta = config.rope_theta
-        self.query = Linear(rngs, (d, n, h), ("embed", "heads", "head"))
-        self.key = Linear(rngs, (d, k, h), ("embed", "kv_heads", "head"))
-        self.value = Linear(rngs, (d, k, h), ("embed", "kv_heads", "head"))
-        self.out = Linear(rngs, (n, h, d), ("heads", "head", "embed"), in_dims=2, bias=False)
+        self.query = Linear(rngs, (d, n, h), ("embed", "heads", "head"), rank=config.rank)
+        self.key = Linear(rngs, (d, k, h), ("embed", "kv_heads", "head"), rank=config.rank)
+        self.value = Linear(rngs, (d, k, h), ("embed", "kv_heads", "head"), rank=config.rank)
+        self.out = Linear(rngs, (n, h, d), ("heads", "head", "embed"), in_dims=2, bias=False, rank=config.rank)
 
     def __call__(self, x: Array, positions: Array, layer: Array, cache: Cache | None) -> tuple[Array, Cache | None]:
         q = rope(self.query(x), positions, self.theta)
@@ -50,9 +51,9 @@ class Attention(nnx.Module):
 class SwiGLU(nnx.Module):
     def __init__(self, config: Qwen2Config, rngs: nnx.Rngs):
         d, f = config.width, config.hidden
-        self.gate = Linear(rngs, (d, f), ("embed", "hidden"), bias=False)
-        self.up = Linear(rngs, (d, f), ("embed", "hidden"), bias=False)
-        self.down = Linear(rngs, (f, d), ("hidden", "embed"), bias=False)
+        self.gate = Linear(rngs, (d, f), ("embed", "hidden"), bias=False, rank=config.rank)
+        self.up = Linear(rngs, (d, f), ("embed", "hidden"), bias=False, rank=config.rank)
+        self.down = Linear(rngs, (f, d), ("hidden", "embed"), bias=False, rank=config.rank)
 
     def __call__(self, x: Array) -> Array:
         return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
@@ -85,23 +86,27 @@ class Qwen2(nnx.Module):
         """Token ids [...] -> [..., D]; a negative id gives row 0 and must be masked by its position."""
         return self.embedding(jnp.maximum(ids, 0))
 
-    def __call__(self, x: Array, positions: Array, cache: Cache | None = None) -> tuple[Array, Cache | None]:
+    def __call__(self, x: Array, positions: Array, cache: Cache | None = None, remat: str = "none") -> tuple[Array, Cache | None]:
         """Embeddings [B, T, D] at positions [B, T] (-1 = padding) -> hidden states after the final norm [B, T, D].
 
         With a cache, x continues it: keys and values are written at `positions` and everything up to them is seen.
+        remat: what training keeps of a layer, see `layers.scan`.
         """
 
         def block(layer, carry, index):
-            return layer(carry[0], positions, index, carry[1]), None
+            x, cache = layer(carry[0], positions, index, carry[1])
+            return (constrain(x, "batch", None, None), cache), None
 
-        (x, cache), _ = scan(self.layers, block, (x, cache), jnp.arange(self.config.layers))
+        (x, cache), _ = scan(self.layers, block, (x, cache), jnp.arange(self.config.layers), remat)
         return self.norm(x), cache
 
     def logits(self, hidden: Array) -> Array:
         """Hidden states [..., D] -> float32 logits [..., V]."""
         if self.head is not None:
-            return self.head(hidden).astype(jnp.float32)
-        return jnp.einsum("...D,VD->...V", hidden, self.embedding.table[...].astype(hidden.dtype)).astype(jnp.float32)
+            logits = self.head(hidden)
+        else:
+            logits = jnp.einsum("...D,VD->...V", hidden, self.embedding.table[...].astype(hidden.dtype))
+        return constrain(logits, "batch", *(None,) * (logits.ndim - 2), "vocabulary").astype(jnp.float32)
 
     def head_rows(self, first: int, count: int, last: int) -> Array:
         """The head's rows for tokens first..first + count - 1 and then `last`, [count + 1, D]: a head that can say nothing else."""

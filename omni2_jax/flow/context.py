@@ -4,12 +4,14 @@ B rows, T frames of the stretch, S frames that can be seen, N heads, H head size
 """
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from omni2_jax.layers import Conv1d, scan
+from omni2_jax.sharding import constrain
 
 Array = jax.Array
 
@@ -21,15 +23,15 @@ class Chunks:
     """A unit sees its own chunk of `size` units and `left` chunks before it (None: all of them).
 
     The first chunk is `shift` units shorter. With shift = look-ahead, units that arrive `size` at a time complete
-    exactly one chunk each time.
+    exactly one chunk each time. `size` may be a traced number: training draws it.
     """
 
-    size: int
+    size: int | Array
     left: int | None = None
     shift: int = 0
 
     def __post_init__(self):
-        if self.size < 1 or not 0 <= self.shift < self.size or (self.left or 0) < 0:
+        if isinstance(self.size, int) and (self.size < 1 or not 0 <= self.shift < self.size or (self.left or 0) < 0):
             raise ValueError(f"{self}: expected size >= 1, left >= 0 or None, and shift from 0 to size - 1")
 
     def end(self, unit: Array) -> Array:
@@ -76,6 +78,7 @@ class Window:
 class Memory:
     """Keys and values of frames that may be seen again: [L, B, N, S, H]. Where a frame lies in S is the caller's business."""
 
+    axes: ClassVar = ("batch", "heads", None, None)  # of each layer
     keys: Array
     values: Array
 
@@ -118,7 +121,8 @@ def run_blocks(blocks: nnx.Module, x: Array, window: Window, memory: Memory | No
     """x [B, T, C] through stacked transformer blocks, whose places in the memory are `layers`."""
 
     def body(block, carry, layer):
-        return block(carry[0], window, carry[1], layer), None
+        x, memory = block(carry[0], window, carry[1], layer)
+        return (constrain(x, "batch", None, None), memory), None
 
     return scan(blocks, body, (x, memory), layers)[0]
 

@@ -6,6 +6,7 @@ level and never changes the frame rate: down, middle and up are stages in a row,
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -103,6 +104,7 @@ class Stage(nnx.Module):
 class Tails:
     """The inputs [B, 2, C] of every convolution before the window; of a stage, those of its two convolutions."""
 
+    axes: ClassVar = ("batch", None, None)  # of each Euler step and stage
     down: tuple = (None, None)
     down_conv: Array | None = None
     middle: tuple = (None, None)

@@ -139,15 +139,27 @@ class Flow(nnx.Module):
         mel = jax.vmap(lambda row, start: jax.lax.dynamic_slice_in_dim(row, start, rate * n))(mel, rate * before)
         return mel, rate * jnp.maximum(available - before, 0)
 
-    def compute_loss(self, mel: Array, lengths: Array, mu: Array, voice: Array, cond: Array, t: Array, z: Array, kept: Array) -> Array:
-        """Conditional flow matching loss of mel [B, T, M] of `lengths` [B] frames given mu, cond [B, T, M] and voice [B, M].
+    def compute_loss(
+        self,
+        mel: Array,
+        lengths: Array,
+        mu: Array,
+        voice: Array,
+        cond: Array,
+        t: Array,
+        z: Array,
+        kept: Array,
+        chunks: Chunks | None = None,
+    ) -> tuple[Array, Array]:
+        """Conditional flow matching loss of mel [B, T, M] of `lengths` [B] frames given mu, cond [B, T, M] and voice [B, M]: the sum of
+        squared errors, and of how many numbers.
 
         Random draws: t [B] uniform in [0, 1], z [B, T, M] normal, kept [B] bool: a row without its conditions trains the
-        free branch of the guidance (chance `guidance_dropout`). Reference: ConditionalCFM.compute_loss.
+        free branch of the guidance (chance `guidance_dropout`). chunks: as for the call. Reference: ConditionalCFM.compute_loss.
         """
         t, still = cosine(t), 1 - self.config.sigma_min
-        window = Window.whole(mel.shape[1], lengths, Chunks(self.config.chunk), self.config.upsample)
+        window = Window.whole(mel.shape[1], lengths, chunks or Chunks(self.config.chunk), self.config.upsample)
         x = (1 - still * t[:, None, None]) * z + t[:, None, None] * mel
         given = jnp.concatenate([mu, jnp.broadcast_to(voice[:, None], mu.shape), cond], -1) * kept[:, None, None]
         error = (self.estimator(x, given, t, window)[0] - (mel - still * z)) * window.valid[..., None]
-        return jnp.square(error).sum() / (window.valid.sum() * mel.shape[-1])
+        return jnp.square(error).sum(), window.valid.sum() * mel.shape[-1]
