@@ -1,15 +1,21 @@
 """Models to measure: dimensions by name, with random weights when there is no checkpoint."""
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh, Sharding
 
+from configs import omni2_0_5b, omni2_1_5b, omni2_7b
 from omni2_jax import checkpoint
-from omni2_jax.config import DECODER_PARTS, FlowConfig, HiftConfig, Omni2Config, Qwen2Config, SpeechEncoderConfig
+from omni2_jax.config import DECODER_PARTS, FlowConfig, HiftConfig, Omni2Config, Qwen2Config, SpeakerConfig, SpeechEncoderConfig
 from omni2_jax.model import for_serving
+from train.config import Train
+from train.stages import STAGES, is_trained
+from train.weights import Params, Weights, with_rank
 
 TINY = Omni2Config(
     llm=Qwen2Config(vocabulary=512, width=64, layers=2, heads=4, kv_heads=2, hidden=128),
@@ -19,29 +25,46 @@ TINY = Omni2Config(
         width=64, heads=4, hidden=128, layers=2, channels=48, estimator_heads=4, estimator_head_size=16, blocks=1, mid_blocks=2
     ),
     hift=HiftConfig(channels=64, f0_channels=32),
-    speaker=None,
+    speaker=SpeakerConfig(head_channels=4, channels=16, growth=8, layers=(2, 2, 2)),
 )
-SEVEN = Qwen2Config(vocabulary=152064, width=3584, layers=28, heads=28, kv_heads=4, hidden=18944, tied=False)
 SIZES = {
     "tiny": dataclasses.replace(TINY, tokens=dataclasses.replace(TINY.tokens, speech=500, sep=500, unit_eos=499, text_eos=(498,))),
-    "0.5b": Omni2Config(speaker=None),
-    "7b": Omni2Config(llm=SEVEN, speaker=None),
+    "0.5b": omni2_0_5b.config,
+    "1.5b": omni2_1_5b.config,
+    "7b": omni2_7b.config,
 }
 
 
 def load(size: str, directory: Path | None, dtype: jnp.dtype) -> tuple[Omni2Config, nnx.GraphDef, dict]:
-    """A checkpoint, or random weights of a size: the language side in `dtype`, the decoder in float32."""
+    """To talk with: a checkpoint, or random weights of a size, the language side in `dtype`, the decoder in float32."""
     if directory is not None:
         config = Omni2Config.load(directory / "config.json").replace(speaker=None)
         return config, *for_serving(*checkpoint.load(directory, config, dtype))
-    config = SIZES[size]
+    config = SIZES[size].replace(speaker=None)
     graph, shapes = checkpoint.abstract(config)
-    types = {part: jnp.float32 if part in DECODER_PARTS else dtype for part in shapes}
+    leaves = {path: leaf.update(dtype=dtype_of(path, dtype)) for path, leaf in checkpoint.flatten(shapes).items()}
+    return config, *for_serving(graph, jax.tree.unflatten(jax.tree.structure(shapes), list(random(leaves).values())))
 
-    @jax.jit
-    def random(key):  # "rbg" draws two billion numbers in seconds, where the default generator takes minutes on a CPU
-        leaves, tree = jax.tree.flatten({part: jax.tree.map(lambda s, t=types[part]: s.update(dtype=t), shapes[part]) for part in shapes})
-        keys = jax.random.split(key, len(leaves))
-        return jax.tree.unflatten(tree, [jax.random.uniform(k, s.shape, s.dtype, -0.03, 0.03) for k, s in zip(keys, leaves, strict=True)])
 
-    return config, *for_serving(graph, random(jax.random.key(0, impl="unsafe_rbg")))
+def for_training(train: Train, config: Omni2Config, mesh: Mesh) -> tuple[Weights, Params, Params]:
+    """Random weights of a stage, as `train.weights.load` gives those of a checkpoint; every device draws its own piece."""
+    config = config.only(*STAGES[train.stage].parts)
+    weights = Weights.of(with_rank(config, train.rank) if train.rank else config, mesh)
+    dtypes = {path: jnp.float32 if is_trained(train, path) else dtype_of(path, jnp.dtype(train.dtype)) for path in weights.shapes}
+    values = random({path: leaf.update(dtype=dtypes[path]) for path, leaf in weights.shapes.items()}, weights.shardings)
+    trained = {path: leaf for path, leaf in values.items() if is_trained(train, path)}
+    return weights, trained, {path: leaf for path, leaf in values.items() if path not in trained}
+
+
+def dtype_of(path: str, dtype: jnp.dtype) -> jnp.dtype:
+    return jnp.float32 if path.partition(".")[0] in DECODER_PARTS else dtype
+
+
+def random(shapes: Mapping[str, jax.ShapeDtypeStruct], shardings: Mapping[str, Sharding] | None = None) -> Params:
+    """Small uniform numbers. "rbg" draws two billion of them in seconds, where the default generator takes minutes on a CPU."""
+
+    def draw(key: jax.Array) -> Params:
+        keys = jax.random.split(key, len(shapes))
+        return {path: jax.random.uniform(k, s.shape, s.dtype, -0.03, 0.03) for k, (path, s) in zip(keys, shapes.items(), strict=True)}
+
+    return jax.jit(draw, out_shardings=shardings and dict(shardings))(jax.random.key(0, impl="unsafe_rbg"))

@@ -5,11 +5,13 @@ different lengths need no padding on the left, and a slot's length is the only b
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 
 from omni2_jax.config import Qwen2Config
+from omni2_jax.sharding import constrain
 
 
 @jax.tree_util.register_dataclass
@@ -17,6 +19,7 @@ from omni2_jax.config import Qwen2Config
 class Cache:
     """keys, values: [L, B, S, K, H]."""
 
+    axes: ClassVar = ("batch", None, "kv_heads", None)  # of each layer
     keys: jax.Array
     values: jax.Array
 
@@ -33,7 +36,8 @@ class Cache:
         """Put keys and values [B, T, K, H] of one layer at positions [B, T]; negative positions (padding) are not written."""
         rows = jnp.arange(positions.shape[0])[:, None]
         slots = jnp.where(positions < 0, self.capacity, positions)  # out of bounds, hence dropped
-        put = lambda old, new: old.at[layer, rows, slots].set(new.astype(old.dtype), mode="drop")  # noqa: E731
+        # Where kv heads are held whole by every device, XLA would cut them all the same, and gather the cache in every call.
+        put = lambda old, new: constrain(old.at[layer, rows, slots].set(new.astype(old.dtype), mode="drop"), None, *self.axes)  # noqa: E731
         return Cache(put(self.keys, keys), put(self.values, values))
 
     def read(self, layer: jax.Array) -> tuple[jax.Array, jax.Array]:

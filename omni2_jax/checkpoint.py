@@ -1,6 +1,8 @@
 """A checkpoint directory: the configuration, tokenizers, voices, and one Orbax (tensorstore) tree per part, each restorable alone.
 
 CKPT/config.json  generation_config.json  tokenizer/  tts_tokenizer/  voices/NAME.npy  assets/  params/PART/
+
+A speech tokenizer, which makes training data, may lie in it as one more part, `units`, with a units.json (see units.py).
 """
 
 import contextlib
@@ -16,7 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
+from jax.sharding import Mesh
 
+from omni2_jax import sharding
 from omni2_jax.config import DECODER_PARTS, PARTS, Omni2Config
 from omni2_jax.model import Model
 
@@ -103,9 +107,14 @@ class SameKey:
         return SameKey(jax.random.split(self.key, count))
 
 
+def abstract_state(config: Omni2Config) -> tuple[nnx.GraphDef, nnx.State]:
+    """The model's graph and its parameters as shapes with their logical axes, nothing allocated."""
+    return nnx.split(nnx.eval_shape(lambda: Model(config, SameKey(jax.random.key(0)))))
+
+
 def abstract(config: Omni2Config) -> tuple[nnx.GraphDef, dict]:
-    """The model's graph and its parameters as shapes, nothing allocated: ({part: tree of ShapeDtypeStruct})."""
-    graph, state = nnx.split(nnx.eval_shape(lambda: Model(config, SameKey(jax.random.key(0)))))
+    """The same without the axes: ({part: tree of ShapeDtypeStruct})."""
+    graph, state = abstract_state(config)
     return graph, nnx.to_pure_dict(state)
 
 
@@ -154,8 +163,8 @@ def unread(leaf: Unread | np.ndarray | jax.Array) -> Unread | jax.Array:
 
 
 def parts(directory: Path) -> list[str]:
-    """The parts that a checkpoint holds, in the order of the data's path."""
-    return [part for part in PARTS if (directory / "params" / part / "_METADATA").exists()]
+    """The parts that a checkpoint holds, in the order of the data's path, and last the speech tokenizer, "units"."""
+    return [part for part in (*PARTS, "units") if (directory / "params" / part / "_METADATA").exists()]
 
 
 def metadata(directory: Path, part: str) -> dict[str, ocp.metadata.ArrayMetadata]:
@@ -163,20 +172,23 @@ def metadata(directory: Path, part: str) -> dict[str, ocp.metadata.ArrayMetadata
     where = (directory / "params" / part).absolute()
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         try:
-            return checkpointer.metadata(where).item_metadata.tree
+            found = checkpointer.metadata(where).item_metadata
+            if found is None:
+                raise ValueError("the list of its parameters cannot be read")
+            return found.tree
         except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"{where} cannot be read, its files are damaged or missing: {first_line(error)}") from None
 
 
 def load_part(directory: Path, part: str, shapes: Mapping, dtype: jnp.dtype | None = None, sharding=None) -> dict:
-    """Restore one part as a nested dict of arrays.
+    """Restore one part as a nested dict of arrays, every device its own piece of each.
 
     shapes: nested dict of ShapeDtypeStruct. dtype: of the floating parameters, None = as stored. sharding: one for all
     leaves, or a tree like `shapes`; default the first device. Raises ValueError naming the part and what is wrong with it.
     """
     where = directory / "params" / part
     expected, treedef = flatten(shapes), jax.tree.structure(shapes)
-    sharding = sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    sharding = sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     shardings = dict.fromkeys(expected, sharding) if isinstance(sharding, jax.sharding.Sharding) else flatten(sharding)
     args = {path: ocp.ArrayRestoreArgs(dtype=dtype, sharding=shardings[path]) for path in expected}
     check(where, {path: tuple(leaf.shape) for path, leaf in metadata(directory, part).items()}, expected)
@@ -214,17 +226,22 @@ def check(where: Path, stored: Mapping[str, tuple], expected: Mapping) -> None:
         if path in stored and stored[path] != tuple(leaf.shape)
     ]
     if faults:
-        raise ValueError(f"{where} does not fit its config.json: {'; '.join(faults[:10])}")
+        raise ValueError(f"{where} does not fit the checkpoint's configuration: {'; '.join(faults[:10])}")
 
 
-def load(directory: Path, config: Omni2Config, dtype: jnp.dtype) -> tuple[nnx.GraphDef, dict]:
-    """Graph and parameters of the parts that `config` has: the language side in `dtype`, the decoder in float32 (its solver needs it)."""
-    graph, shapes = abstract(config)
+def load(directory: Path, config: Omni2Config, dtype: jnp.dtype, mesh: Mesh | None = None) -> tuple[nnx.GraphDef, dict]:
+    """Graph and parameters of the parts that `config` has: the language side in `dtype`, the decoder in float32 (its solver needs it).
+
+    mesh: where they go, each cut as its logical axes say; default this process's first device.
+    """
+    graph, state = abstract_state(config)
+    shapes = nnx.to_pure_dict(state)
     absent = [part for part in shapes if part not in parts(directory)]
     if absent:
         raise ValueError(f"{directory} lacks the parameters of {', '.join(absent)}, which its config.json describes")
     dtypes = {part: jnp.float32 if part in DECODER_PARTS else dtype for part in shapes}
-    return graph, {part: load_part(directory, part, shapes[part], dtypes[part]) for part in shapes}
+    places = sharding.of_params(state, mesh or sharding.make_mesh(devices=jax.local_devices()[:1]))
+    return graph, {part: load_part(directory, part, shapes[part], dtypes[part], places[part]) for part in shapes}
 
 
 def first_line(error: BaseException) -> str:

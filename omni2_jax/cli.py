@@ -1,5 +1,6 @@
 """The `omni2` command: `omni2 chat` answers spoken questions, `omni2 info` describes a checkpoint."""
 
+import functools
 import itertools
 import json
 import logging
@@ -7,7 +8,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -55,9 +56,13 @@ def chat(
     left_chunks: Annotated[int, typer.Option(min=-1, help="Chunks that the flow sees before its own; -1: all, as released.")] = 4,
     truncate: Annotated[bool, typer.Option("--truncate", help="Cut turns over 30 s (they are refused otherwise).")] = False,
     split_long: Annotated[bool, typer.Option("--split-long", help="Hear turns over 30 s as several clips.")] = False,
+    mesh: Annotated[
+        str | None, typer.Option(metavar="AXIS=SIZE,...", help="Share the model among all devices, as tensor=4 or fsdp=2,tensor=4.")
+    ] = None,
 ) -> None:
     """Answer spoken questions in text and speech."""
     from omni2_jax.omni2 import Omni2, Options
+    from omni2_jax.sharding import parse_mesh
 
     if truncate and split_long:
         raise ValueError("--truncate and --split-long exclude each other")
@@ -75,10 +80,11 @@ def chat(
         left_chunks=None if left_chunks < 0 else left_chunks,
         long="truncate" if truncate else "split" if split_long else "refuse",
     )
+    load = functools.partial(Omni2.load, checkpoint, decoder=not no_wav, mesh=parse_mesh(mesh) if mesh else None)
     if questions:
         if wavs or out or stream or out_dir is None:
             raise ValueError("--questions takes --out-dir, and neither wav files, --out nor --stream")
-        answer_questions(checkpoint, read_questions(questions, options.long), out_dir, not no_wav, batch, voice, options)
+        answer_questions(load, read_questions(questions, options.long), out_dir, not no_wav, batch, voice, options)
         return
     if not wavs:
         raise ValueError("nothing to answer: give wav files, or --questions with --out-dir")
@@ -92,7 +98,7 @@ def chat(
     clips = sum(len(audio.fit(audio.load(wav), over=options.long, name=wav)) for wav in wavs)
     outs = targets(out, len(wavs))
     with notes.status("loading"):
-        model = Omni2.load(checkpoint, decoder=not no_wav)
+        model = load()
         session = model.session(voice, options, turns=len(wavs), clips=clips)
     if stream:
         converse_aloud(session, wavs, outs)
@@ -220,17 +226,17 @@ def sound_path(questions: Path, sound: str) -> Path:
     return beside if beside.exists() or not Path(sound).exists() else Path(sound)
 
 
-def answer_questions(checkpoint: Path, items: list[dict], out_dir: Path, wav: bool, batch: int, voice: str | None, options) -> None:
+def answer_questions(load: Callable, items: list[dict], out_dir: Path, wav: bool, batch: int, voice: str | None, options) -> None:
     """Answer every item; a line of answers.jsonl and a wav are written as soon as an answer is whole."""
     from omni2_jax import audio
-    from omni2_jax.omni2 import Omni2, join
+    from omni2_jax.omni2 import join
 
     answers = out_dir / "answers.jsonl"
     if answers.exists():
         raise ValueError(f"{answers} exists already; give a new --out-dir")
     audio.writable(next(parent for parent in answers.absolute().parents if parent.exists()) / answers.name)
     with notes.status("loading"):
-        model = Omni2.load(checkpoint, decoder=wav)
+        model = load()
         model.voice(voice)  # one that does not exist is told before anything is written
     out_dir.mkdir(parents=True, exist_ok=True)
     progress = rich.progress.Progress(*rich.progress.Progress.get_default_columns(), rich.progress.MofNCompleteColumn(), console=notes)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from omni2_jax import streaming
+from omni2_jax import sharding, streaming
 from omni2_jax.config import Omni2Config
 from omni2_jax.readwrite import FAILED, IDLE, ReadWriteState, Request, request
 from omni2_jax.streaming import Chunk, Shape, StreamState
@@ -75,18 +75,21 @@ class Engine:
 
     def __init__(self, config: Omni2Config, graph: nnx.GraphDef, params: dict, shape: Shape, queue: int = 64):
         self.config, self.params, self.shape, self.queue = config, params, shape, queue
-        weight = params["llm"]["norm"]["scale"]
-        self.dtype, self.home = weight.dtype, weight.sharding
+        self.dtype, mesh = params["llm"]["norm"]["scale"].dtype, sharding.mesh_of(params)
+        self.home = sharding.replicated(mesh)
         model = functools.partial(nnx.merge, graph)
-        self._prefill = jax.jit(lambda params, lane, *piece: streaming.prefill(model(params), lane, *piece), donate_argnums=1)
-        self._step = jax.jit(lambda params, state: streaming.read_write_step(model(params), shape, state), donate_argnums=1)
-        self._insert = jax.jit(lambda params, state, *lane: streaming.insert(model(params), state, *lane), donate_argnums=1)
-        self._release = jax.jit(streaming.release, donate_argnums=0)
-        # Committed to their place as what the other programs return is: otherwise they would be compiled for both.
         words = lambda: ReadWriteState.empty(config, 1, shape.llm, shape.speech, self.dtype)  # noqa: E731
-        self._lane = jax.jit(words, out_shardings=self.home)
         empty = lambda params: StreamState.empty(model(params), shape, shape.slots, self.dtype)  # noqa: E731
-        self.state = jax.jit(empty, out_shardings=self.home)(params)
+        # Every program leaves the state where it found it: otherwise the next one would be compiled again.
+        lane, state = (sharding.of_state(jax.eval_shape(*given), mesh) for given in ((words,), (empty, params)))
+        jit = lambda function, **given: jax.jit(sharding.within(mesh, function), **given)  # noqa: E731
+        self._prefill = jit(lambda params, *given: streaming.prefill(model(params), *given), donate_argnums=1, out_shardings=lane)
+        self._insert = jit(lambda params, *given: streaming.insert(model(params), *given), donate_argnums=1, out_shardings=state)
+        step = lambda params, state: streaming.read_write_step(model(params), shape, state)  # noqa: E731
+        self._step = jit(step, donate_argnums=1, out_shardings=(state, self.home))
+        self._release = jit(streaming.release, donate_argnums=0, out_shardings=(state, lane))
+        self._lane = jit(words, out_shardings=lane)
+        self.state = jit(empty, out_shardings=state)(params)
         self.slots: list[Stream | None] = [None] * shape.slots
         self.waiting: collections.deque[Stream] = collections.deque()
         self.dispatched: collections.deque[tuple[jax.Array, list[Stream | None]]] = collections.deque()

@@ -115,12 +115,23 @@ class Embedding(nnx.Module):
         return jnp.take(self.table[...], ids, axis=0)
 
 
-def attend(q: Array, k: Array, v: Array, mask: Array | None = None, bias: Array | None = None, scale: float | None = None) -> Array:
+def attend(
+    q: Array, k: Array, v: Array, mask: Array | None = None, bias: Array | None = None, scale: float | None = None, causal: bool = False
+) -> Array:
     """Softmax attention, q [B, T, N, H], k and v [B, S, K, H] (N a multiple of K) -> [B, T, N, H].
 
-    `mask` (bool, True = attend) and `bias` broadcast to [B, N, T, S]; the default scale is H ** -0.5.
+    `mask` (bool, True = attend) and `bias` broadcast to [B, N, T, S]; causal: row t sees rows 0 to t. The default scale is H ** -0.5.
     """
-    return jax.nn.dot_product_attention(q, k, v, bias=bias, mask=mask, scale=scale)
+    fused = mask is None and bias is None and has_fused_attention(q)
+    kernel = "cudnn" if fused else None
+    return jax.nn.dot_product_attention(q, k, v, bias=bias, mask=mask, scale=scale, is_causal=causal, implementation=kernel)
+
+
+def has_fused_attention(q: Array) -> bool:
+    """Whether cuDNN's kernel takes it: NVIDIA GPUs from Ampere on. XLA writes out the scores [B, N, T, S], in float32, instead."""
+    capability = getattr(jax.devices()[0], "compute_capability", "")
+    able = capability[:1].isdigit() and float(capability) >= 8
+    return able and q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] in range(8, 129, 8)
 
 
 def stack(count: int, build: Callable[[nnx.Rngs], nnx.Module], rngs: nnx.Rngs) -> nnx.Module:

@@ -86,9 +86,7 @@ class Omni2:
         self._hear = jax.jit(sharding.within(mesh, hear), out_shardings=sharding.replicated(mesh))
 
     @classmethod
-    def load(
-        cls, directory: str | Path, dtype: jnp.dtype | None = None, decoder: bool = True, mesh: Mesh | None = None
-    ) -> "Omni2":
+    def load(cls, directory: str | Path, dtype: jnp.dtype | None = None, decoder: bool = True, mesh: Mesh | None = None) -> "Omni2":
         """Read a checkpoint directory. Raises ValueError naming what is missing or damaged.
 
         dtype: of the language side; by default bfloat16 on accelerators, float32 on the CPU. decoder: whether to load the audio side.

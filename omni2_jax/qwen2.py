@@ -38,12 +38,11 @@ class Attention(nnx.Module):
         q = rope(self.query(x), positions, self.theta)
         k = rope(self.key(x), positions, self.theta)
         v = self.value(x)
-        if cache is None:
-            seen = positions
-        else:
-            cache = cache.write(layer, positions, k, v)
-            k, v = cache.read(layer)
-            seen = jnp.arange(cache.capacity)[None]
+        if cache is None:  # rows begin at position 0, and what is behind their end is nobody's concern: the order alone tells who sees whom
+            return self.out(attend(q, k, v, causal=True)), None
+        cache = cache.write(layer, positions, k, v)
+        k, v = cache.read(layer)
+        seen = jnp.arange(cache.capacity)[None]
         mask = (seen[:, None, :] <= positions[:, :, None]) & (seen[:, None, :] >= 0)  # [B, T, S]
         return self.out(attend(q, k.astype(q.dtype), v.astype(q.dtype), mask[:, None])), cache
 
@@ -89,7 +88,8 @@ class Qwen2(nnx.Module):
     def __call__(self, x: Array, positions: Array, cache: Cache | None = None, remat: str = "none") -> tuple[Array, Cache | None]:
         """Embeddings [B, T, D] at positions [B, T] (-1 = padding) -> hidden states after the final norm [B, T, D].
 
-        With a cache, x continues it: keys and values are written at `positions` and everything up to them is seen.
+        Without a cache the positions of a row are 0, 1, 2 ..., with any padding behind them. With one, x continues it: keys and values
+        are written at `positions` and everything up to them is seen.
         remat: what training keeps of a layer, see `layers.scan`.
         """
 

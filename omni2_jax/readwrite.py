@@ -76,8 +76,8 @@ class ReadWriteState:
         return over_slots(lambda axis, whole, one: jax.lax.dynamic_update_slice_in_dim(whole, one, slot, axis), self, lane)
 
     def take(self, slot: Array) -> "ReadWriteState":
-        """A slot as a lane."""
-        return over_slots(lambda axis, whole: jax.lax.dynamic_slice_in_dim(whole, slot, 1, axis), self)
+        """A slot as a lane. (As a dynamic slice, the caches of all slots would be gathered on every device of a mesh first.)"""
+        return over_slots(lambda axis, whole: jnp.take(whole, slot[None], axis, mode="clip"), self)
 
 
 def over_slots(function, *states: ReadWriteState) -> ReadWriteState:

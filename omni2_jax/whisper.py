@@ -5,6 +5,7 @@ from flax import nnx
 
 from omni2_jax.config import SpeechEncoderConfig
 from omni2_jax.layers import Conv1d, LayerNorm, Linear, attend, param, scan, stack
+from omni2_jax.sharding import constrain
 
 Array = jax.Array
 
@@ -46,5 +47,5 @@ class SpeechEncoder(nnx.Module):
 
     def __call__(self, mel: Array) -> Array:
         """Log-mel [B, 2T, M], exactly `frames` * 2 long -> [B, T, D]."""
-        x, _ = scan(self.blocks, lambda block, x, _: (block(x), None), self.embed(mel))
+        x, _ = scan(self.blocks, lambda block, x, _: (constrain(block(x), "batch", None, None), None), self.embed(mel))
         return self.norm(x)

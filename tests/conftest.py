@@ -1,13 +1,18 @@
 """What all tests share: one compilation cache, the goldens, the tiny release converted once, and the engines compiled once."""
 
 import atexit
+import json
 import os
 import shutil
 import tempfile
+from collections.abc import Collection
 from pathlib import Path
 
 # Before jax is imported, and inherited by the command lines that the tests run.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()  # for meshes
+# XLA's threads, otherwise 8: where each device's waits for the others in a collective, one of those may be waiting for a thread.
+os.environ.setdefault("NPROC", "32")
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # set it to keep what was compiled for the next run
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="omni2-jax-cache-")
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
@@ -15,6 +20,7 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from convert import build
@@ -22,6 +28,7 @@ from omni2_jax import omni2
 from omni2_jax.engine import Engine
 from omni2_jax.omni2 import Omni2
 from tests.talk import GREEDY
+from train import prepare
 
 ROOT = Path(__file__).parent.parent
 GOLDENS = ROOT / "tests" / "goldens"
@@ -41,6 +48,27 @@ def checkpoint_dir(tmp_path_factory) -> Path:
     release = build.combine([build.read_omni2(GOLDENS / "omni2"), build.read_decoder(GOLDENS / "cosy2_decoder")])
     build.write(out, release, {"espeak": ROOT / "examples" / "voice.wav"})
     return out
+
+
+def prepared(folder: Path, names: Collection[str]) -> Path:
+    """Spoken dialogues of the examples as a data set; what their units are does not matter here."""
+    spoken, random = ROOT / "examples" / "training", np.random.default_rng(0)
+    dialogues = [json.loads(line) for line in (spoken / "data.jsonl").read_text().splitlines()]
+    kept = [dialogue for dialogue in dialogues if dialogue["id"] in names]
+    for dialogue in kept:
+        for turn in dialogue["turns"]:
+            turn["audio"] = str(spoken / turn["audio"])
+            if turn["role"] == "assistant":
+                turn["units"] = random.integers(0, 6561, 35).tolist()
+    (folder / "data.jsonl").write_text("".join(json.dumps(dialogue) + "\n" for dialogue in kept))
+    prepare.prepare(folder, folder / "data")
+    return folder / "data"
+
+
+@pytest.fixture(scope="session")
+def talks(tmp_path_factory) -> Path:
+    """Two dialogues, one of one turn and one of two."""
+    return prepared(tmp_path_factory.mktemp("talks"), ("sea", "tea"))
 
 
 @pytest.fixture(scope="session")

@@ -20,6 +20,7 @@ CASES = json.loads((GOLDENS / "omni2" / "cases.json").read_text())["cases"]
 
 # As released, but for the small chunks of the flow: they are quick to compile and to run.
 GREEDY = Options(unit_temperature=0.0, unit_vocabulary="all", max_new_tokens=64, max_flush_units=60, chunk=10, left_chunks=2)
+SHORT = {"max_new_tokens": 12, "max_flush_units": 15}  # where steps are slow
 
 
 def clip(name: str) -> Path:

@@ -39,7 +39,7 @@ def omni2(monkeypatch, capsys):
 @pytest.fixture
 def loaded(monkeypatch, model, text_model):
     """The checkpoint is in memory already."""
-    monkeypatch.setattr(Omni2, "load", lambda directory, dtype=None, decoder=True: model if decoder else text_model)
+    monkeypatch.setattr(Omni2, "load", lambda directory, decoder=True, mesh=None: model if decoder else text_model)
     return "CKPT"
 
 

@@ -1,12 +1,42 @@
-"""Saves of a running training: asynchronous, whole or not at all, on any mesh. RUN/steps/STEP/, the newest few of them."""
+"""What a run is taken up from: RUN/run.json, what it was told, and RUN/steps/STEP/, the newest few of its states.
 
+States are saved asynchronously, whole or not at all, and restored on any mesh.
+"""
+
+import json
 from pathlib import Path
 
 import jax
 import orbax.checkpoint as ocp
 
 from omni2_jax.checkpoint import first_line
+from train.config import FREE, flat
 from train.step import State
+
+
+def check(run: Path, told: dict) -> None:
+    """Raise ValueError, naming what differs, unless `run` is new or a run that was told the same."""
+    path = run / "run.json"
+    if not path.exists():
+        if run.exists() and not (run.is_dir() and all(file == path.with_suffix(".partial") for file in run.iterdir())):
+            raise ValueError(f"{run} exists and is not a run; give a new directory")
+        return
+    try:
+        before, now = flat(json.loads(path.read_text())), flat(json.loads(json.dumps(told)))
+    except (OSError, ValueError, AttributeError) as error:
+        raise ValueError(f"{path} does not describe a run: {error!r}") from None
+    keys = {key: key.removeprefix("config.") for key, value in now.items() if not isinstance(value, dict) and before.get(key) != value}
+    differing = [name for name in dict.fromkeys(keys.values()) if name.partition(".")[0] not in FREE]
+    if differing:
+        raise ValueError(f"{run} holds a run with another {', '.join(differing)}; give another --out, or the same settings")
+
+
+def remember(run: Path, told: dict) -> None:
+    """Write run.json."""
+    work = run / "run.partial"
+    run.mkdir(parents=True, exist_ok=True)
+    work.write_text(json.dumps(told, indent=1) + "\n")
+    work.replace(run / "run.json")
 
 
 class Checkpoints:

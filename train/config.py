@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import difflib
+import re
 import runpy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -36,6 +37,14 @@ class Optimiser:
     decay: float = 0.0  # of matrices
     clip: float = 1.0  # norm of all gradients together
     ema: float | None = None  # keep an exponential average of the weights, which is then what is validated and exported
+
+    def __post_init__(self):
+        shares = {name: getattr(self, name) or 0 for name in ("warmup", "final", "beta1", "beta2", "ema")}
+        faults = [f"{name} is {value}, expected 0 to 1" for name, value in shares.items() if not 0 <= value <= 1]
+        above = {name: getattr(self, name) for name in ("peak", "eps", "clip")}
+        faults += [f"{name} is {value}, expected more than 0" for name, value in above.items() if not value > 0]
+        if faults:
+            raise ValueError("; ".join(faults))
 
 
 @dataclass(frozen=True)
@@ -87,19 +96,20 @@ class Train:
     peak_flops: float | None = None  # of a device, where it is not known by name; for MFU
 
     def __post_init__(self):
-        faults = [
-            f"{name} is {getattr(self, name)}, expected at least 1"
-            for name in ("batch", "microbatches", "loss_chunk", "workers", "save_every", "keep", "validate_every", "max_sample_text")
-            if getattr(self, name) < 1
-        ]
+        least = dict.fromkeys(("seed", "rank", "samples"), 0) | dict.fromkeys(
+            ("batch", "microbatches", "loss_chunk", "workers", "save_every", "keep", "validate_every", "max_sample_text"), 1
+        )
+        faults = [f"{name} is {getattr(self, name)}, expected at least {low}" for name, low in least.items() if getattr(self, name) < low]
         if self.batch % max(self.microbatches, 1):
             faults.append(f"batch {self.batch} cannot be cut into {self.microbatches} microbatches")
-        if (self.steps is not None and self.steps < 1) or self.epochs <= 0:
+        if (self.steps is not None and self.steps < 1) or not self.epochs > 0:
             faults.append("steps and epochs must be positive")
         if not self.buckets:
             faults.append("buckets is empty; at least one is needed")
         if self.rank and self.stage != "1a":
             faults.append("rank is for stage 1a; the other stages train no LLM")
+        if self.profile and not 0 <= self.profile[0] <= self.profile[1]:
+            faults.append(f"profile is {self.profile}, expected a first and a last step")
         if faults:
             raise ValueError("; ".join(faults))
 
@@ -117,10 +127,10 @@ def read(path: Path, changes: Sequence[str] = ()) -> Train:
     try:
         config = runpy.run_path(str(path)).get("config")
     except Exception as error:  # whatever somebody's file does
-        raise ValueError(f"config {path}: {type(error).__name__}: {error}") from None
+        raise ValueError(f"config {path}: {type(error).__name__}: {error}{mistyped(error)}") from None
     if not isinstance(config, Train):
         raise ValueError(f"config {path} defines no `config` of type train.config.Train")
-    return changed(config, changes)
+    return changed(checked(dataclasses.asdict(config), f"config {path}"), changes)
 
 
 def changed(config: Train, changes: Sequence[str]) -> Train:
@@ -129,17 +139,16 @@ def changed(config: Train, changes: Sequence[str]) -> Train:
     for change in changes:
         key, equals, text = change.partition("=")
         *path, last = key.strip().split(".")
-        place, known = tree, dataclasses.asdict(config)
-        for name in (*path, last):
-            if not isinstance(known, dict) or name not in known:
-                raise ValueError(f"--set {change}: there is no {key!r}{nearest(key, keys(tree))}")
-            known = known[name]
+        place = tree
+        for name in path:
+            place = place.get(name) if isinstance(place, dict) else None
+        if not isinstance(place, dict) or last not in place:
+            raise ValueError(f"--set {change}: there is no {key!r}{nearest(key, list(flat(tree)))}")
         if not equals:
             raise ValueError(f"--set {change}: expected {key}=value")
-        for name in path:
-            place = place[name]
-        place[last] = literal(text.strip())
-    return checked(tree, "--set " + " ".join(changes) if changes else "config")
+        # What is a text stays one, as a directory named 2024.
+        place[last] = text.strip() if isinstance(place[last], str) else literal(text.strip())
+    return checked(tree, "--set " + " ".join(changes))
 
 
 def checked(tree: dict, where: str) -> Train:
@@ -157,19 +166,26 @@ def literal(text: str):
         return {"none": None, "true": True, "false": False}[text.lower()]
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError):
         return text
 
 
-def keys(tree: dict, before: str = "") -> list[str]:
-    """All keys of nested dictionaries, dotted."""
-    found = []
+def flat(tree: dict, before: str = "") -> dict[str, object]:
+    """Nested dictionaries by their keys, dotted; the inner ones too."""
+    found = {}
     for name, value in tree.items():
-        found += [before + name, *(keys(value, f"{before}{name}.") if isinstance(value, dict) else [])]
+        found |= {before + name: value} | (flat(value, f"{before}{name}.") if isinstance(value, dict) else {})
     return found
 
 
+def mistyped(error: Exception) -> str:
+    """A hint if one of the classes above was given a key that it does not have."""
+    kinds = {kind.__name__: kind for kind in (Bucket, Optimiser, MeshShape, Train)}
+    found = re.search(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(error))
+    return nearest(found[2], [field.name for field in dataclasses.fields(kinds[found[1]])]) if found and found[1] in kinds else ""
+
+
 def nearest(name: str, known: Sequence[str]) -> str:
-    """A hint for somebody who mistyped."""
-    close = difflib.get_close_matches(name, known, 1, 0.5)
+    """A hint for somebody who mistyped, or who left out what a key is within."""
+    close = [key for key in known if key.endswith(f".{name}")] or difflib.get_close_matches(name, known, 1, 0.5)
     return f"; did you mean {close[0]}?" if close else ""

@@ -1,16 +1,21 @@
-"""How many floating-point operations a step takes, counted from shapes: a scan hides its repetitions from XLA's own count."""
+"""How many floating-point operations a step takes, counted from shapes: a scan hides its repetitions from XLA's own count.
+
+They are model FLOPs: those of the matmuls and convolutions a step needs, not of what is computed twice to save memory.
+"""
 
 import math
 from collections.abc import Mapping
 
 import jax
 
-from omni2_jax.config import Omni2Config, Qwen2Config
+from omni2_jax.config import Omni2Config
 from train.config import Bucket, Train
-from train.stages import STAGES
+from train.stages import STAGES, is_trained
 
-# bf16, dense, of one device, by the start of its name. Sources: the vendors' data sheets.
+# bf16, dense, of one device, by the start of its name; the first that fits. Sources: the vendors' data sheets.
 PEAK = {
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H100 NVL": 835e12,
     "NVIDIA H100": 989e12,
     "NVIDIA H200": 989e12,
     "NVIDIA A100": 312e12,
@@ -21,6 +26,8 @@ PEAK = {
     "TPU v5": 459e12,
     "TPU v6": 918e12,
 }
+MATRICES = ("kernel", "low", "high", "position", "table")  # the names of what is multiplied with
+FIRST = ("adapter.up.kernel", "fusion.up.kernel")  # what goes into these comes from frozen parts: no gradient goes back
 
 
 def peak(device: jax.Device) -> float | None:
@@ -29,41 +36,73 @@ def peak(device: jax.Device) -> float | None:
 
 
 def step(train: Train, config: Omni2Config, shapes: Mapping[str, jax.ShapeDtypeStruct], bucket: Bucket) -> float:
-    """Of one batch: 2 for each weight a row passes in the forward pass, 4 more backwards where something below is trained (a weight
-    that is frozen but lies on the way back costs 2). What is computed twice to save memory is not counted: model FLOPs."""
-    trained, kernels = STAGES[train.stage].trained, (".kernel", ".low", ".high")
-
-    def weights(part: str) -> int:
-        return sum(math.prod(shape.shape) for path, shape in shapes.items() if path.startswith(f"{part}.") and path.endswith(kernels))
-
-    def passes(part: str) -> int:
-        """Forward and, where it is trained, backward for its input and for its weights."""
-        return 1 if part not in trained else 2 if train.rank and part == "llm" else 3
-
-    rows, clips = train.batch, max(bucket.clips, 1)
-    passed = {}
-    if bucket.clips:
-        frames = config.speech_encoder.frames
-        passed["speech_encoder"] = 2 * weights("speech_encoder") * frames + attention(config.speech_encoder, frames)
-        passed["speech_encoder"] *= clips
-        passed["adapter"] = 2 * weights("adapter") * clips * frames // config.adapter.stride
-        passed["llm"] = language(config.llm, weights("llm"), bucket.positions, head=train.stage == "1a")
-    if train.stage in ("1b", "2"):
-        passed["speech_lm"] = clips * language(config.speech_lm, weights("speech_lm"), bucket.tokens, head=True)
-    if train.stage == "2":
-        passed["fusion"] = 2 * weights("fusion") * clips * bucket.tokens
-    if train.stage == "flow":
-        frames = config.flow.upsample * bucket.tokens
-        passed["flow"] = 2 * weights("flow") * frames
-    return rows * sum(flops * passes(part) for part, flops in passed.items())
+    """Of one batch."""
+    return sum(both for _, both in parts(train, config, shapes, bucket).values())
 
 
-def language(config: Qwen2Config, kernels: int, time: int, head: bool) -> float:
-    tied = config.vocabulary * config.width if config.tied and head else 0
-    untied = 0 if config.tied or head else config.vocabulary * config.width  # a head that is there but not used
-    return 2 * (kernels + tied - untied) * time + attention(config, time) / 2  # a row sees half of the others
+def parts(train: Train, config: Omni2Config, shapes: Mapping[str, jax.ShapeDtypeStruct], bucket: Bucket) -> dict[str, tuple[float, float]]:
+    """Of one batch by part: (forward pass, forward and backward pass). The speaker encoder is small, frozen and left out.
+
+    A weight costs 2 for every row that passes it; as much again if a gradient goes back through it, and once more if it is trained.
+    """
+    found: dict[str, tuple[float, float]] = {}
+
+    def add(part: str, flops: float, times: int) -> None:
+        forward, both = found.get(part, (0, 0))
+        found[part] = forward + train.batch * flops, both + train.batch * flops * times
+
+    for part, flops, times in attention(config, bucket):
+        if part in STAGES[train.stage].parts:
+            add(part, flops, times if part in STAGES[train.stage].trained else 1)
+    for path, shape in shapes.items():
+        part, *_, name = path.split(".")
+        if name in MATRICES and part != "speaker":
+            times = 1 if part not in STAGES[train.stage].trained else 1 + (path not in FIRST) + is_trained(train, path)
+            add(part, 2 * math.prod(shape.shape) * rows(train, config, path, bucket), times)
+    return found
 
 
-def attention(config, time: int) -> float:
-    """Scores and their values, over all rows."""
-    return 4 * config.layers * time * time * config.width
+def rows(train: Train, config: Omni2Config, path: str, bucket: Bucket) -> int:
+    """How many rows of a batch's row pass a matrix."""
+    part, *names = path.split(".")
+    clips, frames = max(bucket.clips, 1), config.speech_encoder.frames if config.speech_encoder else 0
+    match part:
+        case "speech_encoder":
+            return clips * frames * (2 if names[0] == "conv1" else 1)
+        case "adapter":
+            return clips * (frames // config.adapter.stride)
+        case "fusion":
+            return clips * bucket.tokens
+        case "llm":
+            return bucket.positions if is_used(config.llm.tied, names, speaks=train.stage == "1a") else 0
+        case "speech_lm":
+            return clips * bucket.tokens if is_used(config.speech_lm.tied, names, speaks=True) else 0
+    if names[0] in ("embed", "speaker") or "time" in names:
+        return 0  # a table that is looked up, and what is computed once a recording
+    return bucket.tokens * (1 if names[0] == "encoder" and not names[1].startswith("up") else config.flow.upsample)
+
+
+def is_used(tied: bool, names: list[str], speaks: bool) -> bool:
+    """Whether a language model multiplies with a matrix: always with those of its layers, with its head if its logits are wanted."""
+    return names[0] == "layers" or (speaks and names[0] == ("embedding" if tied else "head"))
+
+
+def attention(config: Omni2Config, bucket: Bucket) -> list[tuple[str, float, int]]:
+    """Scores and the sums of values that they weigh: (part, FLOPs of a row's forward pass, times as many with a backward pass).
+
+    A row of a language model sees half of the others on average.
+    """
+    clips, found = max(bucket.clips, 1), []
+    if c := config.speech_encoder:
+        found.append(("speech_encoder", 4 * bucket.clips * c.layers * c.width * c.frames**2, 3))
+    if c := config.llm:
+        found.append(("llm", 4 * c.layers * c.width * bucket.positions**2 / 2, 3))
+    if c := config.speech_lm:
+        found.append(("speech_lm", 4 * clips * c.layers * c.width * bucket.tokens**2 / 2, 3))
+    if c := config.flow:
+        units, frames = bucket.tokens, c.upsample * bucket.tokens
+        pairs = c.layers * units**2 + c.up_layers * frames**2
+        estimator = (2 + c.mid_blocks) * c.blocks * c.estimator_heads * c.estimator_head_size * frames**2
+        found.append(("flow", 4 * (c.width * pairs + estimator), 3))
+        found.append(("flow", 2 * c.heads * c.width * pairs, 2))  # queries against positions, which are constants
+    return found

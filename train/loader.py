@@ -6,7 +6,7 @@ full is a batch. Grain reads ahead in threads; where a run stands in its data is
 
 import math
 import threading
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -15,6 +15,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
+from omni2_jax.checkpoint import first_line
 from train.config import Bucket, Train
 from train.dataset import RecordError
 from train.examples import Examples, Item, Row
@@ -38,9 +39,12 @@ class Catalogue:
     buckets: list[int] = field(default_factory=list)  # of each item
     skipped: dict[str, str] = field(default_factory=dict)  # reason by dialogue
 
-    @property
-    def reasons(self) -> Counter:
-        return Counter(self.skipped.values())
+    def reasons(self, most: int) -> list[str]:
+        """The most common reasons, each with one dialogue that it holds for; what differs between these stands in brackets."""
+        alike = defaultdict(list)
+        for name, reason in self.skipped.items():
+            alike[reason.partition(" (")[0]].append(f"{name}: {reason}")
+        return [f"{len(some)} x {some[0]}" for some in sorted(alike.values(), key=len, reverse=True)[:most]]
 
 
 def catalogue(examples: Examples, dialogues: Iterable[int], buckets: Sequence[Bucket], strict: bool) -> Catalogue:
@@ -58,7 +62,7 @@ def catalogue(examples: Examples, dialogues: Iterable[int], buckets: Sequence[Bu
         found.items += items
         found.buckets += places
     if not found.items:
-        why = "; ".join(f"{count} x {reason}" for reason, count in found.reasons.most_common(3))
+        why = "; ".join(found.reasons(3))
         raise ValueError(f"{examples.data.path} has nothing to train stage {examples.train.stage} on: {why}")
     return found
 
@@ -68,7 +72,7 @@ def place(size: Bucket, buckets: Sequence[Bucket]) -> int:
     for i, bucket in enumerate(buckets):
         if size.clips <= bucket.clips and size.positions <= bucket.positions and size.tokens <= bucket.tokens:
             return i
-    raise ValueError(f"too long for every bucket: {size.clips} clips, {size.positions} positions, {size.tokens} tokens")
+    raise ValueError(f"too long for every bucket ({size.clips} clips, {size.positions} positions, {size.tokens} tokens)")
 
 
 def schedule(found: Catalogue, train: Train) -> list[Batch]:
@@ -77,7 +81,7 @@ def schedule(found: Catalogue, train: Train) -> list[Batch]:
     while train.steps or epoch < epochs:
         order = np.random.default_rng((train.seed, epoch)).permutation(len(found.items))
         if not train.steps and epochs - epoch < 1:
-            order = order[: round(len(order) * (epochs - epoch))]
+            order = order[: math.ceil(len(order) * (epochs - epoch))]
         for item in order:
             row = waiting[found.buckets[item]]
             row.append(item)
@@ -161,8 +165,11 @@ class Loader:
     def start(self, step: int) -> Iterator[tuple[dict[str, jax.Array], Row]]:
         iterator = iter(grain.MapDataset.source(self.source).to_iter_dataset(self.options))
         iterator.set_state({"next_index": step})
-        for batch in iterator:
-            yield {name: self.place(value) for name, value in batch.items()}, batch
+        try:
+            for batch in iterator:
+                yield {name: self.place(value) for name, value in batch.items()}, batch
+        except RecordError as error:  # Grain adds to the message what it did to the traceback
+            raise RecordError(first_line(error)) from None
 
     def place(self, value: np.ndarray) -> jax.Array:
         """This process's rows as part of the array of all."""

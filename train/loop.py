@@ -1,16 +1,16 @@
 """A run from its first step to its last: read, step, report, validate, save; and taken up again wherever it was cut off.
 
-    RUN/run.json  steps/STEP/  metrics.jsonl  tensorboard/  samples/STEP/  profile/  final/ (a checkpoint that talks)
+    RUN/run.json  left-out.txt  steps/STEP/  metrics.jsonl  tensorboard/  samples/STEP/  profile/  final/ (a checkpoint that talks)
 
 What a step does follows from (configuration, step) alone, so a run that is killed and started again goes on bit for bit.
 """
 
+import contextlib
 import dataclasses
-import json
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,16 +18,17 @@ import jax
 import numpy as np
 import rich.progress
 import rich.table
+import rich.text
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
 from omni2_jax import audio, sharding
 from omni2_jax.config import Omni2Config
 from omni2_jax.tokenizer import Tokenizer
-from train import flops, step, weights
+from train import checkpoints, flops, step, weights
 from train.checkpoints import Checkpoints
-from train.config import FREE, Train
-from train.dataset import Dataset
+from train.config import Train
+from train.dataset import Dataset, RecordError
 from train.examples import Examples
 from train.loader import Batch, Catalogue, Loader, catalogue, filled, schedule
 from train.metrics import Clock, Line, Metrics, console
@@ -45,25 +46,28 @@ class Data:
 
 
 class Run:
-    """Everything a run needs, checked before anything is compiled: `Run(train, out).go()`."""
+    """Everything a run needs, checked before anything is compiled: `Run(train, out).go()`, on all devices unless some are given."""
 
-    def __init__(self, train: Train, out: Path):
+    def __init__(self, train: Train, out: Path, devices: Sequence[jax.Device] | None = None):
         self.train, self.out = train, out
         self.leads = jax.process_index() == 0
         for name in ("checkpoint", "data"):
             if not getattr(train, name):
                 raise ValueError(f"{name} is not given; set it in the config, or with --set {name}=PATH")
         self.start = Path(train.checkpoint)
+        if self.start.resolve() in (out / "final").resolve().parents:
+            raise ValueError(f"{out} lies within the checkpoint {self.start}; give a directory outside of it")
         self.config = weights.configure(train, self.start)
-        self.mesh = sharding.make_mesh(*dataclasses.astuple(train.mesh))
+        self.mesh = sharding.make_mesh(*dataclasses.astuple(train.mesh), devices=devices)
         self.tokenizer = None
         if train.stage != "flow":
             self.tokenizer = Tokenizer(self.start, self.config, positions(self.config))
         self.data = self.open(train, train.data)
         self.validation = self.open(validating(train), train.validation) if train.validation else None
         self.steps = len(self.data.batches)
-        self.remember()
-        self.stopping = threading.Event()
+        self.told = {"config": dataclasses.asdict(train), "examples": len(self.data.found.items), "steps": self.steps}
+        checkpoints.check(out, self.told)
+        self.stopping, self.tracing, self.named = threading.Event(), False, 0
 
     def open(self, train: Train, path: str) -> Data:
         """A data set, all of its examples measured. Raises ValueError if there is nothing to train on."""
@@ -75,53 +79,28 @@ class Run:
         where = NamedSharding(self.mesh, PartitionSpec(sharding.Rules().batch))
         return Data(examples, found, batches, Loader(examples, found, batches, where))
 
-    def remember(self) -> None:
-        """Write run.json, or compare with that of the run that is taken up. Raises ValueError naming what differs."""
-        path = self.out / "run.json"
-        now = json.loads(
-            json.dumps({"config": dataclasses.asdict(self.train), "examples": len(self.data.found.items), "steps": self.steps})
-        )
-        try:
-            before = json.loads(path.read_text())
-            differing = [key for key in now["config"] if key not in FREE and before["config"].get(key) != now["config"][key]]
-            differing += [key for key in ("examples", "steps") if before[key] != now[key]]
-        except FileNotFoundError:
-            before, differing = None, []
-        except (OSError, ValueError, KeyError, AttributeError) as error:
-            raise ValueError(f"{path} does not describe a run: {error!r}") from None
-        if differing:
-            raise ValueError(f"{self.out} holds a run with another {', '.join(differing)}; give another --out, or the same settings")
-        if self.leads and before is None:
-            if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
-                raise ValueError(f"{self.out} exists and is not a run; give a new directory")
-            self.out.mkdir(parents=True, exist_ok=True)
-            work = path.with_suffix(".partial")
-            work.write_text(json.dumps(now, indent=1) + "\n")
-            work.replace(path)
-        weights.sync("run.json")
-
     def go(self) -> None:
         """Train to the end, or until SIGTERM; then write RUN/final. Raises ValueError if the loss is not finite."""
         with sharding.use(self.mesh):
             self.weights, trained, self.frozen = weights.load(self.train, self.start, self.mesh)
             where = step.shardings(self.train, self.weights, trained, self.mesh, self.steps)
             begin = jax.jit(lambda params: step.initial(self.train, params, self.steps), out_shardings=where, donate_argnums=0)
-            checkpoints = Checkpoints(self.out, self.train.keep)
             self.take = step.make(self.train, self.weights, self.steps, where)
             self.validate = step.make_validation(self.train, self.weights)
-            if checkpoints.latest is None:
-                first, state = 0, begin(trained)
-            else:
-                first = checkpoints.latest
-                state = checkpoints.restore(first, jax.eval_shape(begin, trained), where)
-            del trained
-            self.tell(first)
-            self.sampler = Sampler.of(self.train, self.start, self.tokenizer)
-            self.metrics = Metrics(self.out, first) if self.leads else None
-            with terminated(self.stopping):
-                state, reached = self.steps_from(first, state, checkpoints)
-            checkpoints.save(state, reached)
-            checkpoints.close()
+            if self.leads:
+                checkpoints.remember(self.out, self.told)
+            weights.sync("run.json")
+            with contextlib.closing(Checkpoints(self.out, self.train.keep)) as saved:
+                first, shapes = saved.latest or 0, jax.eval_shape(begin, trained)
+                state = None if first else begin(trained)
+                del trained  # before others are restored, which need the memory
+                state = state or saved.restore(first, shapes, where)
+                self.tell(first)
+                self.sampler = Sampler.of(self.train, self.start, self.tokenizer)
+                self.metrics = Metrics(self.out, first) if self.leads else None
+                with terminated(self.stopping):
+                    state, reached = self.steps_from(first, state, saved)
+                saved.save(state, reached)
             if self.metrics:
                 self.metrics.close()
             if reached < self.steps:
@@ -130,12 +109,12 @@ class Run:
             weights.export(self.train, self.start, self.answering(state), self.frozen, self.out / "final")
             self.say(f"done: {self.out / 'final'} is a checkpoint with {', '.join(weights.STAGES[self.train.stage].trained)} trained")
 
-    def steps_from(self, first: int, state: step.State, checkpoints: Checkpoints) -> tuple[step.State, int]:
+    def steps_from(self, first: int, state: step.State, saved: Checkpoints) -> tuple[step.State, int]:
         """Steps until the last, or until somebody asks to stop: (state, steps done)."""
         train, clock, pending, reached = self.train, Clock(), None, first
         with Line(f"stage {train.stage}", self.steps, first) if self.leads else NoLine() as line:
             for number, (batch, raw) in enumerate(timed(self.data.loader.start(first), clock), first):
-                self.profile(number)
+                self.trace(number)
                 state, measured = self.take(state, self.frozen, batch)
                 # The step before this one is looked at while this one is computed.
                 self.look(pending, line, clock)
@@ -145,7 +124,7 @@ class Run:
                     self.look(pending, line, clock)
                     pending = None
                 if due(train.save_every):
-                    checkpoints.save(state, reached)
+                    saved.save(state, reached)
                 if due(train.validate_every):
                     self.check(state, reached)
                     clock.look()
@@ -167,16 +146,27 @@ class Run:
             raise ValueError(
                 f"step {number}: the loss is {values['loss']}, its gradient's norm {values['gradient_norm']}; its batch is {path}"
             )
+        if self.tracing and number >= min(self.train.profile[1], self.steps - 1):
+            jax.profiler.stop_trace()
+            self.tracing = False
         seconds, waited = clock.look()
         bucket = self.data.batches[number].bucket
         values |= {"tokens_per_s": self.tokens(bucket) / seconds, "seconds": seconds, "data_wait": waited}
-        values |= {"damaged": len(self.data.loader.source.damaged)}
+        values |= {"damaged": self.name_damaged()}
         rate = self.train.peak_flops or flops.peak(jax.devices()[0])
         if rate:
             values["mfu"] = flops.step(self.train, self.config, self.weights.shapes, bucket) / seconds / rate / self.mesh.size
         if self.metrics:
             self.metrics.write(number, values)
             line.show(number + 1, values)
+
+    def name_damaged(self) -> int:
+        """How many records could not be read so far; each is told once."""
+        reasons = list(self.data.loader.source.damaged.values())
+        for reason in reasons[self.named :]:
+            console.print(f"{reason}; left out", soft_wrap=True, markup=False, highlight=False)
+        self.named = len(reasons)
+        return self.named
 
     def tokens(self, bucket) -> int:
         """Positions of a batch, padding with them: what the devices work on."""
@@ -202,12 +192,16 @@ class Run:
         """Answers to the first validation questions, into RUN/samples/STEP/ and TensorBoard."""
         folder, data = self.out / "samples" / str(reached), self.validation.examples.data
         folder.mkdir(parents=True, exist_ok=True)
-        for index in range(min(self.train.samples, len(data))):
-            dialogue = data.dialogue(index)
-            question, *_ = dialogue.turns
-            if question.clip is None:
+        for index in list(dict.fromkeys(item.dialogue for item in self.validation.found.items))[: self.train.samples]:
+            try:
+                question = data.dialogue(index).turns[0]
+                if question.clip is None:
+                    continue
+                samples = data.clip(question.clip)
+            except RecordError as error:
+                self.say(f"{error}; no sample of it")
                 continue
-            answer = self.sampler.answer(audio.fit(data.clip(question.clip), over="truncate")[0])
+            answer = self.sampler.answer(audio.fit(samples, over="truncate")[0])
             (folder / f"{index}.txt").write_text(f"{question.text}\n{answer.text}\n{answer.unit_text}\n")
             self.metrics.text(reached, f"sample {index}", f"{question.text} -> {answer.text}")
             if answer.waveform is not None and len(answer.waveform):
@@ -225,13 +219,12 @@ class Run:
             return self.stopping.is_set()
         return bool(multihost_utils.process_allgather(np.array(self.stopping.is_set())).any())
 
-    def profile(self, number: int) -> None:
-        if self.train.profile and self.leads:
-            first, last = self.train.profile
-            if number == first:
-                jax.profiler.start_trace(str(self.out / "profile"))
-            elif number == last + 1:
-                jax.profiler.stop_trace()
+    def trace(self, number: int) -> None:
+        """Before a step: begin to trace if it is to be; `look` ends it, when the last such step is done."""
+        first, last = self.train.profile or (0, -1)
+        if self.leads and first <= number <= last and not self.tracing:
+            jax.profiler.start_trace(str(self.out / "profile"))
+            self.tracing = True
 
     def tell(self, first: int) -> None:
         """What is about to happen, as a table."""
@@ -244,20 +237,20 @@ class Run:
             sizes[batch.bucket] = sizes.get(batch.bucket, 0) + 1
         mesh = " x ".join(f"{name} {size}" for name, size in self.mesh.shape.items())
         table = rich.table.Table(show_header=False, title=f"stage {self.train.stage}")
-        skipped = [f"{count} x {reason}" for reason, count in self.data.found.reasons.most_common(5)]
         rows = {
             "parameters": f"{count(trained):.1f} M trained, {count(self.frozen.values()):.1f} M frozen",
             "devices": f"{self.mesh.size} x {jax.devices()[0].device_kind}, mesh {mesh}",
             "examples": f"{len(self.data.found.items)}, left out {len(self.data.found.skipped)}",
-            "left out because": "\n".join(skipped),
+            "left out because": "\n".join(self.data.found.reasons(5)),
             "steps": f"{self.steps} of {self.train.batch} rows" + (f", from {first} on" if first else ""),
             "batches": "\n".join(f"{n} of {b.clips} clips, {b.positions} positions, {b.tokens} tokens" for b, n in sizes.items()),
             "padding": f"{100 * (1 - filled(self.data.found, self.data.batches)):.0f} % of what is computed",
         }
         for name, value in rows.items():
             if value:
-                table.add_row(name, value)
+                table.add_row(name, rich.text.Text(value))
         console.print(table)
+        (self.out / "left-out.txt").write_text("".join(f"{name}: {reason}\n" for name, reason in self.data.found.skipped.items()))
 
     def say(self, text: str) -> None:
         if self.leads:

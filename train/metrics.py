@@ -27,7 +27,7 @@ class Metrics:
             work.write_text("".join(line + "\n" for line in kept))
             work.replace(self.path)
         self.file = open(self.path, "a")  # noqa: SIM115 (closed by `close`)
-        self.board = SummaryWriter(str(run / "tensorboard"), purge_step=first)
+        self.board = SummaryWriter(str(run / "tensorboard"), purge_step=first, flush_secs=10)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         self.file.write(json.dumps({"step": step, **values}) + "\n")
@@ -39,7 +39,7 @@ class Metrics:
         self.board.add_text(name, text, step)
 
     def sound(self, step: int, name: str, samples, rate: int) -> None:
-        self.board.add_audio(name, samples[None], step, sample_rate=rate)
+        self.board.add_audio(name, samples, step, sample_rate=rate)
 
     def close(self) -> None:
         self.file.close()

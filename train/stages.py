@@ -58,14 +58,17 @@ def positions(ids: Array) -> Array:
     return jnp.where(ids == -1, -1, jnp.arange(ids.shape[-1]))
 
 
+def hear(model: Model, train: Train, batch: dict[str, Array]) -> Array:
+    """Recordings [B, C, N] int16 -> what the frozen speech encoder makes of them, [B * C, T, E]."""
+    rows, clips, samples = batch["audio"].shape
+    wav = constrain(batch["audio"].reshape(rows * clips, samples).astype(jnp.float32) / 32768, "batch", None)
+    return jax.lax.stop_gradient(model.speech_encoder(audio.log_mel(wav).astype(train.dtype)))
+
+
 def read_dialogue(model: Model, train: Train, batch: dict[str, Array]) -> Array:
     """The LLM's hidden states [B, T, D] of whole dialogues: recordings [B, C, N] int16, ids [B, T]."""
-    rows, clips, samples = batch["audio"].shape
-    dtype = jnp.dtype(train.dtype)
-    wav = constrain(batch["audio"].reshape(rows * clips, samples).astype(jnp.float32) / 32768, "batch", None)
-    frames = jax.lax.stop_gradient(model.speech_encoder(audio.log_mel(wav).astype(dtype)))
-    features = model.adapter(frames)
-    x = model.embed_prompt(batch["ids"], features.reshape(rows, clips * features.shape[1], -1))
+    features = model.adapter(hear(model, train, batch))
+    x = model.embed_prompt(batch["ids"], features.reshape(len(batch["ids"]), -1, features.shape[-1]))
     return model.llm(constrain(x, "batch", None, None), positions(batch["ids"]), remat=train.remat)[0]
 
 
@@ -100,8 +103,18 @@ def speak(model: Model, train: Train, x: Array, tokens: Array, targets: Array) -
     return token_loss(hidden, targets, model.speech_lm.logits, train.loss_chunk)
 
 
+def listen(model: Model, train: Train, batch: dict[str, Array]) -> tuple[Array, Array]:
+    """Replies of U units -> mel [B, T, M] of their recordings at 24 kHz, and x-vectors [B, E] of the same at 16 kHz."""
+    lengths = jnp.sum(batch["units"] != -1, 1)
+    speech, heard = (batch[name].astype(jnp.float32) / 32768 for name in ("speech", "heard"))
+    mel = audio.mel24k(speech, lengths * (audio.SPEECH_RATE // UNITS_A_SECOND), model.flow.config.mels)
+    # (A row without a recording is measured as silence: its voice has to be a number.)
+    x_vector = speaker.embed(model.speaker, heard, jnp.maximum(lengths, 2) * (audio.RATE // UNITS_A_SECOND))
+    return mel, jax.lax.stop_gradient(x_vector)
+
+
 def flow_loss(model: Model, train: Train, batch: dict[str, Array], key: Array) -> Loss:
-    """Units [B, U] and their recordings at 24 kHz, and at 16 kHz for the speaker encoder. Reference: CausalMaskedDiffWithXvec.forward.
+    """Units [B, U] and their recordings. Reference: CausalMaskedDiffWithXvec.forward.
 
     Drawn for every row: time, noise, whether it keeps its conditions, and how much of its start it is given; for all together a
     chunk size.
@@ -109,10 +122,7 @@ def flow_loss(model: Model, train: Train, batch: dict[str, Array], key: Array) -
     flow, units = model.flow, batch["units"]
     config, rate, rows = flow.config, flow.config.upsample, units.shape[0]
     lengths = jnp.sum(units != -1, 1)
-    mel = audio.mel24k(batch["speech"].astype(jnp.float32) / 32768, lengths * (audio.SPEECH_RATE // UNITS_A_SECOND), config.mels)
-    heard = batch["heard"].astype(jnp.float32) / 32768
-    # (A row without a recording is measured as silence: its voice has to be a number.)
-    x_vector = jax.lax.stop_gradient(speaker.embed(model.speaker, heard, jnp.maximum(lengths, 2) * (audio.RATE // UNITS_A_SECOND)))
+    mel, x_vector = listen(model, train, batch)
     t, noise, keep, begin, share, chunk = jax.random.split(key, 6)
     given = jax.random.uniform(share, (rows,), maxval=0.3) * jax.random.bernoulli(begin, 0.5, (rows,)) * rate * lengths
     frame = jnp.arange(mel.shape[1])

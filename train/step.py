@@ -47,32 +47,46 @@ def cast(train: Train, params: Params) -> Params:
     return {path: leaf.astype(dtype) for path, leaf in params.items()}
 
 
-def make(train: Train, weights: Weights, steps: int, where: State) -> Callable:
-    """The compiled step: (state, frozen, batch [microbatches, B, ...]) -> (state, metrics)."""
-    tx, rate = optimiser.build(train.optimiser, steps), optimiser.schedule(train.optimiser, steps)
+def gradients(train: Train, weights: Weights) -> Callable:
+    """(params, frozen, batch [microbatches, B, ...], key) -> the batch's loss, its number of terms and gradients, all of them sums."""
 
     def total(params: Params, frozen: Params, batch: dict, key: jax.Array):
-        loss, terms = stages.loss(weights.model(cast(train, params), frozen), train, batch, key)
-        return loss, terms
+        return stages.loss(weights.model(cast(train, params), frozen), train, batch, key)
 
-    def step(state: State, frozen: Params, batch: dict) -> tuple[State, dict[str, jax.Array]]:
-        keys = jax.random.split(jax.random.fold_in(jax.random.key(train.seed), state.step), train.microbatches)
-
+    def summed(params: Params, frozen: Params, batch: dict, key: jax.Array):
         def add(carry, xs):
-            (loss, terms), grads = jax.value_and_grad(total, has_aux=True)(state.params, frozen, *xs)
+            (loss, terms), grads = jax.value_and_grad(total, has_aux=True)(params, frozen, *xs)
             return jax.tree.map(jnp.add, carry, (loss, terms, grads)), None
 
-        zero = (jnp.zeros(()), jnp.zeros((), jnp.int32), jax.tree.map(jnp.zeros_like, state.params))
-        (loss, terms, grads), _ = jax.lax.scan(add, zero, (batch, keys))
-        # The mean over all terms of the batch, however it was cut.
-        count = jnp.maximum(terms, 1)
-        grads = jax.tree.map(lambda grad: grad / count, grads)
+        zero = (jnp.zeros(()), jnp.zeros((), jnp.int32), jax.tree.map(jnp.zeros_like, params))
+        return jax.lax.scan(add, zero, (batch, jax.random.split(key, train.microbatches)))[0]
+
+    return summed
+
+
+def update(train: Train, steps: int) -> Callable:
+    """(state, gradients of the mean loss) -> (state after the step, the gradients' norm)."""
+    tx, keep = optimiser.build(train.optimiser, steps), train.optimiser.ema
+
+    def apply(state: State, grads: Params) -> tuple[State, jax.Array]:
         updates, opt = tx.update(grads, state.opt, state.params)
         params = optax.apply_updates(state.params, updates)
-        keep = train.optimiser.ema
         average = None if keep is None else jax.tree.map(lambda old, new: keep * old + (1 - keep) * new, state.ema, params)
-        metrics = {"loss": loss / count, "terms": terms, "gradient_norm": optax.tree.norm(grads), "rate": rate(state.step)}
-        return State(state.step + 1, params, opt, average), metrics
+        return State(state.step + 1, params, opt, average), optax.tree.norm(grads)
+
+    return apply
+
+
+def make(train: Train, weights: Weights, steps: int, where: State) -> Callable:
+    """The compiled step: (state, frozen, batch [microbatches, B, ...]) -> (state, metrics)."""
+    summed, apply, rate = gradients(train, weights), update(train, steps), optimiser.schedule(train.optimiser, steps)
+
+    def step(state: State, frozen: Params, batch: dict) -> tuple[State, dict[str, jax.Array]]:
+        key = jax.random.fold_in(jax.random.key(train.seed), state.step)
+        loss, terms, grads = summed(state.params, frozen, batch, key)
+        count = jnp.maximum(terms, 1)  # the mean over all terms of the batch, however it was cut
+        new, norm = apply(state, jax.tree.map(lambda grad: grad / count, grads))
+        return new, {"loss": loss / count, "terms": terms, "gradient_norm": norm, "rate": rate(state.step)}
 
     return jax.jit(step, donate_argnums=0, out_shardings=(where, None))
 

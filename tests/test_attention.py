@@ -1,0 +1,25 @@
+"""Causal attention without a mask, over right-padded rows."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from omni2_jax import layers
+
+
+def test_causal_attention_is_that_of_the_mask():
+    """Rows of different lengths: what a position gives, and the gradients, are those of causal and padding masks together."""
+    random, lengths, size = np.random.default_rng(0), np.array([9, 4, 1]), 9
+    draw = lambda heads: jnp.asarray(random.standard_normal((3, size, heads, 8)), jnp.float32)  # noqa: E731
+    q, k, v, weight = draw(4), draw(2), draw(2), draw(4)
+    positions = np.where(np.arange(size) < lengths[:, None], np.arange(size), -1)
+    mask = jnp.asarray((positions[:, None, :] <= positions[:, :, None]) & (positions[:, None, :] >= 0))[:, None]
+    held = jnp.asarray(positions >= 0)[..., None, None]
+
+    def total(q, k, v, **how):
+        y = jnp.where(held, layers.attend(q, k, v, **how), 0)
+        return jnp.sum(y * weight), y
+
+    ours = jax.value_and_grad(total, (0, 1, 2), has_aux=True)(q, k, v, causal=True)
+    by_mask = jax.value_and_grad(total, (0, 1, 2), has_aux=True)(q, k, v, mask=mask)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6, rtol=0), ours, by_mask)

@@ -1,0 +1,88 @@
+"""Two processes with two devices each hold one model: they say what one process says, and save what one process restores."""
+
+import dataclasses
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax.numpy as jnp
+import pytest
+
+from omni2_jax import checkpoint
+from omni2_jax.config import Omni2Config
+from tests.releases import linked
+from tests.talk import GREEDY, SHORT, clip, conversation, tree_equal
+from tests.test_cli import chat, process
+
+ROOT = Path(__file__).parent.parent
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]
+
+
+def together(jobs: str, checkpoint_dir: Path, out: Path, processes: int = 2, seconds: float = 300) -> None:
+    """Run jobs of tests/worker.py in so many processes. The first one that fails ends them all."""
+    env, port = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}, free_port()
+    logs = [out / f"{index}.log" for index in range(processes)]
+    running = []
+    for index, log in enumerate(logs):
+        command = [sys.executable, "-m", "tests.worker", jobs, port, processes, index, checkpoint_dir, out]
+        with open(log, "w") as file:
+            running.append(subprocess.Popen(list(map(str, command)), cwd=ROOT, env=env, stdout=file, stderr=file))
+    try:
+        deadline = time.monotonic() + seconds
+        while any(process.poll() is None for process in running) and time.monotonic() < deadline:
+            if any(process.poll() for process in running):
+                break
+            time.sleep(0.1)
+    finally:
+        for process in running:
+            process.kill()
+            process.wait()
+    assert not any(process.returncode for process in running), "\n".join(log.read_text()[-3000:] for log in logs)
+
+
+@pytest.fixture(scope="module")
+def out(checkpoint_dir, tmp_path_factory) -> Path:
+    """What two processes have written."""
+    out = tmp_path_factory.mktemp("processes")
+    together("answer,save", checkpoint_dir, out)
+    return out
+
+
+def test_answers(out, text_model):
+    options = dataclasses.replace(GREEDY, **SHORT)
+    for index in range(2):
+        for name, said in json.loads((out / f"{index}.json").read_text()).items():
+            answer = text_model.answer(conversation(name), options=options)
+            assert said == [answer.text, answer.units]
+
+
+def restored(directory: Path, config: Omni2Config) -> dict:
+    return checkpoint.load(directory, config, jnp.float32)[1]
+
+
+def test_saved_by_two_restored_by_one(out, checkpoint_dir):
+    config = Omni2Config.load(checkpoint_dir / "config.json").only("llm")
+    assert (out / "params" / "llm" / "ocdbt.process_1").is_dir()
+    assert tree_equal(restored(out, config), restored(checkpoint_dir, config))
+
+
+def test_shards_of_one_process_are_missing(out, checkpoint_dir, tmp_path):
+    """One line that names the part, from eight devices that each want their share of it."""
+    damaged = linked(checkpoint_dir, tmp_path / "damaged")
+    shutil.rmtree(damaged / "params" / "llm")
+    shutil.copytree(out / "params" / "llm", damaged / "params" / "llm")
+    shutil.rmtree(damaged / "params" / "llm" / "ocdbt.process_1")
+    done = process(*chat(damaged, clip("short_d"), "--no-wav", "--mesh", "fsdp=8"))
+    assert done.returncode == 1 and done.stdout == b""
+    (line,) = done.stderr.decode().splitlines()
+    assert line.startswith(f"error: {damaged}/params/llm cannot be restored, are its files damaged?")

@@ -1,0 +1,433 @@
+"""A run of `python -m train`: killed at any moment it goes on to the bit; what it reports, keeps and refuses."""
+
+import dataclasses
+import functools
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from configs import stage1a, stage1b, stage2
+from omni2_jax import audio, checkpoint
+from omni2_jax.layers import LORA_SCALE
+from omni2_jax.omni2 import Answer, Omni2, Options
+from tests.conftest import ROOT
+from tests.releases import linked, replace
+from tests.talk import tree_equal
+from train import __main__ as command_line
+from train import checkpoints, loop, samples, step, weights
+from train.config import Bucket, MeshShape, Optimiser, Train
+from train.dataset import Dataset, Dialogue, Turn, Writer, encode
+from train.loop import Run
+
+TOY = {"batch": 3, "steps": 3, "optimiser": Optimiser(peak=5e-3), "dtype": "float32", "workers": 1, "loss_chunk": 1024}
+REPLIES = Bucket(0, 0, 64)
+
+
+@pytest.fixture(scope="module")
+def toy(checkpoint_dir, talks) -> Callable[..., Train]:
+    """Settings of a stage, 1b if nothing else is said: it is quick."""
+
+    def toy(config: Train = stage1b.config, **changes) -> Train:
+        given = {"checkpoint": str(checkpoint_dir), "data": str(talks), "buckets": (REPLIES,)}
+        return dataclasses.replace(config, **(TOY | given | changes))
+
+    return toy
+
+
+@pytest.fixture
+def arguments(toy) -> Callable[..., list[str]]:
+    """The same as a command line's."""
+
+    def arguments(out: Path, **changes) -> list[str]:
+        told, given = dataclasses.asdict(stage1b.config), dataclasses.asdict(toy(**changes))
+        sets = [f"--set={key}={value}" for key, value in given.items() if value != told[key]]
+        return ["--config", str(ROOT / "configs" / "stage1b.py"), "--out", str(out), *sets]
+
+    return arguments
+
+
+def run(train: Train, out: Path) -> Run:
+    """Train on one device, however many there are."""
+    run = Run(train, out, jax.devices()[:1])
+    run.go()
+    return run
+
+
+def reported(directory: Path, name: str = "loss") -> dict[int, float]:
+    """A number by step; every step has it once."""
+    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    found = {line["step"]: line[name] for line in lines if name in line}
+    assert len(found) == sum(name in line for line in lines)
+    return found
+
+
+def state(run: Path, step: int) -> dict:
+    """What is saved of a step."""
+    with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
+        return checkpointer.restore((run / "steps" / str(step) / "default").absolute())
+
+
+def part(directory: Path, name: str) -> dict[str, np.ndarray]:
+    return {path: leaf.read() for path, leaf in checkpoint.stored(directory, name).items()}
+
+
+# --- cut off and taken up again
+
+
+def start(arguments: list[str]) -> subprocess.Popen:
+    env = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    return subprocess.Popen([sys.executable, "-m", "train", *arguments], cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True)
+
+
+def ended(process: subprocess.Popen, code: int) -> str:
+    """Its last line, when it has ended with this code."""
+    told = process.communicate(timeout=120)[1]
+    assert process.returncode == code, told
+    return told.splitlines()[-1]
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen) -> None:
+    while not condition():
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.002)
+
+
+def lines(run: Path) -> int:
+    path = run / "metrics.jsonl"
+    return len(path.read_text().splitlines()) if path.exists() else 0
+
+
+def test_cut_off_and_taken_up(arguments, tmp_path):
+    """Killed, then told to stop, then to its end: every step once, and all of it as if nothing had happened."""
+    straight, cut = tmp_path / "straight", tmp_path / "cut"
+    length = {"steps": 60, "save_every": 5}
+    assert ended(start(arguments(straight, **length)), 0).startswith(f"done: {straight}/final is a checkpoint with speech_lm")
+
+    process = start(arguments(cut, **length))
+    wait_for(lambda: (cut / "steps" / "10").exists() and lines(cut) > 12, process)
+    process.kill()
+    process.communicate()
+    assert process.returncode == -9 and not (cut / "final").exists()
+    # At the worst moments, too: while a line, a state and the last checkpoint are being written.
+    reached, saved = lines(cut), max(int(path.name) for path in (cut / "steps").glob("*[0-9]"))
+    with open(cut / "metrics.jsonl", "a") as file:
+        file.write('{"step": 1')
+    shutil.copytree(cut / "steps" / str(saved), cut / "steps" / f"{saved + 5}.orbax-checkpoint-tmp", dirs_exist_ok=True)
+    (cut / "final.partial").mkdir()
+
+    process = start(arguments(cut, **length))
+    wait_for(lambda: lines(cut) > reached + 5, process)
+    process.terminate()
+    told = ended(process, 0)
+    stopped = lines(cut)
+    assert told == f"stopped at step {stopped} of 60; the same command goes on from there"
+    assert saved < stopped < 60 and (cut / "steps" / str(stopped)).exists() and not (cut / "final").exists()
+
+    ended(start(arguments(cut, **length)), 0)
+    for name in ("loss", "gradient_norm", "rate"):
+        assert list(reported(cut, name)) == list(range(60))
+        assert reported(cut, name) == reported(straight, name)
+    assert tree_equal(state(cut, 60), state(straight, 60))
+    assert tree_equal(part(cut / "final", "speech_lm"), part(straight / "final", "speech_lm"))
+    assert {path.name for path in cut.iterdir()} == {"run.json", "left-out.txt", "metrics.jsonl", "tensorboard", "steps", "final"}
+    assert {path.name for path in (cut / "steps").iterdir()} == {"55", "60"}
+    assert list((cut / "tensorboard").glob("events*"))
+
+
+def test_a_run_that_has_ended(toy, tmp_path, monkeypatch):
+    """It does not train again, and what it made may be made anew."""
+    out = tmp_path / "run"
+    run(toy(), out)
+    told, made = (out / "metrics.jsonl").read_bytes(), part(out / "final", "speech_lm")
+    shutil.rmtree(out / "final")
+    monkeypatch.setattr(loop.step, "make", lambda *_: None)
+    run(toy(), out)
+    assert (out / "metrics.jsonl").read_bytes() == told
+    assert tree_equal(part(out / "final", "speech_lm"), made)
+
+
+def test_saved_states_that_cannot_be_read(toy, tmp_path):
+    out = tmp_path / "run"
+    run(toy(), out)
+    (out / "steps" / "3" / "default" / "_METADATA").write_text("{")
+    with pytest.raises(ValueError, match=rf"^{out}/steps/3 cannot be restored, is it damaged or of another run\? [^\n]*$"):
+        run(toy(), out)
+
+
+# --- the same numbers, however they are computed
+
+
+def test_taken_up_on_another_mesh(toy, tmp_path):
+    """Saved by six devices (width in three, hidden size in two), taken up by one."""
+    out, settings = tmp_path / "run", toy(save_every=2)
+    Run(dataclasses.replace(settings, mesh=MeshShape(fsdp=3, tensor=2)), out, jax.devices()[:6]).go()
+    losses, expected = reported(out), state(out, 3)["params"]
+    shutil.rmtree(out / "steps" / "3")
+    run(settings, out)
+    assert reported(out) == pytest.approx(losses, rel=1e-5)
+    for path, value in state(out, 3)["params"].items():
+        np.testing.assert_allclose(value, expected[path], atol=1e-5)
+
+
+@pytest.fixture
+def computed(toy) -> Callable[..., tuple]:
+    """Loss, terms and gradients of the first batch."""
+
+    def computed(**changes) -> tuple:
+        begun = Run(toy(**changes), Path("nowhere"), jax.devices()[:1])
+        model, trained, frozen = weights.load(begun.train, begun.start, begun.mesh)
+        batch, _ = next(begun.data.loader.start(0))
+        return jax.device_get(jax.jit(step.gradients(begun.train, model))(trained, frozen, batch, jax.random.key(0)))
+
+    return computed
+
+
+def test_microbatches_and_remat(computed):
+    loss, terms, grads = computed()
+    assert terms > 100 and all(np.abs(grad).max() > 0 for grad in grads.values())
+    for changes in ({"microbatches": 3, "remat": "none"}, {"remat": "dots"}):
+        ours = computed(**changes)
+        np.testing.assert_allclose(ours[0], loss, rtol=1e-6)
+        assert ours[1] == terms
+        for path, grad in grads.items():
+            assert np.linalg.norm(ours[2][path] - grad) < 1e-5 * np.linalg.norm(grad), (changes, path)
+
+
+# --- what it leaves
+
+
+@pytest.fixture(scope="module")
+def low_rank(toy, tmp_path_factory) -> Run:
+    """Stage 1a with a rank and an average: 7 times the one dialogue that fits, so in the last of 4 batches a row is empty."""
+    optimiser = Optimiser(peak=5e-3, ema=0.5)
+    short = {"buckets": (Bucket(1, 400),), "batch": 2, "steps": None, "epochs": 7, "save_every": 1, "keep": 4}
+    return run(toy(stage1a.config, rank=4, optimiser=optimiser, **short), tmp_path_factory.mktemp("low_rank") / "run")
+
+
+def test_low_rank_updates(low_rank, checkpoint_dir):
+    """The LLM's kernels stay as they are while updates are trained, which are merged in the end."""
+    losses = list(reported(low_rank.out).values())
+    assert len(losses) == 4 and losses[-1] < losses[0] - 1
+    final = low_rank.out / "final"
+    before, after, trained = part(checkpoint_dir, "llm"), part(final, "llm"), state(low_rank.out, 4)["ema"]
+    assert {path.rpartition(".")[2] for path in trained if path.startswith("llm.")} == {"low", "high"}
+    for path, leaf in before.items():
+        np.testing.assert_array_equal(low_rank.frozen[f"llm.{path}"], leaf)
+        stem = path.removesuffix("kernel")
+        if f"llm.{stem}low" in trained:
+            pairs = zip(trained[f"llm.{stem}low"], trained[f"llm.{stem}high"], strict=True)  # of every layer
+            leaf = leaf + LORA_SCALE * np.stack([np.tensordot(low, high, 1) for low, high in pairs])
+            assert np.abs(leaf - before[path]).max() > 1e-4
+        np.testing.assert_allclose(after[path], leaf, atol=1e-6)
+    assert after.keys() == before.keys() and Omni2.load(final, jnp.float32, decoder=False).config.llm.rank == 0
+
+
+def test_average_of_the_weights(low_rank, checkpoint_dir):
+    """By hand from the states of every step; it is what is exported."""
+    average = part(checkpoint_dir, "adapter")
+    for number in (1, 2, 3, 4):
+        saved = state(low_rank.out, number)
+        assert saved["step"] == number
+        average = {path: 0.5 * old + 0.5 * saved["params"][f"adapter.{path}"] for path, old in average.items()}
+    for path, value in part(low_rank.out / "final", "adapter").items():
+        np.testing.assert_allclose(value, average[path], atol=1e-6)
+        assert np.abs(value - saved["params"][f"adapter.{path}"]).max() > 1e-4
+
+
+def traced_only(*args) -> Callable:
+    """A step that is not compiled, and leaves everything as it is."""
+    take = step.make(*args)
+
+    def look(*inputs):
+        return inputs[0], jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), jax.eval_shape(take, *inputs)[1])
+
+    return look
+
+
+@pytest.mark.parametrize("mix, reset", [("sum", ("speech_lm",)), ("hidden", ())])
+def test_ablations_of_gate_fusion(toy, checkpoint_dir, tmp_path, monkeypatch, mix, reset):
+    """They begin from a checkpoint with a gate, `reset` parts anew, and leave one that says what it is."""
+    monkeypatch.setattr(loop, "step", SimpleNamespace(**vars(step) | {"make": traced_only}))
+    out = tmp_path / "run"
+    run(toy(stage2.config, mix=mix, reset=reset, buckets=(Bucket(1, 400, 64),), batch=2, steps=1), out)
+    assert Omni2.load(out / "final", jnp.float32, decoder=False).config.mix == mix
+    before, after = (part(directory, "fusion") for directory in (checkpoint_dir, out / "final"))
+    assert after.keys() == {path for path in before if not path.startswith("gate.")}
+    assert not any(np.array_equal(leaf, before[path]) for path, leaf in after.items() if path.endswith("kernel"))
+    before, after = (part(directory, "speech_lm") for directory in (checkpoint_dir, out / "final"))
+    assert tree_equal(before, after) == (not reset)
+
+
+def test_validation_and_samples(toy, checkpoint_dir, talks, tmp_path, monkeypatch):
+    """Loss on other data and its questions answered, in text and units where the checkpoint has no decoder."""
+    monkeypatch.setattr(samples, "UNITS", 30)
+    mute = linked(checkpoint_dir, tmp_path / "mute")
+    for name in ("flow", "hift"):
+        shutil.rmtree(mute / "params" / name)
+    out = tmp_path / "run"
+    run(toy(checkpoint=str(mute), validation=str(talks), validate_every=2, max_sample_text=6), out)
+    # All there is to learn is in every batch, so what is validated after a step is the loss of the next one.
+    assert reported(out, "validation_loss") == {1: pytest.approx(reported(out)[2], rel=1e-5)}
+    folder, data = out / "samples" / "2", Dataset(talks)
+    assert {path.name for path in folder.iterdir()} == {"0.txt", "1.txt"}
+    for index in range(2):
+        question, _, units = (folder / f"{index}.txt").read_text().split("\n")[:3]
+        assert question == data.dialogue(index).turns[0].text
+        assert re.fullmatch(r"(<\d+>)+", units)
+
+
+def test_spoken_samples(toy, talks, tmp_path, monkeypatch):
+    """With a decoder and a voice also aloud. (Answering is what test_omni2.py tests; a stand-in is quicker to compile.)"""
+    heard = []
+
+    def answer(model: Omni2, question: np.ndarray, options: Options) -> Answer:
+        assert {"speech_lm", "flow", "hift"} <= model.params.keys() and model.voice(None).size == 192
+        heard.append(question)
+        return Answer("Blue.", [1, 2], "<1><2>", np.linspace(-0.5, 0.5, 1920, dtype=np.float32))
+
+    monkeypatch.setattr(Omni2, "answer", answer)
+    # The second question cannot be read, which is no reason to stop.
+    damaged, data = shutil.copytree(talks, tmp_path / "damaged"), Dataset(talks)
+    file = min(damaged.glob("clips-*"))
+    second = encode(data.clip(data.dialogue(1).turns[0].clip), audio.RATE)
+    file.write_bytes(file.read_bytes().replace(second[-100:], b"damaged" + second[-93:]))
+    out = tmp_path / "run"
+    run(toy(validation=str(damaged), validate_every=2), out)
+    folder = out / "samples" / "2"
+    assert {path.name for path in folder.iterdir()} == {"0.txt", "0.wav"}
+    np.testing.assert_array_equal(heard, [data.clip(data.dialogue(0).turns[0].clip)])
+    assert (folder / "0.txt").read_text() == "What color is the sea?\nBlue.\n<1><2>\n"
+    np.testing.assert_allclose(audio.load(folder / "0.wav", audio.SPEECH_RATE), np.linspace(-0.5, 0.5, 1920), atol=1e-4)
+
+
+def test_what_is_left_out_is_named(low_rank, toy, talks, tmp_path, capsys):
+    """Before the first step, and where a record is damaged later."""
+    left_out = "dialogue 1: too long for every bucket (2 clips, 724 positions, 0 tokens)\n"
+    assert (low_rank.out / "left-out.txt").read_text() == left_out
+    damaged, out = shutil.copytree(talks, tmp_path / "damaged"), tmp_path / "run"
+    file = min(damaged.glob("dialogues-*"))
+    file.write_bytes(file.read_bytes().replace(b"With milk?", b"With mould"))
+    begun = Run(toy(), out, jax.devices()[:1])
+    begun.data.examples.data = Dataset(damaged)
+    begun.go()
+    assert reported(out, "damaged") == {0: 1, 1: 1, 2: 1} and (out / "left-out.txt").read_text() == ""
+    assert capsys.readouterr().err.count(f"{damaged}: dialogue 1 is damaged: ") == 1
+
+
+def test_traced_steps(toy, tmp_path):
+    """Also if they began before the run was taken up, or would go on after its end."""
+    out = tmp_path / "run"
+    run(toy(save_every=2), out)
+    shutil.rmtree(out / "steps" / "3")
+    run(toy(save_every=2, profile=(1, 9)), out)
+    assert list((out / "profile").rglob("*.xplane.pb"))
+
+
+# --- what it refuses
+
+
+COMPILED = []
+jax.monitoring.register_event_duration_secs_listener(lambda name, *_, **__: COMPILED.append(name) if "backend_compile" in name else None)
+
+
+@pytest.fixture
+def told(monkeypatch) -> Callable[..., str]:
+    """The one line that `python -m train` ends with; run in this process."""
+
+    def told(arguments: list[str]) -> str:
+        monkeypatch.setattr(sys, "argv", ["python -m train", *arguments])
+        monkeypatch.setattr(loop, "Run", functools.partial(Run, devices=jax.devices()[:1]))
+        with pytest.raises(SystemExit) as exit:
+            command_line.main()
+        assert str(exit.value.code).startswith("error: ") and "\n" not in str(exit.value.code)
+        return exit.value.code.removeprefix("error: ")
+
+    return told
+
+
+@pytest.fixture
+def refused(told, arguments, tmp_path) -> Callable[..., str]:
+    """What it says before anything is compiled or written."""
+
+    def refused(out: Path | None = None, **changes) -> str:
+        before, out = len(COMPILED), out or tmp_path / "out"
+        content = sorted(path.name for path in out.iterdir()) if out.is_dir() else None
+        message = told(arguments(out, **changes))
+        assert len(COMPILED) == before
+        assert (sorted(path.name for path in out.iterdir()) if out.is_dir() else None) == content
+        return message
+
+    return refused
+
+
+def test_a_loss_that_is_no_number(arguments, told, tmp_path):
+    out = tmp_path / "run"
+    message = told(arguments(out, steps=9, save_every=1, optimiser=Optimiser(peak=1e30)))
+    assert message == f"step 1: the loss is nan, its gradient's norm nan; its batch is {out}/bad-batch-1-0.npz"
+    batch = np.load(out / "bad-batch-1-0.npz")
+    assert {name: batch[name].shape for name in batch} == {"tokens": (1, 3, 64), "targets": (1, 3, 64)}
+    assert list(reported(out)) == [0] and not (out / "final").exists()
+    assert [path.name for path in (out / "steps").iterdir()] == ["1"]  # the last good one, whole
+
+
+def test_bad_checkpoints(refused, checkpoint_dir, tmp_path):
+    assert refused(checkpoint="") == "checkpoint is not given; set it in the config, or with --set checkpoint=PATH"
+    assert refused(checkpoint="gone") == "gone is not an omni2-jax checkpoint: it has no config.json"
+    bad = linked(checkpoint_dir, tmp_path / "bad")
+    told = json.loads((bad / "config.json").read_text())
+    told["speech_lm"]["hidden"] //= 2
+    replace(bad / "config.json", json.dumps(told))
+    message = refused(checkpoint=str(bad))
+    assert message.startswith(f"{bad}/params/speech_lm does not fit the checkpoint's configuration: ")
+    assert "layers.mlp.up.kernel has shape [2, 48, 96], expected [2, 48, 48]" in message
+    shutil.rmtree(bad / "params" / "speech_lm")
+    assert refused(checkpoint=str(bad)) == f"{bad} lacks speech_lm, which stage 1b needs; python -m convert adds parts to a checkpoint"
+    assert refused(reset=("llm",)) == "reset llm: stage 1b trains speech_lm only"
+    inside = refused(checkpoint_dir / "run")
+    assert inside == f"{checkpoint_dir}/run lies within the checkpoint {checkpoint_dir}; give a directory outside of it"
+
+
+def test_bad_data(refused, talks, tmp_path):
+    assert refused(data="") == "data is not given; set it in the config, or with --set data=PATH"
+    assert refused(data="gone") == "gone is no data set: it has no dataset.json; make one with python -m train.prepare"
+    for key in ("data", "validation"):
+        assert refused(**{key: str(tmp_path)}).startswith(f"{tmp_path} is no data set: it has no dataset.json")
+    empty = shutil.copytree(talks, tmp_path / "empty")
+    (empty / "dataset.json").write_text('{"version": 1, "dialogues": 0}')
+    assert refused(data=str(empty)) == f"{empty} is empty: it holds no dialogue"
+    with Writer(tmp_path / "bare") as writer:
+        writer.add(Dialogue("x", (Turn("user", "hi"), Turn("assistant", "no"))))
+    needs = "has nothing to train stage 1b on: 1 x dialogue 0: a reply has no units; python -m train.prepare makes them"
+    assert refused(data=str(tmp_path / "bare")).startswith(f"{tmp_path}/bare {needs}")
+    assert "2 x dialogue 0: too long for every bucket (0 clips, 0 positions, 51 tokens)" in refused(buckets=(Bucket(0, 0, 8),))
+
+
+def test_bad_mesh(refused):
+    assert refused(mesh={"fsdp": 3}).startswith("mesh 1 x 3 x 1 (replica x fsdp x tensor) does not fit the 1 devices there are; ")
+
+
+def test_bad_out(refused, arguments, told, toy, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "letter").write_text("dear")
+    for out in (tmp_path / "mine", tmp_path / "mine" / "letter"):
+        assert refused(out) == f"{out} exists and is not a run; give a new directory"
+    out = tmp_path / "run"
+    checkpoints.remember(out, Run(toy(), out, jax.devices()[:1]).told)
+    again = "give another --out, or the same settings"
+    assert refused(out, optimiser=Optimiser(peak=1e-3)) == f"{out} holds a run with another optimiser.peak; {again}"
+    assert refused(out, steps=4, seed=1) == f"{out} holds a run with another steps, seed; {again}"
+    (out / "run.json").write_text("{}")
+    assert "holds a run with another stage, " in refused(out)

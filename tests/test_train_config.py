@@ -1,0 +1,242 @@
+"""Settings of a training run: every kind of value, every fault in one line with the nearest key, and what may change later."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+from train import checkpoints, config
+from train.config import FREE, Bucket, MeshShape, Optimiser, Train
+
+STAGES = ("stage1a", "stage1b", "stage2", "flow")
+
+
+def read(*changes: str, name: str = "stage1b") -> Train:
+    return config.read(ROOT / "configs" / f"{name}.py", changes)
+
+
+def fault(*changes: str) -> str:
+    with pytest.raises(ValueError) as error:
+        read(*changes)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_config_files(name):
+    assert read(name=name).stage == name.removeprefix("stage")
+    assert config.changed(read(name=name), []) == read(name=name)
+
+
+VALUES = {
+    "batch=8": 8,
+    "epochs=0.5": 0.5,
+    "steps=100": 100,
+    "steps=none": None,
+    "strict=true": True,
+    "strict=False": False,
+    "dtype=float32": "float32",
+    "data=some/where": "some/where",
+    "data=2024": "2024",  # a text stays a text
+    "data=a=b": "a=b",
+    "validation=held out": "held out",
+    "reset=('speech_lm',)": ("speech_lm",),
+    "profile=3,5": (3, 5),
+    "peak_flops=1e15": 1e15,
+    "optimiser.peak=1e-4": 1e-4,
+    "optimiser.peak=1": 1.0,
+    " optimiser.ema = 0.999 ": 0.999,
+    "mesh.tensor=2": 2,
+    "buckets=[{'clips': 0, 'tokens': 64}]": (Bucket(0, 0, 64),),
+    "optimiser={'peak': 0.5}": Optimiser(peak=0.5),
+    "mesh={'fsdp': 2}": MeshShape(fsdp=2),
+}
+
+
+@pytest.mark.parametrize("change, value", VALUES.items())
+def test_values(change, value):
+    found = read(change)
+    for name in change.partition("=")[0].strip().split("."):
+        found = getattr(found, name)
+    assert found == value and type(found) is type(value)
+
+
+def test_the_rest_stays_and_the_last_change_wins():
+    assert read("batch=8", "batch=4", "optimiser.peak=1") == dataclasses.replace(read(), batch=4, optimiser=Optimiser(peak=1.0))
+    assert read("optimiser={'peak': 0.5}", "optimiser.peak=2").optimiser == Optimiser(peak=2.0)
+
+
+FAULTS = {
+    # Typos: the nearest key
+    "optimizer.peak=1": "there is no 'optimizer.peak'; did you mean optimiser.peak?",
+    "optimiser.peek=1": "there is no 'optimiser.peek'; did you mean optimiser.peak?",
+    "peak=1": "there is no 'peak'; did you mean optimiser.peak?",
+    "bacth=8": "there is no 'bacth'; did you mean batch?",
+    "batch.size=8": "there is no 'batch.size'; did you mean batch?",
+    "zzzz=1": "--set zzzz=1: there is no 'zzzz'",
+    "=1": "there is no ''",
+    "batch": "--set batch: expected batch=value",
+    "optimiser={'peek': 1}": "optimiser.peek: Unexpected keyword argument",
+    "buckets=[{'token': 1}]": "buckets.0.token: Unexpected keyword argument",
+    # Types
+    "batch=many": "batch: Input should be a valid integer",
+    "batch=1.5": "batch: Input should be a valid integer",
+    "batch=[1,": "batch: Input should be a valid integer",
+    "batch={[]: 1}": "batch: Input should be a valid integer",
+    "batch=": "batch: Input should be a valid integer",
+    "epochs=none": "epochs: Input should be a valid number",
+    "strict=perhaps": "strict: Input should be a valid boolean",
+    "stage=1c": "stage: Input should be '1a', '1b', '2' or 'flow'",
+    "remat=some": "remat: Input should be 'none', 'dots' or 'full'",
+    "reset=speech_lm": "reset: Input should be a valid tuple",
+    "optimiser=1": "optimiser: Input should be a dictionary or an instance of Optimiser",
+    # Values
+    "batch=0": "batch is 0, expected at least 1",
+    "microbatches=5": "batch 32 cannot be cut into 5 microbatches",
+    "microbatches=0": "microbatches is 0, expected at least 1",
+    "save_every=0": "save_every is 0, expected at least 1",
+    "seed=-1": "seed is -1, expected at least 0",
+    "steps=0": "steps and epochs must be positive",
+    "epochs=-1": "steps and epochs must be positive",
+    "epochs=nan": "steps and epochs must be positive",
+    "buckets=()": "buckets is empty; at least one is needed",
+    "rank=4": "rank is for stage 1a",
+    "profile=5,3": "profile is (5, 3), expected a first and a last step",
+    "optimiser.peak=-1": "optimiser: peak is -1.0, expected more than 0",
+    "optimiser.peak=nan": "optimiser: peak is nan, expected more than 0",
+    "optimiser.clip=0": "optimiser: clip is 0.0, expected more than 0",
+    "optimiser.warmup=3": "optimiser: warmup is 3.0, expected 0 to 1",
+    "optimiser.ema=1.5": "optimiser: ema is 1.5, expected 0 to 1",
+}
+
+
+@pytest.mark.parametrize("change, says", FAULTS.items())
+def test_faults(change, says):
+    message = fault(change)
+    assert message.startswith(f"--set {change.strip()}: ") or change == "batch"
+    assert says in message
+
+
+def test_all_faults_at_once():
+    message = fault("batch=0", "workers=0", "rank=2")
+    assert all(says in message for says in ("batch is 0", "workers is 0", "rank is for stage 1a"))
+    assert "did you mean" in fault("optimiser=1", "optimiser.peak=1")
+
+
+FILES = {
+    "raises": ("1 / 0", "ZeroDivisionError: division by zero"),
+    "no Python": ("config = (", "SyntaxError"),
+    "no config": ("settings = 1", "defines no `config` of type train.config.Train"),
+    "another type": ("config = {'stage': '1b'}", "defines no `config` of type train.config.Train"),
+    "a typo": ("from train.config import Train\nconfig = Train(stage='1b', bacth=3)", "'bacth'; did you mean batch?"),
+    "a typo within": (
+        "from train.config import *\nconfig = Train('1b', optimiser=Optimiser(peek=3))",
+        "'peek'; did you mean peak?",
+    ),
+    "a wrong type": ("from train.config import Train\nconfig = Train(stage='1b', data=3)", "data: Input should be a valid string"),
+    "a wrong value": ("from train.config import Train\nconfig = Train(stage='1b', batch=0)", "batch is 0, expected at least 1"),
+}
+
+
+@pytest.mark.parametrize("content, says", FILES.values(), ids=FILES)
+def test_bad_files(content, says, tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(content)
+    with pytest.raises(ValueError) as error:
+        config.read(path, ["batch=8"])
+    assert str(error.value).startswith(f"config {path}") and says in str(error.value)
+
+
+def test_no_file(tmp_path):
+    with pytest.raises(ValueError, match=r"configs/stage1.py does not exist; did you mean \S*configs/stage1[ab].py\?$"):
+        config.read(ROOT / "configs" / "stage1.py")
+    with pytest.raises(ValueError, match=f"config {tmp_path} does not exist"):
+        config.read(tmp_path)
+
+
+# --- a run that is taken up again
+
+
+def run(out: Path, *changes: str) -> dict:
+    """What a run writes down."""
+    return {"config": dataclasses.asdict(read(*changes)), "examples": 3, "steps": 9}
+
+
+@pytest.fixture
+def begun(tmp_path) -> Path:
+    checkpoints.remember(tmp_path / "run", run(tmp_path))
+    return tmp_path / "run"
+
+
+OTHER = {
+    "mesh": "mesh.fsdp=2",
+    "remat": "remat=none",
+    "loss_chunk": "loss_chunk=64",
+    "workers": "workers=1",
+    "strict": "strict=true",
+    "save_every": "save_every=3",
+    "keep": "keep=9",
+    "validation": "validation=other",
+    "validate_every": "validate_every=7",
+    "samples": "samples=0",
+    "max_sample_text": "max_sample_text=5",
+    "profile": "profile=1,2",
+    "peak_flops": "peak_flops=1e12",
+    "microbatches": "microbatches=2",
+    "stage": "stage=1a",
+    "checkpoint": "checkpoint=other",
+    "data": "data=other",
+    "batch": "batch=8",
+    "epochs": "epochs=9",
+    "steps": "steps=9",
+    "seed": "seed=1",
+    "optimiser": "optimiser.ema=0.5",
+    "buckets": "buckets=[{'tokens': 8}]",
+    "rank": "stage=1a rank=3",
+    "layout": "layout=offline",
+    "mix": "mix=sum",
+    "reset": "reset=('speech_lm',)",
+    "chunks": "chunks=(1,)",
+    "dtype": "dtype=float32",
+}
+
+
+def test_settings_all_looked_at():
+    assert OTHER.keys() == {field.name for field in dataclasses.fields(Train)}
+    assert OTHER.keys() >= FREE
+
+
+@pytest.mark.parametrize("key", OTHER)
+def test_what_may_differ(begun, key):
+    """What changes the result may not, and is named; what changes speed, memory or reports may."""
+    changes = OTHER[key].split() if key == "rank" else [OTHER[key]]
+    now = run(begun, *changes)
+    if key in FREE:
+        checkpoints.check(begun, now)
+    else:
+        named = ", ".join(sorted((change.partition("=")[0] for change in changes), reverse=True))
+        with pytest.raises(ValueError, match=rf"^{begun} holds a run with another {named}; give another --out, or the same settings$"):
+            checkpoints.check(begun, now)
+
+
+def test_other_data_of_the_same_name(begun):
+    with pytest.raises(ValueError, match="another examples, steps;"):
+        checkpoints.check(begun, run(begun) | {"examples": 4, "steps": 10})
+
+
+def test_what_is_no_run(begun, tmp_path):
+    checkpoints.check(begun, run(begun))
+    checkpoints.check(tmp_path / "new", run(begun))
+    (tmp_path / "cut").mkdir()
+    (tmp_path / "cut" / "run.partial").write_text("{")  # killed within its first moment
+    checkpoints.check(tmp_path / "cut", run(begun))
+    (tmp_path / "file").write_text("mine")
+    for directory in (tmp_path, tmp_path / "file"):
+        with pytest.raises(ValueError, match=f"^{directory} exists and is not a run; give a new directory$"):
+            checkpoints.check(directory, run(begun))
+    for content in ("{", "[]", json.dumps(3)):
+        (begun / "run.json").write_text(content)
+        with pytest.raises(ValueError, match=r"run.json does not describe a run"):
+            checkpoints.check(begun, run(begun))

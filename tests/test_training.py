@@ -1,0 +1,106 @@
+"""Training on real spoken dialogues at toy size: it learns, resumes, and changes nothing that is frozen."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from configs import flow, stage1a, stage1b, stage2
+from omni2_jax import checkpoint
+from omni2_jax.omni2 import Omni2, Options
+from tests.conftest import prepared
+from train.config import Bucket, Optimiser, Train
+from train.dataset import Dataset
+from train.loop import Run
+
+TOY = {"dtype": "float32", "save_every": 1000, "validate_every": 1000, "workers": 1, "loss_chunk": 1024}
+GREEDY = Options(unit_temperature=0, max_new_tokens=24, max_flush_units=100)
+
+
+def toy(config: Train, start: Path, data: Path, steps: int, peak: float, bucket: Bucket, **changes) -> Train:
+    """A stage as its config file has it, at toy size."""
+    sized = {
+        "checkpoint": str(start),
+        "data": str(data),
+        "steps": steps,
+        "batch": 4,
+        "buckets": (bucket,),
+        "optimiser": Optimiser(peak=peak),
+    }
+    return dataclasses.replace(config, **(TOY | sized | changes))
+
+
+def run(train: Train, out: Path) -> None:
+    Run(train, out, jax.devices()[:1]).go()
+
+
+SPOKEN_TURNS, REPLIES = Bucket(2, 760), Bucket(0, 0, 64)
+
+
+@pytest.fixture(scope="module")
+def talks(tmp_path_factory) -> Path:
+    """All four dialogues: five questions, each with its own answer."""
+    return prepared(tmp_path_factory.mktemp("talks"), ("sea", "cats", "bread", "tea"))
+
+
+@pytest.fixture(scope="module")
+def chain(checkpoint_dir, talks, tmp_path_factory) -> dict[str, Path]:
+    """Stage 1a, 1b and 2, each from what the one before it left."""
+    out = tmp_path_factory.mktemp("chain")
+    run(toy(stage1a.config, checkpoint_dir, talks, 60, 3e-3, SPOKEN_TURNS), out / "1a")
+    run(toy(stage1b.config, out / "1a" / "final", talks, 80, 5e-3, REPLIES, batch=5), out / "1b")
+    both = Bucket(2, 760, 64)
+    run(toy(stage2.config, out / "1b" / "final", talks, 40, 5e-3, both), out / "2")
+    return {"start": checkpoint_dir} | {stage: out / stage for stage in ("1a", "1b", "2")}
+
+
+def losses(run: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def files(directory: Path, part: str) -> dict[str, bytes]:
+    """What a checkpoint stores of a part."""
+    folder = directory / "params" / part
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+# --- it learns
+
+
+@pytest.mark.parametrize("stage", ["1a", "1b", "2"])
+def test_stage_overfits(chain, stage):
+    found = losses(chain[stage])
+    assert found[-1] < 0.03 and (stage == "2" or found[0] > 4)
+
+
+def test_answer_of_a_training_example(chain, talks):
+    """Text and units of what it was trained on come back out of the streaming step, to the unit."""
+    model, data = Omni2.load(chain["2"] / "final", decoder=False), Dataset(talks)
+    for index in range(len(data)):
+        question, reply = data.dialogue(index).turns[:2]
+        answer = model.answer(data.clip(question.clip), options=GREEDY)
+        assert answer.text == reply.text
+        assert answer.units == reply.units.tolist()
+
+
+def test_frozen_parts_do_not_change_by_a_bit(chain):
+    """And the parts that are trained do."""
+    trained = {"1a": {"adapter", "llm"}, "1b": {"speech_lm"}, "2": {"fusion", "speech_lm"}}
+    before = chain["start"]
+    for stage, changing in trained.items():
+        after = chain[stage] / "final"
+        parts = checkpoint.parts(before)
+        assert checkpoint.parts(after) == parts
+        assert {part for part in parts if files(before, part) != files(after, part)} == changing
+        before = after
+
+
+def test_flow_learns_a_voice(checkpoint_dir, talks, tmp_path):
+    run(toy(flow.config, checkpoint_dir, talks, 80, 4e-3, Bucket(0, 0, 40), batch=5), tmp_path / "run")
+    found = losses(tmp_path / "run")
+    assert np.mean(found[-5:]) < np.mean(found[:5]) / 2
+    before, after = (checkpoint.stored(directory, "flow")["noise"].read() for directory in (checkpoint_dir, tmp_path / "run" / "final"))
+    np.testing.assert_array_equal(before, after)
