@@ -12,6 +12,7 @@ from configs import flow, stage1a, stage1b, stage2
 from omni2_jax import checkpoint
 from omni2_jax.omni2 import Omni2, Options
 from tests.conftest import prepared
+from train import hidden
 from train.config import Bucket, Optimiser, Train
 from train.dataset import Dataset
 from train.loop import Run
@@ -53,8 +54,11 @@ def chain(checkpoint_dir, talks, tmp_path_factory) -> dict[str, Path]:
     run(toy(stage1a.config, checkpoint_dir, talks, 60, 3e-3, SPOKEN_TURNS), out / "1a")
     run(toy(stage1b.config, out / "1a" / "final", talks, 80, 5e-3, REPLIES, batch=5), out / "1b")
     both = Bucket(2, 760, 64)
-    run(toy(stage2.config, out / "1b" / "final", talks, 40, 5e-3, both), out / "2")
-    return {"start": checkpoint_dir} | {stage: out / stage for stage in ("1a", "1b", "2")}
+    settings = toy(stage2.config, out / "1b" / "final", talks, 40, 5e-3, both)
+    hidden.compute(settings, out / "hidden", jax.devices()[:1])
+    run(dataclasses.replace(settings, hidden=str(out / "hidden")), out / "2")
+    run(dataclasses.replace(settings, steps=1, optimiser=Optimiser(peak=5e-3, warmup=0)), out / "2-computed")
+    return {"start": checkpoint_dir} | {stage: out / stage for stage in ("1a", "1b", "2", "2-computed")}
 
 
 def losses(run: Path) -> list[float]:
@@ -74,6 +78,18 @@ def files(directory: Path, part: str) -> dict[str, bytes]:
 def test_stage_overfits(chain, stage):
     found = losses(chain[stage])
     assert found[-1] < 0.03 and (stage == "2" or found[0] > 4)
+
+
+def test_hidden_states_from_the_disk(chain):
+    """The first loss is that with the LLM at work, to the bit."""
+    assert losses(chain["2"])[0] == losses(chain["2-computed"])[0]
+
+
+def test_hidden_states_of_other_data(chain, checkpoint_dir, tmp_path):
+    other = prepared(tmp_path, ("sea",))
+    settings = toy(stage2.config, checkpoint_dir, other, 1, 1e-3, SPOKEN_TURNS, hidden=str(chain["2"].parent / "hidden"))
+    with pytest.raises(ValueError, match=r"hidden/data was made from other data than .*, or by an LLM of another width than 64$"):
+        run(settings, tmp_path / "run")
 
 
 def test_answer_of_a_training_example(chain, talks):

@@ -77,6 +77,7 @@ class Train:
     rank: int = 0  # stage 1a: train low-rank updates of this rank instead of the LLM (LoRA)
     layout: Literal["read_write", "offline"] = "read_write"  # offline: all of the text before the first unit (table 4)
     mix: Literal["gate", "sum", "hidden"] = "gate"  # stage 2: the paper's ablations of gate fusion (table 2)
+    hidden: str | None = None  # stage 2: the LLM's hidden states, computed once by python -m train.hidden
     reset: tuple[str, ...] = ()  # parts to begin anew instead of from the checkpoint (table 3, "scratch")
     chunks: tuple[int, ...] = ()  # flow: chunk sizes drawn at random, 0 = the whole; none = the checkpoint's
     # How it is computed
@@ -108,6 +109,8 @@ class Train:
             faults.append("buckets is empty; at least one is needed")
         if self.rank and self.stage != "1a":
             faults.append("rank is for stage 1a; the other stages train no LLM")
+        if self.hidden and self.stage != "2":
+            faults.append("hidden is for stage 2; no other stage reads the LLM's hidden states")
         if self.profile and not 0 <= self.profile[0] <= self.profile[1]:
             faults.append(f"profile is {self.profile}, expected a first and a last step")
         if faults:

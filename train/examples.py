@@ -17,6 +17,7 @@ from train.config import Bucket, Train
 from train.dataset import Dataset, Dialogue, RecordError, Turn
 from train.layout import arrange
 from train.losses import IGNORE
+from train.states import States
 
 CLIP = audio.TURN_SECONDS * audio.RATE  # samples
 PAD = -1  # an id at which there is nothing
@@ -44,9 +45,10 @@ class Conversation:
 
 
 class Examples:
-    """The examples of a data set for a stage. `tokenizer` may be None for the flow."""
+    """The examples of a data set for a stage. `tokenizer` may be None for the flow; `hidden` are states that need not be computed."""
 
-    def __init__(self, train: Train, config: Omni2Config, tokenizer: Tokenizer | None, data: Dataset):
+    def __init__(self, train: Train, config: Omni2Config, tokenizer: Tokenizer | None, data: Dataset, hidden: States | None = None):
+        self.hidden = hidden
         self.train, self.config, self.tokenizer, self.data = train, config, tokenizer, data
         self.whole = train.stage in ("1a", "2")  # dialogues, not replies
         self.continuation = functools.cache(lambda clips: tokenizer.continuation(clips, ended=True))
@@ -82,7 +84,7 @@ class Examples:
             laid = self.arrange(reply, self.encode(reply))
             put(row, {"tokens": laid.tokens, "targets": laid.targets})
         else:
-            self.fill_conversation(row, dialogue)
+            self.fill_conversation(row, item, dialogue)
         return row
 
     def empty(self, bucket: Bucket) -> Row:
@@ -90,6 +92,8 @@ class Examples:
         c, t, s = bucket.clips, bucket.positions, bucket.tokens
         full = lambda shape, value: np.full(shape, value, np.int32)  # noqa: E731
         dialogue = {"audio": np.zeros((c, CLIP), np.int16), "ids": full(t, PAD)}
+        if self.hidden:
+            dialogue = {"hidden": np.zeros((t, self.hidden.width), self.hidden.dtype)}
         match self.train.stage:
             case "1a":
                 return dialogue | {"targets": full(t, IGNORE)}
@@ -100,23 +104,32 @@ class Examples:
         speech, heard = s * audio.SPEECH_RATE // UNITS_A_SECOND, s * audio.RATE // UNITS_A_SECOND
         return {"units": full(s, PAD), "speech": np.zeros(speech, np.int16), "heard": np.zeros(heard, np.int16)}
 
-    def fill_conversation(self, row: Row, dialogue: Dialogue) -> None:
+    def fill_conversation(self, row: Row, item: Item, dialogue: Dialogue) -> None:
         talk = self.conversation(dialogue)
+        if self.train.stage == "1a":
+            for start, text in zip(talk.starts, talk.replies, strict=True):
+                row["targets"][start - 1 : start - 1 + len(text)] = text
+        else:
+            self.fill_replies(row, dialogue, talk)
+        if self.hidden:
+            put(row, {"hidden": self.hidden.read(item.dialogue, sum(map(len, talk.replies)))})
+            return
         clips = [clip for turn in dialogue.turns[::2] for clip in audio.fit(self.data.clip(turn.clip), over="split")]
         if len(clips) != sum(talk.clips):
             raise RecordError(f"{self.data.path}: dialogue {dialogue.id!r} has {len(clips)} clips, its turns tell of {sum(talk.clips)}")
         for i, clip in enumerate(clips):
             put_at(row["audio"], (i,), pcm(clip))
         put(row, {"ids": talk.ids})
+
+    def fill_replies(self, row: Row, dialogue: Dialogue, talk: Conversation) -> None:
+        """What the speech LM hears and says; and where the state is that produced a text token: at the position before it."""
+        before = 0  # text tokens of earlier replies, all of whose states lie side by side when they come from the disk
         for i, (start, text) in enumerate(zip(talk.starts, talk.replies, strict=True)):
-            if self.train.stage == "1a":
-                row["targets"][start - 1 : start - 1 + len(text)] = text
-            else:
-                laid = self.arrange(dialogue.turns[2 * i + 1], text)
-                # A text token's hidden state is the one that produced it: that of the position before.
-                source = np.where(laid.source >= 0, start - 1 + laid.source, PAD)
-                for name, value in {"tokens": laid.tokens, "targets": laid.targets, "source": source}.items():
-                    put_at(row[name], (i,), value)
+            laid = self.arrange(dialogue.turns[2 * i + 1], text)
+            source = np.where(laid.source >= 0, (before if self.hidden else start - 1) + laid.source, PAD)
+            for name, value in {"tokens": laid.tokens, "targets": laid.targets, "source": source}.items():
+                put_at(row[name], (i,), value)
+            before += len(text)
 
     def fill_recording(self, row: Row, reply: Turn) -> None:
         """A recording and its units are cut to the shorter of the two, whole units."""

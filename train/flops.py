@@ -9,6 +9,7 @@ from collections.abc import Mapping
 import jax
 
 from omni2_jax.config import Omni2Config
+from train import stages
 from train.config import Bucket, Train
 from train.stages import STAGES, is_trained
 
@@ -52,11 +53,11 @@ def parts(train: Train, config: Omni2Config, shapes: Mapping[str, jax.ShapeDtype
         found[part] = forward + train.batch * flops, both + train.batch * flops * times
 
     for part, flops, times in attention(config, bucket):
-        if part in STAGES[train.stage].parts:
+        if part in stages.parts(train):
             add(part, flops, times if part in STAGES[train.stage].trained else 1)
     for path, shape in shapes.items():
         part, *_, name = path.split(".")
-        if name in MATRICES and part != "speaker":
+        if name in MATRICES and part in stages.parts(train) and part != "speaker":
             times = 1 if part not in STAGES[train.stage].trained else 1 + (path not in FIRST) + is_trained(train, path)
             add(part, 2 * math.prod(shape.shape) * rows(train, config, path, bucket), times)
     return found

@@ -25,7 +25,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from omni2_jax import audio, sharding
 from omni2_jax.config import Omni2Config
 from omni2_jax.tokenizer import Tokenizer
-from train import checkpoints, flops, step, weights
+from train import checkpoints, flops, stages, step, weights
 from train.checkpoints import Checkpoints
 from train.config import Train
 from train.dataset import Dataset, RecordError
@@ -33,6 +33,7 @@ from train.examples import Examples
 from train.loader import Batch, Catalogue, Loader, catalogue, filled, schedule
 from train.metrics import Clock, Line, Metrics, console
 from train.samples import Sampler
+from train.states import States
 
 
 @dataclass(frozen=True)
@@ -62,16 +63,18 @@ class Run:
         self.tokenizer = None
         if train.stage != "flow":
             self.tokenizer = Tokenizer(self.start, self.config, positions(self.config))
-        self.data = self.open(train, train.data)
-        self.validation = self.open(validating(train), train.validation) if train.validation else None
+        self.data = self.open(train, train.data, "data")
+        self.validation = self.open(validating(train), train.validation, "validation") if train.validation else None
         self.steps = len(self.data.batches)
         self.told = {"config": dataclasses.asdict(train), "examples": len(self.data.found.items), "steps": self.steps}
         checkpoints.check(out, self.told)
         self.stopping, self.tracing, self.named = threading.Event(), False, 0
 
-    def open(self, train: Train, path: str) -> Data:
+    def open(self, train: Train, path: str, name: str) -> Data:
         """A data set, all of its examples measured. Raises ValueError if there is nothing to train on."""
-        examples = Examples(train, self.config, self.tokenizer, Dataset(path))
+        data = Dataset(path)
+        hidden = States(Path(train.hidden) / name, data, self.config.llm.width) if train.hidden else None
+        examples = Examples(train, self.config, self.tokenizer, data, hidden)
         indices = range(len(examples.data))
         bar = rich.progress.track(indices, f"measuring {path}", console=console, transient=True, disable=not self.leads)
         found = catalogue(examples, bar, train.buckets, train.strict)
@@ -231,7 +234,7 @@ class Run:
         if not self.leads:
             return
         count = lambda params: sum(leaf.size for leaf in params) / 1e6  # noqa: E731
-        trained = [leaf for path, leaf in self.weights.shapes.items() if path not in self.frozen]
+        trained = [leaf for path, leaf in self.weights.shapes.items() if stages.is_trained(self.train, path)]
         sizes = {}
         for batch in self.data.batches:
             sizes[batch.bucket] = sizes.get(batch.bucket, 0) + 1

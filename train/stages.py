@@ -39,6 +39,11 @@ STAGES = {
 }
 
 
+def parts(train: Train) -> tuple[str, ...]:
+    """The parts whose weights are needed: where the LLM's hidden states are on disk, neither it nor what is before it."""
+    return tuple(part for part in STAGES[train.stage].parts if not train.hidden or part in STAGES[train.stage].trained)
+
+
 def is_trained(train: Train, path: str) -> bool:
     """Whether a parameter is, by its path ("llm.layers.mlp.up.kernel")."""
     part, *_, name = path.split(".")
@@ -82,7 +87,8 @@ def unit_loss(model: Model, train: Train, batch: dict[str, Array], key: Array) -
 
 
 def speech_loss(model: Model, train: Train, batch: dict[str, Array], key: Array) -> Loss:
-    return reply_loss(model, train, jax.lax.stop_gradient(read_dialogue(model, train, batch)), batch)
+    hidden = batch["hidden"].astype(train.dtype) if train.hidden else jax.lax.stop_gradient(read_dialogue(model, train, batch))
+    return reply_loss(model, train, hidden, batch)
 
 
 def reply_loss(model: Model, train: Train, hidden: Array, batch: dict[str, Array]) -> Loss:

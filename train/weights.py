@@ -19,6 +19,7 @@ from omni2_jax import checkpoint, sharding
 from omni2_jax.config import DECODER_PARTS, Omni2Config
 from omni2_jax.layers import LORA_SCALE
 from omni2_jax.model import Model
+from train import stages
 from train.config import Train
 from train.stages import STAGES, is_trained
 
@@ -43,7 +44,8 @@ class Weights:
         return cls(config, graph, jax.tree.structure(shapes), checkpoint.flatten(shapes), shardings)
 
     def nested(self, params: Mapping[str, object]) -> dict:
-        return jax.tree.unflatten(self.treedef, [params[path] for path in self.shapes])
+        """As modules hold them; what is not given stays a shape."""
+        return jax.tree.unflatten(self.treedef, [params.get(path, shape) for path, shape in self.shapes.items()])
 
     def model(self, *params: Mapping[str, jax.Array]) -> Model:
         """A module over all parameters, which may come in several dictionaries."""
@@ -73,13 +75,15 @@ def load(train: Train, directory: Path, mesh: Mesh) -> tuple[Weights, Params, Pa
     anew = set(train.reset) | ({"fusion"} if config.mix != stored.mix else set())
     plain = Weights.of(config.only(*stage.parts), mesh)
     values: Params = {}
-    for part in set(stage.parts) - anew:
+    for part in set(stages.parts(train)) - anew:
         nested = lambda leaves, part=part: plain.nested(leaves)[part]  # noqa: E731
         dtype = jnp.float32 if (part in stage.trained and not train.rank) or part in DECODER_PARTS else jnp.dtype(train.dtype)
         loaded = checkpoint.load_part(directory, part, nested(plain.shapes), dtype, nested(plain.shardings))
         values |= {f"{part}.{path}": leaf for path, leaf in checkpoint.flatten(loaded).items()}
     weights = plain if not train.rank else Weights.of(with_rank(plain.config, train.rank), mesh)
-    values |= initial(weights, [path for path in weights.shapes if path not in values], train.seed)
+    values |= initial(
+        weights, [path for path in weights.shapes if path not in values and path.partition(".")[0] in stages.parts(train)], train.seed
+    )
     trained = {path: leaf.astype(jnp.float32) for path, leaf in values.items() if is_trained(train, path)}
     return weights, trained, {path: leaf for path, leaf in values.items() if path not in trained}
 
