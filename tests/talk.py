@@ -1,4 +1,4 @@
-"""The released conversations of the goldens, and how the tests of generation ask for them."""
+"""The released conversations of the goldens, how the tests of generation ask for them, and a run that is quickly trained."""
 
 import dataclasses
 import functools
@@ -10,10 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from configs import stage1b
 from omni2_jax.engine import Engine, Piece, Stream
 from omni2_jax.omni2 import Omni2, Options
 from omni2_jax.readwrite import Request, request
 from omni2_jax.session import split
+from train.config import Bucket, Optimiser, Train
 
 GOLDENS = Path(__file__).parent / "goldens"
 CASES = json.loads((GOLDENS / "omni2" / "cases.json").read_text())["cases"]
@@ -78,3 +80,10 @@ def tree_equal(a, b) -> bool:
     """Bit for bit, NaN included."""
     raw = lambda x: np.asarray(jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x)  # noqa: E731
     return jax.tree.all(jax.tree.map(lambda x, y: raw(x).tobytes() == raw(y).tobytes(), a, b))
+
+
+def toy_run(checkpoint_dir: Path, data: Path, **changes) -> Train:
+    """Four steps of stage 1b, which compiles and steps fast, saved after every second one."""
+    given = {"checkpoint": str(checkpoint_dir), "data": str(data), "steps": 4, "batch": 8, "buckets": (Bucket(0, 0, 64),), "save_every": 2}
+    how = {"dtype": "float32", "loss_chunk": 64, "workers": 1, "keep": 9, "optimiser": Optimiser(peak=5e-3)}
+    return dataclasses.replace(stage1b.config, **(given | how | changes))

@@ -10,14 +10,18 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from omni2_jax import checkpoint
 from omni2_jax.config import Omni2Config
+from tests.conftest import prepared
 from tests.releases import linked
-from tests.talk import GREEDY, SHORT, clip, conversation, tree_equal
+from tests.talk import GREEDY, SHORT, clip, conversation, toy_run, tree_equal
 from tests.test_cli import chat, process
+from train.loop import Run
 
 ROOT = Path(__file__).parent.parent
 
@@ -54,7 +58,9 @@ def together(jobs: str, checkpoint_dir: Path, out: Path, processes: int = 2, sec
 def out(checkpoint_dir, tmp_path_factory) -> Path:
     """What two processes have written."""
     out = tmp_path_factory.mktemp("processes")
-    together("answer,save", checkpoint_dir, out)
+    (out / "talks").mkdir()
+    prepared(out / "talks", ("sea", "tea"))
+    together("answer,save,train", checkpoint_dir, out)
     return out
 
 
@@ -74,6 +80,24 @@ def test_saved_by_two_restored_by_one(out, checkpoint_dir):
     config = Omni2Config.load(checkpoint_dir / "config.json").only("llm")
     assert (out / "params" / "llm" / "ocdbt.process_1").is_dir()
     assert tree_equal(restored(out, config), restored(checkpoint_dir, config))
+
+
+def losses(run: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_training_of_two_processes_goes_on_in_one(out, checkpoint_dir, tmp_path):
+    """Their steps are those of one device, from the first on and from a state that both have saved; they leave a whole checkpoint."""
+    settings = toy_run(checkpoint_dir, out / "talks" / "data")
+    Run(settings, tmp_path / "alone", jax.devices()[:1]).go()
+    np.testing.assert_allclose(losses(out / "run"), losses(tmp_path / "alone"), rtol=0, atol=1e-4)
+    for path in ("params/speech_lm", "params/llm"):
+        assert (out / "run" / "final" / path / "_METADATA").exists()
+    shutil.copytree(out / "run", tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "final")
+    shutil.rmtree(tmp_path / "run" / "steps" / "4")
+    Run(settings, tmp_path / "run", jax.devices()[:1]).go()
+    np.testing.assert_allclose(losses(tmp_path / "run"), losses(tmp_path / "alone"), rtol=0, atol=1e-4)
 
 
 def test_shards_of_one_process_are_missing(out, checkpoint_dir, tmp_path):

@@ -12,7 +12,9 @@ from omni2_jax import checkpoint
 from omni2_jax.config import Omni2Config
 from omni2_jax.omni2 import Omni2
 from omni2_jax.sharding import make_mesh
-from tests.talk import GREEDY, SHORT, conversation
+from tests.talk import GREEDY, SHORT, conversation, toy_run
+from train.config import MeshShape
+from train.loop import Run
 
 
 def answer(ckpt: Path, out: Path) -> None:
@@ -31,10 +33,15 @@ def save(ckpt: Path, out: Path) -> None:
     checkpoint.save_part(out, "llm", params["llm"])
 
 
+def train(ckpt: Path, out: Path) -> None:
+    """A few steps of stage 1b on what OUT/talks holds, every process reading its rows; to OUT/run."""
+    Run(toy_run(ckpt, out / "talks" / "data", mesh=MeshShape(1, 2, 2)), out / "run").go()
+
+
 def main(jobs: str, port: str, processes: str, index: str, ckpt: str, out: str) -> None:
     jax.distributed.initialize(f"127.0.0.1:{port}", int(processes), int(index))
     for job in jobs.split(","):
-        {"answer": answer, "save": save}[job](Path(ckpt), Path(out))
+        {"answer": answer, "save": save, "train": train}[job](Path(ckpt), Path(out))
 
 
 if __name__ == "__main__":
