@@ -36,6 +36,9 @@ from train.samples import Sampler
 from train.states import States
 
 
+AGREE = 10  # steps
+
+
 @dataclass(frozen=True)
 class Data:
     """A data set as a stage sees it."""
@@ -217,9 +220,11 @@ class Run:
         return state.params if state.ema is None else state.ema
 
     def asked_to_stop(self, reached: int) -> bool:
-        """Whether to save and exit; all processes agree."""
+        """Whether to save and exit; several processes agree on it every few steps, as they have to wait for one another to do so."""
         if jax.process_count() == 1:
             return self.stopping.is_set()
+        if reached % AGREE:
+            return False
         return bool(multihost_utils.process_allgather(np.array(self.stopping.is_set())).any())
 
     def trace(self, number: int) -> None:
