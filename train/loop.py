@@ -35,7 +35,6 @@ from train.metrics import Clock, Line, Metrics, console
 from train.samples import Sampler
 from train.states import States
 
-
 AGREE = 10  # steps
 
 
