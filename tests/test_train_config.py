@@ -195,6 +195,7 @@ OTHER = {
     "optimiser": "optimiser.ema=0.5",
     "buckets": "buckets=[{'tokens': 8}]",
     "rank": "stage=1a rank=3",
+    "hidden": "stage=2 hidden=other",
     "layout": "layout=offline",
     "mix": "mix=sum",
     "reset": "reset=('speech_lm',)",
@@ -211,7 +212,7 @@ def test_settings_all_looked_at():
 @pytest.mark.parametrize("key", OTHER)
 def test_what_may_differ(begun, key):
     """What changes the result may not, and is named; what changes speed, memory or reports may."""
-    changes = OTHER[key].split() if key == "rank" else [OTHER[key]]
+    changes = OTHER[key].split() if key in ("rank", "hidden") else [OTHER[key]]
     now = run(begun, *changes)
     if key in FREE:
         checkpoints.check(begun, now)
