@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, Sharding
 
-from configs import omni2_0_5b, omni2_1_5b, omni2_7b
+from configs import omni2_0_5b, omni2_1_5b, omni2_3b, omni2_7b, omni2_14b, omni2_32b
 from omni2_jax import checkpoint
 from omni2_jax.config import DECODER_PARTS, FlowConfig, HiftConfig, Omni2Config, Qwen2Config, SpeakerConfig, SpeechEncoderConfig
 from omni2_jax.model import for_serving
@@ -31,7 +31,10 @@ SIZES = {
     "tiny": dataclasses.replace(TINY, tokens=dataclasses.replace(TINY.tokens, speech=500, sep=500, unit_eos=499, text_eos=(498,))),
     "0.5b": omni2_0_5b.config,
     "1.5b": omni2_1_5b.config,
+    "3b": omni2_3b.config,
     "7b": omni2_7b.config,
+    "14b": omni2_14b.config,
+    "32b": omni2_32b.config,
 }
 
 

@@ -139,8 +139,8 @@ def peak_rate(dtype: str) -> tuple[float, str]:
 
 
 def measure(train: Train, config: Omni2Config, folder: Path) -> dict:
-    bench = Bench(train, config, folder)
-    bucket, rate = train.buckets[0], peak_rate(train.dtype)
+    rate = peak_rate(train.dtype)  # before threads read ahead
+    bench, bucket = Bench(train, config, folder), train.buckets[0]
     with sharding.use(bench.mesh):
         compiled = bench.compile()
         seconds = device.seconds(bench.once)

@@ -7,7 +7,7 @@ dispatched before step n is read back, so the device never waits for the host.
 import collections
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import jax
@@ -70,26 +70,46 @@ class Stream:
         self.engine.cancel(self)
 
 
+@dataclass(frozen=True)
+class Programs:
+    """The compiled calls. Every one leaves the state where it found it: otherwise the next one would be compiled again."""
+
+    lane: Callable  # () -> a lane without a conversation
+    empty: Callable  # (params) -> state
+    prefill: Callable
+    insert: Callable
+    step: Callable
+    release: Callable
+
+    @classmethod
+    def of(cls, config: Omni2Config, graph: nnx.GraphDef, params: dict, shape: Shape) -> "Programs":
+        """For parameters that lie on a mesh, or for shapes that would."""
+        dtype, mesh, model = params["llm"]["norm"]["scale"].dtype, sharding.mesh_of(params), functools.partial(nnx.merge, graph)
+        words = lambda: ReadWriteState.empty(config, 1, shape.llm, shape.speech, dtype)  # noqa: E731
+        empty = lambda params: StreamState.empty(model(params), shape, shape.slots, dtype)  # noqa: E731
+        step = lambda params, state: streaming.read_write_step(model(params), shape, state)  # noqa: E731
+        lane, state = (sharding.of_state(jax.eval_shape(*given), mesh) for given in ((words,), (empty, params)))
+        jit = lambda function, **given: jax.jit(sharding.within(mesh, function), **given)  # noqa: E731
+        return cls(
+            lane=jit(words, out_shardings=lane),
+            empty=jit(empty, out_shardings=state),
+            prefill=jit(lambda params, *given: streaming.prefill(model(params), *given), donate_argnums=1, out_shardings=lane),
+            insert=jit(lambda params, *given: streaming.insert(model(params), *given), donate_argnums=1, out_shardings=state),
+            step=jit(step, donate_argnums=1, out_shardings=(state, sharding.replicated(mesh))),
+            release=jit(streaming.release, donate_argnums=0, out_shardings=(state, lane)),
+        )
+
+
 class Engine:
     """`submit` a turn, iterate over its stream."""
 
     def __init__(self, config: Omni2Config, graph: nnx.GraphDef, params: dict, shape: Shape, queue: int = 64):
         self.config, self.params, self.shape, self.queue = config, params, shape, queue
-        self.dtype, mesh = params["llm"]["norm"]["scale"].dtype, sharding.mesh_of(params)
-        self.home = sharding.replicated(mesh)
-        model = functools.partial(nnx.merge, graph)
-        words = lambda: ReadWriteState.empty(config, 1, shape.llm, shape.speech, self.dtype)  # noqa: E731
-        empty = lambda params: StreamState.empty(model(params), shape, shape.slots, self.dtype)  # noqa: E731
-        # Every program leaves the state where it found it: otherwise the next one would be compiled again.
-        lane, state = (sharding.of_state(jax.eval_shape(*given), mesh) for given in ((words,), (empty, params)))
-        jit = lambda function, **given: jax.jit(sharding.within(mesh, function), **given)  # noqa: E731
-        self._prefill = jit(lambda params, *given: streaming.prefill(model(params), *given), donate_argnums=1, out_shardings=lane)
-        self._insert = jit(lambda params, *given: streaming.insert(model(params), *given), donate_argnums=1, out_shardings=state)
-        step = lambda params, state: streaming.read_write_step(model(params), shape, state)  # noqa: E731
-        self._step = jit(step, donate_argnums=1, out_shardings=(state, self.home))
-        self._release = jit(streaming.release, donate_argnums=0, out_shardings=(state, lane))
-        self._lane = jit(words, out_shardings=lane)
-        self.state = jit(empty, out_shardings=state)(params)
+        self.dtype, self.home = params["llm"]["norm"]["scale"].dtype, sharding.replicated(sharding.mesh_of(params))
+        programs = Programs.of(config, graph, params, shape)
+        self._prefill, self._insert, self._step = programs.prefill, programs.insert, programs.step
+        self._release, self._lane = programs.release, programs.lane
+        self.state = programs.empty(params)
         self.slots: list[Stream | None] = [None] * shape.slots
         self.waiting: collections.deque[Stream] = collections.deque()
         self.dispatched: collections.deque[tuple[jax.Array, list[Stream | None]]] = collections.deque()

@@ -64,7 +64,7 @@ def make_mesh(replica: int = 1, fsdp: int = -1, tensor: int = 1, devices: Sequen
     return Mesh(np.asarray(devices).reshape(sizes), AXES)
 
 
-def parse_mesh(text: str) -> Mesh:
+def parse_mesh(text: str, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A mesh over all devices as one writes it: "tensor=8", "replica=2,tensor=4". Without `fsdp`, that is the rest of the devices."""
     try:
         sizes = {name.strip(): int(size) for name, size in (pair.split("=") for pair in text.split(","))}
@@ -72,7 +72,7 @@ def parse_mesh(text: str) -> Mesh:
         sizes = {}
     if not sizes or set(sizes) - set(AXES):
         raise ValueError(f"mesh {text!r} is not understood, expected sizes of {', '.join(AXES)}, as in fsdp=2,tensor=4")
-    return make_mesh(**sizes)
+    return make_mesh(**sizes, devices=devices)
 
 
 def mesh_of(params: Mapping) -> Mesh:

@@ -1,0 +1,241 @@
+"""`python -m benchmarks.aot`: compile for a slice of TPUs that is not there, and tell what it would hold, compute and communicate.
+
+Nothing is allocated: all inputs are shapes that say how they are cut. The compiler is libtpu's, the programs are those of
+train/step.py and of the engine. Sizes are of one device, FLOPs of all of them.
+"""
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # these before jax is imported
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-8")
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+
+import dataclasses
+import importlib.util
+import json
+import re
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import jax
+import jax.numpy as jnp
+import rich.console
+import rich.table
+import typer
+from flax import nnx
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from benchmarks import roofline
+from benchmarks.hlo import collectives
+from benchmarks.sizes import SIZES, dtype_of
+from configs import stage1a, stage2
+from omni2_jax import checkpoint, sharding
+from omni2_jax.config import Omni2Config
+from omni2_jax.engine import Programs
+from omni2_jax.readwrite import request
+from omni2_jax.streaming import Shape
+from train import config as settings
+from train import flops, step
+from train.examples import Examples
+from train.stages import STAGES, is_trained
+from train.weights import Weights, with_rank
+
+GIB = 2**30
+HBM = {"TPU v4": 16, "TPU v5 lite": 16, "TPU v5": 95, "TPU v6 lite": 32, "TPU7x": 96}  # GiB of a device; v4 and TPU7x have two a chip
+WORKING = "v5e:1x1, v5e:2x4, v5e:4x4, v5e:8x8, v5e:16x16, v4:2x2x1, v5p:2x2x1, v5p:4x4x4, v6e:2x4 and tpu7x:2x2x1"
+TRAINING = {"train": stage1a.config, "train2": stage2.config}
+STREAMING = ("prefill", "step")
+STEPS = 1000  # of a schedule of the learning rate; only constants depend on it
+console = rich.console.Console()
+
+
+@dataclass(frozen=True)
+class Job:
+    """A jitted function and the shapes of its arguments, the same by kind, and the FLOPs of one call."""
+
+    function: jax.stages.Wrapped
+    arguments: tuple
+    kinds: dict[str, object]
+    flops: float
+
+
+def devices(topology: str) -> Sequence[jax.Device]:
+    """Those of a slice, "v5e:4x4". Raises ValueError if there is no such slice, or no compiler for it."""
+    if importlib.util.find_spec("libtpu") is None:
+        raise ValueError("compiling for TPUs needs libtpu, which is not installed: pip install 'omni2-jax[tpu-aot]'")
+    alone = {"chips_per_host_bounds": (1, 1, 1)} if re.fullmatch(r"\w+:1x1(x1)?", topology) else {}
+    try:
+        return topologies.get_topology_desc(topology, "tpu", **alone).devices
+    except Exception as error:  # of many kinds, libtpu's own among them
+        why = checkpoint.first_line(error)
+        raise ValueError(f"topology {topology!r} does not exist ({why}); names that work are {WORKING}") from None
+
+
+def placed(shapes, where):
+    """A tree of shapes that say how they are cut."""
+    return jax.tree.map(lambda leaf, place: leaf.update(sharding=place), shapes, where)
+
+
+def share(tree) -> int:
+    """Bytes that a device holds of a tree of shapes, before they are laid out in tiles."""
+    return sum(roofline.size(leaf.update(shape=leaf.sharding.shard_shape(leaf.shape))) for leaf in jax.tree.leaves(tree))
+
+
+def training(train: settings.Train, config: Omni2Config, mesh: Mesh) -> Job:
+    """A step of a stage, in the first of its buckets."""
+    config, bucket = config.only(*STAGES[train.stage].parts).replace(mix=train.mix), train.buckets[0]
+    weights = Weights.of(with_rank(config, train.rank) if train.rank else config, mesh)
+    dtype = lambda path: jnp.float32 if is_trained(train, path) else dtype_of(path, jnp.dtype(train.dtype))  # noqa: E731
+    params = {path: leaf.update(dtype=dtype(path), sharding=weights.shardings[path]) for path, leaf in weights.shapes.items()}
+    trained = {path: leaf for path, leaf in params.items() if is_trained(train, path)}
+    frozen = {path: leaf for path, leaf in params.items() if path not in trained}
+    where = step.shardings(train, weights, trained, mesh, STEPS)
+    state = placed(jax.eval_shape(lambda params: step.initial(train, params, STEPS), trained), where)
+    rows = NamedSharding(mesh, PartitionSpec(None, sharding.Rules().batch))
+    empty = Examples(train, config, None, None).empty(bucket)
+    cut = (train.microbatches, train.batch // train.microbatches)
+    batch = {name: jax.ShapeDtypeStruct((*cut, *value.shape), value.dtype, sharding=rows) for name, value in empty.items()}
+    return Job(
+        step.make(train, weights, STEPS, where),
+        (state, frozen, batch),
+        {"parameters, trained": state.params, "parameters, frozen": frozen, "optimiser": (state.opt, state.ema), "batch": batch},
+        flops.step(train, config, weights.shapes, bucket),
+    )
+
+
+def streaming(name: str, shape: Shape, config: Omni2Config, mesh: Mesh) -> Job:
+    """A call of the engine's: a step of all slots, or a piece of a turn's prompt."""
+    config = config.replace(speaker=None)
+    graph, state = checkpoint.abstract_state(config)
+    dtype = lambda path, leaf: leaf.update(dtype=dtype_of(path[0].key, jnp.bfloat16))  # noqa: E731
+    shapes = jax.tree_util.tree_map_with_path(dtype, nnx.to_pure_dict(state))
+    params = placed(shapes, sharding.of_params(state, mesh))
+    programs = Programs.of(config, graph, params, shape)
+    empty = jax.eval_shape(programs.empty, params) if name == "step" else jax.eval_shape(programs.lane)
+    state = placed(empty, sharding.of_state(empty, mesh))
+    words = state.words if name == "step" else state
+    rest = dataclasses.replace(words, llm=None, speech=None)
+    kinds = {"parameters, frozen": params, "caches": (words.llm, words.speech), "other state": rest}
+    if name == "step":
+        work = sum(part.flops for part in roofline.step(config, params, shape).values())
+        kinds["flow and vocoder"] = (state.flow, state.vocoder)
+        return Job(programs.step, (params, state), kinds, work)
+    piece = prompt(config, shape, mesh)
+    work = roofline.decoder_pass(config.llm, params["llm"], 0, shape.prompt, shape.llm).flops
+    return Job(programs.prefill, (params, state, *piece), kinds | {"prompt": piece}, work)
+
+
+def prompt(config: Omni2Config, shape: Shape, mesh: Mesh) -> tuple:
+    """The arguments of `streaming.prefill` behind the lane."""
+    here = lambda dtype, *size: jax.ShapeDtypeStruct(size, dtype, sharding=sharding.replicated(mesh))  # noqa: E731
+    features = config.speech_encoder.frames // config.adapter.stride
+    asked = jax.tree.map(lambda leaf: here(leaf.dtype, *leaf.shape), jax.eval_shape(lambda: request(config)))
+    return here(jnp.int32, shape.prompt), here(jnp.int32), here(jnp.bfloat16, features, config.llm.width), here(jnp.int32), asked
+
+
+def compiled(job: Job, mesh: Mesh) -> dict:
+    """Compile it; bytes of a device by kind and in all, what its collectives move, and the seconds it took."""
+    kinds = {kind: share(tree) for kind, tree in job.kinds.items()}
+    found = {"bytes": kinds, "flops": job.flops}
+    start = time.perf_counter()
+    with sharding.use(mesh):
+        lowered = job.function.lower(*job.arguments)
+    lowering = time.perf_counter()
+    try:
+        program = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if not (used := re.search(r"Used ([\d.]+)([MG]) of", str(error))):
+            raise
+        exceeded = {"peak": float(used[1]) * (GIB if used[2] == "G" else 2**20), "fits": False}
+        return found | exceeded | {"compile_s": time.perf_counter() - lowering}
+    memory, moved = program.memory_analysis(), collectives(program.as_text())
+    return found | {
+        "arguments": memory.argument_size_in_bytes,
+        "temporaries": memory.temp_size_in_bytes,
+        "peak": memory.peak_memory_in_bytes,
+        "collectives": dict(moved.bytes),
+        "open_loops": moved.open_loops,
+        "lower_s": lowering - start,
+        "compile_s": time.perf_counter() - lowering,
+    }
+
+
+def job_of(name: str, config: Omni2Config, mesh: Mesh, batch: int | None, changes: Sequence[str]) -> Job:
+    """Raises ValueError for a mesh that divides neither the model nor the batch, and for settings there are not."""
+    sharding.check(mesh, config.llm.width, config.llm.hidden)
+    if name in STREAMING:
+        return streaming(name, shaped(batch or 64, changes), config, mesh)
+    train = settings.changed(TRAINING[name], [*([f"batch={batch}"] if batch else []), *changes])
+    rows, cut = train.batch // train.microbatches, mesh.shape["replica"] * mesh.shape["fsdp"]
+    if rows % cut:
+        fitting = f"a batch of {cut * train.microbatches * -(-rows // cut)} would fit, or more on the tensor axis"
+        raise ValueError(f"{rows} rows of a microbatch cannot be cut over the {cut} devices of the replica and fsdp axes; {fitting}")
+    return training(train, config, mesh)
+
+
+def shaped(slots: int, changes: Sequence[str]) -> Shape:
+    """What an engine for many speakers is compiled for."""
+    shape = Shape(slots=slots, chunk=10, left_chunks=3)
+    for key, _, text in (change.partition("=") for change in changes):
+        if not hasattr(shape, key):
+            known = [field.name for field in dataclasses.fields(Shape)]
+            raise ValueError(f"--set {key}: Shape has no {key!r}{settings.nearest(key, known)}")
+        shape = dataclasses.replace(shape, **{key: settings.literal(text)})
+    return shape
+
+
+def report(title: str, found: dict) -> None:
+    """The same figures as a table."""
+    table, gib = rich.table.Table("of a device", "GiB", title=title), lambda size: f"{size / GIB:.3f}"
+    rows = {kind: gib(size) for kind, size in found["bytes"].items()}
+    if "temporaries" in found:
+        rows |= {"all of these as XLA lays them out": gib(found["arguments"]), "temporaries": gib(found["temporaries"])}
+    rows |= {"peak": gib(found["peak"]), "memory of the device": f"{found['hbm'] / GIB:g}: {'fits' if found['fits'] else 'does not fit'}"}
+    for kind, size in found.get("collectives", {}).items():
+        rows[f"{kind}, output of a call"] = gib(size)
+    for row in rows.items():
+        table.add_row(*row)
+    console.print(table)
+    loops = f"; {n} loops whose turns the data decide counted once" if (n := found.get("open_loops")) else ""
+    console.print(f"{found['flops'] / 1e12:.3f} TFLOP on all devices, counted from shapes; compiled in {found['compile_s']:.0f} s{loops}")
+
+
+def main(
+    topology: Annotated[str, typer.Option(help=f"The slice: {WORKING} work.")],
+    size: Annotated[str, typer.Option(help=f"Dimensions, one of {', '.join(SIZES)}.")],
+    job: Annotated[str, typer.Option(help="train (stage I(a)), train2 (stage II), prefill (of a turn) or step (of all slots).")],
+    mesh: Annotated[str, typer.Option(help="fsdp=4,tensor=2; without fsdp, that is the rest of the devices.")] = "replica=1",
+    batch: Annotated[int | None, typer.Option(min=1, help="Rows, or slots. [default: the stage's own, 64 slots]")] = None,
+    changes: Annotated[list[str] | None, typer.Option("--set", help="Change the stage, or a Shape.", metavar="KEY=VALUE")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures here.")] = None,
+) -> None:
+    """Compile a job for a slice of TPUs that is not there."""
+    for what, name, known in (("size", size, SIZES), ("job", job, (*TRAINING, *STREAMING))):
+        if name not in known:
+            raise ValueError(f"there is no {what} {name!r}; it is one of {', '.join(known)}")
+    there = devices(topology)
+    where = sharding.parse_mesh(mesh, there)
+    found = compiled(job_of(job, SIZES[size], where, batch, changes or []), where)
+    hbm = HBM[there[0].device_kind] * GIB
+    found |= {"hbm": hbm, "fits": found.get("fits", found["peak"] <= hbm)}
+    named = ", ".join(f"{axis}={count}" for axis, count in where.shape.items() if count > 1) or "one device"
+    report(f"{job} of {size} on {topology}: {named}", found)
+    if json_file:
+        given = {"topology": topology, "size": size, "job": job, "mesh": dict(where.shape), "batch": batch, "set": changes or []}
+        json_file.write_text(json.dumps(given | found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command()(main)
+    try:
+        app()
+    except (ValueError, OSError) as error:
+        sys.exit("error: " + " ".join(str(error).split()))
