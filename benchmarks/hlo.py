@@ -16,8 +16,10 @@ INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?(?P<name>[\w.\-]+) = (?P<type>\(.*?\)
 ARRAY = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\]")
 CHANNEL = re.compile(r"channel_id=(\d+)")
 TRIPS = re.compile(r'"?known_trip_count"?:\{"n":"(\d+)"\}')
-LIMIT = re.compile(r"= [su]32\[\]\S* constant\((\d+)\)")
-CONDITION = re.compile(r"condition=%?([\w.\-]+)")
+CONSTANT = re.compile(r"%?([\w.\-]+) = [su]32\[\]\S* constant\((\d+)\)")
+COUNTER = re.compile(r"%?([\w.\-]+) = [su]32\[\]\S* get-tuple-element\(\S+\), index=(\d+)")
+ADD = re.compile(r" add\(%?([\w.\-]+), %?([\w.\-]+)\)")
+LOOP = re.compile(r"condition=%?([\w.\-]+), body=%?([\w.\-]+)")
 CALLED = re.compile(r"(?:calls|body|condition|to_apply|true_computation|false_computation)=%?([\w.\-]+)")
 BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 
@@ -90,11 +92,19 @@ def of_instruction(found: re.Match, line: str, computations: Mapping, known: dic
 
 
 def trips(line: str, computations: Mapping[str, list[str]]) -> int | None:
-    """How often a loop runs at most: what XLA knows, else the number that its condition compares with, as JAX counts up to it."""
+    """How often a loop runs at most: what XLA knows, else the number that its condition compares a counter with, which begins at 0."""
     if known := TRIPS.search(line):
         return int(known[1])
-    condition = "\n".join(computations[CONDITION.search(line)[1]])
-    return max(map(int, LIMIT.findall(condition)), default=None)
+    condition, body = ("\n".join(computations[name]) for name in LOOP.search(line).groups())
+    limit = max((int(number) for _, number in CONSTANT.findall(condition)), default=None)
+    return None if limit is None else -(-limit // pace(body, {index for _, index in COUNTER.findall(condition)}))
+
+
+def pace(body: str, counters: set[str]) -> int:
+    """What is added to a loop's counter in a turn: 1, or more where XLA has unrolled one of its own."""
+    names = {name for name, index in COUNTER.findall(body) if index in counters}
+    constants = dict(CONSTANT.findall(body))
+    return max((int(constants[by]) for what, by in ADD.findall(body) if what in names and by in constants), default=1)
 
 
 def size(kind: str) -> int:

@@ -54,14 +54,16 @@ def step(config: Omni2Config, params: dict, shape: Shape) -> dict[str, Work]:
     }
 
 
-def flow(config: Omni2Config, params: dict, shape: Shape) -> Work:
-    """A window of the open chunk and the new units: the encoder once, the estimator for each Euler step and guidance branch."""
+def flow(config: Omni2Config, params: dict, shape: Shape, units: int | None = None) -> Work:
+    """A window of the open chunk and the new units: the encoder once, the estimator for each Euler step and guidance branch.
+
+    units: spoken so far, all of which the flow sees unless its past is limited; by default as many as there is room for.
+    """
     c = config.flow
     window = (shape.chunk or c.chunk) + config.write + c.lookahead - 1
-    frames, past = (
-        c.upsample * window,
-        c.upsample * (shape.units if shape.left_chunks is None else shape.left_chunks * (shape.chunk or c.chunk)),
-    )
+    room = shape.units if shape.left_chunks is None else shape.left_chunks * (shape.chunk or c.chunk)
+    seen = room if units is None else min(units, room)
+    frames, past = c.upsample * window, c.upsample * seen
     passes = 2 * c.steps
     attention = 4 * (2 + c.mid_blocks) * c.blocks * c.estimator_heads * c.estimator_head_size * frames * (frames + past)
     kept = 2 * (2 + c.mid_blocks) * c.blocks * c.estimator_heads * c.estimator_head_size * past * 4

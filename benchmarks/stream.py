@@ -174,6 +174,7 @@ def main(
     }
     figures |= speakers(times, lambda slots: Bench(config, graph, params, sized(config, slots, chunks, chunk, left_chunks)), batch, speech)
     figures["roofline"] = against_roofline(config, params, shape, parts, dtype)
+    figures["growth"] = expected_growth(config, params, shape, figures)
     report(figures)
     if json_file:
         json_file.write_text(json.dumps(figures, indent=1) + "\n")
@@ -214,6 +215,16 @@ def against_roofline(config, params, shape: Shape, parts: dict[str, float], dtyp
     return found
 
 
+def expected_growth(config, params, shape: Shape, figures: dict) -> dict:
+    """How many times the first of the compared chunks the last one costs, and would cost if only attention to the longer past grew."""
+    compared = list(map(int, figures["chunk_ms"]))
+    early, late = compared[0], compared[-1]
+    rates = figures["roofline"]["copy_bytes_per_s"], figures["roofline"]["matmul_float32_flops_per_s"]
+    least = [1000 * roofline.flow(config, params["flow"], shape, chunk * config.write).least_seconds(*rates) for chunk in (early, late)]
+    begin, end = figures["chunk_ms"][str(early)], figures["chunk_ms"][str(late)]
+    return {"from": early, "to": late, "measured": end / begin, "predicted": 1 + (least[1] - least[0]) / begin}
+
+
 def report(figures: dict) -> None:
     """The same figures as tables."""
     table = rich.table.Table(show_header=False, title=f"{figures['size']}, {figures['dtype']}, {figures['device']}")
@@ -226,6 +237,9 @@ def report(figures: dict) -> None:
         "a unit": f"{figures['unit_ms']:.2f} ms",
         "flow and vocoder, a chunk": f"{figures['flow_vocoder_ms']:.0f} ms",
         "step at chunk": ", ".join(f"{c}: {ms:.0f} ms" for c, ms in figures["chunk_ms"].items()),
+        "growth, chunk {from} to {to}".format(**figures["growth"]): "measured {measured:.2f}, by attention alone {predicted:.2f}".format(
+            **figures["growth"]
+        ),
         "Python's share of a step": f"{100 * figures['dispatch_share']:.1f} %",
         "compilations (warm-up, answers)": f"{figures['compilations']}, {figures['compilations_during_answers']}",
         "audio seconds a second, by slots": ", ".join(f"{n}: {rate:.2f}" for n, rate in figures["audio_s_per_s"].items()),

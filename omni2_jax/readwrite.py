@@ -16,6 +16,7 @@ from omni2_jax.cache import Cache
 from omni2_jax.config import Omni2Config
 from omni2_jax.model import Model
 from omni2_jax.sampling import Sampling, penalise, sample
+from omni2_jax.sharding import constrain
 
 Array = jax.Array
 
@@ -260,7 +261,7 @@ def chooser(model: Model, units_only: bool):
     if not units_only:
         return lambda hidden, settings, keys: sample(lm.logits(hidden), settings, keys)
     first = tokens.sep + 1
-    head = lm.head_rows(first, units, tokens.unit_eos)  # [U + 1, D]
+    head = constrain(lm.head_rows(first, units, tokens.unit_eos), "vocabulary", None)  # [U + 1, D], gathered before the loop, not in it
 
     def choose(hidden, settings, keys):
         logits = jnp.einsum("BD,UD->BU", hidden, head.astype(hidden.dtype)).astype(jnp.float32)

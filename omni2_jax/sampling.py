@@ -3,6 +3,7 @@
 The order is that of Hugging Face's generate: repetition penalty, temperature, top-k, top-p.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
@@ -34,15 +35,34 @@ def penalise(logits: Array, seen: Array, penalty: Array) -> Array:
 
 
 def truncate(logits: Array, top_k: Array, top_p: Array) -> Array:
-    """Put -inf outside the top-k and the smallest set whose probability reaches top-p; ties with the last one are kept."""
-    ordered = -jnp.sort(-logits, axis=-1)
-    rank = jnp.arange(logits.shape[-1])[None]
-    ordered = jnp.where((top_k[:, None] > 0) & (rank >= top_k[:, None]), -jnp.inf, ordered)
-    probability = jax.nn.softmax(ordered, axis=-1)
-    before = jnp.cumsum(probability, axis=-1) - probability
-    kept = (ordered > -jnp.inf) & ((before < top_p[:, None]) | (rank == 0))
-    least = jnp.min(jnp.where(kept, ordered, jnp.inf), axis=-1, keepdims=True)
-    return jnp.where(logits < least, -jnp.inf, logits)
+    """Put -inf outside the top-k and the smallest set whose probability reaches top-p; ties with the last one are kept.
+
+    Nothing is sorted: a vocabulary that is cut over devices stays so, and a TPU's compiler takes a minute for a sort of this size.
+    """
+    keys, most = ordered(logits), jnp.where(top_k > 0, top_k, logits.shape[-1])
+    above = lambda key: keys > key[:, None]  # noqa: E731
+    in_k = keys >= least(lambda key: jnp.sum(above(key), -1) < most)[:, None]
+    probability = jax.nn.softmax(jnp.where(in_k, logits, -jnp.inf), axis=-1)
+    share = jnp.where(top_p < 1, jnp.maximum(top_p, 1e-30), jnp.inf)  # the likeliest token stays even where it is 0
+    least_p = least(lambda key: jnp.sum(jnp.where(above(key), probability, 0), -1) < share)
+    return jnp.where(in_k & (keys >= least_p[:, None]), logits, -jnp.inf)
+
+
+def ordered(x: Array) -> Array:
+    """float32 as uint32 of the same order."""
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
+
+
+def least(enough: Callable[[Array], Array]) -> Array:
+    """The least uint32 of each row for which `enough` holds, as it does for all above it. Its bits are found one after the other."""
+
+    def bit(i: Array, key: Array) -> Array:
+        lower = key & ~(jnp.uint32(1 << 31) >> i.astype(jnp.uint32))
+        return jnp.where(enough(lower), lower, key)
+
+    shape = jax.eval_shape(enough, jax.ShapeDtypeStruct((1,), jnp.uint32)).shape
+    return jax.lax.fori_loop(0, 32, bit, jnp.full(shape, 2**32 - 1, jnp.uint32))
 
 
 def sample(logits: Array, settings: Sampling, keys: Array) -> Array:

@@ -119,7 +119,7 @@ class Train:
 
 # What may differ when a run is taken up again: it changes speed, memory or reports, not the result.
 FREE = {"mesh", "remat", "loss_chunk", "workers", "strict", "save_every", "keep", "validation", "validate_every", "samples"}
-FREE |= {"max_sample_text", "profile", "peak_flops", "microbatches"}
+FREE |= {"max_sample_text", "profile", "peak_flops"}
 
 
 def read(path: Path, changes: Sequence[str] = ()) -> Train:
