@@ -106,7 +106,9 @@ def stages(config, graph, params, shape: Shape, bench: Bench) -> dict[str, float
     }
     found, streams = {}, bench.fill()
     for name, part in parts.items():
-        run, state, times = jax.jit(part, donate_argnums=1), bench.engine.state, []
+        state, times = bench.engine.state, []
+        where = jax.tree.map(lambda leaf: leaf.sharding, state)  # as the engine left it: elsewhere, its programs would be compiled again
+        run = jax.jit(part, donate_argnums=1, out_shardings=where)
         for _ in range(6):
             start = time.perf_counter()
             state = jax.block_until_ready(run(params, state))
