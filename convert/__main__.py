@@ -1,6 +1,5 @@
 """`python -m convert`: PyTorch, Hugging Face and ONNX weights -> one checkpoint directory, and back."""
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -9,7 +8,7 @@ import rich.progress
 import typer
 
 from convert import build, export
-from omni2_jax import audio, checkpoint, voices
+from omni2_jax import audio, checkpoint, command, voices
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 console = rich.console.Console(stderr=True)
@@ -100,10 +99,7 @@ def parse_voice(text: str) -> tuple[str, Path]:
 
 
 def main() -> None:
-    try:
-        app()
-    except (ValueError, OSError) as error:
-        sys.exit("error: " + " ".join(str(error).split()))
+    command.run(app)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
 """`python -m train`: one stage of training, from a checkpoint to a checkpoint."""
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from omni2_jax import command
 from train import config
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
@@ -33,10 +33,7 @@ def train(
 
 
 def main() -> None:
-    try:
-        app()
-    except (ValueError, OSError) as error:
-        sys.exit("error: " + " ".join(str(error).split()))
+    command.run(app)
 
 
 if __name__ == "__main__":

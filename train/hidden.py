@@ -6,7 +6,6 @@ again. For a text of n tokens that is n * D numbers: 0.7 MB for 100 tokens of th
 
 import dataclasses
 import json
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated
@@ -16,7 +15,7 @@ import numpy as np
 import rich.progress
 import typer
 
-from omni2_jax import checkpoint, sharding
+from omni2_jax import checkpoint, command, sharding
 from train import config, stages, weights
 from train.config import Train
 from train.dataset import SHARD_BYTES, Shards
@@ -71,10 +70,7 @@ def write(folder: Path, data: Data, read: Callable, width: int, dtype: str) -> N
 
 
 def main() -> None:
-    try:
-        app()
-    except (ValueError, OSError) as error:
-        sys.exit("error: " + " ".join(str(error).split()))
+    command.run(app)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ import contextlib
 import dataclasses
 import itertools
 import os
-import sys
 from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,7 +22,7 @@ import rich.progress
 import rich.table
 import typer
 
-from omni2_jax import audio, units
+from omni2_jax import audio, command, units
 from omni2_jax.units import UnitTokenizer, tokenize
 from train import dataset, sources
 from train.dataset import RATES, Dialogue, Info, Writer, encode
@@ -205,10 +204,7 @@ def duration(seconds: float) -> str:
 
 
 def main() -> None:
-    try:
-        app()
-    except (ValueError, OSError) as error:
-        sys.exit("error: " + " ".join(str(error).split()))
+    command.run(app)
 
 
 if __name__ == "__main__":
