@@ -151,9 +151,11 @@ def compiled(job: Job, mesh: Mesh) -> dict:
     try:
         program = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        if not (used := re.search(r"Used ([\d.]+)([MG]) of", str(error))):
+        # Too much in all, or already in temporaries alone; either way what it says is no less than what there is.
+        if not (used := re.search(r"Used ([\d.]+)([MG]) of|temporaries \(([\d.]+)([MG])\) exceeds", str(error))):
             raise
-        exceeded = {"peak": float(used[1]) * (GIB if used[2] == "G" else 2**20), "fits": False}
+        size, unit = (group for group in used.groups() if group)
+        exceeded = {"peak": float(size) * (GIB if unit == "G" else 2**20), "fits": False}
         return found | exceeded | {"compile_s": time.perf_counter() - lowering}
     memory, moved = program.memory_analysis(), collectives(program.as_text())
     return found | {

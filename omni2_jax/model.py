@@ -56,12 +56,15 @@ class Model(nnx.Module):
 
 
 def for_serving(graph: nnx.GraphDef, params: dict) -> tuple[nnx.GraphDef, dict]:
-    """The form to generate with on this platform: on a CPU the layers of both language models in lists instead of stacked."""
+    """The form to generate with on this platform: on a CPU the layers of both language models, and the flow's stages, in lists
+    instead of stacked."""
     if jax.default_backend() != "cpu":
         return graph, params
     model = nnx.merge(graph, params)
     for lm in (model.llm, model.speech_lm):
         if lm is not None:
             lm.layers = unstack(lm.layers)
+    if model.flow is not None:
+        model.flow.estimator.middle = unstack(model.flow.estimator.middle)
     graph, state = nnx.split(model)
     return graph, nnx.to_pure_dict(state)

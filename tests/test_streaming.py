@@ -175,7 +175,7 @@ def test_bfloat16(checkpoint_dir, decoder):
     engine = model.engine(GREEDY, 1000)
     assert engine.state.words.llm.keys.dtype == engine.state.words.hidden.dtype == jnp.bfloat16
     if decoder:
-        assert engine.state.flow.past.memory.keys.dtype == jnp.float32
+        assert engine.state.flow.past.memory.pairs.dtype == jnp.float32
         after, _ = jax.eval_shape(engine._step, engine.params, engine.state)
         assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(lambda x: (x.shape, x.dtype), engine.state)
     else:

@@ -76,27 +76,30 @@ class Window:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Memory:
-    """Keys and values of frames that may be seen again: [L, B, N, S, H]. Where a frame lies in S is the caller's business."""
+    """Keys and values of frames that may be seen again. Where a frame lies in S is the caller's business.
+
+    They lie side by side in one array, since a TPU pads the last axis to 128: keys of 64 alone would take twice the room, or be
+    kept in another order between two calls and copied in each.
+    """
 
     axes: ClassVar = ("batch", "heads", None, None)  # of each layer
-    keys: Array
-    values: Array
+    pairs: Array  # [L, B, N, S, 2H]
 
     @classmethod
     def empty(cls, layers: int, batch: int, capacity: int, heads: int, head_size: int, dtype) -> "Memory":
-        shape = (layers, batch, heads, capacity, head_size)
-        return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+        return cls(jnp.zeros((layers, batch, heads, capacity, 2 * head_size), dtype))
 
     def write(self, layer: Array, slot: Array, k: Array, v: Array) -> "Memory":
         """Put k and v [B, T, N, H] of one layer at slots slot[b], slot[b] + 1, ..."""
         rows, slots = jnp.arange(len(slot))[:, None], slot[:, None] + jnp.arange(k.shape[1])
-        put = lambda old, new: old.at[layer, rows, :, slots].set(new.astype(old.dtype), unique_indices=True)  # noqa: E731
-        return Memory(put(self.keys, k), put(self.values, v))
+        pairs = jnp.concatenate([k, v], -1).astype(self.pairs.dtype)
+        return Memory(self.pairs.at[layer, rows, :, slots].set(pairs, unique_indices=True))
 
     def read(self, layer: Array, size: int, dtype) -> tuple[Array, Array]:
         """The first `size` slots of a layer's keys and values, [B, N, size, H]."""
-        shape = (1, *self.keys.shape[1:3], size, self.keys.shape[4])
-        return tuple(jax.lax.dynamic_slice(x, (layer, 0, 0, 0, 0), shape)[0].astype(dtype) for x in (self.keys, self.values))
+        batch, heads, _, width = self.pairs.shape[1:]
+        part = lambda first: jax.lax.dynamic_slice(self.pairs, (layer, 0, 0, 0, first), (1, batch, heads, size, width // 2))  # noqa: E731
+        return part(0)[0].astype(dtype), part(width // 2)[0].astype(dtype)
 
 
 def attend(q: Array, k: Array, v: Array, bias: Array, window: Window, memory: Memory | None, layer: Array) -> tuple[Array, Memory | None]:

@@ -130,10 +130,11 @@ class Estimator(nnx.Module):
 
     def tails(self, batch: int, dtype) -> Tails:
         """Before an utterance's first window."""
+        _, middle = scan(self.middle, lambda stage, carry, _: (carry, stage.tails(batch, dtype)), None)
         return Tails(
             self.down.tails(batch, dtype),
             self.down_conv.tail(batch, dtype),
-            self.middle.tails(batch, dtype),
+            middle,
             self.up.tails(batch, dtype),
             self.up_conv.tail(batch, dtype),
             self.final.conv.tail(batch, dtype),
