@@ -180,8 +180,10 @@ def flow_step(flow: Flow, state: FlowState, new: Array, counts: Array, final: Ar
     needed = jnp.max(jnp.where(active, ready - state.start, 0))
     most = rate * (plan.write + plan.lookahead)
 
-    def at_width(_, carry, width):
-        mel, past = compute(flow, dataclasses.replace(state, past=carry[1]), ready, finished, width)
+    def at_width(turn, carry, width):
+        # `turn` is 0. Without it, all that does not depend on the past would be taken out of the loops, and done for every width.
+        here = dataclasses.replace(state, start=state.start + turn, units=state.units + turn, past=carry[1])
+        mel, past = compute(flow, here, ready, finished, width)
         return carry[0].at[:, : rate * width].set(mel), past
 
     carry, below = (jnp.zeros((len(ready), rate * plan.room + most, flow.config.mels)), state.past), 0
