@@ -70,6 +70,7 @@ def test_released_sessions_side_by_side_and_again_in_a_used_slot():
 CASES = {
     "everything before, in parts": Plan.of(TINY, 5, Chunks(5, shift=3), max_units=64),
     "one chunk before": Plan.of(TINY, 5, Chunks(5, left=1), ladder=False),
+    "one chunk before, writes that complete chunks": Plan.of(TINY, 5, Chunks(5, left=1, shift=3), ladder=False),
     "two chunks before": Plan.of(TINY, 5, Chunks(6, left=2, shift=1), ladder=False),
 }
 
@@ -112,7 +113,7 @@ def test_one_compilation_in_place():
 
 def test_a_memory_in_half_precision_is_close():
     """Where each write finishes a chunk, what a stream gives is the full pass over all of it."""
-    plan = Plan.of(TINY, 5, Chunks(5, left=1, shift=3), ladder=False)
+    plan = CASES["one chunk before, writes that complete chunks"]
     state, given = FlowState.empty(tiny_flow(), VOICES, plan, jnp.bfloat16), []
     units = jnp.tile(jnp.arange(45), (3, 1))
     for part in np.split(np.arange(45), 9):
@@ -143,4 +144,5 @@ def test_sizes_for_the_released_chunk():
     plan = Plan.of(TINY, 10, max_units=300)
     assert plan.widths == (7, 17, 27, 37, 47, 57, 62) and plan.capacity == 312
     assert Plan.of(TINY, 10, Chunks(10, left=3, shift=3)).widths == (10, 22)
+    assert Plan.of(TINY, 10, Chunks(10, left=3, shift=3), ladder=False).widths == (13, 22)
     assert Plan.of(TINY, 10, Chunks(50, left=3), ladder=False).widths == (62,)

@@ -90,10 +90,13 @@ class Memory:
         return cls(jnp.zeros((layers, batch, heads, capacity, 2 * head_size), dtype))
 
     def write(self, layer: Array, slot: Array, k: Array, v: Array) -> "Memory":
-        """Put k and v [B, T, N, H] of one layer at slots slot[b], slot[b] + 1, ..."""
-        rows, slots = jnp.arange(len(slot))[:, None], slot[:, None] + jnp.arange(k.shape[1])
-        pairs = jnp.concatenate([k, v], -1).astype(self.pairs.dtype)
-        return Memory(self.pairs.at[layer, rows, :, slots].set(pairs, unique_indices=True))
+        """Put k and v [B, T, N, H] of one layer at slots slot[b], slot[b] + 1, ...; nothing of rows that would leave the memory."""
+        rows, pairs = jnp.arange(len(slot)), jnp.concatenate([k, v], -1).swapaxes(1, 2).astype(self.pairs.dtype)
+        stretch = jax.lax.ScatterDimensionNumbers((1, 2, 3), inserted_window_dims=(0, 1), scatter_dims_to_operand_dims=(0, 1, 3))
+        where = jnp.stack([jnp.full_like(slot, layer), rows, slot], -1)
+        # Whole stretches: frame by frame, heads would have to lie behind time, where no attention wants them.
+        drop = jax.lax.GatherScatterMode.FILL_OR_DROP
+        return Memory(jax.lax.scatter(self.pairs, where, pairs, stretch, unique_indices=True, mode=drop))
 
     def read(self, layer: Array, size: int, dtype) -> tuple[Array, Array]:
         """The first `size` slots of a layer's keys and values, [B, N, size, H]."""
@@ -148,4 +151,5 @@ class CausalConv(Conv1d):
             return super().__call__(jnp.pad(x, ((0, 0), (self.kernel.shape[0] - 1, 0), (0, 0)))), None
         x = jnp.concatenate([jnp.where(window.query[:, :1, None] > 0, tail, 0).astype(x.dtype), x], 1)
         cut = jax.vmap(lambda row, start: jax.lax.dynamic_slice_in_dim(row, start, tail.shape[1]))
-        return super().__call__(x), cut(x, window.kept).astype(tail.dtype)
+        after = jnp.where(window.kept[:, None, None] > 0, cut(x, window.kept).astype(tail.dtype), tail)
+        return super().__call__(x), after

@@ -68,11 +68,14 @@ class Plan:
 
     @property
     def widths(self) -> tuple[int, ...]:
-        """Units of a window: a step computes the least of these that holds its work. Unless writes are tiny, full ones fit exactly."""
+        """Units of a window: of these, a stream's step computes the least that holds its work. Full writes fit exactly, unless tiny."""
+        if not self.ladder:
+            # Writes that each complete a chunk leave `lookahead` units for the last one, and want no more than that.
+            usual = self.write + self.lookahead
+            return (usual, self.room) if self.chunks.size == self.write and self.chunks.shift == self.lookahead else (self.room,)
         late = (self.lookahead - self.chunks.shift) % self.write  # units wanting when the write arrives that a chunk ends in
         stride = self.write * -(-self.chunks.size // (6 * self.write))  # each rung is compiled on its own
-        rungs = range(self.write - late, self.chunks.size + (self.write if late else 1), stride) if self.ladder else ()
-        return (*rungs, self.room)
+        return (*range(self.write - late, self.chunks.size + (self.write if late else 1), stride), self.room)
 
     @property
     def extents(self) -> tuple[int, ...]:
@@ -142,18 +145,19 @@ def frames_of(units: Array, rate: int) -> Array:
     return frames.reshape(len(units), -1)
 
 
-def compute(flow: Flow, state: FlowState, ready: Array, finished: Array, width: int) -> tuple[Array, FlowPast]:
+def compute(flow: Flow, state: FlowState, ready: Array, finished: Array, mine: Array, width: int) -> tuple[Array, FlowPast]:
     """Mel [B, 2 width, M] of the window's first `width` units, of which those before `ready` [B] exist.
 
-    finished [B]: how many of the window's units become past.
+    finished [B]: how many of the window's units become past; mine [B] bool: the streams whose past this is, the rest keep theirs.
     """
     config, plan, rate, past = flow.config, state.plan, flow.config.upsample, state.past
-    wide = min(width + config.lookahead, plan.room)
+    wide, finished = min(width + config.lookahead, plan.room), jnp.where(mine, finished, 0)
+    slot = jnp.where(mine, state.slot(), plan.capacity)  # outside of the memory nothing is written
 
     def window(width: int, length: Array, rate: int) -> Window:
         query, key = frames_of(state.start[:, None] + jnp.arange(width), rate), frames_of(state.tenants(width), rate)
         extents = tuple(rate * extent for extent in plan.extents)
-        return Window.over(query, key, rate * length, plan.chunks, rate, slot=rate * state.slot(), kept=rate * finished, extents=extents)
+        return Window.over(query, key, rate * length, plan.chunks, rate, slot=rate * slot, kept=rate * finished, extents=extents)
 
     x = flow.embed(state.units[:, :wide])
     features, encoder = flow.encoder(x, window(wide, state.count, 1), window(wide, state.count, rate), past.encoder)
@@ -177,19 +181,19 @@ def flow_step(flow: Flow, state: FlowState, new: Array, counts: Array, final: Ar
     ready = jnp.where(final, state.count, jnp.maximum(state.count - plan.lookahead, state.given))
     active, end = ready > state.given, plan.chunks.end(state.start)
     finished = jnp.where(active & (state.count >= end + plan.lookahead), end - state.start, 0)
-    needed = jnp.max(jnp.where(active, ready - state.start, 0))
+    needed = jnp.where(active, ready - state.start, 0)
     most = rate * (plan.write + plan.lookahead)
 
-    def at_width(turn, carry, width):
+    def at_width(turn, carry, mine, width):
         # `turn` is 0. Without it, all that does not depend on the past would be taken out of the loops, and done for every width.
         here = dataclasses.replace(state, start=state.start + turn, units=state.units + turn, past=carry[1])
-        mel, past = compute(flow, here, ready, finished, width)
-        return carry[0].at[:, : rate * width].set(mel), past
+        mel, past = compute(flow, here, ready, finished, mine, width)
+        return carry[0].at[:, : rate * width].set(jnp.where(mine[:, None, None], mel, carry[0][:, : rate * width])), past
 
     carry, below = (jnp.zeros((len(ready), rate * plan.room + most, flow.config.mels)), state.past), 0
-    for width in plan.widths:  # at most one of these loops runs, and once: unlike a switch, it works on the past in place
-        runs = (below < needed) & (needed <= width)
-        carry, below = jax.lax.fori_loop(0, runs.astype(jnp.int32), partial(at_width, width=width), carry), width
+    for width in plan.widths:  # loops that run once or not at all: unlike a switch, they work on the past in place
+        mine = (below < needed) & (needed <= width)
+        carry, below = jax.lax.fori_loop(0, jnp.any(mine).astype(jnp.int32), partial(at_width, mine=mine, width=width), carry), width
 
     mel, past = carry
     mel = jax.vmap(lambda row, first: jax.lax.dynamic_slice_in_dim(row, first, most))(mel, rate * (state.given - state.start))
