@@ -151,11 +151,9 @@ def compiled(job: Job, mesh: Mesh) -> dict:
     try:
         program = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        # Too much in all, or already in temporaries alone; either way what it says is no less than what there is.
-        if not (used := re.search(r"Used ([\d.]+)([MG]) of|temporaries \(([\d.]+)([MG])\) exceeds", str(error))):
+        if (peak := wanted(str(error))) is None:
             raise
-        size, unit = (group for group in used.groups() if group)
-        exceeded = {"peak": float(size) * (GIB if unit == "G" else 2**20), "fits": False}
+        exceeded = {"peak": peak, "fits": False}
         return found | exceeded | {"compile_s": time.perf_counter() - lowering}
     memory, moved = program.memory_analysis(), collectives(program.as_text())
     return found | {
@@ -167,6 +165,14 @@ def compiled(job: Job, mesh: Mesh) -> dict:
         "lower_s": lowering - start,
         "compile_s": time.perf_counter() - lowering,
     }
+
+
+def wanted(message: str) -> float | None:
+    """Bytes that XLA says a program would take, where it refuses to compile it for their sake: of all, or of temporaries alone."""
+    if not (found := re.search(r"Used ([\d.]+)([MG]) of|temporaries \(([\d.]+)([MG])\) exceeds", message)):
+        return None
+    size, unit = (group for group in found.groups() if group)
+    return float(size) * (GIB if unit == "G" else 2**20)
 
 
 def job_of(name: str, config: Omni2Config, mesh: Mesh, batch: int | None, changes: Sequence[str]) -> Job:

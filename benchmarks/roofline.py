@@ -1,11 +1,14 @@
 """Bytes and FLOPs of one streaming step, counted from the dimensions: every weight is read once a pass and used once a position."""
 
 import math
+import statistics
 from dataclasses import dataclass
 
 import jax
 
+from omni2_jax import streaming
 from omni2_jax.config import Omni2Config, Qwen2Config
+from omni2_jax.flow.streaming import Plan
 from omni2_jax.streaming import Shape
 
 
@@ -54,21 +57,31 @@ def step(config: Omni2Config, params: dict, shape: Shape) -> dict[str, Work]:
     }
 
 
-def flow(config: Omni2Config, params: dict, shape: Shape, units: int | None = None) -> Work:
+def flow(config: Omni2Config, params: dict, shape: Shape) -> Work:
     """A window of the open chunk and the new units: the encoder once, the estimator for each Euler step and guidance branch.
 
-    units: spoken so far, all of which the flow sees unless its past is limited; by default as many as there is room for.
+    Where the flow sees all of its past, as long a one as there is room for.
     """
-    c = config.flow
-    window = (shape.chunk or c.chunk) + config.write + c.lookahead - 1
-    room = shape.units if shape.left_chunks is None else shape.left_chunks * (shape.chunk or c.chunk)
-    seen = room if units is None else min(units, room)
+    c, window = config.flow, usual_window(streaming.plan_of(config, shape))
+    seen = shape.units if shape.left_chunks is None else shape.left_chunks * (shape.chunk or c.chunk)
     frames, past = c.upsample * window, c.upsample * seen
     passes = 2 * c.steps
     attention = 4 * (2 + c.mid_blocks) * c.blocks * c.estimator_heads * c.estimator_head_size * frames * (frames + past)
     kept = 2 * (2 + c.mid_blocks) * c.blocks * c.estimator_heads * c.estimator_head_size * past * 4
     flops = 2 * count(params["encoder"]) * frames + passes * (2 * count(params["estimator"]) * frames + attention)
     return Work(size(params["encoder"]) + passes / 2 * size(params["estimator"]) + passes * shape.slots * kept, flops * shape.slots)
+
+
+def usual_window(plan: Plan) -> float:
+    """Units that a step of full writes computes, on average."""
+    count = start = 0
+    widths = []
+    for _ in range(20 * plan.chunks.size):
+        count += plan.write
+        widths.append(next(width for width in plan.widths if width >= count - plan.lookahead - start))
+        if count >= plan.chunks.end(start) + plan.lookahead:
+            start = plan.chunks.end(start)
+    return statistics.mean(widths)
 
 
 def vocoder(config: Omni2Config, params: dict, shape: Shape) -> Work:

@@ -69,15 +69,19 @@ class StreamState:
         words = ReadWriteState.empty(model.config, slots, shape.llm, shape.speech, dtype)
         if model.flow is None:
             return cls(words, None, None, jnp.zeros(slots, jnp.int32))
-        config = model.config.flow
-        size = shape.chunk or config.chunk
-        # Where a write fills a chunk, it completes one each time if the first is shorter by the look-ahead it has to wait for.
-        chunks = Chunks(size, shape.left_chunks, config.lookahead if size == model.config.write else 0)
-        units = shape.units if shape.left_chunks is None else None
-        # A ladder of sizes saves work for one speaker; among many, everybody's samples must not depend on the others.
-        plan = Plan.of(config, model.config.write, chunks, units, ladder=shape.slots == 1)
-        flow = FlowState.empty(model.flow, jnp.zeros((slots, config.mels)), plan)
-        return cls(words, flow, VocoderState.empty(model.config.hift, slots), jnp.zeros(slots, jnp.int32))
+        config = model.config
+        flow = FlowState.empty(model.flow, jnp.zeros((slots, config.flow.mels)), plan_of(config, shape))
+        return cls(words, flow, VocoderState.empty(config.hift, slots), jnp.zeros(slots, jnp.int32))
+
+
+def plan_of(config: Omni2Config, shape: Shape) -> Plan:
+    """How the flow cuts what it is given."""
+    size = shape.chunk or config.flow.chunk
+    # Where a write fills a chunk, it completes one each time if the first is shorter by the look-ahead it has to wait for.
+    chunks = Chunks(size, shape.left_chunks, config.flow.lookahead if size == config.write else 0)
+    units = shape.units if shape.left_chunks is None else None
+    # A ladder of sizes saves work for one speaker; among many, who are at different places of their chunks, the sizes would add up.
+    return Plan.of(config.flow, config.write, chunks, units, ladder=shape.slots == 1)
 
 
 def prefill(model: Model, lane: ReadWriteState, ids: Array, length: Array, features: Array, first: Array, asked: Request) -> ReadWriteState:

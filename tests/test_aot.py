@@ -110,6 +110,18 @@ def test_what_a_device_holds():
     )
 
 
+@pytest.mark.parametrize(
+    ("message", "gib"),
+    [
+        ("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 33.29G of 15.75G hbm. Exceeded hbm capacity by 17.54G.", 33.29),
+        ("the total memory required for HLO temporaries (16.01G) exceeds available HBM (15.75G).", 16.01),
+        ("INTERNAL: something else", None),
+    ],
+)
+def test_what_xla_says_that_does_not_fit(message, gib):
+    assert aot.wanted(message) == (gib and gib * 2**30)
+
+
 # --- what cannot be
 
 

@@ -35,8 +35,8 @@ class Plan:
         """chunks: by default the config's chunk, and everything before it.
 
         The memory holds what `chunks.left` needs but no more than `max_units`: what is older is forgotten. With `ladder`, a step
-        that has less to compute or to see costs less; without, there is one size, which is quicker to compile and as good for a
-        batch that fills it anyway. Raises ValueError for a write larger than a chunk, a memory without bounds, or one that
+        that has less to compute or to see costs less. Without, there are one or two sizes, quicker to compile and as good for a
+        batch that fills them anyway. Raises ValueError for a write larger than a chunk, a memory without bounds, or one that
         outlasts the noise.
         """
         chunks = chunks or Chunks(config.chunk)
