@@ -1,11 +1,12 @@
 """What all tests share: one compilation cache, the goldens, the tiny release converted once, and the engines compiled once."""
 
 import atexit
+import dataclasses
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 # Before jax is imported, and inherited by the command lines that the tests run.
@@ -23,15 +24,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from configs import stage1b
 from convert import build
 from omni2_jax import omni2
 from omni2_jax.engine import Engine
 from omni2_jax.omni2 import Omni2
 from tests.talk import GREEDY
 from train import prepare
+from train.config import Bucket, Optimiser, Train
 
 ROOT = Path(__file__).parent.parent
 GOLDENS = ROOT / "tests" / "goldens"
+TOY = {"batch": 3, "steps": 3, "optimiser": Optimiser(peak=5e-3), "dtype": "float32", "workers": 1, "loss_chunk": 1024}
+REPLIES = Bucket(0, 0, 64)
 
 omni2.BUCKET = 1280  # all conversations of the tests in one shape: compiling is most of their time
 
@@ -69,6 +74,29 @@ def prepared(folder: Path, names: Collection[str]) -> Path:
 def talks(tmp_path_factory) -> Path:
     """Two dialogues, one of one turn and one of two."""
     return prepared(tmp_path_factory.mktemp("talks"), ("sea", "tea"))
+
+
+@pytest.fixture(scope="session")
+def toy(checkpoint_dir, talks) -> Callable[..., Train]:
+    """Settings of a stage, 1b if nothing else is said: it is quick."""
+
+    def toy(config: Train = stage1b.config, **changes) -> Train:
+        given = {"checkpoint": str(checkpoint_dir), "data": str(talks), "buckets": (REPLIES,)}
+        return dataclasses.replace(config, **(TOY | given | changes))
+
+    return toy
+
+
+@pytest.fixture
+def arguments(toy) -> Callable[..., list[str]]:
+    """The same as a command line's."""
+
+    def arguments(out: Path, **changes) -> list[str]:
+        told, given = dataclasses.asdict(stage1b.config), dataclasses.asdict(toy(**changes))
+        sets = [f"--set={key}={value}" for key, value in given.items() if value != told[key]]
+        return ["--config", str(ROOT / "configs" / "stage1b.py"), "--out", str(out), *sets]
+
+    return arguments
 
 
 @pytest.fixture(scope="session")

@@ -87,3 +87,11 @@ def toy_run(checkpoint_dir: Path, data: Path, **changes) -> Train:
     given = {"checkpoint": str(checkpoint_dir), "data": str(data), "steps": 4, "batch": 8, "buckets": (Bucket(0, 0, 64),), "save_every": 2}
     how = {"dtype": "float32", "loss_chunk": 64, "workers": 1, "keep": 9, "optimiser": Optimiser(peak=5e-3)}
     return dataclasses.replace(stage1b.config, **(given | how | changes))
+
+
+def reported(directory: Path, name: str = "loss") -> dict[int, float]:
+    """A number by step; every step has it once."""
+    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    found = {line["step"]: line[name] for line in lines if name in line}
+    assert len(found) == sum(name in line for line in lines)
+    return found

@@ -1,8 +1,5 @@
-"""A run of `python -m train`: killed at any moment it goes on to the bit; what it reports, keeps and refuses."""
+"""A run of `python -m train`: killed at any moment it goes on to the bit; what it reports and keeps."""
 
-import dataclasses
-import functools
-import json
 import os
 import re
 import shutil
@@ -19,44 +16,17 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from configs import stage1a, stage1b, stage2
+from configs import stage1a, stage2
 from omni2_jax import audio, checkpoint
 from omni2_jax.layers import LORA_SCALE
 from omni2_jax.omni2 import Answer, Omni2, Options
 from tests.conftest import ROOT
-from tests.releases import linked, replace
-from tests.talk import tree_equal
-from train import __main__ as command_line
-from train import checkpoints, loop, samples, step, weights
+from tests.releases import linked
+from tests.talk import reported, tree_equal
+from train import loop, samples, step, weights
 from train.config import Bucket, Optimiser, Train
-from train.dataset import Dataset, Dialogue, Turn, Writer, encode
+from train.dataset import Dataset, encode
 from train.loop import Run
-
-TOY = {"batch": 3, "steps": 3, "optimiser": Optimiser(peak=5e-3), "dtype": "float32", "workers": 1, "loss_chunk": 1024}
-REPLIES = Bucket(0, 0, 64)
-
-
-@pytest.fixture(scope="module")
-def toy(checkpoint_dir, talks) -> Callable[..., Train]:
-    """Settings of a stage, 1b if nothing else is said: it is quick."""
-
-    def toy(config: Train = stage1b.config, **changes) -> Train:
-        given = {"checkpoint": str(checkpoint_dir), "data": str(talks), "buckets": (REPLIES,)}
-        return dataclasses.replace(config, **(TOY | given | changes))
-
-    return toy
-
-
-@pytest.fixture
-def arguments(toy) -> Callable[..., list[str]]:
-    """The same as a command line's."""
-
-    def arguments(out: Path, **changes) -> list[str]:
-        told, given = dataclasses.asdict(stage1b.config), dataclasses.asdict(toy(**changes))
-        sets = [f"--set={key}={value}" for key, value in given.items() if value != told[key]]
-        return ["--config", str(ROOT / "configs" / "stage1b.py"), "--out", str(out), *sets]
-
-    return arguments
 
 
 def run(train: Train, out: Path) -> Run:
@@ -64,14 +34,6 @@ def run(train: Train, out: Path) -> Run:
     run = Run(train, out, jax.devices()[:1])
     run.go()
     return run
-
-
-def reported(directory: Path, name: str = "loss") -> dict[int, float]:
-    """A number by step; every step has it once."""
-    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    found = {line["step"]: line[name] for line in lines if name in line}
-    assert len(found) == sum(name in line for line in lines)
-    return found
 
 
 def state(run: Path, step: int) -> dict:
@@ -322,100 +284,3 @@ def test_traced_steps(toy, tmp_path):
     shutil.rmtree(out / "steps" / "3")
     run(toy(save_every=2, profile=(1, 9)), out)
     assert list((out / "profile").rglob("*.xplane.pb"))
-
-
-# --- what it refuses
-
-
-COMPILED = []
-jax.monitoring.register_event_duration_secs_listener(lambda name, *_, **__: COMPILED.append(name) if "backend_compile" in name else None)
-
-
-@pytest.fixture
-def told(monkeypatch) -> Callable[..., str]:
-    """The one line that `python -m train` ends with; run in this process."""
-
-    def told(arguments: list[str]) -> str:
-        monkeypatch.setattr(sys, "argv", ["python -m train", *arguments])
-        monkeypatch.setattr(loop, "Run", functools.partial(Run, devices=jax.devices()[:1]))
-        with pytest.raises(SystemExit) as exit:
-            command_line.main()
-        assert str(exit.value.code).startswith("error: ") and "\n" not in str(exit.value.code)
-        return exit.value.code.removeprefix("error: ")
-
-    return told
-
-
-@pytest.fixture
-def refused(told, arguments, tmp_path) -> Callable[..., str]:
-    """What it says before anything is compiled or written."""
-
-    def refused(out: Path | None = None, **changes) -> str:
-        before, out = len(COMPILED), out or tmp_path / "out"
-        content = sorted(path.name for path in out.iterdir()) if out.is_dir() else None
-        message = told(arguments(out, **changes))
-        assert len(COMPILED) == before
-        assert (sorted(path.name for path in out.iterdir()) if out.is_dir() else None) == content
-        return message
-
-    return refused
-
-
-def test_a_loss_that_is_no_number(arguments, told, tmp_path):
-    out = tmp_path / "run"
-    message = told(arguments(out, steps=9, save_every=1, optimiser=Optimiser(peak=1e30)))
-    assert message == f"step 1: the loss is nan, its gradient's norm nan; its batch is {out}/bad-batch-1-0.npz"
-    batch = np.load(out / "bad-batch-1-0.npz")
-    assert {name: batch[name].shape for name in batch} == {"tokens": (1, 3, 64), "targets": (1, 3, 64)}
-    assert list(reported(out)) == [0] and not (out / "final").exists()
-    assert [path.name for path in (out / "steps").iterdir()] == ["1"]  # the last good one, whole
-
-
-def test_bad_checkpoints(refused, checkpoint_dir, tmp_path):
-    assert refused(checkpoint="") == "checkpoint is not given; set it in the config, or with --set checkpoint=PATH"
-    assert refused(checkpoint="gone") == "gone is not an omni2-jax checkpoint: it has no config.json"
-    bad = linked(checkpoint_dir, tmp_path / "bad")
-    told = json.loads((bad / "config.json").read_text())
-    told["speech_lm"]["hidden"] //= 2
-    replace(bad / "config.json", json.dumps(told))
-    message = refused(checkpoint=str(bad))
-    assert message.startswith(f"{bad}/params/speech_lm does not fit the checkpoint's configuration: ")
-    assert "layers.mlp.up.kernel has shape [2, 48, 96], expected [2, 48, 48]" in message
-    shutil.rmtree(bad / "params" / "speech_lm")
-    assert refused(checkpoint=str(bad)) == f"{bad} lacks speech_lm, which stage 1b needs; python -m convert adds parts to a checkpoint"
-    assert refused(reset=("llm",)) == "reset llm: stage 1b trains speech_lm only"
-    inside = refused(checkpoint_dir / "run")
-    assert inside == f"{checkpoint_dir}/run lies within the checkpoint {checkpoint_dir}; give a directory outside of it"
-
-
-def test_bad_data(refused, talks, tmp_path):
-    assert refused(data="") == "data is not given; set it in the config, or with --set data=PATH"
-    assert refused(data="gone") == "gone is no data set: it has no dataset.json; make one with python -m train.prepare"
-    for key in ("data", "validation"):
-        assert refused(**{key: str(tmp_path)}).startswith(f"{tmp_path} is no data set: it has no dataset.json")
-    empty = shutil.copytree(talks, tmp_path / "empty")
-    (empty / "dataset.json").write_text('{"version": 1, "dialogues": 0}')
-    assert refused(data=str(empty)) == f"{empty} is empty: it holds no dialogue"
-    with Writer(tmp_path / "bare") as writer:
-        writer.add(Dialogue("x", (Turn("user", "hi"), Turn("assistant", "no"))))
-    needs = "has nothing to train stage 1b on: 1 x dialogue 0: a reply has no units; python -m train.prepare makes them"
-    assert refused(data=str(tmp_path / "bare")).startswith(f"{tmp_path}/bare {needs}")
-    assert "2 x dialogue 0: too long for every bucket (0 clips, 0 positions, 51 tokens)" in refused(buckets=(Bucket(0, 0, 8),))
-
-
-def test_bad_mesh(refused):
-    assert refused(mesh={"fsdp": 3}).startswith("mesh 1 x 3 x 1 (replica x fsdp x tensor) does not fit the 1 devices there are; ")
-
-
-def test_bad_out(refused, arguments, told, toy, tmp_path):
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "letter").write_text("dear")
-    for out in (tmp_path / "mine", tmp_path / "mine" / "letter"):
-        assert refused(out) == f"{out} exists and is not a run; give a new directory"
-    out = tmp_path / "run"
-    checkpoints.remember(out, Run(toy(), out, jax.devices()[:1]).told)
-    again = "give another --out, or the same settings"
-    assert refused(out, optimiser=Optimiser(peak=1e-3)) == f"{out} holds a run with another optimiser.peak; {again}"
-    assert refused(out, steps=4, seed=1) == f"{out} holds a run with another steps, seed; {again}"
-    (out / "run.json").write_text("{}")
-    assert "holds a run with another stage, " in refused(out)
