@@ -16,7 +16,6 @@ import dataclasses
 import importlib.util
 import json
 import re
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -32,11 +31,11 @@ from flax import nnx
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from benchmarks import roofline
+from benchmarks import roofline, sizes
 from benchmarks.hlo import collectives
 from benchmarks.sizes import SIZES, dtype_of
 from configs import stage1a, stage2
-from omni2_jax import checkpoint, sharding
+from omni2_jax import checkpoint, command, sharding
 from omni2_jax.config import Omni2Config
 from omni2_jax.engine import Programs
 from omni2_jax.readwrite import request
@@ -225,12 +224,12 @@ def main(
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures here.")] = None,
 ) -> None:
     """Compile a job for a slice of TPUs that is not there."""
-    for what, name, known in (("size", size, SIZES), ("job", job, (*TRAINING, *STREAMING))):
-        if name not in known:
-            raise ValueError(f"there is no {what} {name!r}; it is one of {', '.join(known)}")
+    config = sizes.of(size)
+    if job not in (*TRAINING, *STREAMING):
+        raise ValueError(f"there is no job {job!r}; it is one of {', '.join((*TRAINING, *STREAMING))}")
     there = devices(topology)
     where = sharding.parse_mesh(mesh, there)
-    found = compiled(job_of(job, SIZES[size], where, batch, changes or []), where)
+    found = compiled(job_of(job, config, where, batch, changes or []), where)
     hbm = HBM[there[0].device_kind] * GIB
     found |= {"hbm": hbm, "fits": found.get("fits", found["peak"] <= hbm)}
     named = ", ".join(f"{axis}={count}" for axis, count in where.shape.items() if count > 1) or "one device"
@@ -241,9 +240,4 @@ def main(
 
 
 if __name__ == "__main__":
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    app.command()(main)
-    try:
-        app()
-    except (ValueError, OSError) as error:
-        sys.exit("error: " + " ".join(str(error).split()))
+    command.of(main)

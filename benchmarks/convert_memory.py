@@ -5,7 +5,6 @@ python -m benchmarks.convert_memory --size 0_5b
 The file is memory mapped, so its pages come and go as the kernel likes; what counts is the anonymous memory above the start.
 """
 
-import importlib
 import json
 import math
 import multiprocessing
@@ -21,10 +20,12 @@ import ml_dtypes
 import numpy as np
 import typer
 
+from benchmarks import sizes
+from benchmarks.sizes import SIZES
 from convert import build, releases
 from convert.engine import indices, source_shapes
 from convert.tables import omni2
-from omni2_jax import checkpoint, tokenizer
+from omni2_jax import checkpoint, command, tokenizer
 from omni2_jax.config import LANGUAGE_PARTS, Omni2Config
 
 TOKENIZERS = Path(__file__).parent.parent / "tests" / "goldens" / "omni2"
@@ -98,13 +99,13 @@ def measure(config: Omni2Config) -> dict[str, int]:
             return pool.submit(watched, release, out).result()
 
 
-def main(size: Annotated[str, typer.Option(help="A file of configs/, without its omni2_.")] = "0_5b") -> None:
-    config = importlib.import_module(f"configs.omni2_{size}").config
-    found = measure(config.only(*LANGUAGE_PARTS))
+def main(size: Annotated[str, typer.Option(help=f"Dimensions, one of {', '.join(SIZES)}.")] = "0.5b") -> None:
+    """Measure how much memory a conversion takes beside what it reads and writes."""
+    found = measure(sizes.of(size).only(*LANGUAGE_PARTS))
     for name, count in (found | {"above": found["peak"] - found["before"]}).items():
         print(f"{name:8} {count / 1e6:9.1f} MB")
     print(f"peak above the start / largest parameter: {(found['peak'] - found['before']) / found['largest']:.2f}")
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    command.of(main)

@@ -5,6 +5,7 @@ import statistics
 from dataclasses import dataclass
 
 import jax
+import jax.numpy as jnp
 
 from omni2_jax import streaming
 from omni2_jax.config import Omni2Config, Qwen2Config
@@ -67,7 +68,7 @@ def flow(config: Omni2Config, params: dict, shape: Shape) -> Work:
     frames, past = c.upsample * window, c.upsample * seen
     passes = 2 * c.steps
     attention = 4 * (2 + c.mid_blocks) * c.blocks * c.estimator_heads * c.estimator_head_size * frames * (frames + past)
-    kept = 2 * (2 + c.mid_blocks) * c.blocks * c.estimator_heads * c.estimator_head_size * past * 4
+    kept = 2 * (2 + c.mid_blocks) * c.blocks * c.estimator_heads * c.estimator_head_size * past * jnp.dtype(shape.memory).itemsize
     flops = 2 * count(params["encoder"]) * frames + passes * (2 * count(params["estimator"]) * frames + attention)
     return Work(size(params["encoder"]) + passes / 2 * size(params["estimator"]) + passes * shape.slots * kept, flops * shape.slots)
 

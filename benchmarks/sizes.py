@@ -38,12 +38,18 @@ SIZES = {
 }
 
 
+def of(size: str) -> Omni2Config:
+    if size not in SIZES:
+        raise ValueError(f"there is no size {size!r}; it is one of {', '.join(SIZES)}")
+    return SIZES[size]
+
+
 def load(size: str, directory: Path | None, dtype: jnp.dtype) -> tuple[Omni2Config, nnx.GraphDef, dict]:
     """To talk with: a checkpoint, or random weights of a size, the language side in `dtype`, the decoder in float32."""
     if directory is not None:
         config = Omni2Config.load(directory / "config.json").replace(speaker=None)
         return config, *for_serving(*checkpoint.load(directory, config, dtype))
-    config = SIZES[size].replace(speaker=None)
+    config = of(size).replace(speaker=None)
     graph, shapes = checkpoint.abstract(config)
     leaves = {path: leaf.update(dtype=dtype_of(path, dtype)) for path, leaf in checkpoint.flatten(shapes).items()}
     return config, *for_serving(graph, jax.tree.unflatten(jax.tree.structure(shapes), list(random(leaves).values())))

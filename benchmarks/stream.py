@@ -17,8 +17,8 @@ import typer
 from flax import nnx
 
 from benchmarks import device, roofline
-from benchmarks.sizes import load
-from omni2_jax import readwrite, streaming
+from benchmarks.sizes import SIZES, load
+from omni2_jax import command, readwrite, streaming
 from omni2_jax.engine import Engine, Piece, Stream
 from omni2_jax.flow import context
 from omni2_jax.flow.context import Window
@@ -80,7 +80,7 @@ class Bench:
         return min(times)
 
 
-def sized(config, slots: int, chunks: int, chunk: int | None, left_chunks: int | None) -> Shape:
+def sized(config, slots: int, chunks: int, **how) -> Shape:
     """Capacities for answers of so many chunks."""
     positions = config.speech_encoder.frames // config.adapter.stride
     room = (chunks + 8) * config.write
@@ -91,8 +91,7 @@ def sized(config, slots: int, chunks: int, chunk: int | None, left_chunks: int |
         llm=prompt + (chunks + 8) * config.read,
         speech=room + (chunks + 8) * config.read,
         units=room,
-        chunk=chunk,
-        left_chunks=left_chunks,
+        **how,
     )
 
 
@@ -145,18 +144,20 @@ def around(times: list[float], chunk: int) -> float:
 
 
 def main(
-    size: Annotated[str, typer.Option(help="tiny, 0.5b or 7b: dimensions with random weights, unless --checkpoint is given.")] = "tiny",
+    size: Annotated[str, typer.Option(help=f"Dimensions of random weights, one of {', '.join(SIZES)}.")] = "tiny",
     checkpoint: Annotated[Path | None, typer.Option(help="A converted checkpoint to measure instead.")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Slots; throughput is measured at 1, 2, 4 ... up to this.")] = 1,
     chunks: Annotated[int, typer.Option(min=5, help="Chunks of one answer (0.4 s each).")] = 100,
     chunk: Annotated[int | None, typer.Option(help="Units that the flow takes as one chunk. [default: the checkpoint's, 50]")] = None,
     left_chunks: Annotated[int | None, typer.Option(help="Chunks that the flow sees before its own. [default: all]")] = None,
+    memory: Annotated[str, typer.Option(help="What the flow remembers is kept in: float32 or bfloat16.")] = "float32",
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures here.")] = None,
 ) -> None:
     """Measure the streaming step: time to first audio, real-time factor, chunk cost, speakers, and the share of the roofline."""
     dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
     config, graph, params = load(size, checkpoint, dtype)
-    shape = sized(config, 1, chunks, chunk, left_chunks)
+    how = {"chunk": chunk, "left_chunks": left_chunks, "memory": memory}
+    shape = sized(config, 1, chunks, **how)
     bench = Bench(config, graph, params, shape)
     compiled, speech = bench.engine.compilations(), config.write / UNITS_A_SECOND
     times, dispatch = growth(bench, chunks)
@@ -180,7 +181,7 @@ def main(
         "compilations": compiled,
         "compilations_during_answers": bench.engine.compilations() - compiled,
     }
-    figures |= speakers(times, lambda slots: Bench(config, graph, params, sized(config, slots, chunks, chunk, left_chunks)), batch, speech)
+    figures |= speakers(times, lambda slots: Bench(config, graph, params, sized(config, slots, chunks, **how)), batch, speech)
     figures["roofline"] = against_roofline(config, params, shape, parts, dtype)
     figures["growth"] = expected_growth(bench, figures["chunk_ms"])
     report(figures)
@@ -298,4 +299,4 @@ def report(figures: dict) -> None:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    command.of(main)

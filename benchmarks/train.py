@@ -19,7 +19,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from benchmarks import device, dialogues
 from benchmarks.sizes import SIZES, for_training
 from configs import flow, stage1a, stage1b, stage2
-from omni2_jax import audio, sharding
+from omni2_jax import audio, command, sharding
 from omni2_jax.config import Omni2Config
 from train import config as settings
 from train import flops, stages, step
@@ -219,14 +219,14 @@ def main(
 ) -> None:
     """Measure the training step of each stage, in the first of its buckets."""
     if unknown := {size} - SIZES.keys() | set(stage or ()) - STAGES.keys():
-        raise typer.BadParameter(f"there is no {', '.join(unknown)}; --size is one of {', '.join(SIZES)}, --stage of {', '.join(STAGES)}")
+        raise ValueError(f"there is no {', '.join(unknown)}; --size is one of {', '.join(SIZES)}, --stage of {', '.join(STAGES)}")
     given = [f"batch={batch or TINY_BATCH}"] if batch or size == "tiny" else []
     given += ["dtype=float32"] if jax.default_backend() == "cpu" else []
     wanted = [dataclasses.replace(STAGES[name], steps=steps + 2) for name in stage or STAGES]
     try:
         wanted = [settings.changed(train, [*given, *(changes or [])]) for train in wanted]
     except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
+        raise ValueError(str(error)) from None
     found = []
     for train in wanted:
         with tempfile.TemporaryDirectory() as folder:
@@ -237,4 +237,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    command.of(main)

@@ -23,7 +23,7 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from benchmarks.sizes import load
 from convert.releases import hugging_face
-from omni2_jax import readwrite
+from omni2_jax import command, readwrite
 from omni2_jax.config import Omni2Config, SpeechEncoderConfig
 from omni2_jax.readwrite import READING, ReadWriteState
 
@@ -160,4 +160,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    command.of(main)

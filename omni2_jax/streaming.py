@@ -35,8 +35,13 @@ class Shape:
     units: int = 1536  # units an answer may have, where the flow sees all of its past
     chunk: int | None = None  # units that see one another in the flow; None = the checkpoint's
     left_chunks: int | None = None  # chunks that the flow sees before its own; None = all
+    memory: str = "float32"  # dtype of what the flow remembers, most of a slot's bytes; bfloat16 halves them, close to the same mel
     units_only: bool = True
     seamless: bool = True  # join the pieces of the waveform without the small jumps that the released code makes
+
+    def __post_init__(self):
+        if self.memory not in ("float32", "bfloat16"):
+            raise ValueError(f"Shape.memory is {self.memory!r}, expected float32 or bfloat16")
 
     def check(self, config: Omni2Config, prompt: int, text: int, flush: int) -> None:
         """Raise ValueError unless there is room for an answer of at most `text` tokens and `flush` units behind a prompt."""
@@ -70,7 +75,7 @@ class StreamState:
         if model.flow is None:
             return cls(words, None, None, jnp.zeros(slots, jnp.int32))
         config = model.config
-        flow = FlowState.empty(model.flow, jnp.zeros((slots, config.flow.mels)), plan_of(config, shape))
+        flow = FlowState.empty(model.flow, jnp.zeros((slots, config.flow.mels)), plan_of(config, shape), jnp.dtype(shape.memory))
         return cls(words, flow, VocoderState.empty(config.hift, slots), jnp.zeros(slots, jnp.int32))
 
 
