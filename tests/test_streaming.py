@@ -181,3 +181,8 @@ def test_bfloat16(checkpoint_dir, decoder):
     else:
         answer = model.answer(clip("speech_a"), options=GREEDY)
         assert answer.text and len(answer.units) >= 60
+
+
+def test_memory_of_another_dtype():
+    with pytest.raises(ValueError, match="Shape.memory is 'int8', expected float32 or bfloat16"):
+        Shape(memory="int8")
