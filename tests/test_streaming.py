@@ -184,5 +184,5 @@ def test_bfloat16(checkpoint_dir, decoder):
 
 
 def test_memory_of_another_dtype():
-    with pytest.raises(ValueError, match="Shape.memory is 'int8', expected float32 or bfloat16"):
+    with pytest.raises(ValueError, match=r"Shape\.memory is 'int8', expected float32 or bfloat16"):
         Shape(memory="int8")
