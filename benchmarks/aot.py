@@ -48,7 +48,7 @@ from train.weights import Weights, with_rank
 
 GIB = 2**30
 HBM = {"TPU v4": 16, "TPU v5 lite": 16, "TPU v5": 95, "TPU v6 lite": 32, "TPU7x": 96}  # GiB of a device; v4 and TPU7x have two a chip
-WORKING = "v5e:1x1, v5e:2x4, v5e:4x4, v5e:8x8, v5e:16x16, v4:2x2x1, v5p:2x2x1, v5p:4x4x4, v6e:2x4 and tpu7x:2x2x1"
+WORKING = "v5e:1x1, v5e:2x2, v5e:2x4, v5e:4x4, v5e:4x8, v5e:8x8, v5e:16x16, v4:2x2x1, v5p:2x2x1, v5p:4x4x4, v6e:2x4 and tpu7x:2x2x1"
 TRAINING = {"train": stage1a.config, "train2": stage2.config}
 STREAMING = ("prefill", "step")
 STEPS = 1000  # of a schedule of the learning rate; only constants depend on it
