@@ -1,5 +1,6 @@
 """A run of `python -m train`: killed at any moment it goes on to the bit; what it reports and keeps."""
 
+import dataclasses
 import os
 import re
 import shutil
@@ -24,7 +25,7 @@ from tests.conftest import ROOT
 from tests.releases import linked
 from tests.talk import reported, tree_equal
 from train import loop, samples, step, weights
-from train.config import Bucket, Optimiser, Train
+from train.config import Bucket, MeshShape, Optimiser, Train
 from train.dataset import Dataset, encode
 from train.loop import Run
 
@@ -130,6 +131,18 @@ def test_saved_states_that_cannot_be_read(toy, tmp_path):
 
 
 # --- the same numbers, however they are computed
+
+
+def test_taken_up_on_another_mesh(toy, tmp_path):
+    """Saved by six devices (width in three, hidden size in two), taken up by one."""
+    out, settings = tmp_path / "run", toy(save_every=2)
+    Run(dataclasses.replace(settings, mesh=MeshShape(fsdp=3, tensor=2)), out, jax.devices()[:6]).go()
+    losses, expected = reported(out), state(out, 3)["params"]
+    shutil.rmtree(out / "steps" / "3")
+    run(settings, out)
+    assert reported(out) == pytest.approx(losses, rel=1e-5)
+    for path, value in state(out, 3)["params"].items():
+        np.testing.assert_allclose(value, expected[path], atol=1e-5)
 
 
 @pytest.fixture
