@@ -1,7 +1,7 @@
 """Bytes and FLOPs of one streaming step, counted from the dimensions: every weight is read once a pass and used once a position."""
 
+import collections
 import math
-import statistics
 from dataclasses import dataclass
 
 import jax
@@ -59,30 +59,35 @@ def step(config: Omni2Config, params: dict, shape: Shape) -> dict[str, Work]:
 
 
 def flow(config: Omni2Config, params: dict, shape: Shape) -> Work:
-    """A window of the open chunk and the new units: the encoder once, the estimator for each Euler step and guidance branch.
+    """Passes over open chunks: the encoder once in each, the estimator for each Euler step and guidance branch.
 
     Where the flow sees all of its past, as long a one as there is room for.
     """
-    c, window = config.flow, usual_window(streaming.plan_of(config, shape))
+    c, windows = config.flow, usual_windows(streaming.plan_of(config, shape))
     seen = shape.units if shape.left_chunks is None else shape.left_chunks * (shape.chunk or c.chunk)
-    frames, past = c.upsample * window, c.upsample * seen
-    passes = 2 * c.steps
-    attention = 4 * (2 + c.mid_blocks) * c.blocks * c.estimator_heads * c.estimator_head_size * frames * (frames + past)
-    kept = 2 * (2 + c.mid_blocks) * c.blocks * c.estimator_heads * c.estimator_head_size * past * jnp.dtype(shape.memory).itemsize
-    flops = 2 * count(params["encoder"]) * frames + passes * (2 * count(params["estimator"]) * frames + attention)
-    return Work(size(params["encoder"]) + passes / 2 * size(params["estimator"]) + passes * shape.slots * kept, flops * shape.slots)
+    past, twice, heads = c.upsample * seen, 2 * c.steps, (2 + c.mid_blocks) * c.blocks * c.estimator_heads * c.estimator_head_size
+    work = Work(0, 0)
+    for window, passes in windows.items():
+        frames = c.upsample * window
+        flops = 2 * count(params["encoder"]) * frames + twice * (2 * count(params["estimator"]) + 4 * heads * (frames + past)) * frames
+        kept = 2 * heads * past * jnp.dtype(shape.memory).itemsize
+        moved = size(params["encoder"]) + twice / 2 * size(params["estimator"]) + twice * shape.slots * kept
+        work = Work(work.bytes + passes * moved, work.flops + passes * flops * shape.slots)
+    return work
 
 
-def usual_window(plan: Plan) -> float:
-    """Units that a step of full writes computes, on average."""
-    count = start = 0
-    widths = []
-    for _ in range(20 * plan.chunks.size):
-        count += plan.write
-        widths.append(next(width for width in plan.widths if width >= count - plan.lookahead - start))
-        if count >= plan.chunks.end(start) + plan.lookahead:
-            start = plan.chunks.end(start)
-    return statistics.mean(widths)
+def usual_windows(plan: Plan) -> dict[int, float]:
+    """The sizes of windows that steps of full writes compute, and how many of each a step does on average."""
+    steps, found = 20 * plan.chunks.size, collections.Counter()
+    start = given = 0
+    for step in range(1, steps + 1):
+        ready = step * plan.write - plan.lookahead
+        while given < ready:
+            end = plan.chunks.end(start)
+            given = min(ready, end)
+            found[next(width for width in plan.widths if width >= given - start)] += 1
+            start = end if given == end else start
+    return {width: times / steps for width, times in found.items()}
 
 
 def vocoder(config: Omni2Config, params: dict, shape: Shape) -> Work:

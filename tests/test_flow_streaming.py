@@ -72,6 +72,7 @@ CASES = {
     "one chunk before": Plan.of(TINY, 5, Chunks(5, left=1), ladder=False),
     "one chunk before, writes that complete chunks": Plan.of(TINY, 5, Chunks(5, left=1, shift=3), ladder=False),
     "two chunks before": Plan.of(TINY, 5, Chunks(6, left=2, shift=1), ladder=False),
+    "chunks smaller than a write": Plan.of(TINY, 5, Chunks(4, left=2, shift=1)),
 }
 
 
@@ -126,8 +127,8 @@ def test_a_memory_in_half_precision_is_close():
 
 
 def test_plans_that_cannot_work_are_errors():
-    with pytest.raises(ValueError, match="11 new units a step, expected 1 to 10"):
-        Plan.of(TINY, 11, Chunks(10, left=1))
+    with pytest.raises(ValueError, match="0 new units a step, expected at least 1"):
+        Plan.of(TINY, 0, Chunks(10, left=1))
     with pytest.raises(ValueError, match="needs max_units"):
         Plan.of(TINY, 10)
     with pytest.raises(ValueError, match="602 mel frames; the flow's noise has 600"):
@@ -140,9 +141,11 @@ def test_plans_that_cannot_work_are_errors():
 
 
 def test_sizes_for_the_released_chunk():
-    """The sizes that a step of 10 units can need, and no more: 7, 17 ... 57 units wait for their mel, or at the end up to 62."""
+    """The sizes that a pass after a write of 10 units can need, and no more: 7, 17 ... 47 units of a chunk, or all 50; a memory of
+    what a chunk sees, and no more."""
     plan = Plan.of(TINY, 10, max_units=300)
-    assert plan.widths == (7, 17, 27, 37, 47, 57, 62) and plan.capacity == 312
-    assert Plan.of(TINY, 10, Chunks(10, left=3, shift=3)).widths == (10, 22)
-    assert Plan.of(TINY, 10, Chunks(10, left=3, shift=3), ladder=False).widths == (13, 22)
-    assert Plan.of(TINY, 10, Chunks(50, left=3), ladder=False).widths == (62,)
+    assert plan.widths == (7, 17, 27, 37, 47, 50) and plan.capacity == 300
+    plan = Plan.of(TINY, 10, Chunks(10, left=3, shift=3))
+    assert plan.widths == (10,) and plan.capacity == 40
+    assert Plan.of(TINY, 10, Chunks(10, left=3, shift=3), ladder=False).widths == (3, 10)
+    assert Plan.of(TINY, 10, Chunks(50, left=3), ladder=False).widths == (10, 50)

@@ -3,6 +3,7 @@
 B rows, T frames of the stretch, S frames that can be seen, N heads, H head size, C channels, L layers.
 """
 
+import dataclasses
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -71,6 +72,10 @@ class Window:
         """All frames of right-padded utterances."""
         index = jnp.broadcast_to(jnp.arange(frames), (length.shape[0], frames))
         return cls.over(index, index, length, chunks, rate)
+
+    def first(self, frames: int) -> "Window":
+        """Its first frames alone."""
+        return dataclasses.replace(self, valid=self.valid[:, :frames], query=self.query[:, :frames], bias=self.bias[:, :, :frames])
 
 
 @jax.tree_util.register_dataclass

@@ -135,10 +135,15 @@ class Encoder(nnx.Module):
         )
 
     def __call__(self, x: Array, units: Window, frames: Window, past: EncoderPast | None = None) -> tuple[Array, EncoderPast | None]:
-        """Unit embeddings [B, T, D] -> features [B, 2T, D]; `units` and `frames` are the window before and after upsampling."""
+        """Unit embeddings [B, T, D] -> features [B, 2T, D]; `units` and `frames` are the window before and after upsampling.
+
+        x and `units` may reach further, to what the last of the T units look ahead to.
+        """
         c, p = self.config, past or EncoderPast(None, None, None, None)
         x = self.embed(x) * units.valid[..., None]  # units past the end must look like no units at all
         x, look_ahead = self.look_ahead(x, units, p.look_ahead)
+        inside = frames.valid.shape[1] // c.upsample
+        x, units = x[:, :inside], units.first(inside)
         x, unit_memory = run_blocks(self.blocks, x, units, p.units, jnp.arange(c.layers))
         x, upsample = self.upsample(jnp.repeat(x, c.upsample, axis=1), frames, p.upsample)
         x, frame_memory = run_blocks(self.up_blocks, self.up_embed(x), frames, p.frames, jnp.arange(c.up_layers))

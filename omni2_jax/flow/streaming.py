@@ -2,8 +2,9 @@
 
 A chunk is finished when the look-ahead behind its last unit has arrived; nothing in it changes any more. Its keys and values (of each
 layer, Euler step and guidance branch) stay in memory and only the open chunk is computed again: the same mel as the full pass over
-everything so far, at a cost that does not grow. B streams, W new units of a step at most, U units of a window at most, S units in
-memory, M mel bins, F mel frames of a step at most.
+everything so far, at a cost that does not grow. A pass computes one chunk of each stream, so that the memory is no larger than what a
+chunk sees; a step that finishes a chunk and begins the next one takes two. B streams, W new units of a step at most, U units that wait
+at most, S units in memory, M mel bins, F mel frames of a step at most.
 """
 
 import dataclasses
@@ -27,29 +28,28 @@ class Plan:
     chunks: Chunks
     write: int  # new units a step takes at most
     lookahead: int
-    ring: int  # the memory is a ring of chunks so long
+    capacity: int  # the memory is a ring of whole chunks, so long in all
     ladder: bool
 
     @classmethod
     def of(cls, config: FlowConfig, write: int, chunks: Chunks | None = None, max_units: int | None = None, ladder: bool = True) -> "Plan":
         """chunks: by default the config's chunk, and everything before it.
 
-        The memory holds what `chunks.left` needs but no more than `max_units`: what is older is forgotten. With `ladder`, a step
-        that has less to compute or to see costs less. Without, there are one or two sizes, quicker to compile and as good for a
-        batch that fills them anyway. Raises ValueError for a write larger than a chunk, a memory without bounds, or one that
-        outlasts the noise.
+        The memory holds a chunk and the `chunks.left` before it but no more than `max_units`: what is older is forgotten. With
+        `ladder`, a pass that has less to compute or to see costs less. Without, there are one or two sizes, quicker to compile and as
+        good for a batch that fills them anyway. Raises ValueError for no write at all, a memory without bounds, or one that outlasts
+        the noise.
         """
         chunks = chunks or Chunks(config.chunk)
-        if not 0 < write <= chunks.size:
-            raise ValueError(f"{write} new units a step, expected 1 to {chunks.size}: no step may finish more than one chunk")
+        if write < 1:
+            raise ValueError(f"{write} new units a step, expected at least 1")
         if chunks.left is None and not max_units:
             raise ValueError("a flow that sees the whole past needs max_units")
         if chunks.left is None and config.upsample * max_units > config.noise_frames:
             raise ValueError(f"{max_units} units make {config.upsample * max_units} mel frames; the flow's noise has {config.noise_frames}")
-        plan = cls(chunks, write, config.lookahead, 0, ladder)
-        needs = [] if chunks.left is None else [chunks.left + plan.reach]
-        needs += [max(plan.reach, -(-(max_units + chunks.shift) // chunks.size))] if max_units else []
-        return dataclasses.replace(plan, ring=min(needs) * chunks.size)
+        needs = [] if chunks.left is None else [chunks.left + 1]
+        needs += [-(-(max_units + chunks.shift) // chunks.size)] if max_units else []
+        return cls(chunks, write, config.lookahead, min(needs) * chunks.size, ladder)
 
     @property
     def room(self) -> int:
@@ -57,25 +57,15 @@ class Plan:
         return self.chunks.size + self.write + self.lookahead - 1
 
     @property
-    def reach(self) -> int:
-        """The chunks that they lie in."""
-        return -(-self.room // self.chunks.size)
-
-    @property
-    def capacity(self) -> int:
-        """Slots of the memory: a window that begins in the ring's last chunk hangs over its end."""
-        return self.ring + self.room - self.chunks.size
-
-    @property
     def widths(self) -> tuple[int, ...]:
-        """Units of a window: of these, a stream's step computes the least that holds its work. Full writes fit exactly, unless tiny."""
-        if not self.ladder:
-            # Writes that each complete a chunk leave `lookahead` units for the last one, and want no more than that.
-            usual = self.write + self.lookahead
-            return (usual, self.room) if self.chunks.size == self.write and self.chunks.shift == self.lookahead else (self.room,)
+        """Units of a window: of these, a stream's pass computes the least that holds its work. Full writes fit exactly, unless tiny."""
+        size = self.chunks.size
+        if not self.ladder:  # what begins a chunk, or is left of the last one where each write completes one, need not cost a whole one
+            rest = self.write if self.write < size else self.lookahead
+            return (rest, size) if 0 < rest < size else (size,)
         late = (self.lookahead - self.chunks.shift) % self.write  # units wanting when the write arrives that a chunk ends in
-        stride = self.write * -(-self.chunks.size // (6 * self.write))  # each rung is compiled on its own
-        return (*range(self.write - late, self.chunks.size + (self.write if late else 1), stride), self.room)
+        stride = self.write * -(-size // (6 * self.write))  # each rung is compiled on its own
+        return (*range(self.write - late, size, stride), size)
 
     @property
     def extents(self) -> tuple[int, ...]:
@@ -128,14 +118,14 @@ class FlowState:
         return dataclasses.replace(self, units=units, count=self.count + counts)
 
     def slot(self) -> Array:
-        """Where in the memory the window begins, [B]."""
-        size, first = self.plan.chunks.size, self.start + self.plan.chunks.shift
-        return first // size * size % self.plan.ring + first % size
+        """Where in the memory the open chunk begins, [B]."""
+        size = self.plan.chunks.size
+        return (self.start + self.plan.chunks.shift) // size * size % self.plan.capacity
 
     def tenants(self, width: Array | int) -> Array:
-        """`tenant` while the first `width` units of the window lie there, [B, S]; the rest of the window's place is void."""
+        """`tenant` while the first `width` units of the open chunk lie there, [B, S]; the rest of its place is void."""
         at = jnp.arange(self.plan.capacity) - self.slot()[:, None]
-        outside = (at < 0) | (at >= self.plan.room)
+        outside = (at < 0) | (at >= self.plan.chunks.size)
         return jnp.where(outside, self.tenant, jnp.where(at < width, self.start[:, None] + at, -1))
 
 
@@ -145,23 +135,24 @@ def frames_of(units: Array, rate: int) -> Array:
     return frames.reshape(len(units), -1)
 
 
-def compute(flow: Flow, state: FlowState, ready: Array, finished: Array, mine: Array, width: int) -> tuple[Array, FlowPast]:
-    """Mel [B, 2 width, M] of the window's first `width` units, of which those before `ready` [B] exist.
+def compute(flow: Flow, state: FlowState, upto: Array, finished: Array, mine: Array, width: int) -> tuple[Array, FlowPast]:
+    """Mel [B, 2 width, M] of the open chunk's first `width` units, of which those before `upto` [B] exist.
 
-    finished [B]: how many of the window's units become past; mine [B] bool: the streams whose past this is, the rest keep theirs.
+    finished [B]: how many of the chunk's units become past; mine [B] bool: the streams whose past this is, the rest keep theirs.
     """
     config, plan, rate, past = flow.config, state.plan, flow.config.upsample, state.past
-    wide, finished = min(width + config.lookahead, plan.room), jnp.where(mine, finished, 0)
+    wide = min(width + config.lookahead, plan.chunks.size)  # the encoder sees units that still wait for their mel,
+    ahead = min(wide + config.lookahead, plan.room)  # and what it looks ahead to may belong to the next chunk
     slot = jnp.where(mine, state.slot(), plan.capacity)  # outside of the memory nothing is written
 
-    def window(width: int, length: Array, rate: int) -> Window:
-        query, key = frames_of(state.start[:, None] + jnp.arange(width), rate), frames_of(state.tenants(width), rate)
+    def window(queries: int, keys: int, length: Array, rate: int) -> Window:
+        query, key = frames_of(state.start[:, None] + jnp.arange(queries), rate), frames_of(state.tenants(keys), rate)
         extents = tuple(rate * extent for extent in plan.extents)
         return Window.over(query, key, rate * length, plan.chunks, rate, slot=rate * slot, kept=rate * finished, extents=extents)
 
-    x = flow.embed(state.units[:, :wide])
-    features, encoder = flow.encoder(x, window(wide, state.count, 1), window(wide, state.count, rate), past.encoder)
-    mu, frames = flow.project(features[:, : rate * width]), window(width, ready, rate)
+    units, frames = window(ahead, wide, state.count, 1), window(wide, wide, state.count, rate)
+    features, encoder = flow.encoder(flow.embed(state.units[:, :ahead]), units, frames, past.encoder)
+    mu, frames = flow.project(features[:, : rate * width]), window(width, width, upto, rate)
     z = jnp.take(flow.noise[...].astype(mu.dtype), frames.query % config.noise_frames, axis=0)
     mel, tails, memory = flow.solve(mu, state.voice, jnp.zeros_like(mu), z, frames, past.tails, past.memory)
     return mel, FlowPast(encoder, tails, memory)
@@ -179,32 +170,38 @@ def flow_step(flow: Flow, state: FlowState, new: Array, counts: Array, final: Ar
         raise ValueError(f"{new.shape[1]} new units a step; the state was made for {plan.write}")
     state = state.append(new, counts)
     ready = jnp.where(final, state.count, jnp.maximum(state.count - plan.lookahead, state.given))
-    active, end = ready > state.given, plan.chunks.end(state.start)
-    finished = jnp.where(active & (state.count >= end + plan.lookahead), end - state.start, 0)
-    needed = jnp.where(active, ready - state.start, 0)
-    most = rate * (plan.write + plan.lookahead)
-
-    def at_width(turn, carry, mine, width):
-        # `turn` is 0. Without it, all that does not depend on the past would be taken out of the loops, and done for every width.
-        here = dataclasses.replace(state, start=state.start + turn, units=state.units + turn, past=carry[1])
-        mel, past = compute(flow, here, ready, finished, mine, width)
-        return carry[0].at[:, : rate * width].set(jnp.where(mine[:, None, None], mel, carry[0][:, : rate * width])), past
-
-    carry, below = (jnp.zeros((len(ready), rate * plan.room + most, flow.config.mels)), state.past), 0
-    for width in plan.widths:  # loops that run once or not at all: unlike a switch, they work on the past in place
-        mine = (below < needed) & (needed <= width)
-        carry, below = jax.lax.fori_loop(0, jnp.any(mine).astype(jnp.int32), partial(at_width, mine=mine, width=width), carry), width
-
-    mel, past = carry
-    mel = jax.vmap(lambda row, first: jax.lax.dynamic_slice_in_dim(row, first, most))(mel, rate * (state.given - state.start))
+    frame = rate * state.given[:, None] + jnp.arange(rate * (plan.write + plan.lookahead))
     frames = rate * (ready - state.given)
-    ahead = jnp.minimum(jnp.arange(plan.room) + finished[:, None], plan.room - 1)
-    state = dataclasses.replace(
-        state,
-        units=jnp.take_along_axis(state.units, ahead, 1),
-        start=state.start + finished,
-        given=ready,
-        tenant=state.tenants(finished[:, None]),
-        past=past,
-    )
-    return state, jnp.where((jnp.arange(most) < frames[:, None])[..., None], mel, 0), frames
+
+    def advance(_, carry, mine: Array, upto: Array, width: int):
+        """A pass of the streams `mine`, to the unit `upto`."""
+        state, given = carry
+        finished = jnp.where(mine & (upto == plan.chunks.end(state.start)), upto - state.start, 0)
+        mel, past = compute(flow, state, upto, finished, mine, width)
+        at = jnp.clip(frame - rate * state.start[:, None], 0, rate * width - 1)
+        fresh = mine[:, None] & (frame >= rate * state.given[:, None]) & (frame < rate * upto[:, None])
+        given = jnp.where(fresh[..., None], jnp.take_along_axis(mel, at[..., None], 1), given)
+        state = dataclasses.replace(
+            state,
+            units=jnp.take_along_axis(state.units, jnp.minimum(jnp.arange(plan.room) + finished[:, None], plan.room - 1), 1),
+            start=state.start + finished,
+            given=jnp.where(mine, upto, state.given),
+            tenant=state.tenants(finished[:, None]),
+            past=past,
+        )
+        return state, given
+
+    def sweep(carry):
+        """What is left of an open chunk, then what there is of the next one: mostly that takes a smaller window."""
+        for width, below in zip(reversed(plan.widths), (*reversed(plan.widths[:-1]), 0), strict=True):
+            state, _ = carry
+            upto = jnp.minimum(ready, plan.chunks.end(state.start))
+            needed = jnp.where(upto > state.given, upto - state.start, 0)
+            mine = (below < needed) & (needed <= width)
+            # A loop that runs once or not at all: unlike a switch, it works on the past in place.
+            carry = jax.lax.fori_loop(0, jnp.any(mine).astype(jnp.int32), partial(advance, mine=mine, upto=upto, width=width), carry)
+        return carry
+
+    mel = jnp.zeros((*frame.shape, flow.config.mels))
+    state, mel = jax.lax.while_loop(lambda carry: jnp.any(carry[0].given < ready), sweep, (state, mel))
+    return state, mel, frames
