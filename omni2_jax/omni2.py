@@ -56,6 +56,9 @@ class Options:
         for name, least in {"temperature": 0, "unit_temperature": 0, "max_new_tokens": 1, "max_flush_units": 1, "unit_top_k": 0}.items():
             if not getattr(self, name) >= least:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least {least}")
+        for name, least in {"chunk": 1, "left_chunks": 0}.items():
+            if getattr(self, name) is not None and not getattr(self, name) >= least:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected at least {least}")
         if self.repetition_penalty is not None and not self.repetition_penalty > 0:
             raise ValueError(f"repetition_penalty is {self.repetition_penalty}, expected more than 0")
         if self.unit_vocabulary not in ("units", "all"):

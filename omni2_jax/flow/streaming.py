@@ -175,12 +175,12 @@ def flow_step(flow: Flow, state: FlowState, new: Array, counts: Array, final: Ar
 
     def advance(_, carry, mine: Array, upto: Array, width: int):
         """A pass of the streams `mine`, to the unit `upto`."""
-        state, given = carry
+        state, out = carry
         finished = jnp.where(mine & (upto == plan.chunks.end(state.start)), upto - state.start, 0)
         mel, past = compute(flow, state, upto, finished, mine, width)
         at = jnp.clip(frame - rate * state.start[:, None], 0, rate * width - 1)
         fresh = mine[:, None] & (frame >= rate * state.given[:, None]) & (frame < rate * upto[:, None])
-        given = jnp.where(fresh[..., None], jnp.take_along_axis(mel, at[..., None], 1), given)
+        out = jnp.where(fresh[..., None], jnp.take_along_axis(mel, at[..., None], 1), out)
         state = dataclasses.replace(
             state,
             units=jnp.take_along_axis(state.units, jnp.minimum(jnp.arange(plan.room) + finished[:, None], plan.room - 1), 1),
@@ -189,7 +189,7 @@ def flow_step(flow: Flow, state: FlowState, new: Array, counts: Array, final: Ar
             tenant=state.tenants(finished[:, None]),
             past=past,
         )
-        return state, given
+        return state, out
 
     def sweep(carry):
         """What is left of an open chunk, then what there is of the next one: mostly that takes a smaller window."""
