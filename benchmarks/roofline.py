@@ -59,21 +59,25 @@ def step(config: Omni2Config, params: dict, shape: Shape) -> dict[str, Work]:
 
 
 def flow(config: Omni2Config, params: dict, shape: Shape) -> Work:
-    """Passes over open chunks: the encoder once in each, the estimator for each Euler step and guidance branch.
+    """The passes of an average step of full writes."""
+    windows = usual_windows(streaming.plan_of(config, shape))
+    passes = [times(flow_pass(config, params, shape, window), often) for window, often in windows.items()]
+    return Work(sum(work.bytes for work in passes), sum(work.flops for work in passes))
+
+
+def flow_pass(config: Omni2Config, params: dict, shape: Shape, window: int) -> Work:
+    """`window` units of every slot: the encoder once, the estimator for each Euler step and guidance branch.
 
     Where the flow sees all of its past, as long a one as there is room for.
     """
-    c, windows = config.flow, usual_windows(streaming.plan_of(config, shape))
+    c = config.flow
     seen = shape.units if shape.left_chunks is None else shape.left_chunks * (shape.chunk or c.chunk)
-    past, twice, heads = c.upsample * seen, 2 * c.steps, (2 + c.mid_blocks) * c.blocks * c.estimator_heads * c.estimator_head_size
-    work = Work(0, 0)
-    for window, passes in windows.items():
-        frames = c.upsample * window
-        flops = 2 * count(params["encoder"]) * frames + twice * (2 * count(params["estimator"]) + 4 * heads * (frames + past)) * frames
-        kept = 2 * heads * past * jnp.dtype(shape.memory).itemsize
-        moved = size(params["encoder"]) + twice / 2 * size(params["estimator"]) + twice * shape.slots * kept
-        work = Work(work.bytes + passes * moved, work.flops + passes * flops * shape.slots)
-    return work
+    frames, past, branches = c.upsample * window, c.upsample * seen, 2 * c.steps
+    width = (2 + c.mid_blocks) * c.blocks * c.estimator_heads * c.estimator_head_size  # of all attentions
+    attention, kept = 4 * width * frames * (frames + past), 2 * width * past * jnp.dtype(shape.memory).itemsize
+    flops = 2 * count(params["encoder"]) * frames + branches * (2 * count(params["estimator"]) * frames + attention)
+    moved = size(params["encoder"]) + c.steps * size(params["estimator"]) + branches * shape.slots * kept
+    return Work(moved, flops * shape.slots)
 
 
 def usual_windows(plan: Plan) -> dict[int, float]:
