@@ -142,7 +142,8 @@ def test_taken_up_on_another_mesh(toy, tmp_path):
     run(settings, out)
     assert reported(out) == pytest.approx(losses, rel=1e-5)
     for path, value in state(out, 3)["params"].items():
-        np.testing.assert_allclose(value, expected[path], atol=1e-5)
+        # Keys' biases hardly change a softmax. Their gradients are close to rounding, which Adam scales up to steps of 1e-3.
+        np.testing.assert_allclose(value, expected[path], atol=5e-5 if path.endswith("key.bias") else 1e-6)
 
 
 @pytest.fixture
