@@ -5,6 +5,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -28,6 +29,7 @@ from omni2_jax.streaming import Shape
 
 UNITS_A_SECOND = 25
 POINTS = (5, 20, 50, 100)  # chunks whose cost is compared
+TURNS = 3  # an answer has room for four chunks more than it was asked for
 console = rich.console.Console()
 
 
@@ -63,6 +65,21 @@ class Bench:
         called = time.perf_counter()
         np.asarray(packed)
         return time.perf_counter() - start, called - start
+
+    def opened(self, units: int) -> int:
+        """The first unit of the chunk that is open when so many units have arrived."""
+        chunks = self.engine.state.flow.plan.chunks
+        return max(chunks.end(units - self.config.flow.lookahead) - chunks.size, 0)
+
+    def place(self, units: int) -> None:
+        """As if every slot had spoken so many units, which its memory holds."""
+        flow, start = self.engine.state.flow, self.opened(units)
+        size, shift = flow.plan.capacity, flow.plan.chunks.shift
+        tenant = start - 1 - (start - 1 + shift - np.arange(size)) % size
+        values = {"count": units, "given": units - flow.plan.lookahead, "start": start, "tenant": np.maximum(tenant, -1)}
+        fill = lambda old, new: jax.device_put(np.broadcast_to(new, old.shape).astype(old.dtype), old.sharding)  # noqa: E731
+        flow = dataclasses.replace(flow, **{name: fill(getattr(flow, name), value) for name, value in values.items()})
+        self.engine.state = dataclasses.replace(self.engine.state, flow=flow)
 
     def empty(self, streams: list[Stream]) -> None:
         for stream in streams:
@@ -183,7 +200,8 @@ def main(
     }
     figures |= speakers(times, lambda slots: Bench(config, graph, params, sized(config, slots, chunks, **how)), batch, speech)
     figures["roofline"] = against_roofline(config, params, shape, parts, dtype)
-    figures["growth"] = expected_growth(bench, figures["chunk_ms"])
+    compared = list(map(int, figures["chunk_ms"]))
+    figures["growth"] = compare(bench, compared[0], compared[-1])
     report(figures)
     if json_file:
         json_file.write_text(json.dumps(figures, indent=1) + "\n")
@@ -194,7 +212,7 @@ def speakers(times: list[float], bench: Callable[[int], Bench], batch: int, spee
 
     times: of one slot, measured already; speech: seconds of it in a step.
     """
-    rates, most, slots = {}, 0, 1
+    rates, most, slots, steps = {}, 0, 1, min(30, len(times))  # not more than there is room for: a step of idle slots costs nothing
     while True:
         rates[str(slots)] = slots * speech / statistics.median(times)
         if np.percentile(times, 95) <= speech:
@@ -202,7 +220,7 @@ def speakers(times: list[float], bench: Callable[[int], Bench], batch: int, spee
         slots *= 2
         if slots > batch:
             return {"audio_s_per_s": rates, "realtime_speakers": most}
-        times, _ = growth(bench(slots), 30)
+        times, _ = growth(bench(slots), steps)
 
 
 def against_roofline(config, params, shape: Shape, parts: dict[str, float], dtype) -> dict:
@@ -224,45 +242,66 @@ def against_roofline(config, params, shape: Shape, parts: dict[str, float], dtyp
     return found
 
 
-def attention(bench: Bench, units: int) -> float:
-    """Seconds of a step, after so many units, that the estimator's attention takes: by itself, over the engine's own memory."""
-    flow = bench.engine.state.flow
-    plan, rate, memory = flow.plan, bench.config.flow.upsample, flow.past.memory
-    layers, rows, heads, slots, width = memory.pairs.shape
-    frames, seen = rate * plan.widths[len(plan.widths) // 2], min(rate * units, slots)
-    ones = jnp.ones((rows, frames, heads, width // 2))
-    window = Window(
-        valid=jnp.ones((rows, frames), bool),
-        query=jnp.zeros((rows, frames), jnp.int32),
-        key=jnp.zeros((rows, slots), jnp.int32),
-        bias=jnp.zeros((rows, 1, frames, slots)),
-        used=jnp.full(rows, seen),
-        slot=jnp.full(rows, max(seen - frames, 0)),
-        extents=tuple(rate * extent for extent in plan.extents),
-    )
+def attention(bench: Bench) -> Callable[[int], float]:
+    """How many seconds of a step that begins after so many units the estimator's attention takes: by itself, over the engine's memory."""
+    plan, rate = bench.engine.state.flow.plan, bench.config.flow.upsample
+    layers, rows, heads, slots, size = bench.engine.state.flow.past.memory.pairs.shape
 
-    def layer(carry, index):
-        q, memory = carry
-        return context.attend(q, q, ones, window.bias, window, memory, index), None
+    @partial(jax.jit, donate_argnames="memory")
+    def run(memory, ones, bias, seen):
+        width, used = ones.shape[1], jnp.full(rows, seen)
+        window = Window(
+            valid=jnp.ones((rows, width), bool),
+            query=jnp.zeros((rows, width), jnp.int32),
+            key=jnp.zeros((rows, slots), jnp.int32),
+            bias=bias,
+            used=used,
+            slot=jnp.maximum(used - width, 0),
+            extents=tuple(rate * extent for extent in plan.extents),
+        )
 
-    run = jax.jit(lambda memory: jax.lax.scan(layer, (ones, memory), jnp.arange(layers))[0], donate_argnums=0)
-    times = []
-    for _ in range(6):
+        def layer(carry, index):
+            q, memory = carry
+            return context.attend(q, q, ones, window.bias, window, memory, index), None
+
+        return jax.lax.scan(layer, (ones, memory), jnp.arange(layers))[0]
+
+    def seconds(units: int) -> float:
+        flow = bench.engine.state.flow
+        ready, opened = units + plan.write - plan.lookahead, bench.opened(units)
+        needed = min(ready, plan.chunks.end(opened)) - opened
+        width = rate * next((w for w in plan.widths if w >= needed), plan.widths[-1])
+        given = jnp.ones((rows, width, heads, size // 2)), jnp.zeros((rows, 1, width, slots)), jnp.array(min(rate * ready, slots))
         start = time.perf_counter()
-        memory = jax.block_until_ready(run(memory))[1]
-        times.append(time.perf_counter() - start)
-    past = dataclasses.replace(flow.past, memory=memory)
-    bench.engine.state = dataclasses.replace(bench.engine.state, flow=dataclasses.replace(flow, past=past))
-    return statistics.median(times[1:])
+        _, memory = jax.block_until_ready(run(flow.past.memory, *given))
+        took = time.perf_counter() - start
+        past = dataclasses.replace(flow.past, memory=memory)
+        bench.engine.state = dataclasses.replace(bench.engine.state, flow=dataclasses.replace(flow, past=past))
+        return took
+
+    return seconds
 
 
-def expected_growth(bench: Bench, chunk_ms: dict[str, float]) -> dict:
-    """How many times the first of the compared chunks the last one costs, and would cost if only attention to the longer past grew."""
-    compared = list(map(int, chunk_ms))
-    early, late = compared[0], compared[-1]
-    alone = [1000 * attention(bench, chunk * bench.config.write) for chunk in (early, late)]
-    begin, end = chunk_ms[str(early)], chunk_ms[str(late)]
-    return {"from": early, "to": late, "measured": end / begin, "predicted": 1 + (alone[1] - alone[0]) / begin, "attention_ms": alone}
+def compare(bench: Bench, early: int, late: int) -> dict:
+    """How many times the step of an early chunk that of a late one costs, and would cost if only attention to the longer past grew.
+
+    They are timed in turn: during the minutes of a long answer a shared machine's own speed may change by more than what is asked for.
+    """
+    alone, streams = attention(bench), bench.fill()
+    steps, shares = {early: [], late: []}, {early: [], late: []}
+    for turn in range(TURNS + 1):
+        for chunk in (early, late):
+            units = (chunk - 2) * bench.config.write  # in the middle of a chunk of 50
+            bench.place(units)
+            times = bench.step()[0], alone(units)
+            if turn:  # the first one compiles the attention
+                steps[chunk].append(1000 * times[0])
+                shares[chunk].append(1000 * times[1])
+    bench.empty(streams)
+    begin, end = (statistics.median(steps[chunk]) for chunk in (early, late))
+    least, most = (statistics.median(shares[chunk]) for chunk in (early, late))
+    found = {"step_ms": [begin, end], "attention_ms": [least, most]}
+    return {"from": early, "to": late, "measured": end / begin, "predicted": 1 + (most - least) / begin} | found
 
 
 def report(figures: dict) -> None:
