@@ -29,7 +29,7 @@ from omni2_jax.streaming import Shape
 
 UNITS_A_SECOND = 25
 POINTS = (5, 20, 50, 100)  # chunks whose cost is compared
-TURNS = 3  # an answer has room for four chunks more than it was asked for
+TURNS = 3  # and one that compiles: two steps each, and an answer of 5 chunks has room for no more
 console = rich.console.Console()
 
 

@@ -136,14 +136,15 @@ def test_saved_states_that_cannot_be_read(toy, tmp_path):
 def test_taken_up_on_another_mesh(toy, tmp_path):
     """Saved by six devices (width in three, hidden size in two), taken up by one."""
     out, settings = tmp_path / "run", toy(save_every=2)
+    # Keys' biases hardly change a softmax: their gradients are close to rounding, which Adam would scale up to whole steps.
+    settings = dataclasses.replace(settings, optimiser=dataclasses.replace(settings.optimiser, eps=1e-4))
     Run(dataclasses.replace(settings, mesh=MeshShape(fsdp=3, tensor=2)), out, jax.devices()[:6]).go()
     losses, expected = reported(out), state(out, 3)["params"]
     shutil.rmtree(out / "steps" / "3")
     run(settings, out)
     assert reported(out) == pytest.approx(losses, rel=1e-5)
     for path, value in state(out, 3)["params"].items():
-        # Keys' biases hardly change a softmax. Their gradients are close to rounding, which Adam scales up to steps of 1e-3.
-        np.testing.assert_allclose(value, expected[path], atol=5e-5 if path.endswith("key.bias") else 1e-6)
+        np.testing.assert_allclose(value, expected[path], atol=1e-6)
 
 
 @pytest.fixture
