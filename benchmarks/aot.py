@@ -34,20 +34,28 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from benchmarks import roofline, sizes
 from benchmarks.hlo import collectives
 from benchmarks.sizes import SIZES, dtype_of
-from configs import stage1a, stage2
-from omni2_jax import checkpoint, command, sharding
+from omni2_jax import files, sharding
+from omni2_jax.cli.console import run_function
 from omni2_jax.config import Omni2Config
-from omni2_jax.engine import Programs
-from omni2_jax.readwrite import request
-from omni2_jax.streaming import Shape
-from train import config as settings
-from train import flops, step
-from train.examples import Examples
-from train.stages import STAGES, is_trained
-from train.weights import Weights, with_rank
+from omni2_jax.configs import stage1a, stage2
+from omni2_jax.generate.engine import Programs
+from omni2_jax.generate.read_write import request
+from omni2_jax.generate.streaming_step import EngineConfig
+from omni2_jax.models.model import abstract_state
+from omni2_jax.train import flops, step
+from omni2_jax.train import settings as settings
+from omni2_jax.train.examples import Examples
+from omni2_jax.train.stages import STAGES, is_trained
+from omni2_jax.train.weights import Weights, with_rank
 
 GIB = 2**30
-HBM = {"TPU v4": 16, "TPU v5 lite": 16, "TPU v5": 95, "TPU v6 lite": 32, "TPU7x": 96}  # GiB of a device; v4 and TPU7x have two a chip
+HBM = {
+    "TPU v4": 16,
+    "TPU v5 lite": 16,
+    "TPU v5": 95,
+    "TPU v6 lite": 32,
+    "TPU7x": 96,
+}  # GiB of a device; v4 and TPU7x have two a chip
 WORKING = "v5e:1x1, v5e:2x2, v5e:2x4, v5e:4x4, v5e:4x8, v5e:8x8, v5e:16x16, v4:2x2x1, v5p:2x2x1, v5p:4x4x4, v6e:2x4 and tpu7x:2x2x1"
 TRAINING = {"train": stage1a.config, "train2": stage2.config}
 STREAMING = ("prefill", "step")
@@ -68,13 +76,17 @@ class Job:
 def devices(topology: str) -> Sequence[jax.Device]:
     """Those of a slice, "v5e:4x4". Raises ValueError if there is no such slice, or no compiler for it."""
     if importlib.util.find_spec("libtpu") is None:
-        raise ValueError("compiling for TPUs needs libtpu, which is not installed: pip install 'omni2-jax[tpu-aot]'")
+        raise ValueError(
+            "compiling for TPUs needs libtpu, which is not installed: pip install 'omni2-jax[tpu-aot]'"
+        )
     alone = {"chips_per_host_bounds": (1, 1, 1)} if re.fullmatch(r"\w+:1x1(x1)?", topology) else {}
     try:
         return topologies.get_topology_desc(topology, "tpu", **alone).devices
     except Exception as error:  # of many kinds, libtpu's own among them
-        why = checkpoint.first_line(error)
-        raise ValueError(f"topology {topology!r} does not exist ({why}); names that work are {WORKING}") from None
+        why = files.first_line(error)
+        raise ValueError(
+            f"topology {topology!r} does not exist ({why}); names that work are {WORKING}"
+        ) from None
 
 
 def placed(shapes, where):
@@ -84,44 +96,73 @@ def placed(shapes, where):
 
 def share(tree) -> int:
     """Bytes that a device holds of a tree of shapes, before they are laid out in tiles."""
-    return sum(roofline.size(leaf.update(shape=leaf.sharding.shard_shape(leaf.shape))) for leaf in jax.tree.leaves(tree))
+    return sum(
+        roofline.size(leaf.update(shape=leaf.sharding.shard_shape(leaf.shape)))
+        for leaf in jax.tree.leaves(tree)
+    )
 
 
-def training(train: settings.Train, config: Omni2Config, mesh: Mesh) -> Job:
+def training(train: settings.TrainConfig, config: Omni2Config, mesh: Mesh) -> Job:
     """A step of a stage, in the first of its buckets."""
-    config, bucket = config.only(*STAGES[train.stage].parts).replace(mix=train.mix), train.buckets[0]
+    config, bucket = (
+        config.only(*STAGES[train.stage].parts).replace(mix=train.mix),
+        train.buckets[0],
+    )
     weights = Weights.of(with_rank(config, train.rank) if train.rank else config, mesh)
-    dtype = lambda path: jnp.float32 if is_trained(train, path) else dtype_of(path, jnp.dtype(train.dtype))  # noqa: E731
-    params = {path: leaf.update(dtype=dtype(path), sharding=weights.shardings[path]) for path, leaf in weights.shapes.items()}
+    dtype = lambda path: (
+        jnp.float32 if is_trained(train, path) else dtype_of(path, jnp.dtype(train.dtype))
+    )  # noqa: E731
+    params = {
+        path: leaf.update(dtype=dtype(path), sharding=weights.shardings[path])
+        for path, leaf in weights.shapes.items()
+    }
     trained = {path: leaf for path, leaf in params.items() if is_trained(train, path)}
     frozen = {path: leaf for path, leaf in params.items() if path not in trained}
     where = step.shardings(train, weights, trained, mesh, STEPS)
-    state = placed(jax.eval_shape(lambda params: step.initial(train, params, STEPS), trained), where)
+    state = placed(
+        jax.eval_shape(lambda params: step.initial(train, params, STEPS), trained), where
+    )
     rows = NamedSharding(mesh, PartitionSpec(None, sharding.Rules().batch))
     empty = Examples(train, config, None, None).empty(bucket)
     cut = (train.microbatches, train.batch // train.microbatches)
-    batch = {name: jax.ShapeDtypeStruct((*cut, *value.shape), value.dtype, sharding=rows) for name, value in empty.items()}
+    batch = {
+        name: jax.ShapeDtypeStruct((*cut, *value.shape), value.dtype, sharding=rows)
+        for name, value in empty.items()
+    }
     return Job(
         step.make(train, weights, STEPS, where),
         (state, frozen, batch),
-        {"parameters, trained": state.params, "parameters, frozen": frozen, "optimiser": (state.opt, state.ema), "batch": batch},
+        {
+            "parameters, trained": state.params,
+            "parameters, frozen": frozen,
+            "optimizer": (state.opt, state.ema),
+            "batch": batch,
+        },
         flops.step(train, config, weights.shapes, bucket),
     )
 
 
-def streaming(name: str, shape: Shape, config: Omni2Config, mesh: Mesh) -> Job:
+def streaming(name: str, shape: EngineConfig, config: Omni2Config, mesh: Mesh) -> Job:
     """A call of the engine's: a step of all slots, or a piece of a turn's prompt."""
     config = config.replace(speaker=None)
-    graph, state = checkpoint.abstract_state(config)
+    graph, state = abstract_state(config)
     dtype = lambda path, leaf: leaf.update(dtype=dtype_of(path[0].key, jnp.bfloat16))  # noqa: E731
     shapes = jax.tree_util.tree_map_with_path(dtype, nnx.to_pure_dict(state))
     params = placed(shapes, sharding.of_params(state, mesh))
     programs = Programs.of(config, graph, params, shape)
-    empty = jax.eval_shape(programs.empty, params) if name == "step" else jax.eval_shape(programs.lane)
+    empty = (
+        jax.eval_shape(programs.empty, params)
+        if name == "step"
+        else jax.eval_shape(programs.prefix)
+    )
     state = placed(empty, sharding.of_state(empty, mesh))
-    words = state.words if name == "step" else state
-    rest = dataclasses.replace(words, llm=None, speech=None)
-    kinds = {"parameters, frozen": params, "caches": (words.llm, words.speech), "other state": rest}
+    language = state.language if name == "step" else state
+    rest = dataclasses.replace(language, llm=None, speech=None)
+    kinds = {
+        "parameters, frozen": params,
+        "caches": (language.llm, language.speech),
+        "other state": rest,
+    }
     if name == "step":
         work = sum(part.flops for part in roofline.step(config, params, shape).values())
         kinds["flow and vocoder"] = (state.flow, state.vocoder)
@@ -131,12 +172,22 @@ def streaming(name: str, shape: Shape, config: Omni2Config, mesh: Mesh) -> Job:
     return Job(programs.prefill, (params, state, *piece), kinds | {"prompt": piece}, work)
 
 
-def prompt(config: Omni2Config, shape: Shape, mesh: Mesh) -> tuple:
+def prompt(config: Omni2Config, shape: EngineConfig, mesh: Mesh) -> tuple:
     """The arguments of `streaming.prefill` behind the lane."""
-    here = lambda dtype, *size: jax.ShapeDtypeStruct(size, dtype, sharding=sharding.replicated(mesh))  # noqa: E731
+    here = lambda dtype, *size: jax.ShapeDtypeStruct(
+        size, dtype, sharding=sharding.replicated(mesh)
+    )  # noqa: E731
     features = config.speech_encoder.frames // config.adapter.stride
-    asked = jax.tree.map(lambda leaf: here(leaf.dtype, *leaf.shape), jax.eval_shape(lambda: request(config)))
-    return here(jnp.int32, shape.prompt), here(jnp.int32), here(jnp.bfloat16, features, config.llm.width), here(jnp.int32), asked
+    asked = jax.tree.map(
+        lambda leaf: here(leaf.dtype, *leaf.shape), jax.eval_shape(lambda: request(config))
+    )
+    return (
+        here(jnp.int32, shape.prompt),
+        here(jnp.int32),
+        here(jnp.bfloat16, features, config.llm.width),
+        here(jnp.int32),
+        asked,
+    )
 
 
 def compiled(job: Job, mesh: Mesh) -> dict:
@@ -168,13 +219,19 @@ def compiled(job: Job, mesh: Mesh) -> dict:
 
 def wanted(message: str) -> float | None:
     """Bytes that XLA says a program would take, where it refuses to compile it for their sake: of all, or of temporaries alone."""
-    if not (found := re.search(r"Used ([\d.]+)([MG]) of|temporaries \(([\d.]+)([MG])\) exceeds", message)):
+    if not (
+        found := re.search(
+            r"Used ([\d.]+)([MG]) of|temporaries \(([\d.]+)([MG])\) exceeds", message
+        )
+    ):
         return None
     size, unit = (group for group in found.groups() if group)
     return float(size) * (GIB if unit == "G" else 2**20)
 
 
-def job_of(name: str, config: Omni2Config, mesh: Mesh, batch: int | None, changes: Sequence[str]) -> Job:
+def job_of(
+    name: str, config: Omni2Config, mesh: Mesh, batch: int | None, changes: Sequence[str]
+) -> Job:
     """Raises ValueError for a mesh that divides neither the model nor the batch, and for settings there are not."""
     sharding.check(mesh, config.llm.width, config.llm.hidden)
     if name in STREAMING:
@@ -183,16 +240,18 @@ def job_of(name: str, config: Omni2Config, mesh: Mesh, batch: int | None, change
     rows, cut = train.batch // train.microbatches, mesh.shape["replica"] * mesh.shape["fsdp"]
     if rows % cut:
         fitting = f"a batch of {cut * train.microbatches * -(-rows // cut)} would fit, or more on the tensor axis"
-        raise ValueError(f"{rows} rows of a microbatch cannot be cut over the {cut} devices of the replica and fsdp axes; {fitting}")
+        raise ValueError(
+            f"{rows} rows of a microbatch cannot be cut over the {cut} devices of the replica and fsdp axes; {fitting}"
+        )
     return training(train, config, mesh)
 
 
-def shaped(slots: int, changes: Sequence[str]) -> Shape:
+def shaped(slots: int, changes: Sequence[str]) -> EngineConfig:
     """What an engine for many speakers is compiled for."""
-    shape = Shape(slots=slots, chunk=10, left_chunks=3)
+    shape = EngineConfig(slots=slots, chunk=10, left_chunks=3)
     for key, _, text in (change.partition("=") for change in changes):
         if not hasattr(shape, key):
-            known = [field.name for field in dataclasses.fields(Shape)]
+            known = [field.name for field in dataclasses.fields(EngineConfig)]
             raise ValueError(f"--set {key}: Shape has no {key!r}{settings.nearest(key, known)}")
         shape = dataclasses.replace(shape, **{key: settings.literal(text)})
     return shape
@@ -200,44 +259,85 @@ def shaped(slots: int, changes: Sequence[str]) -> Shape:
 
 def report(title: str, found: dict) -> None:
     """The same figures as a table."""
-    table, gib = rich.table.Table("of a device", "GiB", title=title), lambda size: f"{size / GIB:.3f}"
+    table, gib = (
+        rich.table.Table("of a device", "GiB", title=title),
+        lambda size: f"{size / GIB:.3f}",
+    )
     rows = {kind: gib(size) for kind, size in found["bytes"].items()}
     if "temporaries" in found:
-        rows |= {"all of these as XLA lays them out": gib(found["arguments"]), "temporaries": gib(found["temporaries"])}
-    rows |= {"peak": gib(found["peak"]), "memory of the device": f"{found['hbm'] / GIB:g}: {'fits' if found['fits'] else 'does not fit'}"}
+        rows |= {
+            "all of these as XLA lays them out": gib(found["arguments"]),
+            "temporaries": gib(found["temporaries"]),
+        }
+    rows |= {
+        "peak": gib(found["peak"]),
+        "memory of the device": f"{found['hbm'] / GIB:g}: {'fits' if found['fits'] else 'does not fit'}",
+    }
     for kind, size in found.get("collectives", {}).items():
         rows[f"{kind}, output of a call"] = gib(size)
     for row in rows.items():
         table.add_row(*row)
     console.print(table)
-    loops = f"; {n} loops whose turns the data decide counted once" if (n := found.get("open_loops")) else ""
-    console.print(f"{found['flops'] / 1e12:.3f} TFLOP on all devices, counted from shapes; compiled in {found['compile_s']:.0f} s{loops}")
+    loops = (
+        f"; {n} loops whose turns the data decide counted once"
+        if (n := found.get("open_loops"))
+        else ""
+    )
+    console.print(
+        f"{found['flops'] / 1e12:.3f} TFLOP on all devices, counted from shapes; compiled in {found['compile_s']:.0f} s{loops}"
+    )
 
 
 def main(
     topology: Annotated[str, typer.Option(help=f"The slice: {WORKING} work.")],
     size: Annotated[str, typer.Option(help=f"Dimensions, one of {', '.join(SIZES)}.")],
-    job: Annotated[str, typer.Option(help="train (stage I(a)), train2 (stage II), prefill (of a turn) or step (of all slots).")],
-    mesh: Annotated[str, typer.Option(help="fsdp=4,tensor=2; without fsdp, that is the rest of the devices.")] = "replica=1",
-    batch: Annotated[int | None, typer.Option(min=1, help="Rows, or slots. [default: the stage's own, 64 slots]")] = None,
-    changes: Annotated[list[str] | None, typer.Option("--set", help="Change the stage, or a Shape.", metavar="KEY=VALUE")] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures here.")] = None,
+    job: Annotated[
+        str,
+        typer.Option(
+            help="train (stage I(a)), train2 (stage II), prefill (of a turn) or step (of all slots)."
+        ),
+    ],
+    mesh: Annotated[
+        str, typer.Option(help="fsdp=4,tensor=2; without fsdp, that is the rest of the devices.")
+    ] = "replica=1",
+    batch: Annotated[
+        int | None, typer.Option(min=1, help="Rows, or slots. [default: the stage's own, 64 slots]")
+    ] = None,
+    changes: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Change the stage, or a Shape.", metavar="KEY=VALUE"),
+    ] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write the figures here.")
+    ] = None,
 ) -> None:
     """Compile a job for a slice of TPUs that is not there."""
     config = sizes.of(size)
     if job not in (*TRAINING, *STREAMING):
-        raise ValueError(f"there is no job {job!r}; it is one of {', '.join((*TRAINING, *STREAMING))}")
+        raise ValueError(
+            f"there is no job {job!r}; it is one of {', '.join((*TRAINING, *STREAMING))}"
+        )
     there = devices(topology)
     where = sharding.parse_mesh(mesh, there)
     found = compiled(job_of(job, config, where, batch, changes or []), where)
     hbm = HBM[there[0].device_kind] * GIB
     found |= {"hbm": hbm, "fits": found.get("fits", found["peak"] <= hbm)}
-    named = ", ".join(f"{axis}={count}" for axis, count in where.shape.items() if count > 1) or "one device"
+    named = (
+        ", ".join(f"{axis}={count}" for axis, count in where.shape.items() if count > 1)
+        or "one device"
+    )
     report(f"{job} of {size} on {topology}: {named}", found)
     if json_file:
-        given = {"topology": topology, "size": size, "job": job, "mesh": dict(where.shape), "batch": batch, "set": changes or []}
+        given = {
+            "topology": topology,
+            "size": size,
+            "job": job,
+            "mesh": dict(where.shape),
+            "batch": batch,
+            "set": changes or [],
+        }
         json_file.write_text(json.dumps(given | found, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    command.of(main)
+    run_function(main)

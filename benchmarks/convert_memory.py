@@ -22,18 +22,20 @@ import typer
 
 from benchmarks import sizes
 from benchmarks.sizes import SIZES
-from convert import build, releases
-from convert.engine import indices, source_shapes
-from convert.tables import omni2
-from omni2_jax import checkpoint, command, tokenizer
+from omni2_jax.checkpoint import parameters, tokenizer
+from omni2_jax.cli.console import run_function
 from omni2_jax.config import LANGUAGE_PARTS, Omni2Config
+from omni2_jax.convert import build, releases
+from omni2_jax.convert.plan import indices, source_shapes
+from omni2_jax.convert.tables import omni2
+from omni2_jax.models.model import abstract_model
 
 TOKENIZERS = Path(__file__).parent.parent / "tests" / "goldens" / "omni2"
 
 
 def tensors(config: Omni2Config) -> Iterator[tuple[tuple[str, ...], tuple[int, ...]]]:
     """Names and shape of every tensor of a release with these dimensions; a tied head is a second name."""
-    table, leaves = omni2.table(config), checkpoint.flatten(checkpoint.abstract(config)[1])
+    table, leaves = omni2.table(config), parameters.flatten(abstract_model(config)[1])
     copies = {original: alias for alias, original in table.aliases.items()}
     for rule in table.rules:
         shape = leaves[rule.target].shape
@@ -45,7 +47,10 @@ def tensors(config: Omni2Config) -> Iterator[tuple[tuple[str, ...], tuple[int, .
 def write_release(directory: Path, config: Omni2Config) -> None:
     """A release in one safetensors file of random bfloat16 numbers, which compress as little as real ones."""
     directory.mkdir()
-    for source, target in ((TOKENIZERS, directory), (TOKENIZERS / "tts_tokenizer", directory / "tts_tokenizer")):
+    for source, target in (
+        (TOKENIZERS, directory),
+        (TOKENIZERS / "tts_tokenizer", directory / "tts_tokenizer"),
+    ):
         target.mkdir(exist_ok=True)
         for name in filter(lambda name: (source / name).exists(), tokenizer.FILES):
             shutil.copyfile(source / name, target / name)
@@ -68,14 +73,18 @@ def write_release(directory: Path, config: Omni2Config) -> None:
 
 def anonymous() -> int:
     """Bytes of this process that no file backs (Linux)."""
-    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
+    (line,) = (
+        line
+        for line in Path("/proc/self/status").read_text().splitlines()
+        if line.startswith("RssAnon")
+    )
     return int(line.split()[1]) * 1024
 
 
 def watched(release: Path, out: Path) -> dict[str, int]:
     """Convert; bytes before the first tensor is read, at the peak, of the largest parameter and of all of them."""
     planned = build.read_omni2(release)
-    sizes = [leaf.nbytes for leaf in checkpoint.flatten(planned.params).values()]
+    sizes = [leaf.nbytes for leaf in parameters.flatten(planned.params).values()]
     before, seen, over = anonymous(), [0], threading.Event()
 
     def sample() -> None:
@@ -99,13 +108,17 @@ def measure(config: Omni2Config) -> dict[str, int]:
             return pool.submit(watched, release, out).result()
 
 
-def main(size: Annotated[str, typer.Option(help=f"Dimensions, one of {', '.join(SIZES)}.")] = "0.5b") -> None:
+def main(
+    size: Annotated[str, typer.Option(help=f"Dimensions, one of {', '.join(SIZES)}.")] = "0.5b",
+) -> None:
     """Measure how much memory a conversion takes beside what it reads and writes."""
     found = measure(sizes.of(size).only(*LANGUAGE_PARTS))
     for name, count in (found | {"above": found["peak"] - found["before"]}).items():
         print(f"{name:8} {count / 1e6:9.1f} MB")
-    print(f"peak above the start / largest parameter: {(found['peak'] - found['before']) / found['largest']:.2f}")
+    print(
+        f"peak above the start / largest parameter: {(found['peak'] - found['before']) / found['largest']:.2f}"
+    )
 
 
 if __name__ == "__main__":
-    command.of(main)
+    run_function(main)

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import numpy as np
 
-from omni2_jax import audio
+from omni2_jax.audio import recordings
 from omni2_jax.config import Omni2Config
-from omni2_jax.model import SPEECH
-from train.config import Train
-from train.dataset import RATES, Dialogue, Turn, Writer, encode
-from train.examples import UNITS_A_SECOND
+from omni2_jax.models.model import SPEECH
+from omni2_jax.train.data.dataset import RATES, Dialogue, Turn, Writer, encode
+from omni2_jax.train.examples import UNITS_PER_SECOND
+from omni2_jax.train.settings import TrainConfig
 
 QUESTION_SECONDS = (2.0, 12.0)
 UNITS_A_TOKEN = 6.5  # three words a second, 1.3 tokens a word
@@ -35,20 +35,28 @@ class Words:
         return self.prompt([clips])
 
 
-def longest_reply(train: Train, config: Omni2Config) -> int:
+def longest_reply(train: TrainConfig, config: Omni2Config) -> int:
     """Text tokens of the longest reply that fits into the stage's first bucket, its units with it."""
     bucket = train.buckets[0]
     if train.stage == "flow":
         return int(bucket.tokens / UNITS_A_TOKEN)
     spoken = (bucket.tokens - 3) / (1 + UNITS_A_TOKEN) if bucket.tokens else math.inf
-    written = bucket.positions / bucket.clips - MARKUP - Words(config).positions - 1 if bucket.clips else math.inf
+    written = (
+        bucket.positions / bucket.clips - MARKUP - Words(config).positions - 1
+        if bucket.clips
+        else math.inf
+    )
     return int(min(spoken, written))
 
 
-def write(path: Path, train: Train, config: Omni2Config, count: int) -> None:
+def write(path: Path, train: TrainConfig, config: Omni2Config, count: int) -> None:
     """A data set of `count` dialogues that fill the stage's first bucket by half to the whole, with as many turns as it has clips."""
-    random, longest, bucket = np.random.default_rng(0), longest_reply(train, config), train.buckets[0]
-    words = min(config.tokens.unit_eos, *config.tokens.text_eos)
+    random, longest, bucket = (
+        np.random.default_rng(0),
+        longest_reply(train, config),
+        train.buckets[0],
+    )
+    language = min(config.tokens.unit_eos, *config.tokens.text_eos)
 
     def noise(rate: int, seconds: float) -> np.ndarray:
         return 0.1 * random.standard_normal(int(rate * seconds))
@@ -57,11 +65,26 @@ def write(path: Path, train: Train, config: Omni2Config, count: int) -> None:
         for number in range(count):
             turns, clips = [], []
             for _ in range(max(bucket.clips, 1)):
-                text = random.integers(0, words, int(longest * random.uniform(0.5, 1)))
+                text = random.integers(0, language, int(longest * random.uniform(0.5, 1)))
                 units = random.integers(0, config.units, int(len(text) * UNITS_A_TOKEN))
-                question = noise(audio.RATE, random.uniform(*QUESTION_SECONDS)) if bucket.clips else None
-                reply = noise(audio.SPEECH_RATE, len(units) / UNITS_A_SECOND) if train.stage == "flow" else None
+                question = (
+                    noise(recordings.INPUT_RATE, random.uniform(*QUESTION_SECONDS))
+                    if bucket.clips
+                    else None
+                )
+                reply = (
+                    noise(recordings.OUTPUT_RATE, len(units) / UNITS_PER_SECOND)
+                    if train.stage == "flow"
+                    else None
+                )
                 for role, said, sound in (("user", None, question), ("assistant", units, reply)):
-                    turns.append(Turn(role, " ".join(map(str, text)), said, samples=0 if sound is None else len(sound)))
+                    turns.append(
+                        Turn(
+                            role,
+                            " ".join(map(str, text)),
+                            said,
+                            samples=0 if sound is None else len(sound),
+                        )
+                    )
                     clips.append(None if sound is None else encode(sound, RATES[role]))
             writer.add(Dialogue(str(number), tuple(turns)), clips)

@@ -10,9 +10,19 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute", "collective-broadcast")
+KINDS = (
+    "all-gather",
+    "all-reduce",
+    "reduce-scatter",
+    "all-to-all",
+    "ragged-all-to-all",
+    "collective-permute",
+    "collective-broadcast",
+)
 COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
-INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?(?P<name>[\w.\-]+) = (?P<type>\(.*?\)|\S+) (?P<op>[\w\-]+)\(")
+INSTRUCTION = re.compile(
+    r"^\s+(?:ROOT )?%?(?P<name>[\w.\-]+) = (?P<type>\(.*?\)|\S+) (?P<op>[\w\-]+)\("
+)
 ARRAY = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\]")
 CHANNEL = re.compile(r"channel_id=(\d+)")
 TRIPS = re.compile(r'"?known_trip_count"?:\{"n":"(\d+)"\}')
@@ -20,7 +30,9 @@ CONSTANT = re.compile(r"%?([\w.\-]+) = [su]32\[\]\S* constant\((\d+)\)")
 COUNTER = re.compile(r"%?([\w.\-]+) = [su]32\[\]\S* get-tuple-element\(\S+\), index=(\d+)")
 ADD = re.compile(r" add\(%?([\w.\-]+), %?([\w.\-]+)\)")
 LOOP = re.compile(r"condition=%?([\w.\-]+), body=%?([\w.\-]+)")
-CALLED = re.compile(r"(?:calls|body|condition|to_apply|true_computation|false_computation)=%?([\w.\-]+)")
+CALLED = re.compile(
+    r"(?:calls|body|condition|to_apply|true_computation|false_computation)=%?([\w.\-]+)"
+)
 BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 
 
@@ -32,7 +44,9 @@ class Collectives:
     open_loops: int = 0  # of which nothing but the data says how often they run
 
     def add(self, other: "Collectives", times: int = 1) -> None:
-        self.moved |= {channel: (kind, times * size) for channel, (kind, size) in other.moved.items()}
+        self.moved |= {
+            channel: (kind, times * size) for channel, (kind, size) in other.moved.items()
+        }
         self.open_loops += other.open_loops
 
     @property
@@ -62,7 +76,9 @@ def split(text: str) -> tuple[str, dict[str, list[str]]]:
     return entry, computations
 
 
-def count(name: str, computations: Mapping[str, list[str]], known: dict[str, Collectives]) -> Collectives:
+def count(
+    name: str, computations: Mapping[str, list[str]], known: dict[str, Collectives]
+) -> Collectives:
     if name not in known:
         known[name] = total = Collectives()
         for line in computations.get(name, ()):
@@ -71,14 +87,22 @@ def count(name: str, computations: Mapping[str, list[str]], known: dict[str, Col
     return known[name]
 
 
-def of_instruction(found: re.Match, line: str, computations: Mapping, known: dict) -> tuple[Collectives, int]:
+def of_instruction(
+    found: re.Match, line: str, computations: Mapping, known: dict
+) -> tuple[Collectives, int]:
     """What an instruction and all that it calls move, and how often."""
     kind = found["op"].removesuffix("-done")
     if kind in KINDS:
         channel = CHANNEL.search(line)
-        return Collectives({channel[1] if channel else found["name"]: (kind, size(found["type"]))}), 1
+        return Collectives(
+            {channel[1] if channel else found["name"]: (kind, size(found["type"]))}
+        ), 1
     called = [count(name, computations, known) for name in CALLED.findall(line)]
-    called += [count(name.strip(" %"), computations, known) for names in BRANCHES.findall(line) for name in names.split(",")]
+    called += [
+        count(name.strip(" %"), computations, known)
+        for names in BRANCHES.findall(line)
+        for name in names.split(",")
+    ]
     if found["op"] == "conditional":
         return max(called, key=lambda one: one.bytes.total()), 1
     total = Collectives()
@@ -97,19 +121,31 @@ def trips(line: str, computations: Mapping[str, list[str]]) -> int | None:
         return int(known[1])
     condition, body = ("\n".join(computations[name]) for name in LOOP.search(line).groups())
     limit = max((int(number) for _, number in CONSTANT.findall(condition)), default=None)
-    return None if limit is None else -(-limit // pace(body, {index for _, index in COUNTER.findall(condition)}))
+    return (
+        None
+        if limit is None
+        else -(-limit // pace(body, {index for _, index in COUNTER.findall(condition)}))
+    )
 
 
 def pace(body: str, counters: set[str]) -> int:
     """What is added to a loop's counter in a turn: 1, or more where XLA has unrolled one of its own."""
     names = {name for name, index in COUNTER.findall(body) if index in counters}
     constants = dict(CONSTANT.findall(body))
-    return max((int(constants[by]) for what, by in ADD.findall(body) if what in names and by in constants), default=1)
+    return max(
+        (int(constants[by]) for what, by in ADD.findall(body) if what in names and by in constants),
+        default=1,
+    )
 
 
 def size(kind: str) -> int:
     """Bytes of the arrays in a type, "(bf16[4,8]{1,0}, f32[])"."""
-    return round(sum(math.prod(int(n) for n in dims.split(",") if n) * width(name) for name, dims in ARRAY.findall(kind)))
+    return round(
+        sum(
+            math.prod(int(n) for n in dims.split(",") if n) * width(name)
+            for name, dims in ARRAY.findall(kind)
+        )
+    )
 
 
 def width(name: str) -> float:

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from omni2_jax import streaming
-from omni2_jax.config import Omni2Config, Qwen2Config
-from omni2_jax.flow.streaming import Plan
-from omni2_jax.streaming import Shape
+from omni2_jax.config import DecoderConfig, Omni2Config
+from omni2_jax.generate import streaming_step
+from omni2_jax.generate.streaming_step import EngineConfig
+from omni2_jax.models.flow.streaming import Plan
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ def size(tree) -> int:
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-def decoder_pass(lm: Qwen2Config, params: dict, head: int, slots: int, capacity: int) -> Work:
+def decoder_pass(lm: DecoderConfig, params: dict, head: int, slots: int, capacity: int) -> Work:
     """One token of every slot through a language model with `head` rows of its head, reading its whole cache."""
     width = params["norm"]["scale"].dtype.itemsize
     layers, rows = count(params["layers"]), head * lm.width
@@ -46,37 +46,54 @@ def times(work: Work, passes: float) -> Work:
     return Work(work.bytes * passes, work.flops * passes)
 
 
-def step(config: Omni2Config, params: dict, shape: Shape) -> dict[str, Work]:
+def step(config: Omni2Config, params: dict, shape: EngineConfig) -> dict[str, Work]:
     """What one step of all slots has to do, by stage."""
     text = decoder_pass(config.llm, params["llm"], config.llm.vocabulary, shape.slots, shape.llm)
-    unit = decoder_pass(config.speech_lm, params["speech_lm"], config.units + 1, shape.slots, shape.speech)
+    unit = decoder_pass(
+        config.speech_lm, params["speech_lm"], config.units + 1, shape.slots, shape.speech
+    )
     return {
         "text": times(text, config.read),
         "units": times(unit, config.write),
         "flow": flow(config, params["flow"], shape),
-        "vocoder": vocoder(config, params["hift"], shape),
+        "vocoder": vocoder(config, params["vocoder"], shape),
     }
 
 
-def flow(config: Omni2Config, params: dict, shape: Shape) -> Work:
+def flow(config: Omni2Config, params: dict, shape: EngineConfig) -> Work:
     """The passes of an average step of full writes."""
-    windows = usual_windows(streaming.plan_of(config, shape))
-    passes = [times(flow_pass(config, params, shape, window), often) for window, often in windows.items()]
+    windows = usual_windows(streaming_step.plan_of(config, shape))
+    passes = [
+        times(flow_pass(config, params, shape, window), often) for window, often in windows.items()
+    ]
     return Work(sum(work.bytes for work in passes), sum(work.flops for work in passes))
 
 
-def flow_pass(config: Omni2Config, params: dict, shape: Shape, window: int) -> Work:
+def flow_pass(config: Omni2Config, params: dict, shape: EngineConfig, window: int) -> Work:
     """`window` units of every slot: the encoder once, the estimator for each Euler step and guidance branch.
 
     Where the flow sees all of its past, as long a one as there is room for.
     """
     c = config.flow
-    seen = shape.units if shape.left_chunks is None else shape.left_chunks * (shape.chunk or c.chunk)
+    seen = (
+        shape.units if shape.left_chunks is None else shape.left_chunks * (shape.chunk or c.chunk)
+    )
     frames, past, branches = c.upsample * window, c.upsample * seen, 2 * c.steps
-    width = (2 + c.mid_blocks) * c.blocks * c.estimator_heads * c.estimator_head_size  # of all attentions
-    attention, kept = 4 * width * frames * (frames + past), 2 * width * past * jnp.dtype(shape.memory).itemsize
-    flops = 2 * count(params["encoder"]) * frames + branches * (2 * count(params["estimator"]) * frames + attention)
-    moved = size(params["encoder"]) + c.steps * size(params["estimator"]) + branches * shape.slots * kept
+    width = (
+        (2 + c.mid_blocks) * c.blocks * c.estimator_heads * c.estimator_head_size
+    )  # of all attentions
+    attention, kept = (
+        4 * width * frames * (frames + past),
+        2 * width * past * jnp.dtype(shape.memory).itemsize,
+    )
+    flops = 2 * count(params["encoder"]) * frames + branches * (
+        2 * count(params["estimator"]) * frames + attention
+    )
+    moved = (
+        size(params["encoder"])
+        + c.steps * size(params["estimator"])
+        + branches * shape.slots * kept
+    )
     return Work(moved, flops * shape.slots)
 
 
@@ -94,9 +111,9 @@ def usual_windows(plan: Plan) -> dict[int, float]:
     return {width: times / steps for width, times in found.items()}
 
 
-def vocoder(config: Omni2Config, params: dict, shape: Shape) -> Work:
+def vocoder(config: Omni2Config, params: dict, shape: EngineConfig) -> Work:
     """The new frames and the overlap: a stage's weights are used once a position of its own rate."""
-    c = config.hift
+    c = config.vocoder
     frames = c.overlap + config.flow.upsample * (config.write + config.flow.lookahead)
     flops, rate = 2 * count([params["conv_in"], params["f0"]]) * frames, 1
     for stage, factor in zip(params["stages"].values(), c.upsample, strict=True):

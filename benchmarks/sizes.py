@@ -9,26 +9,45 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, Sharding
 
-from configs import omni2_0_5b, omni2_1_5b, omni2_3b, omni2_7b, omni2_14b, omni2_32b
-from omni2_jax import checkpoint
-from omni2_jax.config import DECODER_PARTS, FlowConfig, HiftConfig, Omni2Config, Qwen2Config, SpeakerConfig, SpeechEncoderConfig
-from omni2_jax.model import for_serving
-from train.config import Train
-from train.stages import STAGES, is_trained
-from train.weights import Params, Weights, with_rank
+from omni2_jax.checkpoint import parameters
+from omni2_jax.config import (
+    DECODER_PARTS,
+    DecoderConfig,
+    FlowConfig,
+    HiftConfig,
+    Omni2Config,
+    SpeakerConfig,
+    SpeechEncoderConfig,
+)
+from omni2_jax.configs import omni2_0_5b, omni2_1_5b, omni2_3b, omni2_7b, omni2_14b, omni2_32b
+from omni2_jax.models.model import abstract_model, for_serving
+from omni2_jax.train.settings import TrainConfig
+from omni2_jax.train.stages import STAGES, is_trained
+from omni2_jax.train.weights import Params, Weights, with_rank
 
 TINY = Omni2Config(
-    llm=Qwen2Config(vocabulary=512, width=64, layers=2, heads=4, kv_heads=2, hidden=128),
+    llm=DecoderConfig(vocabulary=512, width=64, layers=2, heads=4, kv_heads=2, hidden=128),
     speech_encoder=SpeechEncoderConfig(width=64, layers=2, heads=4),
-    speech_lm=Qwen2Config(vocabulary=7168, width=64, layers=2, heads=4, kv_heads=2, hidden=128),
+    speech_lm=DecoderConfig(vocabulary=7168, width=64, layers=2, heads=4, kv_heads=2, hidden=128),
     flow=FlowConfig(
-        width=64, heads=4, hidden=128, layers=2, channels=48, estimator_heads=4, estimator_head_size=16, blocks=1, mid_blocks=2
+        width=64,
+        heads=4,
+        hidden=128,
+        layers=2,
+        channels=48,
+        estimator_heads=4,
+        estimator_head_size=16,
+        blocks=1,
+        mid_blocks=2,
     ),
-    hift=HiftConfig(channels=64, f0_channels=32),
+    vocoder=HiftConfig(channels=64, f0_channels=32),
     speaker=SpeakerConfig(head_channels=4, channels=16, growth=8, layers=(2, 2, 2)),
 )
 SIZES = {
-    "tiny": dataclasses.replace(TINY, tokens=dataclasses.replace(TINY.tokens, speech=500, sep=500, unit_eos=499, text_eos=(498,))),
+    "tiny": dataclasses.replace(
+        TINY,
+        tokens=dataclasses.replace(TINY.tokens, speech=500, sep=500, unit_eos=499, text_eos=(498,)),
+    ),
     "0.5b": omni2_0_5b.config,
     "1.5b": omni2_1_5b.config,
     "3b": omni2_3b.config,
@@ -44,23 +63,38 @@ def of(size: str) -> Omni2Config:
     return SIZES[size]
 
 
-def load(size: str, directory: Path | None, dtype: jnp.dtype) -> tuple[Omni2Config, nnx.GraphDef, dict]:
+def load(
+    size: str, directory: Path | None, dtype: jnp.dtype
+) -> tuple[Omni2Config, nnx.GraphDef, dict]:
     """To talk with: a checkpoint, or random weights of a size, the language side in `dtype`, the decoder in float32."""
     if directory is not None:
         config = Omni2Config.load(directory / "config.json").replace(speaker=None)
-        return config, *for_serving(*checkpoint.load(directory, config, dtype))
+        return config, *for_serving(*parameters.load(directory, config, dtype))
     config = of(size).replace(speaker=None)
-    graph, shapes = checkpoint.abstract(config)
-    leaves = {path: leaf.update(dtype=dtype_of(path, dtype)) for path, leaf in checkpoint.flatten(shapes).items()}
-    return config, *for_serving(graph, jax.tree.unflatten(jax.tree.structure(shapes), list(random(leaves).values())))
+    graph, shapes = abstract_model(config)
+    leaves = {
+        path: leaf.update(dtype=dtype_of(path, dtype))
+        for path, leaf in parameters.flatten(shapes).items()
+    }
+    return config, *for_serving(
+        graph, jax.tree.unflatten(jax.tree.structure(shapes), list(random(leaves).values()))
+    )
 
 
-def for_training(train: Train, config: Omni2Config, mesh: Mesh) -> tuple[Weights, Params, Params]:
+def for_training(
+    train: TrainConfig, config: Omni2Config, mesh: Mesh
+) -> tuple[Weights, Params, Params]:
     """Random weights of a stage, as `train.weights.load` gives those of a checkpoint; every device draws its own piece."""
     config = config.only(*STAGES[train.stage].parts)
     weights = Weights.of(with_rank(config, train.rank) if train.rank else config, mesh)
-    dtypes = {path: jnp.float32 if is_trained(train, path) else dtype_of(path, jnp.dtype(train.dtype)) for path in weights.shapes}
-    values = random({path: leaf.update(dtype=dtypes[path]) for path, leaf in weights.shapes.items()}, weights.shardings)
+    dtypes = {
+        path: jnp.float32 if is_trained(train, path) else dtype_of(path, jnp.dtype(train.dtype))
+        for path in weights.shapes
+    }
+    values = random(
+        {path: leaf.update(dtype=dtypes[path]) for path, leaf in weights.shapes.items()},
+        weights.shardings,
+    )
     trained = {path: leaf for path, leaf in values.items() if is_trained(train, path)}
     return weights, trained, {path: leaf for path, leaf in values.items() if path not in trained}
 
@@ -69,11 +103,18 @@ def dtype_of(path: str, dtype: jnp.dtype) -> jnp.dtype:
     return jnp.float32 if path.partition(".")[0] in DECODER_PARTS else dtype
 
 
-def random(shapes: Mapping[str, jax.ShapeDtypeStruct], shardings: Mapping[str, Sharding] | None = None) -> Params:
+def random(
+    shapes: Mapping[str, jax.ShapeDtypeStruct], shardings: Mapping[str, Sharding] | None = None
+) -> Params:
     """Small uniform numbers. "rbg" draws two billion of them in seconds, where the default generator takes minutes on a CPU."""
 
     def draw(key: jax.Array) -> Params:
         keys = jax.random.split(key, len(shapes))
-        return {path: jax.random.uniform(k, s.shape, s.dtype, -0.03, 0.03) for k, (path, s) in zip(keys, shapes.items(), strict=True)}
+        return {
+            path: jax.random.uniform(k, s.shape, s.dtype, -0.03, 0.03)
+            for k, (path, s) in zip(keys, shapes.items(), strict=True)
+        }
 
-    return jax.jit(draw, out_shardings=shardings and dict(shardings))(jax.random.key(0, impl="unsafe_rbg"))
+    return jax.jit(draw, out_shardings=shardings and dict(shardings))(
+        jax.random.key(0, impl="unsafe_rbg")
+    )

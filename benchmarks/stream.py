@@ -19,15 +19,16 @@ from flax import nnx
 
 from benchmarks import device, roofline
 from benchmarks.sizes import SIZES, load
-from omni2_jax import command, readwrite, streaming
-from omni2_jax.engine import Engine, Piece, Stream
-from omni2_jax.flow import context
-from omni2_jax.flow.context import Window
-from omni2_jax.model import SPEECH
-from omni2_jax.readwrite import Burst
-from omni2_jax.streaming import Shape
+from omni2_jax.cli.console import run_function
+from omni2_jax.generate import read_write, streaming_step
+from omni2_jax.generate.engine import Engine, PromptPiece, ResponseStream
+from omni2_jax.generate.read_write import ReadWriteOutput
+from omni2_jax.generate.streaming_step import EngineConfig
+from omni2_jax.models.flow import context
+from omni2_jax.models.flow.context import Window
+from omni2_jax.models.model import SPEECH
 
-UNITS_A_SECOND = 25
+UNITS_PER_SECOND = 25
 POINTS = (5, 20, 50, 100)  # chunks whose cost is compared
 TURNS = 3  # and one that compiles: two steps each, and an answer of 5 chunks has room for no more
 console = rich.console.Console()
@@ -36,24 +37,31 @@ console = rich.console.Console()
 class Bench:
     """An engine whose slots all talk without end."""
 
-    def __init__(self, config, graph, params, shape: Shape):
+    def __init__(self, config, graph, params, shape: EngineConfig):
         self.config, self.shape = config, shape
         self.engine = Engine(config, graph, params, shape)
         positions = config.speech_encoder.frames // config.adapter.stride
         ids = np.array([1] * 30 + [SPEECH] * positions + [1] * 10, np.int32)
-        self.piece = Piece(ids, jnp.zeros((positions, config.llm.width), self.engine.dtype), 0)
+        self.piece = PromptPiece(
+            ids, jnp.zeros((positions, config.llm.width), self.engine.dtype), 0
+        )
         self.voice = jnp.ones(config.flow.speaker)
         # No text token ends the answer, so that every step reads R and writes W.
         room = shape.llm - shape.prompt - 4 * config.read
-        self.request = readwrite.request(config, text_eos=(), max_text=room, max_flush=1)
+        self.request = read_write.request(config, text_eos=(), max_text=room, max_flush=1)
         self.engine.warm_up()
         streams = self.fill()
-        for _ in range(-(-self.engine.state.flow.plan.room // config.write) + 1):  # a window's every size, each of which is slow at first
+        for _ in range(
+            -(-self.engine.state.flow.plan.room // config.write) + 1
+        ):  # a window's every size, each of which is slow at first
             self.step()
         self.empty(streams)
 
-    def fill(self) -> list[Stream]:
-        streams = [self.engine.submit([self.piece], self.request, self.voice) for _ in range(self.shape.slots)]
+    def fill(self) -> list[ResponseStream]:
+        streams = [
+            self.engine.submit([self.piece], self.request, self.voice)
+            for _ in range(self.shape.slots)
+        ]
         self.engine.admit()
         jax.block_until_ready(self.engine.state)
         return streams
@@ -76,12 +84,21 @@ class Bench:
         flow, start = self.engine.state.flow, self.opened(units)
         size, shift = flow.plan.capacity, flow.plan.chunks.shift
         tenant = start - 1 - (start - 1 + shift - np.arange(size)) % size
-        values = {"count": units, "given": units - flow.plan.lookahead, "start": start, "tenant": np.maximum(tenant, -1)}
-        fill = lambda old, new: jax.device_put(np.broadcast_to(new, old.shape).astype(old.dtype), old.sharding)  # noqa: E731
-        flow = dataclasses.replace(flow, **{name: fill(getattr(flow, name), value) for name, value in values.items()})
+        values = {
+            "count": units,
+            "given": units - flow.plan.lookahead,
+            "start": start,
+            "tenant": np.maximum(tenant, -1),
+        }
+        fill = lambda old, new: jax.device_put(
+            np.broadcast_to(new, old.shape).astype(old.dtype), old.sharding
+        )  # noqa: E731
+        flow = dataclasses.replace(
+            flow, **{name: fill(getattr(flow, name), value) for name, value in values.items()}
+        )
         self.engine.state = dataclasses.replace(self.engine.state, flow=flow)
 
-    def empty(self, streams: list[Stream]) -> None:
+    def empty(self, streams: list[ResponseStream]) -> None:
         for stream in streams:
             stream.cancel()
 
@@ -97,12 +114,12 @@ class Bench:
         return min(times)
 
 
-def sized(config, slots: int, chunks: int, **how) -> Shape:
+def sized(config, slots: int, chunks: int, **how) -> EngineConfig:
     """Capacities for answers of so many chunks."""
     positions = config.speech_encoder.frames // config.adapter.stride
     room = (chunks + 8) * config.write
     prompt = positions + 84
-    return Shape(
+    return EngineConfig(
         slots=slots,
         prompt=prompt,
         llm=prompt + (chunks + 8) * config.read,
@@ -112,24 +129,38 @@ def sized(config, slots: int, chunks: int, **how) -> Shape:
     )
 
 
-def stages(config, graph, params, shape: Shape, bench: Bench) -> dict[str, float]:
+def stages(config, graph, params, shape: EngineConfig, bench: Bench) -> dict[str, float]:
     """Milliseconds of the parts of a step, each compiled by itself, and of what comes before the first step."""
     merge = lambda params: nnx.merge(graph, params)  # noqa: E731
     slots = shape.slots
     tokens = jnp.zeros((slots, config.read), jnp.int32)
-    hiddens, no = jnp.zeros((slots, config.read, config.llm.width), bench.engine.dtype), jnp.zeros(slots, bool)
-    burst = Burst(tokens, jnp.full((slots, config.write), config.tokens.sep + 1), jnp.ones(slots, jnp.int32))
+    hiddens, no = (
+        jnp.zeros((slots, config.read, config.llm.width), bench.engine.dtype),
+        jnp.zeros(slots, bool),
+    )
+    burst = ReadWriteOutput(
+        tokens, jnp.full((slots, config.write), config.tokens.sep + 1), jnp.ones(slots, jnp.int32)
+    )
     parts = {
-        "text": lambda params, state: dataclasses.replace(state, words=readwrite.read(merge(params), state.words)[0]),
-        "units": lambda params, state: dataclasses.replace(
-            state, words=readwrite.write(merge(params), state.words, tokens, hiddens, no, shape.units_only)[0]
+        "text": lambda params, state: dataclasses.replace(
+            state, language=read_write.read(merge(params), state.language)[0]
         ),
-        "flow and vocoder": lambda params, state: streaming.speak_step(merge(params), shape, state, burst, no)[0],
+        "units": lambda params, state: dataclasses.replace(
+            state,
+            language=read_write.write(
+                merge(params), state.language, tokens, hiddens, no, shape.units_only
+            )[0],
+        ),
+        "flow and vocoder": lambda params, state: streaming_step.speak_step(
+            merge(params), shape, state, burst, no
+        )[0],
     }
     found, streams = {}, bench.fill()
     for name, part in parts.items():
         state, times = bench.engine.state, []
-        where = jax.tree.map(lambda leaf: leaf.sharding, state)  # as the engine left it: elsewhere, its programs would be compiled again
+        where = jax.tree.map(
+            lambda leaf: leaf.sharding, state
+        )  # as the engine left it: elsewhere, its programs would be compiled again
         run = jax.jit(part, donate_argnums=1, out_shardings=where)
         for _ in range(6):
             start = time.perf_counter()
@@ -138,7 +169,9 @@ def stages(config, graph, params, shape: Shape, bench: Bench) -> dict[str, float
         bench.engine.state = state
         found[name] = 1000 * statistics.median(times[1:])
     bench.empty(streams)
-    mel = jnp.zeros((1, 2 * config.speech_encoder.frames, config.speech_encoder.mels), bench.engine.dtype)
+    mel = jnp.zeros(
+        (1, 2 * config.speech_encoder.frames, config.speech_encoder.mels), bench.engine.dtype
+    )
     hear = jax.jit(lambda params, mel: merge(params).hear(mel))
     found["encoder"] = 1000 * device.seconds(lambda: hear(params, mel), 3)
     start = time.perf_counter()
@@ -161,14 +194,31 @@ def around(times: list[float], chunk: int) -> float:
 
 
 def main(
-    size: Annotated[str, typer.Option(help=f"Dimensions of random weights, one of {', '.join(SIZES)}.")] = "tiny",
-    checkpoint: Annotated[Path | None, typer.Option(help="A converted checkpoint to measure instead.")] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Slots; throughput is measured at 1, 2, 4 ... up to this.")] = 1,
+    size: Annotated[
+        str, typer.Option(help=f"Dimensions of random weights, one of {', '.join(SIZES)}.")
+    ] = "tiny",
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="A converted checkpoint to measure instead.")
+    ] = None,
+    batch: Annotated[
+        int, typer.Option(min=1, help="Slots; throughput is measured at 1, 2, 4 ... up to this.")
+    ] = 1,
     chunks: Annotated[int, typer.Option(min=5, help="Chunks of one answer (0.4 s each).")] = 100,
-    chunk: Annotated[int | None, typer.Option(help="Units that the flow takes as one chunk. [default: the checkpoint's, 50]")] = None,
-    left_chunks: Annotated[int | None, typer.Option(help="Chunks that the flow sees before its own. [default: all]")] = None,
-    memory: Annotated[str, typer.Option(help="What the flow remembers is kept in: float32 or bfloat16.")] = "float32",
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures here.")] = None,
+    chunk: Annotated[
+        int | None,
+        typer.Option(
+            help="Units that the flow takes as one chunk. [default: the checkpoint's, 50]"
+        ),
+    ] = None,
+    left_chunks: Annotated[
+        int | None, typer.Option(help="Chunks that the flow sees before its own. [default: all]")
+    ] = None,
+    memory: Annotated[
+        str, typer.Option(help="What the flow remembers is kept in: float32 or bfloat16.")
+    ] = "float32",
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write the figures here.")
+    ] = None,
 ) -> None:
     """Measure the streaming step: time to first audio, real-time factor, chunk cost, speakers, and the share of the roofline."""
     dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
@@ -176,7 +226,7 @@ def main(
     how = {"chunk": chunk, "left_chunks": left_chunks, "memory": memory}
     shape = sized(config, 1, chunks, **how)
     bench = Bench(config, graph, params, shape)
-    compiled, speech = bench.engine.compilations(), config.write / UNITS_A_SECOND
+    compiled, speech = bench.engine.compilations(), config.write / UNITS_PER_SECOND
     times, dispatch = growth(bench, chunks)
     median = statistics.median(times)
     parts = stages(config, graph, params, shape, bench)
@@ -198,7 +248,12 @@ def main(
         "compilations": compiled,
         "compilations_during_answers": bench.engine.compilations() - compiled,
     }
-    figures |= speakers(times, lambda slots: Bench(config, graph, params, sized(config, slots, chunks, **how)), batch, speech)
+    figures |= speakers(
+        times,
+        lambda slots: Bench(config, graph, params, sized(config, slots, chunks, **how)),
+        batch,
+        speech,
+    )
     figures["roofline"] = against_roofline(config, params, shape, parts, dtype)
     compared = list(map(int, figures["chunk_ms"]))
     figures["growth"] = compare(bench, compared[0], compared[-1])
@@ -212,7 +267,12 @@ def speakers(times: list[float], bench: Callable[[int], Bench], batch: int, spee
 
     times: of one slot, measured already; speech: seconds of it in a step.
     """
-    rates, most, slots, steps = {}, 0, 1, min(30, len(times))  # not more than there is room for: a step of idle slots costs nothing
+    rates, most, slots, steps = (
+        {},
+        0,
+        1,
+        min(30, len(times)),
+    )  # not more than there is room for: a step of idle slots costs nothing
     while True:
         rates[str(slots)] = slots * speech / statistics.median(times)
         if np.percentile(times, 95) <= speech:
@@ -223,12 +283,20 @@ def speakers(times: list[float], bench: Callable[[int], Bench], batch: int, spee
         times, _ = growth(bench(slots), steps)
 
 
-def against_roofline(config, params, shape: Shape, parts: dict[str, float], dtype) -> dict:
+def against_roofline(config, params, shape: EngineConfig, parts: dict[str, float], dtype) -> dict:
     bandwidth = device.copy_bandwidth()
     rates = {"text": device.matmul_rate(dtype), "decoder": device.matmul_rate(jnp.float32)}
     work = roofline.step(config, params, shape)
-    rows = {"text": ("text", "text"), "units": ("units", "text"), "flow and vocoder": (None, "decoder")}
-    found = {"copy_bytes_per_s": bandwidth, "matmul_flops_per_s": rates["text"], "matmul_float32_flops_per_s": rates["decoder"]}
+    rows = {
+        "text": ("text", "text"),
+        "units": ("units", "text"),
+        "flow and vocoder": (None, "decoder"),
+    }
+    found = {
+        "copy_bytes_per_s": bandwidth,
+        "matmul_flops_per_s": rates["text"],
+        "matmul_float32_flops_per_s": rates["decoder"],
+    }
     for name, (stage, rate) in rows.items():
         least = [work[stage]] if stage else [work["flow"], work["vocoder"]]
         bound = 1000 * sum(w.least_seconds(bandwidth, rates[rate]) for w in least)
@@ -271,12 +339,18 @@ def attention(bench: Bench) -> Callable[[int], float]:
         ready, opened = units + plan.write - plan.lookahead, bench.opened(units)
         needed = min(ready, plan.chunks.end(opened)) - opened
         width = rate * next((w for w in plan.widths if w >= needed), plan.widths[-1])
-        given = jnp.ones((rows, width, heads, size // 2)), jnp.zeros((rows, 1, width, slots)), jnp.array(min(rate * ready, slots))
+        given = (
+            jnp.ones((rows, width, heads, size // 2)),
+            jnp.zeros((rows, 1, width, slots)),
+            jnp.array(min(rate * ready, slots)),
+        )
         start = time.perf_counter()
         _, memory = jax.block_until_ready(run(flow.past.memory, *given))
         took = time.perf_counter() - start
         past = dataclasses.replace(flow.past, memory=memory)
-        bench.engine.state = dataclasses.replace(bench.engine.state, flow=dataclasses.replace(flow, past=past))
+        bench.engine.state = dataclasses.replace(
+            bench.engine.state, flow=dataclasses.replace(flow, past=past)
+        )
         return took
 
     return seconds
@@ -301,12 +375,19 @@ def compare(bench: Bench, early: int, late: int) -> dict:
     begin, end = (statistics.median(steps[chunk]) for chunk in (early, late))
     least, most = (statistics.median(shares[chunk]) for chunk in (early, late))
     found = {"step_ms": [begin, end], "attention_ms": [least, most]}
-    return {"from": early, "to": late, "measured": end / begin, "predicted": 1 + (most - least) / begin} | found
+    return {
+        "from": early,
+        "to": late,
+        "measured": end / begin,
+        "predicted": 1 + (most - least) / begin,
+    } | found
 
 
 def report(figures: dict) -> None:
     """The same figures as tables."""
-    table = rich.table.Table(show_header=False, title=f"{figures['size']}, {figures['dtype']}, {figures['device']}")
+    table = rich.table.Table(
+        show_header=False, title=f"{figures['size']}, {figures['dtype']}, {figures['device']}"
+    )
     rows = {
         "time to first audio (features on the device)": f"{figures['first_audio_ms']:.0f} ms",
         "real-time factor, one speaker": f"{figures['rtf']:.3f}",
@@ -316,26 +397,38 @@ def report(figures: dict) -> None:
         "a unit": f"{figures['unit_ms']:.2f} ms",
         "flow and vocoder, a chunk": f"{figures['flow_vocoder_ms']:.0f} ms",
         "step at chunk": ", ".join(f"{c}: {ms:.0f} ms" for c, ms in figures["chunk_ms"].items()),
-        "growth, chunk {from} to {to}".format(**figures["growth"]): "measured {measured:.2f}, by attention alone {predicted:.2f}".format(
+        "growth, chunk {from} to {to}".format(
+            **figures["growth"]
+        ): "measured {measured:.2f}, by attention alone {predicted:.2f}".format(
             **figures["growth"]
         ),
         "Python's share of a step": f"{100 * figures['dispatch_share']:.1f} %",
         "compilations (warm-up, answers)": f"{figures['compilations']}, {figures['compilations_during_answers']}",
-        "audio seconds a second, by slots": ", ".join(f"{n}: {rate:.2f}" for n, rate in figures["audio_s_per_s"].items()),
+        "audio seconds a second, by slots": ", ".join(
+            f"{n}: {rate:.2f}" for n, rate in figures["audio_s_per_s"].items()
+        ),
         "speakers in real time (p95)": str(figures["realtime_speakers"]),
     }
     for row in rows.items():
         table.add_row(*row)
     console.print(table)
-    table = rich.table.Table("stage of a step", "MB moved", "GFLOP", "at best, ms", "measured, ms", "of the roofline")
+    table = rich.table.Table(
+        "stage of a step", "MB moved", "GFLOP", "at best, ms", "measured, ms", "of the roofline"
+    )
     for name in ("text", "units", "flow and vocoder"):
         w = figures["roofline"][name]
         numbers = (w["bytes"] / 1e6, w["flops"] / 1e9, w["least_ms"], w["ms"])
         table.add_row(name, *(f"{n:.1f}" for n in numbers), f"{100 * w['fraction']:.0f} %")
     console.print(table)
-    copied, multiplied = figures["roofline"]["copy_bytes_per_s"], figures["roofline"]["matmul_flops_per_s"]
-    console.print(f"copy {copied / 1e9:.1f} GB/s, matmul {multiplied / 1e12:.2f} TFLOP/s, measured in this run", highlight=False)
+    copied, multiplied = (
+        figures["roofline"]["copy_bytes_per_s"],
+        figures["roofline"]["matmul_flops_per_s"],
+    )
+    console.print(
+        f"copy {copied / 1e9:.1f} GB/s, matmul {multiplied / 1e12:.2f} TFLOP/s, measured in this run",
+        highlight=False,
+    )
 
 
 if __name__ == "__main__":
-    command.of(main)
+    run_function(main)

@@ -22,17 +22,25 @@ from flax import nnx
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from benchmarks.sizes import load
-from convert.releases import hugging_face
-from omni2_jax import command, readwrite
+from omni2_jax.cli.console import run_function
 from omni2_jax.config import Omni2Config, SpeechEncoderConfig
-from omni2_jax.readwrite import READING, ReadWriteState
+from omni2_jax.convert.releases import hugging_face
+from omni2_jax.generate import read_write
+from omni2_jax.generate.read_write import READING, ReadWriteState
 
 
 def best(run: Callable[[], float], repeats: int) -> float:
     return min(run() for _ in range(repeats))
 
 
-def ours(config: Omni2Config, graph: nnx.GraphDef, params: dict, bursts: int, units_only: bool, repeats: int) -> float:
+def ours(
+    config: Omni2Config,
+    graph: nnx.GraphDef,
+    params: dict,
+    bursts: int,
+    units_only: bool,
+    repeats: int,
+) -> float:
     """Seconds of gate fusion and speech LM for all bursts."""
     rows = jnp.zeros((1, config.read, config.llm.width), params["llm"]["norm"]["scale"].dtype)
     tokens = jnp.zeros((1, config.read), jnp.int32)
@@ -44,7 +52,9 @@ def ours(config: Omni2Config, graph: nnx.GraphDef, params: dict, bursts: int, un
         return dataclasses.replace(state, phase=jnp.full(1, READING))
 
     def burst(params: dict, state: ReadWriteState) -> tuple[ReadWriteState, jax.Array]:
-        return readwrite.write(nnx.merge(graph, params), state, tokens, rows, jnp.array([False]), units_only)
+        return read_write.write(
+            nnx.merge(graph, params), state, tokens, rows, jnp.array([False]), units_only
+        )
 
     burst = jax.jit(burst, donate_argnums=1)
 
@@ -64,7 +74,9 @@ def ours(config: Omni2Config, graph: nnx.GraphDef, params: dict, bursts: int, un
 def theirs(config: Omni2Config, bursts: int, cached: bool, repeats: int) -> float:
     """Seconds of transformers' Qwen2 for the same bursts: one cache for all of them, or a fresh prefill for each."""
     lm = config.speech_lm
-    model = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**hugging_face(lm, config.tokens.unit_eos))).eval()
+    model = transformers.Qwen2ForCausalLM(
+        transformers.Qwen2Config(**hugging_face(lm, config.tokens.unit_eos))
+    ).eval()
     embed, rows = model.get_input_embeddings(), torch.zeros(1, config.read, lm.width)
 
     def token(hidden: torch.Tensor) -> torch.Tensor:
@@ -80,7 +92,11 @@ def theirs(config: Omni2Config, bursts: int, cached: bool, repeats: int) -> floa
                 cache, context = transformers.DynamicCache(), torch.cat([context, fresh], 1)
             given = fresh if cached else context
             for _ in range(config.write):
-                fresh = token(model.model(inputs_embeds=given, past_key_values=cache, use_cache=True).last_hidden_state)
+                fresh = token(
+                    model.model(
+                        inputs_embeds=given, past_key_values=cache, use_cache=True
+                    ).last_hidden_state
+                )
                 given = fresh
                 context = context if cached else torch.cat([context, fresh], 1)
             fresh = torch.cat([fresh, rows], 1) if cached else rows
@@ -90,7 +106,9 @@ def theirs(config: Omni2Config, bursts: int, cached: bool, repeats: int) -> floa
     return best(lambda: run(bursts), repeats)
 
 
-def encoder_ours(graph: nnx.GraphDef, params: dict, config: SpeechEncoderConfig, repeats: int) -> float:
+def encoder_ours(
+    graph: nnx.GraphDef, params: dict, config: SpeechEncoderConfig, repeats: int
+) -> float:
     mel = jnp.zeros((1, 2 * config.frames, config.mels), params["llm"]["norm"]["scale"].dtype)
     encode = jax.jit(lambda params, mel: nnx.merge(graph, params).speech_encoder(mel))
 
@@ -105,8 +123,15 @@ def encoder_ours(graph: nnx.GraphDef, params: dict, config: SpeechEncoderConfig,
 
 @torch.inference_mode()
 def encoder_theirs(config: SpeechEncoderConfig, repeats: int) -> float:
-    dims = {"num_mel_bins": config.mels, "max_source_positions": config.frames, "d_model": config.width, "encoder_layers": config.layers}
-    settings = transformers.WhisperConfig(**dims, encoder_attention_heads=config.heads, encoder_ffn_dim=4 * config.width)
+    dims = {
+        "num_mel_bins": config.mels,
+        "max_source_positions": config.frames,
+        "d_model": config.width,
+        "encoder_layers": config.layers,
+    }
+    settings = transformers.WhisperConfig(
+        **dims, encoder_attention_heads=config.heads, encoder_ffn_dim=4 * config.width
+    )
     encoder = WhisperEncoder(settings).eval()
     mel = torch.zeros(1, config.mels, 2 * config.frames)
 
@@ -120,16 +145,24 @@ def encoder_theirs(config: SpeechEncoderConfig, repeats: int) -> float:
 
 
 def main(
-    size: Annotated[str, typer.Option(help="tiny or 0.5b: dimensions with random weights.")] = "tiny",
+    size: Annotated[
+        str, typer.Option(help="tiny or 0.5b: dimensions with random weights.")
+    ] = "tiny",
     bursts: Annotated[int, typer.Option(help="Bursts of W units; 40 are 16 s of speech.")] = 40,
     repeats: Annotated[int, typer.Option(help="Runs of each, the best of which counts.")] = 2,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures here.")] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write the figures here.")
+    ] = None,
 ) -> None:
     """Time our speech LM and speech encoder against PyTorch's in float32 on the CPU."""
     console = rich.console.Console()
     config, graph, params = load(size, None, jnp.float32)
     tokens = bursts * config.write
-    figures = {"device": f"{jax.devices()[0].device_kind}, {torch.get_num_threads()} torch threads", "size": size, "bursts": bursts}
+    figures = {
+        "device": f"{jax.devices()[0].device_kind}, {torch.get_num_threads()} torch threads",
+        "size": size,
+        "bursts": bursts,
+    }
     measured = {
         "ours_s": lambda: ours(config, graph, params, bursts, True, repeats),
         "torch_cached_s": lambda: theirs(config, bursts, True, repeats),
@@ -144,7 +177,13 @@ def main(
         console.print(f"{name} {figures[name]:.2f}", highlight=False)
         if json_file:
             json_file.write_text(json.dumps(figures, indent=1) + "\n")
-    table = rich.table.Table("what", "seconds", "ms a unit", "of ours", title=f"{size}, float32, {bursts} bursts, {figures['device']}")
+    table = rich.table.Table(
+        "what",
+        "seconds",
+        "ms a unit",
+        "of ours",
+        title=f"{size}, float32, {bursts} bursts, {figures['device']}",
+    )
     for name, label in {
         "ours_s": "speech LM, ours (only units can be sampled)",
         "ours_all_tokens_s": "speech LM, ours (any token)",
@@ -152,12 +191,22 @@ def main(
         "torch_reprefill_s": "speech LM, PyTorch, prefill a burst (as released)",
     }.items():
         value = figures[name]
-        table.add_row(label, f"{value:.2f}", f"{1000 * value / tokens:.1f}", f"{value / figures['ours_s']:.2f}")
+        table.add_row(
+            label,
+            f"{value:.2f}",
+            f"{1000 * value / tokens:.1f}",
+            f"{value / figures['ours_s']:.2f}",
+        )
     table.add_section()
-    for name, label in {"encoder_ours_s": "speech encoder, ours, 30 s", "encoder_torch_s": "speech encoder, PyTorch"}.items():
-        table.add_row(label, f"{figures[name]:.2f}", "", f"{figures[name] / figures['encoder_ours_s']:.2f}")
+    for name, label in {
+        "encoder_ours_s": "speech encoder, ours, 30 s",
+        "encoder_torch_s": "speech encoder, PyTorch",
+    }.items():
+        table.add_row(
+            label, f"{figures[name]:.2f}", "", f"{figures[name] / figures['encoder_ours_s']:.2f}"
+        )
     console.print(table)
 
 
 if __name__ == "__main__":
-    command.of(main)
+    run_function(main)

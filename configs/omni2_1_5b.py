@@ -3,6 +3,10 @@
 python -m convert --omni2 LLaMA-Omni2-1.5B --decoder cosy2_decoder --voice NAME=prompt.wav --out omni2-1_5b
 """
 
-from omni2_jax.config import Omni2Config, Qwen2Config
+from omni2_jax.config import DecoderConfig, Omni2Config
 
-config = Omni2Config(llm=Qwen2Config(vocabulary=151936, width=1536, layers=28, heads=12, kv_heads=2, hidden=8960, tied=True))
+config = Omni2Config(
+    llm=DecoderConfig(
+        vocabulary=151936, width=1536, layers=28, heads=12, kv_heads=2, hidden=8960, tied=True
+    )
+)

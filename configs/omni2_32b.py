@@ -3,6 +3,10 @@
 python -m convert --omni2 LLaMA-Omni2-32B-Bilingual --decoder cosy2_decoder --voice NAME=prompt.wav --out omni2-32b
 """
 
-from omni2_jax.config import Omni2Config, Qwen2Config
+from omni2_jax.config import DecoderConfig, Omni2Config
 
-config = Omni2Config(llm=Qwen2Config(vocabulary=152064, width=5120, layers=64, heads=40, kv_heads=8, hidden=27648, tied=False))
+config = Omni2Config(
+    llm=DecoderConfig(
+        vocabulary=152064, width=5120, layers=64, heads=40, kv_heads=8, hidden=27648, tied=False
+    )
+)

@@ -3,6 +3,10 @@
 python -m convert --omni2 LLaMA-Omni2-3B --decoder cosy2_decoder --voice NAME=prompt.wav --out omni2-3b
 """
 
-from omni2_jax.config import Omni2Config, Qwen2Config
+from omni2_jax.config import DecoderConfig, Omni2Config
 
-config = Omni2Config(llm=Qwen2Config(vocabulary=151936, width=2048, layers=36, heads=16, kv_heads=2, hidden=11008, tied=True))
+config = Omni2Config(
+    llm=DecoderConfig(
+        vocabulary=151936, width=2048, layers=36, heads=16, kv_heads=2, hidden=11008, tied=True
+    )
+)

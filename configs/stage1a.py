@@ -6,12 +6,12 @@ python -m train --config configs/stage1a.py --set checkpoint=start --set data=di
 With --set rank=16 low-rank updates are trained instead of the LLM itself.
 """
 
-from train.config import Bucket, Optimiser, Train
+from omni2_jax.train.settings import Bucket, OptimizerConfig, TrainConfig
 
-config = Train(
+config = TrainConfig(
     stage="1a",
     batch=32,
     epochs=3,
-    optimiser=Optimiser(peak=5e-5),
+    optimizer=OptimizerConfig(peak=5e-5),
     buckets=(Bucket(1, 512), Bucket(2, 1024), Bucket(3, 1536), Bucket(5, 2560), Bucket(8, 4096)),
 )

@@ -5,12 +5,18 @@ python -m train --config configs/stage2.py --set checkpoint=runs/1b/final --set 
 --set mix=sum and --set mix=hidden are the ablations of gate fusion (table 2).
 """
 
-from train.config import Bucket, Optimiser, Train
+from omni2_jax.train.settings import Bucket, OptimizerConfig, TrainConfig
 
-config = Train(
+config = TrainConfig(
     stage="2",
     batch=32,
     epochs=1,
-    optimiser=Optimiser(peak=1e-3),
-    buckets=(Bucket(1, 512, 512), Bucket(1, 512, 1024), Bucket(2, 1024, 1024), Bucket(3, 1536, 1024), Bucket(5, 2560, 1024)),
+    optimizer=OptimizerConfig(peak=1e-3),
+    buckets=(
+        Bucket(1, 512, 512),
+        Bucket(1, 512, 1024),
+        Bucket(2, 1024, 1024),
+        Bucket(3, 1536, 1024),
+        Bucket(5, 2560, 1024),
+    ),
 )

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import yaml
 
-from convert.engine import ConversionError
-from convert.releases import checked
 from omni2_jax.config import FlowConfig, HiftConfig
+from omni2_jax.convert.plan import ConversionError
+from omni2_jax.convert.releases import checked
 
 FILES = ("cosyvoice.yaml", "cosyvoice2.yaml", "flow.yaml")
 
@@ -19,7 +19,11 @@ class TagFree(yaml.SafeLoader):
 def plain(loader: yaml.SafeLoader, _: str, node: yaml.Node):
     if isinstance(node, yaml.MappingNode):
         return loader.construct_mapping(node, deep=True)
-    return loader.construct_sequence(node, deep=True) if isinstance(node, yaml.SequenceNode) else node.value
+    return (
+        loader.construct_sequence(node, deep=True)
+        if isinstance(node, yaml.SequenceNode)
+        else node.value
+    )
 
 
 TagFree.add_multi_constructor("!", plain)
@@ -48,10 +52,16 @@ def read(directory: Path) -> tuple[FlowConfig, HiftConfig, Path]:
         raise ConversionError(f"cannot read {path}: {' '.join(str(error).split())}") from None
     try:
         flow, hift = (resolved(settings[part], settings) for part in ("flow", "hift"))
-        refused = [f"{name} is {given!r}, expected {wanted!r}" for name, given, wanted in fixed(flow) if given != wanted]
+        refused = [
+            f"{name} is {given!r}, expected {wanted!r}"
+            for name, given, wanted in fixed(flow)
+            if given != wanted
+        ]
         flow_fields, hift_fields = flow_dimensions(flow), hift_dimensions(hift)
     except (KeyError, TypeError, IndexError) as error:
-        raise ConversionError(f"{path} is not a CosyVoice2 decoder configuration: {error!r}") from None
+        raise ConversionError(
+            f"{path} is not a CosyVoice2 decoder configuration: {error!r}"
+        ) from None
     if refused:
         raise ConversionError(f"{path}: {'; '.join(refused)}")
     return checked(FlowConfig, path, **flow_fields), checked(HiftConfig, path, **hift_fields), path
@@ -67,7 +77,11 @@ def fixed(flow: dict) -> list[tuple[str, object, object]]:
         ("flow.encoder.macaron_style", encoder["macaron_style"], False),
         ("flow.encoder.normalize_before", encoder["normalize_before"], True),
         ("flow.encoder.pos_enc_layer_type", encoder["pos_enc_layer_type"], "rel_pos_espnet"),
-        ("flow.decoder.t_scheduler", flow["decoder"]["cfm_params"]["content"]["t_scheduler"], "cosine"),
+        (
+            "flow.decoder.t_scheduler",
+            flow["decoder"]["cfm_params"]["content"]["t_scheduler"],
+            "cosine",
+        ),
         ("flow.decoder.estimator.channels", len(estimator["channels"]), 1),
         ("flow.decoder.estimator.act_fn", estimator["act_fn"], "gelu"),
         ("flow.decoder.in_channels", flow["decoder"]["in_channels"], 3 * flow["output_size"]),
@@ -75,7 +89,11 @@ def fixed(flow: dict) -> list[tuple[str, object, object]]:
 
 
 def flow_dimensions(flow: dict) -> dict:
-    encoder, estimator, cfm = flow["encoder"], flow["decoder"]["estimator"], flow["decoder"]["cfm_params"]["content"]
+    encoder, estimator, cfm = (
+        flow["encoder"],
+        flow["decoder"]["estimator"],
+        flow["decoder"]["cfm_params"]["content"],
+    )
     return dict(
         units=flow["vocab_size"],
         width=encoder["output_size"],
@@ -86,7 +104,8 @@ def flow_dimensions(flow: dict) -> dict:
         speaker=flow["spk_embed_dim"],
         upsample=flow["token_mel_ratio"],
         lookahead=flow["pre_lookahead_len"],
-        chunk=2 * flow["input_frame_rate"],  # what the released decoder sets, whatever the file says
+        chunk=2
+        * flow["input_frame_rate"],  # what the released decoder sets, whatever the file says
         channels=estimator["channels"][0],
         estimator_heads=estimator["num_heads"],
         estimator_head_size=estimator["attention_head_dim"],

@@ -7,14 +7,20 @@ from typing import TypeVar
 
 import pydantic
 
-from convert.engine import ConversionError, Source
-from convert.sources import reason, safetensors, torch_dims
-from omni2_jax import tokenizer
-from omni2_jax.config import AdapterConfig, Omni2Config, Qwen2Config, SpeechEncoderConfig, TokenConfig
+from omni2_jax.checkpoint import tokenizer
+from omni2_jax.config import (
+    AdapterConfig,
+    DecoderConfig,
+    Omni2Config,
+    SpeechEncoderConfig,
+    TokenConfig,
+)
+from omni2_jax.convert.formats import reason, safetensors, torch_dims
+from omni2_jax.convert.plan import ConversionError, Source
 
 OMNI2 = "omni2_speech2s_qwen2"
 HEADS = "speech_encoder_heads"  # in what we export, which has no Whisper file beside it
-NOTHING = Omni2Config().only()
+EMPTY_CONFIG = Omni2Config().only()
 
 T = TypeVar("T")
 
@@ -24,7 +30,9 @@ def checked(kind: type[T], where: Path | str, **fields) -> T:
     try:
         return pydantic.TypeAdapter(kind).validate_python(fields)
     except pydantic.ValidationError as error:
-        faults = [f"{'.'.join(map(str, e['loc']))} is {e['input']!r} ({e['msg']})" for e in error.errors()]
+        faults = [
+            f"{'.'.join(map(str, e['loc']))} is {e['input']!r} ({e['msg']})" for e in error.errors()
+        ]
         raise ConversionError(f"{where}: {'; '.join(faults)}") from None
 
 
@@ -45,7 +53,9 @@ def weights(directory: Path) -> Path:
     for name in ("model.safetensors.index.json", "model.safetensors"):
         if (directory / name).exists():
             return directory / name
-    raise ConversionError(f"{directory} has neither model.safetensors nor model.safetensors.index.json")
+    raise ConversionError(
+        f"{directory} has neither model.safetensors nor model.safetensors.index.json"
+    )
 
 
 def tensors(path: Path) -> dict[str, Source]:
@@ -56,24 +66,35 @@ def tensors(path: Path) -> dict[str, Source]:
     if not isinstance(weight_map, dict):
         raise ConversionError(f"{path} has no weight_map")
     shards = {name: safetensors(path.parent / name) for name in sorted(set(weight_map.values()))}
-    absent = [f"{name} (in {shard})" for name, shard in weight_map.items() if name not in shards[shard]]
+    absent = [
+        f"{name} (in {shard})" for name, shard in weight_map.items() if name not in shards[shard]
+    ]
     if absent:
-        raise ConversionError(f"{path} lists tensors that its shards do not hold: {', '.join(absent[:20])}")
+        raise ConversionError(
+            f"{path} lists tensors that its shards do not hold: {', '.join(absent[:20])}"
+        )
     return {name: source for shard in shards.values() for name, source in shard.items()}
 
 
-def qwen2(config: dict, where: Path | str, kind: str = "qwen2") -> Qwen2Config:
+def qwen2(config: dict, where: Path | str, kind: str = "qwen2") -> DecoderConfig:
     """A Hugging Face Qwen2 config as ours; raises on what our Qwen2 does not do."""
     if config.get("model_type") != kind:
-        raise ConversionError(f"{where}: model_type is {config.get('model_type')!r}, expected {kind!r}")
+        raise ConversionError(
+            f"{where}: model_type is {config.get('model_type')!r}, expected {kind!r}"
+        )
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if config.get("use_sliding_window") or rope.get("rope_type", rope.get("type", "default")) != "default":
-        raise ConversionError(f"{where}: sliding windows and scaled positions are not supported (no LLaMA-Omni2 release uses them)")
+    if (
+        config.get("use_sliding_window")
+        or rope.get("rope_type", rope.get("type", "default")) != "default"
+    ):
+        raise ConversionError(
+            f"{where}: sliding windows and scaled positions are not supported (no LLaMA-Omni2 release uses them)"
+        )
     if config.get("hidden_act", "silu") != "silu":
         raise ConversionError(f"{where}: hidden_act is {config['hidden_act']!r}, expected 'silu'")
     try:
         return checked(
-            Qwen2Config,
+            DecoderConfig,
             where,
             vocabulary=config["vocab_size"],
             width=config["hidden_size"],
@@ -81,7 +102,9 @@ def qwen2(config: dict, where: Path | str, kind: str = "qwen2") -> Qwen2Config:
             heads=config["num_attention_heads"],
             kv_heads=config.get("num_key_value_heads", config["num_attention_heads"]),
             hidden=config["intermediate_size"],
-            rope_theta=config.get("rope_theta", rope.get("rope_theta", 1e4)),  # transformers' default
+            rope_theta=config.get(
+                "rope_theta", rope.get("rope_theta", 1e4)
+            ),  # transformers' default
             norm_eps=config.get("rms_norm_eps", 1e-6),
             tied=config.get("tie_word_embeddings", False),
             max_positions=config.get("max_position_embeddings", 32768),
@@ -98,26 +121,42 @@ def stream_params(text: str, where: Path) -> tuple[int, int]:
     except ValueError:
         read = write = 0
     if read < 1 or write < 1:
-        raise ConversionError(f"{where}: stream_params is {text!r}, expected '(R,W)' with two positive integers")
+        raise ConversionError(
+            f"{where}: stream_params is {text!r}, expected '(R,W)' with two positive integers"
+        )
     return read, write
 
 
-def speech_encoder(sources: Mapping[str, Source], prefix: str, where: Path | str, heads: int | None = None) -> SpeechEncoderConfig:
+def speech_encoder(
+    sources: Mapping[str, Source], prefix: str, where: Path | str, heads: int | None = None
+) -> SpeechEncoderConfig:
     """The encoder's dimensions from its tensors (OpenAI names). Whisper's heads are 64 wide unless the file says otherwise."""
     try:
         width, mels, _ = sources[prefix + "conv1.weight"].shape
         frames = sources[prefix + "positional_embedding"].shape[0]
     except (KeyError, ValueError) as error:
-        raise ConversionError(f"{where} has no speech encoder: {error} is missing or of another rank") from None
-    layers = sum(name.startswith(prefix + "blocks.") and name.endswith("attn.query.weight") for name in sources)
-    return SpeechEncoderConfig(mels=mels, frames=frames, width=width, layers=layers, heads=heads or max(1, width // 64))
+        raise ConversionError(
+            f"{where} has no speech encoder: {error} is missing or of another rank"
+        ) from None
+    layers = sum(
+        name.startswith(prefix + "blocks.") and name.endswith("attn.query.weight")
+        for name in sources
+    )
+    return SpeechEncoderConfig(
+        mels=mels, frames=frames, width=width, layers=layers, heads=heads or max(1, width // 64)
+    )
 
 
-def omni2(directory: Path, sources: Mapping[str, Source], whisper: Path | None = None) -> Omni2Config:
+def omni2(
+    directory: Path, sources: Mapping[str, Source], whisper: Path | None = None
+) -> Omni2Config:
     """The language side of a LLaMA-Omni2 release directory (no decoder)."""
     path = directory / "config.json"
     config = read_json(path)
-    for key, expected in {"speech_encoder_type": "whisper", "speech_projector_type": "linear"}.items():
+    for key, expected in {
+        "speech_encoder_type": "whisper",
+        "speech_projector_type": "linear",
+    }.items():
         if config.get(key, expected) != expected:
             raise ConversionError(f"{path}: {key} is {config[key]!r}, expected {expected!r}")
     llm, generator = qwen2(config, path, OMNI2), config.get("speech_generator")
@@ -131,14 +170,16 @@ def omni2(directory: Path, sources: Mapping[str, Source], whisper: Path | None =
         Omni2Config,
         path,
         llm=llm,
-        speech_encoder=speech_encoder(sources, "model.speech_encoder.", directory, whisper_heads(directory, config, whisper)),
+        speech_encoder=speech_encoder(
+            sources, "model.speech_encoder.", directory, whisper_heads(directory, config, whisper)
+        ),
         adapter={
             "stride": config.get("speech_encoder_ds_rate", AdapterConfig.stride),
             "hidden": adapter.shape[0] if adapter else AdapterConfig.hidden,
         },
         speech_lm=qwen2(generator, f"{path}: speech_generator"),
         flow=None,
-        hift=None,
+        vocoder=None,
         speaker=None,
         tokens={
             "speech": added_token(directory, "<speech>"),
@@ -152,14 +193,19 @@ def omni2(directory: Path, sources: Mapping[str, Source], whisper: Path | None =
         max_prompt=config.get("tokenizer_model_max_length", 4096),
     )
     if (vocabulary := found.speech_lm.vocabulary) < sep + 1 + found.units:
-        raise ConversionError(f"{path}: {found.units} units follow <sep>, which is {sep}, but the speech LM has only {vocabulary} tokens")
+        raise ConversionError(
+            f"{path}: {found.units} units follow <sep>, which is {sep}, but the speech LM has only {vocabulary} tokens"
+        )
     return found
 
 
 def end_tokens(directory: Path, config: dict) -> tuple[int, ...]:
     """The tokens that end a text, as generation_config.json, else config.json, else the tokenizer says."""
     generation = directory / "generation_config.json"
-    stated = (read_json(generation).get("eos_token_id") if generation.exists() else None, config.get("eos_token_id"))
+    stated = (
+        read_json(generation).get("eos_token_id") if generation.exists() else None,
+        config.get("eos_token_id"),
+    )
     eos = next((given for given in stated if given is not None), None)
     if eos is None:
         eos = tokenizer.load(directory).eos_token_id
@@ -191,7 +237,7 @@ def qwen_directory(directory: Path) -> Omni2Config:
     path = directory / "config.json"
     config = read_json(path)
     llm, eos = qwen2(config, path), end_tokens(directory, config)
-    return NOTHING.replace(llm=llm, tokens=checked(TokenConfig, path, text_eos=eos))
+    return EMPTY_CONFIG.replace(llm=llm, tokens=checked(TokenConfig, path, text_eos=eos))
 
 
 def whisper_directory(directory: Path) -> SpeechEncoderConfig:
@@ -199,7 +245,9 @@ def whisper_directory(directory: Path) -> SpeechEncoderConfig:
     path = directory / "config.json"
     config = read_json(path)
     if config.get("model_type") != "whisper":
-        raise ConversionError(f"{path}: model_type is {config.get('model_type')!r}, expected 'whisper'")
+        raise ConversionError(
+            f"{path}: model_type is {config.get('model_type')!r}, expected 'whisper'"
+        )
     names = {
         "mels": "num_mel_bins",
         "frames": "max_source_positions",
@@ -208,10 +256,12 @@ def whisper_directory(directory: Path) -> SpeechEncoderConfig:
         "heads": "encoder_attention_heads",
         "hidden": "encoder_ffn_dim",
     }
-    return checked(SpeechEncoderConfig, path, **{ours: config.get(theirs) for ours, theirs in names.items()})
+    return checked(
+        SpeechEncoderConfig, path, **{ours: config.get(theirs) for ours, theirs in names.items()}
+    )
 
 
-def hugging_face(config: Qwen2Config, eos: int | list[int]) -> dict:
+def hugging_face(config: DecoderConfig, eos: int | list[int]) -> dict:
     """Our Qwen2 dimensions under Hugging Face's names: what `qwen2` reads."""
     return {
         "vocab_size": config.vocabulary,
@@ -233,7 +283,12 @@ def hugging_face(config: Qwen2Config, eos: int | list[int]) -> dict:
 def omni2_json(config: Omni2Config, dtype: str) -> dict:
     """The config.json of a LLaMA-Omni2 release."""
     eos = config.tokens.text_eos
-    speech_lm = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "torch_dtype": dtype, "bos_token_id": config.tokens.unit_eos}
+    speech_lm = {
+        "architectures": ["Qwen2ForCausalLM"],
+        "model_type": "qwen2",
+        "torch_dtype": dtype,
+        "bos_token_id": config.tokens.unit_eos,
+    }
     return {
         "architectures": ["Omni2Speech2SQwen2ForCausalLM"],
         "model_type": OMNI2,

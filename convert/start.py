@@ -9,10 +9,11 @@ import jax
 import numpy as np
 from flax import nnx
 
-from omni2_jax.adapter import Adapter
-from omni2_jax.checkpoint import Unread, flatten
+from omni2_jax.checkpoint.lazy import LazyArray
+from omni2_jax.checkpoint.parameters import flatten
 from omni2_jax.config import PARTS, Omni2Config
-from omni2_jax.fusion import GateFusion
+from omni2_jax.models.adapter import Adapter
+from omni2_jax.models.fusion import GateFusion
 
 SEED = 0
 BLOCK = 4096  # rows in memory at once beside a table
@@ -20,29 +21,39 @@ BLOCK = 4096  # rows in memory at once beside a table
 
 def adapter(config: Omni2Config) -> dict:
     """Parameters of a new adapter between speech encoder and LLM, none drawn yet."""
-    return initialised("adapter", lambda rngs: Adapter(config.adapter, config.speech_encoder.width, config.llm.width, rngs))
+    return initialised(
+        "adapter",
+        lambda rngs: Adapter(config.adapter, config.speech_encoder.width, config.llm.width, rngs),
+    )
 
 
 def fusion(config: Omni2Config) -> dict:
     """Parameters of a new gate fusion between LLM and speech LM, none drawn yet."""
-    return initialised("fusion", lambda rngs: GateFusion(config.llm.width, config.speech_lm.width, config.mix, rngs))
+    return initialised(
+        "fusion",
+        lambda rngs: GateFusion(config.llm.width, config.speech_lm.width, config.mix, rngs),
+    )
 
 
 def initialised(part: str, build: Callable[[nnx.Rngs], nnx.Module]) -> dict:
-    """A module's initial parameters as `Unread` leaves; each is drawn alone when it is read, as jit leaves out what it does not return."""
+    """A module's initial parameters as `LazyArray` leaves; each is drawn alone when it is read, as jit leaves out what it does not return."""
 
     def params() -> dict:
         key = jax.random.fold_in(jax.random.key(SEED), PARTS.index(part))
         return nnx.to_pure_dict(nnx.state(build(nnx.Rngs(key))))
 
-    def leaf(path: tuple, shape: jax.ShapeDtypeStruct) -> Unread:
+    def leaf(path: tuple, shape: jax.ShapeDtypeStruct) -> LazyArray:
         name = jax.tree_util.keystr(path, simple=True, separator=".")
-        return Unread(shape.shape, np.dtype(shape.dtype), lambda: np.asarray(jax.jit(lambda: flatten(params())[name])()))
+        return LazyArray(
+            shape.shape,
+            np.dtype(shape.dtype),
+            lambda: np.asarray(jax.jit(lambda: flatten(params())[name])()),
+        )
 
     return jax.tree_util.tree_map_with_path(leaf, jax.eval_shape(params))
 
 
-def extended(table: Unread, kept: int, vocabulary: int) -> Unread:
+def extended(table: LazyArray, kept: int, vocabulary: int) -> LazyArray:
     """An embedding table [V, D] of which the first `kept` rows stay and new ones follow, `vocabulary` in all.
 
     New rows are drawn from a normal with the mean and deviation that each column has over the kept ones.
@@ -58,7 +69,7 @@ def extended(table: Unread, kept: int, vocabulary: int) -> Unread:
             block[...] = mean + deviation * random.standard_normal(block.shape, np.float32)
         return rows
 
-    return Unread(shape, table.dtype, read)
+    return LazyArray(shape, table.dtype, read)
 
 
 def statistics(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

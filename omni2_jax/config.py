@@ -10,12 +10,12 @@ from typing import Literal
 import pydantic
 
 LANGUAGE_PARTS = ("speech_encoder", "adapter", "llm", "fusion", "speech_lm")
-DECODER_PARTS = ("flow", "hift", "speaker")
+DECODER_PARTS = ("flow", "vocoder", "speaker")
 PARTS = LANGUAGE_PARTS + DECODER_PARTS  # in the order of the data's path
 
 
 @dataclass(frozen=True)
-class Qwen2Config:
+class DecoderConfig:
     """A Qwen2.5 language model; it serves as the LLM and as the speech LM."""
 
     vocabulary: int = 151936
@@ -69,7 +69,9 @@ class FlowConfig:
     speaker: int = 192
     upsample: int = 2
     lookahead: int = 3
-    chunk: int = 50  # units that see one another (100 mel frames); the masks stay on when finalizing
+    chunk: int = (
+        50  # units that see one another (100 mel frames); the masks stay on when finalizing
+    )
     channels: int = 256
     estimator_heads: int = 8
     estimator_head_size: int = 64
@@ -125,7 +127,7 @@ class SpeakerConfig:
 
 
 @dataclass(frozen=True)
-class UnitsConfig:
+class SpeechTokenizerConfig:
     """S3 speech tokenizer v2: 100 mel frames to 25 units a second. It makes training data and is no part of the model."""
 
     mels: int = 128
@@ -137,7 +139,9 @@ class UnitsConfig:
     rope_theta: float = 1e4
     digits: int = 8  # of a unit, each 0, 1 or 2
     window: int = 3000  # mel frames read at once (30 s); a longer clip is read in windows
-    overlap: int = 400  # mel frames that neighbouring windows share; half of it is a whole number of units
+    overlap: int = (
+        400  # mel frames that neighbouring windows share; half of it is a whole number of units
+    )
 
     @property
     def units(self) -> int:
@@ -158,17 +162,23 @@ class TokenConfig:
 class Omni2Config:
     """The whole model. A part that a checkpoint lacks is None."""
 
-    __pydantic_config__ = pydantic.ConfigDict(extra="forbid")  # another program's config.json must not pass for ours
+    __pydantic_config__ = pydantic.ConfigDict(
+        extra="forbid"
+    )  # another program's config.json must not pass for ours
 
-    llm: Qwen2Config | None = field(default_factory=Qwen2Config)
+    llm: DecoderConfig | None = field(default_factory=DecoderConfig)
     speech_encoder: SpeechEncoderConfig | None = field(default_factory=SpeechEncoderConfig)
     adapter: AdapterConfig | None = field(default_factory=AdapterConfig)
-    speech_lm: Qwen2Config | None = field(default_factory=lambda: Qwen2Config(vocabulary=158227))
+    speech_lm: DecoderConfig | None = field(
+        default_factory=lambda: DecoderConfig(vocabulary=158227)
+    )
     flow: FlowConfig | None = field(default_factory=FlowConfig)
-    hift: HiftConfig | None = field(default_factory=HiftConfig)
+    vocoder: HiftConfig | None = field(default_factory=HiftConfig)
     speaker: SpeakerConfig | None = field(default_factory=SpeakerConfig)
     tokens: TokenConfig = field(default_factory=TokenConfig)
-    mix: Literal["gate", "sum", "hidden", "text"] = "gate"  # what the speech LM hears of a text token (fusion.py); "text": the token alone
+    mix: Literal["gate", "sum", "hidden", "text"] = (
+        "gate"  # what the speech LM hears of a text token (fusion.py); "text": the token alone
+    )
     units: int = 6561
     read: int = 3  # R: text tokens read before each write
     write: int = 10  # W: speech units written after each read
@@ -194,11 +204,15 @@ class Omni2Config:
         try:
             return pydantic.TypeAdapter(cls).validate_json(path.read_text())
         except FileNotFoundError:
-            raise ValueError(f"{path.parent} is not an omni2-jax checkpoint: it has no {path.name}") from None
+            raise ValueError(
+                f"{path.parent} is not an omni2-jax checkpoint: it has no {path.name}"
+            ) from None
         except (pydantic.ValidationError, UnicodeDecodeError) as error:
             faults = error.errors() if isinstance(error, pydantic.ValidationError) else []
             if any(e["loc"] == ("model_type",) for e in faults):
                 told = "is not an omni2-jax config but a Hugging Face one; convert its directory first (python -m convert)"
                 raise ValueError(f"{path} {told}") from None
-            detail = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'file'}: {e['msg']}" for e in faults) or str(error)
+            detail = "; ".join(
+                f"{'.'.join(map(str, e['loc'])) or 'file'}: {e['msg']}" for e in faults
+            ) or str(error)
             raise ValueError(f"{path} is not an omni2-jax config: {detail}") from None

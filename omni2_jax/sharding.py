@@ -37,17 +37,25 @@ class Rules:
         """Where an array goes whose last dimensions have these logical axes; those before them (stacked layers) are not cut."""
         axes, found, taken = (None,) * (len(shape) - len(axes)) + tuple(axes), [], set()
         for axis, size in zip(axes, shape, strict=True):
-            wanted = tuple(name for name in (getattr(self, axis, ()) if axis else ()) if name not in taken and mesh.shape[name] > 1)
+            wanted = tuple(
+                name
+                for name in (getattr(self, axis, ()) if axis else ())
+                if name not in taken and mesh.shape[name] > 1
+            )
             fits = wanted and size % math.prod(mesh.shape[name] for name in wanted) == 0
             taken |= set(wanted if fits else ())
             found.append(wanted if fits else None)
         return PartitionSpec(*found)
 
-    def sharding(self, axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh) -> NamedSharding:
+    def sharding(
+        self, axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh
+    ) -> NamedSharding:
         return NamedSharding(mesh, self.spec(axes, shape, mesh))
 
 
-def make_mesh(replica: int = 1, fsdp: int = -1, tensor: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(
+    replica: int = 1, fsdp: int = -1, tensor: int = 1, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
     """A mesh over devices (default: all there are); one size may be -1, the rest of them. Raises ValueError if it does not fit."""
     devices = jax.devices() if devices is None else devices
     sizes = [replica, fsdp, tensor]
@@ -58,8 +66,14 @@ def make_mesh(replica: int = 1, fsdp: int = -1, tensor: int = 1, devices: Sequen
         )
     known = math.prod(size for size in sizes if size != -1)
     if len(devices) % known or (-1 not in sizes and known != len(devices)):
-        wanted = "sizes that divide them" if -1 in sizes else "sizes that make as many, or -1 for one of them"
-        raise ValueError(f"mesh {asked} (replica x fsdp x tensor) does not fit the {len(devices)} devices there are; give {wanted}")
+        wanted = (
+            "sizes that divide them"
+            if -1 in sizes
+            else "sizes that make as many, or -1 for one of them"
+        )
+        raise ValueError(
+            f"mesh {asked} (replica x fsdp x tensor) does not fit the {len(devices)} devices there are; give {wanted}"
+        )
     sizes = [len(devices) // known if size == -1 else size for size in sizes]
     return Mesh(np.asarray(devices).reshape(sizes), AXES)
 
@@ -67,26 +81,38 @@ def make_mesh(replica: int = 1, fsdp: int = -1, tensor: int = 1, devices: Sequen
 def parse_mesh(text: str, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A mesh over all devices as one writes it: "tensor=8", "replica=2,tensor=4". Without `fsdp`, that is the rest of the devices."""
     try:
-        sizes = {name.strip(): int(size) for name, size in (pair.split("=") for pair in text.split(","))}
+        sizes = {
+            name.strip(): int(size) for name, size in (pair.split("=") for pair in text.split(","))
+        }
     except ValueError:
         sizes = {}
     if not sizes or set(sizes) - set(AXES):
-        raise ValueError(f"mesh {text!r} is not understood, expected sizes of {', '.join(AXES)}, as in fsdp=2,tensor=4")
+        raise ValueError(
+            f"mesh {text!r} is not understood, expected sizes of {', '.join(AXES)}, as in fsdp=2,tensor=4"
+        )
     return make_mesh(**sizes, devices=devices)
 
 
 def mesh_of(params: Mapping) -> Mesh:
     """The mesh that parameters lie on."""
     where = jax.tree.leaves(params)[0].sharding
-    return where.mesh if isinstance(where, NamedSharding) else make_mesh(devices=list(where.device_set))
+    return (
+        where.mesh
+        if isinstance(where, NamedSharding)
+        else make_mesh(devices=list(where.device_set))
+    )
 
 
 def check(mesh: Mesh, width: int, hidden: int) -> None:
     """Raise ValueError if a mesh would leave a language model of this width whole, where it was meant to be cut."""
     for axis, cut, size in (("fsdp", "width", width), ("tensor", "hidden size", hidden)):
         if size % mesh.shape[axis]:
-            fitting = [str(n) for n in range(1, mesh.size + 1) if mesh.size % n == 0 and size % n == 0]
-            raise ValueError(f"a mesh with {axis}={mesh.shape[axis]} does not divide the LLM's {cut} of {size}; {', '.join(fitting)} would")
+            fitting = [
+                str(n) for n in range(1, mesh.size + 1) if mesh.size % n == 0 and size % n == 0
+            ]
+            raise ValueError(
+                f"a mesh with {axis}={mesh.shape[axis]} does not divide the LLM's {cut} of {size}; {', '.join(fitting)} would"
+            )
 
 
 _rules: ContextVar[Rules | None] = ContextVar("rules", default=None)
@@ -135,7 +161,9 @@ def of_params(state: nnx.State, mesh: Mesh, rules: Rules | None = None) -> dict:
         value = leaf.get_value()
         return leaf.replace(rules.sharding(leaf.get_metadata("axes"), value.shape, mesh))
 
-    return nnx.to_pure_dict(jax.tree.map(of, state, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable)))
+    return nnx.to_pure_dict(
+        jax.tree.map(of, state, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+    )
 
 
 def of_state(state, mesh: Mesh, rules: Rules | None = None):
@@ -144,7 +172,12 @@ def of_state(state, mesh: Mesh, rules: Rules | None = None):
 
     def of(node):
         axes = getattr(node, "axes", None)
-        return jax.tree.map(lambda leaf: rules.sharding(axes or ("batch", *(None,) * (leaf.ndim - 1)), leaf.shape, mesh), node)
+        return jax.tree.map(
+            lambda leaf: rules.sharding(
+                axes or ("batch", *(None,) * (leaf.ndim - 1)), leaf.shape, mesh
+            ),
+            node,
+        )
 
     return jax.tree.map(of, state, is_leaf=lambda node: hasattr(node, "axes"))
 

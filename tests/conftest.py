@@ -11,10 +11,14 @@ from pathlib import Path
 
 # Before jax is imported, and inherited by the command lines that the tests run.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()  # for meshes
+os.environ["XLA_FLAGS"] = (
+    f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+)  # for meshes
 # XLA's threads, otherwise 8: where each device's waits for the others in a collective, one of those may be waiting for a thread.
 os.environ.setdefault("NPROC", "32")
-if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # set it to keep what was compiled for the next run
+if (
+    "JAX_COMPILATION_CACHE_DIR" not in os.environ
+):  # set it to keep what was compiled for the next run
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="omni2-jax-cache-")
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
@@ -24,18 +28,25 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import stage1b
-from convert import build
-from omni2_jax import omni2
-from omni2_jax.engine import Engine
-from omni2_jax.omni2 import Omni2
-from tests.talk import GREEDY
-from train import prepare
-from train.config import Bucket, Optimiser, Train
+from omni2_jax.configs import stage1b
+from omni2_jax.convert import build
+from omni2_jax.generate import omni2
+from omni2_jax.generate.engine import Engine
+from omni2_jax.generate.omni2 import Omni2
+from omni2_jax.train.data import prepare
+from omni2_jax.train.settings import Bucket, OptimizerConfig, TrainConfig
+from tests.support.conversations import GREEDY
 
 ROOT = Path(__file__).parent.parent
 GOLDENS = ROOT / "tests" / "goldens"
-TOY = {"batch": 3, "steps": 3, "optimiser": Optimiser(peak=5e-3), "dtype": "float32", "workers": 1, "loss_chunk": 1024}
+TOY = {
+    "batch": 3,
+    "steps": 3,
+    "optimizer": OptimizerConfig(peak=5e-3),
+    "dtype": "float32",
+    "workers": 1,
+    "loss_block": 1024,
+}
 REPLIES = Bucket(0, 0, 64)
 
 omni2.BUCKET = 1280  # all conversations of the tests in one shape: compiling is most of their time
@@ -50,7 +61,9 @@ def goldens() -> Path:
 def checkpoint_dir(tmp_path_factory) -> Path:
     """The tiny release, language side and decoder, as a checkpoint with one voice."""
     out = tmp_path_factory.mktemp("tiny") / "ckpt"
-    release = build.combine([build.read_omni2(GOLDENS / "omni2"), build.read_decoder(GOLDENS / "cosy2_decoder")])
+    release = build.combine(
+        [build.read_omni2(GOLDENS / "omni2"), build.read_decoder(GOLDENS / "cosy2_decoder")]
+    )
     build.write(out, release, {"espeak": ROOT / "examples" / "voice.wav"})
     return out
 
@@ -77,10 +90,10 @@ def talks(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def toy(checkpoint_dir, talks) -> Callable[..., Train]:
+def toy(checkpoint_dir, talks) -> Callable[..., TrainConfig]:
     """Settings of a stage, 1b if nothing else is said: it is quick."""
 
-    def toy(config: Train = stage1b.config, **changes) -> Train:
+    def toy(config: TrainConfig = stage1b.config, **changes) -> TrainConfig:
         given = {"checkpoint": str(checkpoint_dir), "data": str(talks), "buckets": (REPLIES,)}
         return dataclasses.replace(config, **(TOY | given | changes))
 

@@ -69,12 +69,23 @@ ENTRY %main (a: bf16[4,8]) -> bf16[4,8] {
 
 def test_collectives_are_counted_as_often_as_they_run():
     found = collectives(PROGRAM)
-    assert found.bytes == {"all-gather": 2 * 7 * 64 + 64, "all-reduce": 4, "all-to-all": 128, "reduce-scatter": 16}
+    assert found.bytes == {
+        "all-gather": 2 * 7 * 64 + 64,
+        "all-reduce": 4,
+        "all-to-all": 128,
+        "reduce-scatter": 16,
+    }
     assert found.open_loops == 1
 
 
 @pytest.mark.parametrize(
-    ("job", "kind"), [("train", "parameters, trained"), ("train2", "optimiser"), ("prefill", "caches"), ("step", "flow and vocoder")]
+    ("job", "kind"),
+    [
+        ("train", "parameters, trained"),
+        ("train2", "optimizer"),
+        ("prefill", "caches"),
+        ("step", "flow and vocoder"),
+    ],
 )
 def test_shares(job, kind):
     """On a mesh of 8, a device holds an eighth of what is cut, and all of the arguments belong to a kind."""
@@ -95,15 +106,26 @@ def test_compiled_for_eight():
     found = aot.compiled(aot.job_of("train", SIZES["tiny"], mesh, 8, ["dtype=float32"]), mesh)
     np.testing.assert_allclose(found["arguments"], sum(found["bytes"].values()), rtol=1e-3)
     assert found["peak"] >= found["arguments"] and found["temporaries"] > 0 and found["flops"] > 0
-    assert found["collectives"]["all-gather"] > found["bytes"]["parameters, trained"]  # each is gathered, forwards and backwards
+    assert (
+        found["collectives"]["all-gather"] > found["bytes"]["parameters, trained"]
+    )  # each is gathered, forwards and backwards
 
 
 def test_what_a_device_holds():
     mesh = make_mesh(fsdp=4, tensor=2)
     made = aot.job_of("step", SIZES["tiny"], mesh, 8, ["llm=512"])
     params, state = made.arguments
-    assert params["llm"]["norm"]["scale"].dtype == jnp.bfloat16 and params["flow"]["embed"]["table"].dtype == jnp.float32
-    assert state.words.llm.keys.shape == (2, 8, 512, 2, 16) and state.words.llm.keys.sharding.shard_shape((2, 8, 512, 2, 16))[1:4] == (
+    assert (
+        params["llm"]["norm"]["scale"].dtype == jnp.bfloat16
+        and params["flow"]["embed"]["table"].dtype == jnp.float32
+    )
+    assert state.language.llm.keys.shape == (
+        2,
+        8,
+        512,
+        2,
+        16,
+    ) and state.language.llm.keys.sharding.shard_shape((2, 8, 512, 2, 16))[1:4] == (
         2,
         512,
         1,
@@ -113,8 +135,14 @@ def test_what_a_device_holds():
 @pytest.mark.parametrize(
     ("message", "gib"),
     [
-        ("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 33.29G of 15.75G hbm. Exceeded hbm capacity by 17.54G.", 33.29),
-        ("the total memory required for HLO temporaries (16.01G) exceeds available HBM (15.75G).", 16.01),
+        (
+            "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 33.29G of 15.75G hbm. Exceeded hbm capacity by 17.54G.",
+            33.29,
+        ),
+        (
+            "the total memory required for HLO temporaries (16.01G) exceeds available HBM (15.75G).",
+            16.01,
+        ),
         ("INTERNAL: something else", None),
     ],
 )
@@ -127,14 +155,21 @@ def test_what_xla_says_that_does_not_fit(message, gib):
 
 def test_without_a_compiler(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"libtpu, which is not installed: pip install 'omni2-jax\[tpu-aot\]'"):
+    with pytest.raises(
+        ValueError, match=r"libtpu, which is not installed: pip install 'omni2-jax\[tpu-aot\]'"
+    ):
         aot.devices("v5e:2x4")
 
 
 @pytest.mark.parametrize(
     ("job", "batch", "changes", "message"),
     [
-        ("train", 6, [], "6 rows of a microbatch cannot be cut over the 4 devices of the replica and fsdp axes; a batch of 8 would"),
+        (
+            "train",
+            6,
+            [],
+            "6 rows of a microbatch cannot be cut over the 4 devices of the replica and fsdp axes; a batch of 8 would",
+        ),
         ("train", 8, ["microbatches=4"], "2 rows .* a batch of 16 would fit"),
         ("train2", 8, ["remta=full"], "there is no 'remta'; did you mean remat"),
         ("step", 8, ["chnk=10"], "Shape has no 'chnk'; did you mean chunk"),
@@ -146,27 +181,44 @@ def test_bad_jobs(job, batch, changes, message):
 
 
 def command(*given: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-m", "benchmarks.aot", *given], capture_output=True, text=True, timeout=300)
+    return subprocess.run(
+        [sys.executable, "-m", "benchmarks.aot", *given],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
 
 
 def test_compiled_for_tpus(tmp_path):
     pytest.importorskip("libtpu")
     out = tmp_path / "found.json"
-    done = command("--topology", "v5e:2x2", "--size", "tiny", "--job", "prefill", "--json", str(out))
+    done = command(
+        "--topology", "v5e:2x2", "--size", "tiny", "--job", "prefill", "--json", str(out)
+    )
     assert done.returncode == 0, done.stderr
     found = json.loads(out.read_text())
     assert found["fits"] and found["hbm"] == 16 * 2**30
-    assert found["arguments"] > 0 and found["temporaries"] < found["peak"]  # (what a job does not read is no argument of it)
+    assert (
+        found["arguments"] > 0 and found["temporaries"] < found["peak"]
+    )  # (what a job does not read is no argument of it)
 
 
 @pytest.mark.parametrize(
     ("topology", "mesh", "message"),
     [
         ("v5e:3x3", "fsdp=1", "topology 'v5e:3x3' does not exist"),
-        ("v5e:2x2", "tensor=3", "mesh 1 x -1 x 3 (replica x fsdp x tensor) does not fit the 4 devices there are"),
+        (
+            "v5e:2x2",
+            "tensor=3",
+            "mesh 1 x -1 x 3 (replica x fsdp x tensor) does not fit the 4 devices there are",
+        ),
     ],
 )
 def test_slices_that_cannot_be(topology, mesh, message):
     pytest.importorskip("libtpu")
     done = command("--topology", topology, "--size", "tiny", "--job", "prefill", "--mesh", mesh)
-    assert done.returncode == 1 and f"error: {message}" in done.stderr and "Traceback" not in done.stderr
+    assert (
+        done.returncode == 1
+        and f"error: {message}" in done.stderr
+        and "Traceback" not in done.stderr
+    )

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from omni2_jax import layers
+from omni2_jax.models import layers
 
 
 def test_causal_attention_is_that_of_the_mask():
@@ -13,7 +13,9 @@ def test_causal_attention_is_that_of_the_mask():
     draw = lambda heads: jnp.asarray(random.standard_normal((3, size, heads, 8)), jnp.float32)  # noqa: E731
     q, k, v, weight = draw(4), draw(2), draw(2), draw(4)
     positions = np.where(np.arange(size) < lengths[:, None], np.arange(size), -1)
-    mask = jnp.asarray((positions[:, None, :] <= positions[:, :, None]) & (positions[:, None, :] >= 0))[:, None]
+    mask = jnp.asarray(
+        (positions[:, None, :] <= positions[:, :, None]) & (positions[:, None, :] >= 0)
+    )[:, None]
     held = jnp.asarray(positions >= 0)[..., None, None]
 
     def total(q, k, v, **how):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from omni2_jax import audio
+from omni2_jax.audio import features, recordings
 
 GOLDENS = Path(__file__).parent / "goldens" / "audio"
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -22,7 +22,7 @@ def golden():
 
 @pytest.fixture(scope="module")
 def clips():
-    return [audio.load(GOLDENS / f"{clip}.wav") for clip in CLIPS]
+    return [recordings.load(GOLDENS / f"{clip}.wav") for clip in CLIPS]
 
 
 def close(actual, expected, tolerance):
@@ -40,19 +40,21 @@ def close_fbank(actual, expected, raw):
 
 
 def test_log_mel_of_a_padded_turn(golden, clips):
-    features = audio.log_mel(audio.pad(clips, 480000)[0])
-    assert features.shape == (len(CLIPS), 3000, 128)
-    for row, clip in zip(features, CLIPS, strict=True):
+    mels = features.log_mel(recordings.pad(clips, 480000)[0])
+    assert mels.shape == (len(CLIPS), 3000, 128)
+    for row, clip in zip(mels, CLIPS, strict=True):
         close(row.T, golden[clip]["logmel_pad30"], 1e-4)
 
 
 @pytest.mark.parametrize("i", range(len(CLIPS)))
 def test_features_of_one_clip(golden, clips, i):
     expected, x = golden[CLIPS[i]], clips[i][None]
-    close(audio.log_mel(x)[0].T, expected["logmel_unpadded"], 1e-4)
-    close(audio.mel24k(expected["wav24k"][None])[0].T, expected["mel24k"], 1e-3)
-    close_fbank(audio.fbank(x, subtract_mean=False)[0], expected["fbank_raw"], expected["fbank_raw"])
-    close_fbank(audio.fbank(x)[0], expected["fbank_cmn"], expected["fbank_raw"])
+    close(features.log_mel(x)[0].T, expected["logmel_unpadded"], 1e-4)
+    close(features.mel24k(expected["wav24k"][None])[0].T, expected["mel24k"], 1e-3)
+    close_fbank(
+        features.fbank(x, subtract_mean=False)[0], expected["fbank_raw"], expected["fbank_raw"]
+    )
+    close_fbank(features.fbank(x)[0], expected["fbank_cmn"], expected["fbank_raw"])
 
 
 def test_a_batch_is_its_clips_one_by_one(golden, clips):
@@ -60,11 +62,11 @@ def test_a_batch_is_its_clips_one_by_one(golden, clips):
     noise = np.random.default_rng(0).normal(size=(len(CLIPS), 70000)).astype(np.float32)
 
     def batch(rows):
-        x, lengths = audio.pad(rows, 70000)
+        x, lengths = recordings.pad(rows, 70000)
         return np.where(np.arange(70000) < lengths[:, None], x, noise), lengths
 
-    log_mel, fbank = audio.log_mel(*batch(clips)), audio.fbank(*batch(clips))
-    mel24k = audio.mel24k(*batch([golden[clip]["wav24k"] for clip in CLIPS]))
+    log_mel, fbank = features.log_mel(*batch(clips)), features.fbank(*batch(clips))
+    mel24k = features.mel24k(*batch([golden[clip]["wav24k"] for clip in CLIPS]))
     for i, clip in enumerate(CLIPS):
         expected = golden[clip]
         for actual, name in ((log_mel[i], "logmel_unpadded"), (mel24k[i], "mel24k")):
@@ -72,40 +74,47 @@ def test_a_batch_is_its_clips_one_by_one(golden, clips):
             close(actual[:frames].T, expected[name], 1e-4 if actual is log_mel[i] else 1e-3)
             assert not np.any(actual[frames:])
         frames = len(expected["fbank_cmn"])
-        assert audio.fbank_frames(len(clips[i])) == frames and not np.any(fbank[i, frames:])
+        assert features.fbank_frames(len(clips[i])) == frames and not np.any(fbank[i, frames:])
         close_fbank(fbank[i, :frames], expected["fbank_cmn"], expected["fbank_raw"])
 
 
 def test_silence_is_the_floor():
     x = np.zeros((1, 16000), np.float32)
-    close(audio.log_mel(x)[0], np.full((100, 128), -1.5, np.float32), 1e-6)
-    close(audio.fbank(x, subtract_mean=False)[0], np.full((98, 80), np.log(2.0**-23), np.float32), 1e-5)
+    close(features.log_mel(x)[0], np.full((100, 128), -1.5, np.float32), 1e-6)
+    close(
+        features.fbank(x, subtract_mean=False)[0],
+        np.full((98, 80), np.log(2.0**-23), np.float32),
+        1e-5,
+    )
 
 
 def test_thirty_seconds_take_a_moment():
     x = np.zeros((1, 480000), np.float32)
-    audio.log_mel(x).block_until_ready()
-    start, compiled = time.perf_counter(), audio.log_mel._cache_size()
-    audio.log_mel(x).block_until_ready()
-    assert time.perf_counter() - start < 0.3 and audio.log_mel._cache_size() == compiled
+    features.log_mel(x).block_until_ready()
+    start, compiled = time.perf_counter(), features.log_mel._cache_size()
+    features.log_mel(x).block_until_ready()
+    assert time.perf_counter() - start < 0.3 and features.log_mel._cache_size() == compiled
 
 
 # ---- files ----
 
 
 def tone(rate: int, seconds: float = 0.5) -> np.ndarray:
-    return (0.5 * np.sin(2 * np.pi * 440 * np.arange(round(seconds * rate)) / rate)).astype(np.float32)
+    return (0.5 * np.sin(2 * np.pi * 440 * np.arange(round(seconds * rate)) / rate)).astype(
+        np.float32
+    )
 
 
 @pytest.mark.parametrize(
-    ("suffix", "rate", "channels"), [("wav", 16000, 1), ("wav", 44100, 2), ("flac", 48000, 3), ("ogg", 22050, 2), ("wav", 8000, 1)]
+    ("suffix", "rate", "channels"),
+    [("wav", 16000, 1), ("wav", 44100, 2), ("flac", 48000, 3), ("ogg", 22050, 2), ("wav", 8000, 1)],
 )
 def test_load_any_kind(tmp_path, suffix, rate, channels):
     """Channels of 0.5, 1 and 1.5 times the tone average to it; the ends are left out, a resampler rings there."""
     path = tmp_path / f"tone.{suffix}"
     gains = {1: [1.0], 2: [0.5, 1.5], 3: [0.5, 1.0, 1.5]}[channels]
     soundfile.write(path, tone(rate)[:, None] * gains, rate)
-    x = audio.load(path)
+    x = recordings.load(path)
     assert x.dtype == np.float32 and x.shape == (8000,)
     assert np.abs(x - tone(16000))[800:-800].max() < (0.05 if suffix == "ogg" else 1e-3)
 
@@ -131,33 +140,43 @@ def test_load_refuses_in_one_line(tmp_path, name, complaint):
     for bad, value in (("nan", np.nan), ("infinite", np.inf)):
         soundfile.write(tmp_path / f"{bad}.wav", np.array([0, value, 0]), 16000, subtype="FLOAT")
     for kind in ("flac", "wav"):
-        soundfile.write(tmp_path / f"whole.{kind}", np.random.default_rng(0).normal(size=9000) / 9, 16000)
+        soundfile.write(
+            tmp_path / f"whole.{kind}", np.random.default_rng(0).normal(size=9000) / 9, 16000
+        )
         (tmp_path / f"cut.{kind}").write_bytes((tmp_path / f"whole.{kind}").read_bytes()[:5000])
     with pytest.raises(ValueError, match=complaint) as error:
-        audio.load(tmp_path / name)
+        recordings.load(tmp_path / name)
     assert str(tmp_path / name) in str(error.value) and "\n" not in str(error.value)
 
 
 def test_resampling_agrees_with_torchaudio(golden, clips):
     """To 36-48 dB, no better: torchaudio's short filter is that far from an ideal band limit, soxr 56-70 dB on the speech clips."""
     for clip, x in zip(CLIPS, clips, strict=True):
-        expected, actual = golden[clip]["wav24k"], audio.resample(x, 16000, 24000)
+        expected, actual = golden[clip]["wav24k"], recordings.resample(x, 16000, 24000)
         assert actual.shape == expected.shape
         assert 10 * np.log10(np.square(expected).sum() / np.square(actual - expected).sum()) > 35
 
 
 def test_save_and_load_again(tmp_path):
-    audio.save(tmp_path / "tone.wav", np.append(tone(24000), [2.0, -2.0]))
-    info, x = soundfile.info(tmp_path / "tone.wav"), audio.load(tmp_path / "tone.wav", rate=24000)
+    recordings.save(tmp_path / "tone.wav", np.append(tone(24000), [2.0, -2.0]))
+    info, x = (
+        soundfile.info(tmp_path / "tone.wav"),
+        recordings.load(tmp_path / "tone.wav", rate=24000),
+    )
     assert (info.samplerate, info.channels, info.subtype) == (24000, 1, "PCM_16")
     close(x, np.append(tone(24000), [1, -1]).astype(np.float32), 1e-4)
 
 
 def test_a_failed_save_leaves_nothing(tmp_path):
     (tmp_path / "folder.wav").mkdir()
-    for path, samples in (("folder.wav", [0.0]), ("absent/x.wav", [0.0]), ("nan.wav", [np.nan]), ("empty.wav", [])):
+    for path, samples in (
+        ("folder.wav", [0.0]),
+        ("absent/x.wav", [0.0]),
+        ("nan.wav", [np.nan]),
+        ("empty.wav", []),
+    ):
         with pytest.raises(ValueError, match=path) as error:
-            audio.save(tmp_path / path, np.array(samples))
+            recordings.save(tmp_path / path, np.array(samples))
         assert "\n" not in str(error.value)
     assert [path.name for path in tmp_path.iterdir()] == ["folder.wav"]
 
@@ -167,21 +186,30 @@ def test_a_failed_save_leaves_nothing(tmp_path):
 
 def test_fit():
     x = np.arange(250, dtype=np.float32)
-    assert [len(c) for c in audio.fit(x[:100], 10, rate=10)] == [100]
-    assert [len(c) for c in audio.fit(x, 10, "truncate", rate=10)] == [100]
-    pieces = audio.fit(x, 10, "split", rate=10)
+    assert [len(c) for c in recordings.fit(x[:100], 10, rate=10)] == [100]
+    assert [len(c) for c in recordings.fit(x, 10, "truncate", rate=10)] == [100]
+    pieces = recordings.fit(x, 10, "split", rate=10)
     assert [len(c) for c in pieces] == [100, 100, 50] and np.array_equal(np.concatenate(pieces), x)
     with pytest.raises(ValueError, match=r"long\.wav is 25\.00 s long; at most 10 s"):
-        audio.fit(x, 10, rate=10, name="long.wav")
+        recordings.fit(x, 10, rate=10, name="long.wav")
     with pytest.raises(ValueError, match="'cut'"):
-        audio.fit(x, 10, "cut", rate=10)
+        recordings.fit(x, 10, "cut", rate=10)
 
 
 def test_examples_are_there_and_small():
     items = json.loads((EXAMPLES / "questions.json").read_text())
-    assert [[turn["from"] for turn in item["conversation"]] for item in items] == [["human"], ["human", "gpt", "human"]]
-    names = [turn["speech"] for item in items for turn in item["conversation"] if turn["from"] == "human"]
+    assert [[turn["from"] for turn in item["conversation"]] for item in items] == [
+        ["human"],
+        ["human", "gpt", "human"],
+    ]
+    names = [
+        turn["speech"] for item in items for turn in item["conversation"] if turn["from"] == "human"
+    ]
     for name in [*names, "voice.wav"]:
         info = soundfile.info(EXAMPLES / name)
-        assert (info.samplerate, info.channels, info.subtype) == (16000, 1, "PCM_16") and 2 < info.duration < 6
+        assert (info.samplerate, info.channels, info.subtype) == (
+            16000,
+            1,
+            "PCM_16",
+        ) and 2 < info.duration < 6
     assert sum(path.stat().st_size for path in EXAMPLES.iterdir()) < 600_000

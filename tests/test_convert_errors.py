@@ -11,12 +11,16 @@ import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 
-from convert import build, cosyvoice
-from convert.engine import ConversionError, Rule, Table, plan
-from convert.sources import Tensor
-from tests.releases import GOLDENS, convert, linked, replace
+from omni2_jax.convert import build, cosyvoice
+from omni2_jax.convert.formats import Tensor
+from omni2_jax.convert.plan import ConversionError, Rule, Table, plan
+from tests.support.releases import GOLDENS, convert, linked, replace
 
-OMNI2, DECODER, WHISPER = GOLDENS / "omni2", GOLDENS / "cosy2_decoder", GOLDENS / "whisper" / "tiny.pt"
+OMNI2, DECODER, WHISPER = (
+    GOLDENS / "omni2",
+    GOLDENS / "cosy2_decoder",
+    GOLDENS / "whisper" / "tiny.pt",
+)
 WEIGHTS = OMNI2 / "model.safetensors"
 
 
@@ -25,8 +29,8 @@ def assert_refused(tmp_path, *args, says):
     out = tmp_path / "out" / "ckpt"
     message = convert(*args, "--out", out)
     assert isinstance(message, str) and message.startswith("error: ") and "\n" not in message
-    for words in says:
-        assert words in message, message
+    for language in says:
+        assert language in message, message
     assert not out.parent.exists() or list(out.parent.iterdir()) == []
 
 
@@ -52,40 +56,112 @@ def scalar(**changes):
 # ---- a LLaMA-Omni2 release ----
 
 RELEASES = {
-    "missing tokenizer": ("tokenizer.json vocab.json merges.txt", None, ["has no tokenizer", "tokenizer.json"]),
-    "missing speech tokenizer": ("tts_tokenizer/vocab.json", None, ["tts_tokenizer has no tokenizer"]),
+    "missing tokenizer": (
+        "tokenizer.json vocab.json merges.txt",
+        None,
+        ["has no tokenizer", "tokenizer.json"],
+    ),
+    "missing speech tokenizer": (
+        "tts_tokenizer/vocab.json",
+        None,
+        ["tts_tokenizer has no tokenizer"],
+    ),
     "damaged tokenizer": ("tokenizer.json", '{"version": 3', ["is not a readable tokenizer"]),
     "no weights": ("model.safetensors", None, ["neither model.safetensors nor"]),
-    "cut short": ("model.safetensors", WEIGHTS.read_bytes()[:3_000_000], ["model.safetensors is cut short", "3000000"]),
-    "cut in its header": ("model.safetensors", WEIGHTS.read_bytes()[:900], ["model.safetensors", "cut short"]),
+    "cut short": (
+        "model.safetensors",
+        WEIGHTS.read_bytes()[:3_000_000],
+        ["model.safetensors is cut short", "3000000"],
+    ),
+    "cut in its header": (
+        "model.safetensors",
+        WEIGHTS.read_bytes()[:900],
+        ["model.safetensors", "cut short"],
+    ),
     "empty": ("model.safetensors", b"", ["model.safetensors", "cut short"]),
-    "not safetensors": ("model.safetensors", b"PK\x03\x04" + bytes(5000), ["model.safetensors is no safetensors file", "67324752"]),
-    "a list for a header": ("model.safetensors", b"\x02" + bytes(7) + b"[]", ["model.safetensors", "header is a list"]),
+    "not safetensors": (
+        "model.safetensors",
+        b"PK\x03\x04" + bytes(5000),
+        ["model.safetensors is no safetensors file", "67324752"],
+    ),
+    "a list for a header": (
+        "model.safetensors",
+        b"\x02" + bytes(7) + b"[]",
+        ["model.safetensors", "header is a list"],
+    ),
     "corrupt offsets": (
         "model.safetensors",
         header(x=scalar(data_offsets=[0, 9])),
         ["model.safetensors is corrupt", "'data_offsets': [0, 9]"],
     ),
-    "corrupt entry": ("model.safetensors", header(x=7), ["model.safetensors is corrupt", "describes x as 7"]),
-    "unknown type": ("model.safetensors", header(x=scalar(dtype="F4")), ["model.safetensors", "none of F32", "F4"]),
+    "corrupt entry": (
+        "model.safetensors",
+        header(x=7),
+        ["model.safetensors is corrupt", "describes x as 7"],
+    ),
+    "unknown type": (
+        "model.safetensors",
+        header(x=scalar(dtype="F4")),
+        ["model.safetensors", "none of F32", "F4"],
+    ),
     "no config": ("config.json", None, ["has no config.json"]),
     "damaged config": ("config.json", "{", ["cannot read", "config.json"]),
     "a list for a config": ("config.json", "[]", ["config.json holds a list"]),
-    "another model": ("config.json", edited(OMNI2 / "config.json", model_type="llama"), ["config.json", "'llama'", "omni2_speech2s_qwen2"]),
-    "speech to text": ("config.json", edited(OMNI2 / "config.json", speech_generator=None), ["config.json has no speech_generator"]),
-    "another projector": ("config.json", edited(OMNI2 / "config.json", speech_projector_type="mlp"), ["config.json", "'mlp'", "'linear'"]),
-    "missing dimension": ("config.json", edited(OMNI2 / "config.json", hidden_size=None), ["config.json has no 'hidden_size'"]),
-    "dimension of another type": ("config.json", edited(OMNI2 / "config.json", hidden_size="big"), ["config.json", "width is 'big'"]),
+    "another model": (
+        "config.json",
+        edited(OMNI2 / "config.json", model_type="llama"),
+        ["config.json", "'llama'", "omni2_speech2s_qwen2"],
+    ),
+    "speech to text": (
+        "config.json",
+        edited(OMNI2 / "config.json", speech_generator=None),
+        ["config.json has no speech_generator"],
+    ),
+    "another projector": (
+        "config.json",
+        edited(OMNI2 / "config.json", speech_projector_type="mlp"),
+        ["config.json", "'mlp'", "'linear'"],
+    ),
+    "missing dimension": (
+        "config.json",
+        edited(OMNI2 / "config.json", hidden_size=None),
+        ["config.json has no 'hidden_size'"],
+    ),
+    "dimension of another type": (
+        "config.json",
+        edited(OMNI2 / "config.json", hidden_size="big"),
+        ["config.json", "width is 'big'"],
+    ),
     "other dimensions": (
         "config.json",
         edited(OMNI2 / "config.json", num_hidden_layers=1),
         ["unexpected model.layers.1.", "tensors do not fit"],
     ),
-    "vocabulary too small": ("config.json", edited(OMNI2 / "config.json", unit_vocab_size=9999), ["9999 units", "only 6987 tokens"]),
-    "scaled positions": ("config.json", edited(OMNI2 / "config.json", rope_scaling={"type": "yarn"}), ["config.json", "not supported"]),
-    "no stream_params": ("config.json", edited(OMNI2 / "config.json", stream_params=None), ["config.json", "stream_params is None"]),
-    "zero in stream_params": ("config.json", edited(OMNI2 / "config.json", stream_params="(0,10)"), ["stream_params is '(0,10)'"]),
-    "damaged Whisper beside it": ("speech_encoder/tiny.pt", b"PK\x03\x04 and so on", ["tiny.pt", "torch weights file"]),
+    "vocabulary too small": (
+        "config.json",
+        edited(OMNI2 / "config.json", unit_vocab_size=9999),
+        ["9999 units", "only 6987 tokens"],
+    ),
+    "scaled positions": (
+        "config.json",
+        edited(OMNI2 / "config.json", rope_scaling={"type": "yarn"}),
+        ["config.json", "not supported"],
+    ),
+    "no stream_params": (
+        "config.json",
+        edited(OMNI2 / "config.json", stream_params=None),
+        ["config.json", "stream_params is None"],
+    ),
+    "zero in stream_params": (
+        "config.json",
+        edited(OMNI2 / "config.json", stream_params="(0,10)"),
+        ["stream_params is '(0,10)'"],
+    ),
+    "damaged Whisper beside it": (
+        "speech_encoder/tiny.pt",
+        b"PK\x03\x04 and so on",
+        ["tiny.pt", "torch weights file"],
+    ),
     "damaged generation_config": ("generation_config.json", "{", ["generation_config.json"]),
 }
 
@@ -113,7 +189,12 @@ def test_code_in_stream_params_is_not_run(tmp_path):
     release = linked(OMNI2, tmp_path / "release")
     code = f"__import__('os').system('touch {tmp_path}/ran') or (3,10)"
     replace(release / "config.json", edited(OMNI2 / "config.json", stream_params=code))
-    assert_refused(tmp_path, "--omni2", release, says=["config.json: stream_params is", "two positive integers"])
+    assert_refused(
+        tmp_path,
+        "--omni2",
+        release,
+        says=["config.json: stream_params is", "two positive integers"],
+    )
     assert not (tmp_path / "ran").exists()
 
 
@@ -123,7 +204,9 @@ def test_all_complaints_at_once(tmp_path):
     del tensors["model.norm.weight"]
     tensors["model.stranger"] = np.zeros(3, np.float32)
     tensors["speech_generator.gate.0.bias"] = np.zeros(49, np.float32)
-    tensors["speech_generator.model.lm_head.weight"] = tensors["speech_generator.model.lm_head.weight"] + np.float32(1e-3)
+    tensors["speech_generator.model.lm_head.weight"] = tensors[
+        "speech_generator.model.lm_head.weight"
+    ] + np.float32(1e-3)
     release = linked(OMNI2, tmp_path / "release")
     (release / "model.safetensors").unlink()
     save_file(tensors, release / "model.safetensors")
@@ -140,13 +223,16 @@ def test_all_complaints_at_once(tmp_path):
 def test_shards(tmp_path):
     release = linked(OMNI2, tmp_path / "release")
     index = release / "model.safetensors.index.json"
-    for weight_map, words in (
+    for weight_map, language in (
         ({"lm_head.weight": "absent.safetensors"}, ["absent.safetensors", "No such file"]),
-        ({"lm_head.bias": "model.safetensors"}, ["index.json lists tensors", "lm_head.bias (in model.safetensors)"]),
+        (
+            {"lm_head.bias": "model.safetensors"},
+            ["index.json lists tensors", "lm_head.bias (in model.safetensors)"],
+        ),
         (None, ["index.json has no weight_map"]),
     ):
         index.write_text(json.dumps({"weight_map": weight_map}))
-        assert_refused(tmp_path, "--omni2", release, says=[str(release), *words])
+        assert_refused(tmp_path, "--omni2", release, says=[str(release), *language])
 
 
 # ---- a decoder ----
@@ -155,12 +241,32 @@ YAML = (DECODER / "cosyvoice.yaml").read_text()
 DECODERS = {
     "no yaml": ("cosyvoice.yaml", None, ["has none of cosyvoice.yaml"]),
     "damaged yaml": ("cosyvoice.yaml", YAML + "\n\t]: [", ["cannot read", "cosyvoice.yaml"]),
-    "another yaml": ("cosyvoice.yaml", "sample_rate: 24000\n", ["cosyvoice.yaml is not a CosyVoice2", "'flow'"]),
-    "dangling reference": ("cosyvoice.yaml", YAML.replace("!ref <sample_rate>", "!ref <rate>"), ["cosyvoice.yaml", "'rate'"]),
-    "another scheduler": ("cosyvoice.yaml", YAML.replace("'cosine'", "'linear'"), ["cosyvoice.yaml: flow.decoder.t_scheduler is 'linear'"]),
-    "a word for a number": ("cosyvoice.yaml", YAML.replace("nb_harmonics: 8", "nb_harmonics: many"), ["harmonics is 'many'"]),
+    "another yaml": (
+        "cosyvoice.yaml",
+        "sample_rate: 24000\n",
+        ["cosyvoice.yaml is not a CosyVoice2", "'flow'"],
+    ),
+    "dangling reference": (
+        "cosyvoice.yaml",
+        YAML.replace("!ref <sample_rate>", "!ref <rate>"),
+        ["cosyvoice.yaml", "'rate'"],
+    ),
+    "another scheduler": (
+        "cosyvoice.yaml",
+        YAML.replace("'cosine'", "'linear'"),
+        ["cosyvoice.yaml: flow.decoder.t_scheduler is 'linear'"],
+    ),
+    "a word for a number": (
+        "cosyvoice.yaml",
+        YAML.replace("nb_harmonics: 8", "nb_harmonics: many"),
+        ["harmonics is 'many'"],
+    ),
     "no flow.pt": ("flow.pt", None, ["flow.pt", "No such file"]),
-    "cut short": ("flow.pt", (DECODER / "flow.pt").read_bytes()[:9999], ["flow.pt as a torch weights file"]),
+    "cut short": (
+        "flow.pt",
+        (DECODER / "flow.pt").read_bytes()[:9999],
+        ["flow.pt as a torch weights file"],
+    ),
     "another model's file": (
         "flow.pt",
         (DECODER / "hift.pt").read_bytes(),
@@ -181,15 +287,29 @@ def test_decoder(file, content, says, tmp_path):
 def test_yaml_runs_nothing(tmp_path):
     """hyperpyyaml's tags are read as plain values; Python's own are refused."""
     decoder = linked(DECODER, tmp_path / "decoder")
-    replace(decoder / "cosyvoice.yaml", YAML + f"\ntrap: !apply:os.system ['touch {tmp_path}/ran']\n")
+    replace(
+        decoder / "cosyvoice.yaml", YAML + f"\ntrap: !apply:os.system ['touch {tmp_path}/ran']\n"
+    )
     assert cosyvoice.read(decoder)[:2] == cosyvoice.read(DECODER)[:2]
-    replace(decoder / "cosyvoice.yaml", YAML + f"\ntrap: !!python/object/apply:os.system ['touch {tmp_path}/ran']\n")
-    assert_refused(tmp_path, "--decoder", decoder, says=["cannot read", "cosyvoice.yaml", "os.system"])
+    replace(
+        decoder / "cosyvoice.yaml",
+        YAML + f"\ntrap: !!python/object/apply:os.system ['touch {tmp_path}/ran']\n",
+    )
+    assert_refused(
+        tmp_path, "--decoder", decoder, says=["cannot read", "cosyvoice.yaml", "os.system"]
+    )
     assert not (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize(
-    "entries", [[1], {"a": 1}, {"a": {}}, {"a": {"embedding": torch.zeros(5)}}, {"../a": {"embedding": torch.zeros(192)}}]
+    "entries",
+    [
+        [1],
+        {"a": 1},
+        {"a": {}},
+        {"a": {"embedding": torch.zeros(5)}},
+        {"../a": {"embedding": torch.zeros(192)}},
+    ],
 )
 def test_stored_voices(entries, tmp_path):
     torch.save(entries, tmp_path / "spk2info.pt")
@@ -201,18 +321,30 @@ def test_stored_voices(entries, tmp_path):
 
 
 def test_other_sources(tmp_path):
-    torch.save({"model_state_dict": torch.load(WHISPER, weights_only=True)["model_state_dict"]}, tmp_path / "no_dims.pt")
+    torch.save(
+        {"model_state_dict": torch.load(WHISPER, weights_only=True)["model_state_dict"]},
+        tmp_path / "no_dims.pt",
+    )
     torch.save([1, 2], tmp_path / "list.pt")
     for args, says in (
         (["--omni2", tmp_path / "nowhere"], ["nowhere does not exist"]),
         (["--whisper", DECODER / "flow.pt"], ["flow.pt has no 'model_state_dict'"]),
         (["--whisper", tmp_path / "list.pt"], ["list.pt has no 'model_state_dict'"]),
         (["--whisper", tmp_path / "no_dims.pt"], ["no_dims.pt is not an OpenAI Whisper file"]),
-        (["--whisper", OMNI2], ["config.json: model_type is 'omni2_speech2s_qwen2', expected 'whisper'"]),
-        (["--qwen", OMNI2], ["config.json: model_type is 'omni2_speech2s_qwen2', expected 'qwen2'"]),
+        (
+            ["--whisper", OMNI2],
+            ["config.json: model_type is 'omni2_speech2s_qwen2', expected 'whisper'"],
+        ),
+        (
+            ["--qwen", OMNI2],
+            ["config.json: model_type is 'omni2_speech2s_qwen2', expected 'qwen2'"],
+        ),
         (["--voice", "a=b.wav"], ["b.wav", "No such file"]),
         (["--voice", "b.wav"], ["--voice 'b.wav': expected NAME=prompt.wav"]),
-        (["--voice", f"../a={GOLDENS / 'audio' / 'short_d.wav'}"], ["'../a' cannot be the name of a voice"]),
+        (
+            ["--voice", f"../a={GOLDENS / 'audio' / 'short_d.wav'}"],
+            ["'../a' cannot be the name of a voice"],
+        ),
         (["--voice", f"a={GOLDENS / 'audio' / 'short_d.wav'}"], ["is not a checkpoint"]),
         (["--decoder", DECODER, "--voice", f"a={WHISPER}"], ["tiny.pt is not audio"]),
         ([], ["nothing to convert"]),
@@ -237,8 +369,12 @@ def test_output_that_cannot_be_written(tmp_path):
     (tmp_path / "theirs").mkdir()
     stated = edited(OMNI2 / "config.json", speech_encoder=None)
     (tmp_path / "theirs" / "config.json").write_text(stated)
-    assert "theirs/config.json is not an omni2-jax config" in convert("--whisper", WHISPER, "--out", tmp_path / "theirs")
-    assert [path.name for path in (tmp_path / "theirs").iterdir()] == ["config.json"] and (tmp_path / "file").read_bytes() == b""
+    assert "theirs/config.json is not an omni2-jax config" in convert(
+        "--whisper", WHISPER, "--out", tmp_path / "theirs"
+    )
+    assert [path.name for path in (tmp_path / "theirs").iterdir()] == ["config.json"] and (
+        tmp_path / "file"
+    ).read_bytes() == b""
 
 
 @pytest.fixture
@@ -252,7 +388,12 @@ def full_disk():
 
 def test_a_full_disk_leaves_nothing(tmp_path, full_disk, checkpoint_dir):
     assert_refused(tmp_path, "--decoder", DECODER, says=["params/flow", "File too large"])
-    assert_refused(tmp_path, "--to-torch", checkpoint_dir, says=["cannot write", "LLaMA-Omni2", "File too large"])
+    assert_refused(
+        tmp_path,
+        "--to-torch",
+        checkpoint_dir,
+        says=["cannot write", "LLaMA-Omni2", "File too large"],
+    )
 
 
 def test_an_interrupt_leaves_nothing(tmp_path):
@@ -261,7 +402,9 @@ def test_an_interrupt_leaves_nothing(tmp_path):
 
     release = build.read_whisper(WHISPER)
     kernel = release.params["speech_encoder"]["conv2"]["kernel"]
-    release.params["speech_encoder"]["conv2"]["kernel"] = dataclasses.replace(kernel, read=interrupted)
+    release.params["speech_encoder"]["conv2"]["kernel"] = dataclasses.replace(
+        kernel, read=interrupted
+    )
     with pytest.raises(KeyboardInterrupt):
         build.write(tmp_path / "ckpt", release, {})
     assert list(tmp_path.iterdir()) == []
@@ -269,18 +412,38 @@ def test_an_interrupt_leaves_nothing(tmp_path):
 
 def test_damaged_checkpoint(tmp_path, checkpoint_dir):
     damaged = linked(checkpoint_dir, tmp_path / "damaged")
-    largest = max((damaged / "params" / "speech_lm").rglob("*"), key=lambda path: path.stat().st_size)
+    largest = max(
+        (damaged / "params" / "speech_lm").rglob("*"), key=lambda path: path.stat().st_size
+    )
     replace(largest, largest.read_bytes()[:1000])
-    assert_refused(tmp_path, "--to-torch", damaged, says=[str(damaged / "params" / "speech_lm"), "damaged"])
+    assert_refused(
+        tmp_path, "--to-torch", damaged, says=[str(damaged / "params" / "speech_lm"), "damaged"]
+    )
     assert convert("--whisper", WHISPER, "--out", tmp_path / "encoder") == 0
-    assert_refused(tmp_path, "--to-torch", tmp_path / "encoder", says=["encoder holds speech_encoder: neither a whole LLaMA-Omni2"])
+    assert_refused(
+        tmp_path,
+        "--to-torch",
+        tmp_path / "encoder",
+        says=["encoder holds speech_encoder: neither a whole LLaMA-Omni2"],
+    )
 
 
 def test_exit_code_of_the_command(tmp_path):
-    command = [sys.executable, "-m", "convert", "--omni2", str(tmp_path), "--out", str(tmp_path / "ckpt")]
+    command = [
+        sys.executable,
+        "-m",
+        "convert",
+        "--omni2",
+        str(tmp_path),
+        "--out",
+        str(tmp_path / "ckpt"),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, cwd=GOLDENS.parent.parent)
     assert done.returncode == 1 and done.stdout == ""
-    assert done.stderr == f"error: {tmp_path} has neither model.safetensors nor model.safetensors.index.json\n"
+    assert (
+        done.stderr
+        == f"error: {tmp_path} has neither model.safetensors nor model.safetensors.index.json\n"
+    )
 
 
 # ---- the engine ----
@@ -288,9 +451,15 @@ def test_exit_code_of_the_command(tmp_path):
 
 def test_a_table_that_does_not_fit_the_model():
     """A target that does not exist and one that nothing sets are complaints too; a dropped name is none."""
-    source = {name: Tensor((2,), np.dtype(np.float32), lambda: np.ones(2, np.float32)) for name in ("a", "b.step")}
+    source = {
+        name: Tensor((2,), np.dtype(np.float32), lambda: np.ones(2, np.float32))
+        for name in ("a", "b.step")
+    }
     target = {"x": np.zeros(2, np.float32), "y": np.zeros(2, np.float32)}
     table = Table((Rule("a", "x"), Rule("a", "z")), dropped={r".*\.step": "counts"})
     with pytest.raises(ConversionError) as error:
         plan(table, source, target, "file")
-    assert str(error.value) == "file: 2 tensors do not fit: the table sets z, which the model does not have; nothing in the table sets y"
+    assert (
+        str(error.value)
+        == "file: 2 tensors do not fit: the table sets z, which the model does not have; nothing in the table sets y"
+    )

@@ -9,8 +9,16 @@ import msgpack
 import numpy as np
 import pytest
 
-from train import dataset
-from train.dataset import Dataset, Dialogue, RecordError, Shards, Turn, Writer, encode
+from omni2_jax.train.data import dataset
+from omni2_jax.train.data.dataset import (
+    Dataset,
+    Dialogue,
+    RecordError,
+    Shards,
+    Turn,
+    Writer,
+    encode,
+)
 
 RANDOM = np.random.default_rng(0)
 
@@ -23,13 +31,25 @@ def talk(name: str, *sizes: int) -> tuple[Dialogue, list[np.ndarray]]:
     """A dialogue of random units, and its turns' recordings of these sizes in 16-bit integers."""
     clips = [pcm(size) for size in sizes]
     turns = [
-        Turn(role, f"{name} sagt: {i} ü", RANDOM.integers(0, 6561, 7 + i, np.int32) if i % 2 else None, samples=len(clip))
-        for i, (role, clip) in enumerate(zip(["user", "assistant"] * len(clips), clips, strict=False))
+        Turn(
+            role,
+            f"{name} sagt: {i} ü",
+            RANDOM.integers(0, 6561, 7 + i, np.int32) if i % 2 else None,
+            samples=len(clip),
+        )
+        for i, (role, clip) in enumerate(
+            zip(["user", "assistant"] * len(clips), clips, strict=False)
+        )
     ]
     return Dialogue(name, tuple(turns)), clips
 
 
-TALKS = [talk("a", 1600, 2400), talk("b", 3, 48000, 16000, 1), talk("c", 800, 2000), talk("d", 160, 240)]
+TALKS = [
+    talk("a", 1600, 2400),
+    talk("b", 3, 48000, 16000, 1),
+    talk("c", 800, 2000),
+    talk("d", 160, 240),
+]
 SILENT = Dialogue("e", (Turn("user", "hi"), Turn("assistant", "no", np.array([0, 6560]))))
 
 
@@ -39,7 +59,10 @@ def path(tmp_path_factory):
     with Writer(path, shard_bytes=30000, tokenizer="ckpt", fingerprint="f") as writer:
         for dialogue, clips in TALKS:
             rates = [16000, 24000] * len(clips)
-            writer.add(dialogue, [encode(clip / 32768, rate) for clip, rate in zip(clips, rates, strict=False)])
+            writer.add(
+                dialogue,
+                [encode(clip / 32768, rate) for clip, rate in zip(clips, rates, strict=False)],
+            )
         writer.add(SILENT)
     return path
 
@@ -70,16 +93,37 @@ def assert_all_there(data: Dataset) -> None:
 
 
 def test_there_and_back_bit_for_bit(path):
-    assert len(list(path.glob("clips-*-of-0000[2-9].array_record"))) > 1 and not list(path.glob("*-0000?"))
+    assert len(list(path.glob("clips-*-of-0000[2-9].array_record"))) > 1 and not list(
+        path.glob("*-0000?")
+    )
     assert_all_there(Dataset(path))
 
 
 def test_what_it_tells(path):
-    expected = {"version": 1, "dialogues": 5, "turns": 12, "clips": 10, "user_clips": 5, "assistant_clips": 5}
-    expected |= {"user_seconds": pytest.approx(18563 / 16000), "assistant_seconds": pytest.approx(52641 / 24000)}
-    expected |= {"replies_with_units": 6, "units": 8 * 4 + 10 + 2, "tokenizer": "ckpt", "fingerprint": "f"}
+    expected = {
+        "version": 1,
+        "dialogues": 5,
+        "turns": 12,
+        "clips": 10,
+        "user_clips": 5,
+        "assistant_clips": 5,
+    }
+    expected |= {
+        "user_seconds": pytest.approx(18563 / 16000),
+        "assistant_seconds": pytest.approx(52641 / 24000),
+    }
+    expected |= {
+        "replies_with_units": 6,
+        "units": 8 * 4 + 10 + 2,
+        "tokenizer": "ckpt",
+        "fingerprint": "f",
+    }
     expected |= {"user_rate": 16000, "assistant_rate": 24000}
-    assert json.loads((path / "dataset.json").read_text()) == dataclasses.asdict(Dataset(path).info) == expected
+    assert (
+        json.loads((path / "dataset.json").read_text())
+        == dataclasses.asdict(Dataset(path).info)
+        == expected
+    )
 
 
 def test_any_thread_may_read_and_so_may_a_copy(path):
@@ -93,7 +137,8 @@ def test_any_thread_may_read_and_so_may_a_copy(path):
 
 def test_what_does_not_fit_into_16_bits_is_clipped():
     np.testing.assert_array_equal(
-        dataset.decode(encode(np.array([-1.5, -1, 0.5, 1, 2]), 24000)) * 32768, [-32768, -32768, 16384, 32767, 32767]
+        dataset.decode(encode(np.array([-1.5, -1, 0.5, 1, 2]), 24000)) * 32768,
+        [-32768, -32768, 16384, 32767, 32767],
     )
 
 
@@ -142,7 +187,10 @@ RECORDS = {
     "without turns": (msgpack.packb({"id": "x"}), "'turns'"),
     "a field missing": (packed(USER, {"role": "assistant"}), "'units'"),
     "half a unit": (packed(USER, fields("assistant", units=b"\0\0\0")), "no msgpack of a dialogue"),
-    "unit above": (packed(USER, fields("assistant", units=b"\1\0\xa1\x19")), "turn 1 has the unit 6561, expected 0 to 6560"),
+    "unit above": (
+        packed(USER, fields("assistant", units=b"\1\0\xa1\x19")),
+        "turn 1 has the unit 6561, expected 0 to 6560",
+    ),
     "unit below": (packed(USER, fields("assistant", units=b"\xff\xff")), "turn 1 has the unit -1"),
     "no units in the units": (packed(USER, fields("assistant", units=b"")), "turn 1 has no units"),
     "roles": (packed(USER, USER), "turn 1 is of 'user', expected 'assistant'"),
@@ -164,7 +212,9 @@ def written(directory, dialogues: list[bytes], clips: list[bytes]):
         for record in records:
             shards.add(record)
         shards.close()
-    (directory / "dataset.json").write_text(json.dumps({"version": 1, "dialogues": len(dialogues), "clips": len(clips)}))
+    (directory / "dataset.json").write_text(
+        json.dumps({"version": 1, "dialogues": len(dialogues), "clips": len(clips)})
+    )
     return Dataset(directory)
 
 
@@ -174,7 +224,9 @@ def test_a_bad_record(record, says, tmp_path):
     assert data.dialogue(0).id == "x"
     with pytest.raises(RecordError) as error:
         data.dialogue(1)
-    assert str(error.value).startswith(f"{tmp_path}: dialogue 1 is damaged: ") and says in str(error.value)
+    assert str(error.value).startswith(f"{tmp_path}: dialogue 1 is damaged: ") and says in str(
+        error.value
+    )
     assert "\n" not in str(error.value)
 
 
@@ -190,15 +242,39 @@ def test_a_bad_clip(tmp_path):
 # ---- opening ----
 
 OPENING = {
-    "no data set": (lambda path: (path / "dataset.json").unlink(), "is no data set: it has no dataset.json"),
-    "no JSON": (lambda path: (path / "dataset.json").write_text("{"), "does not describe a data set"),
-    "another JSON": (lambda path: (path / "dataset.json").write_text("[]"), "does not describe a data set"),
-    "another type": (lambda path: retold(path, clips="ten"), "does not describe a data set: .*clips"),
-    "newer": (lambda path: retold(path, version=2), "is a data set of version 2; this program reads version 1"),
+    "no data set": (
+        lambda path: (path / "dataset.json").unlink(),
+        "is no data set: it has no dataset.json",
+    ),
+    "no JSON": (
+        lambda path: (path / "dataset.json").write_text("{"),
+        "does not describe a data set",
+    ),
+    "another JSON": (
+        lambda path: (path / "dataset.json").write_text("[]"),
+        "does not describe a data set",
+    ),
+    "another type": (
+        lambda path: retold(path, clips="ten"),
+        "does not describe a data set: .*clips",
+    ),
+    "newer": (
+        lambda path: retold(path, version=2),
+        "is a data set of version 2; this program reads version 1",
+    ),
     "empty": (lambda path: retold(path, dialogues=0), "is empty: it holds no dialogue"),
-    "a shard is missing": (lambda path: min(path.glob("clips-*")).unlink(), r"dataset\.json tells of 10 clips, its shards hold [1-9]$"),
-    "all shards are missing": (lambda path: min(path.glob("dialogues-*")).unlink(), r"tells of 5 dialogues, its shards hold 0$"),
-    "a shard is cut": (lambda path: min(path.glob("clips-*")).write_bytes(b"cut"), "is damaged, its clips cannot be opened"),
+    "a shard is missing": (
+        lambda path: min(path.glob("clips-*")).unlink(),
+        r"dataset\.json tells of 10 clips, its shards hold [1-9]$",
+    ),
+    "all shards are missing": (
+        lambda path: min(path.glob("dialogues-*")).unlink(),
+        r"tells of 5 dialogues, its shards hold 0$",
+    ),
+    "a shard is cut": (
+        lambda path: min(path.glob("clips-*")).write_bytes(b"cut"),
+        "is damaged, its clips cannot be opened",
+    ),
 }
 
 
@@ -228,7 +304,10 @@ def test_a_cut_leaves_nothing_behind(tmp_path):
 def test_what_cannot_be_written(tmp_path):
     with pytest.raises(ValueError, match="would be empty"), Writer(tmp_path / "set"):
         pass
-    with pytest.raises(ValueError, match="turn 1 has the unit 6561"), Writer(tmp_path / "set") as writer:
+    with (
+        pytest.raises(ValueError, match="turn 1 has the unit 6561"),
+        Writer(tmp_path / "set") as writer,
+    ):
         writer.add(Dialogue("x", (Turn("user", "hi"), Turn("assistant", "no", np.array([6561])))))
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(ValueError, match="exists already"), Writer(tmp_path):

@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from omni2_jax import checkpoint
+from omni2_jax.checkpoint.tokenizer import parse_units
 from omni2_jax.config import Omni2Config
-from omni2_jax.engine import GenerationError, QueueFullError
-from omni2_jax.readwrite import FLUSHING, IDLE, READING
-from omni2_jax.tokenizer import parse_units
-from tests.talk import CASES, Said, asked, broken, pieces, submit
+from omni2_jax.generate.engine import GenerationError, QueueFullError
+from omni2_jax.generate.read_write import FLUSHING, IDLE, READING
+from omni2_jax.models.model import abstract_model
+from tests.support.conversations import CASES, Said, asked, broken, pieces, submit
 
 # Turns that have nothing in common: greedy and sampled, with keys of their own, of one to six steps before they flush.
 ASKED = [
@@ -34,7 +34,10 @@ def test_released_conversations_through_three_slots(engine, model):
     """All five queued at once: text and units as released, 40 ms of sound for every unit."""
     streams = {name: submit(engine, model, name) for name in CASES}
     for name, stream in streams.items():
-        said, units = Said.by(stream), parse_units(CASES[name]["prediction_units"], model.config.units)
+        said, units = (
+            Said.by(stream),
+            parse_units(CASES[name]["prediction_units"], model.config.units),
+        )
         assert model.tokenizer.decode(said.text) == CASES[name]["text"].strip()
         assert model.tokenizer.unit_text(said.speech) == CASES[name]["prediction_units"]
         assert said.samples.size == 960 * len(units)
@@ -43,10 +46,14 @@ def test_released_conversations_through_three_slots(engine, model):
 
 def test_company_changes_nothing(engine, model):
     """Turns that join one after the other, beside one that fails and one that is cancelled, are bit by bit what they are alone."""
-    send = lambda name, changes: submit(engine, model, name, max_new_tokens=18, max_flush_units=20, **changes)  # noqa: E731
+    send = lambda name, changes: submit(
+        engine, model, name, max_new_tokens=18, max_flush_units=20, **changes
+    )  # noqa: E731
     alone = [Said.by(send(*turn)) for turn in ASKED]
     assert len({tuple(said.speech) for said in alone}) == len(ASKED)
-    failing = engine.submit([broken(piece) for piece in pieces(model, "A")], asked(model, "A"), model.voice(None))
+    failing = engine.submit(
+        [broken(piece) for piece in pieces(model, "A")], asked(model, "A"), model.voice(None)
+    )
     streams, cancelled = [], send("A", {})
     for turn in ASKED:
         streams.append(send(*turn))
@@ -64,7 +71,7 @@ def test_slots_read_flush_and_rest_in_the_same_step(text_engine, text_model, alo
     """E's text ends in its first step."""
     streams = {name: submit(text_engine, text_model, name) for name in "EA"}
     text_engine.step()
-    assert text_engine.state.words.phase.tolist() == [FLUSHING, READING, IDLE]
+    assert text_engine.state.language.phase.tolist() == [FLUSHING, READING, IDLE]
     for name, stream in streams.items():
         assert Said.by(stream) == alone[name]
 
@@ -73,7 +80,9 @@ def test_next_step_is_dispatched_before_the_last_is_read(text_engine, text_model
     while text_engine.dispatched:
         text_engine.read_back()
     events, step, read_back = [], text_engine._step, text_engine.read_back
-    monkeypatch.setattr(text_engine, "_step", lambda *given: (events.append("dispatch"), step(*given))[1])
+    monkeypatch.setattr(
+        text_engine, "_step", lambda *given: (events.append("dispatch"), step(*given))[1]
+    )
     monkeypatch.setattr(text_engine, "read_back", lambda: (events.append("read"), read_back())[1])
     chunks = list(submit(text_engine, text_model, "A"))
     assert events == ["dispatch"] + ["dispatch", "read"] * len(chunks)
@@ -108,11 +117,16 @@ def test_cancelled_lane_goes_to_whoever_waits(text_engine, text_model, alone):
 
 
 def test_nan_ends_one_slot(text_engine, text_model, alone):
-    failing = text_engine.submit([broken(piece) for piece in pieces(text_model, "A")], asked(text_model, "A"), None, keep=True)
+    failing = text_engine.submit(
+        [broken(piece) for piece in pieces(text_model, "A")],
+        asked(text_model, "A"),
+        None,
+        keep=True,
+    )
     beside = submit(text_engine, text_model, "C")
     with pytest.raises(GenerationError, match="not finite"):
         list(failing)
-    assert failing.lane is None
+    assert failing.prefix is None
     assert Said.by(beside) == alone["C"]
     assert Said.by(submit(text_engine, text_model, "A")) == alone["A"]  # in the slot that failed
 
@@ -145,7 +159,9 @@ def test_turn_that_does_not_fit_is_refused(text_engine, text_model):
     with pytest.raises(ValueError, match=r"may take .* positions of Shape.llm"):
         text_engine.submit([piece] * 20, request, None)
     endless = dataclasses.replace(request, max_flush=jnp.array([2000]))
-    with pytest.raises(ValueError, match=r"may take 2285 positions of Shape.speech, which has 1280"):
+    with pytest.raises(
+        ValueError, match=r"may take 2285 positions of Shape.speech, which has 1280"
+    ):
         text_engine.submit([piece], endless, None)
 
 
@@ -161,11 +177,13 @@ def test_step_touches_neither_host_nor_new_memory(engine, model):
             engine.state, _ = engine._step(engine.params, engine.state)
     stream.cancel()
     compiled = engine._step.lower(engine.params, engine.state).compile()
-    assert compiled.memory_analysis().alias_size_in_bytes == sum(leaf.nbytes for leaf in jax.tree.leaves(engine.state))
+    assert compiled.memory_analysis().alias_size_in_bytes == sum(
+        leaf.nbytes for leaf in jax.tree.leaves(engine.state)
+    )
 
 
 def test_few_leaves(engine):
     """Passing them costs time in every step. Their number does not depend on how many layers there are."""
     assert len(jax.tree.leaves(engine.state)) < 64
-    real = checkpoint.abstract(Omni2Config().only("llm", "fusion", "speech_lm", "flow", "hift"))[1]
+    real = abstract_model(Omni2Config().only("llm", "fusion", "speech_lm", "flow", "vocoder"))[1]
     assert len(jax.tree.leaves(real)) < 500

@@ -9,11 +9,12 @@ import pytest
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from benchmarks.sizes import SIZES
-from omni2_jax import layers, sharding
-from train import flops, stages, step
-from train.config import Bucket, Train
-from train.examples import Examples
-from train.weights import Weights, with_rank
+from omni2_jax import sharding
+from omni2_jax.models import layers
+from omni2_jax.train import flops, stages, step
+from omni2_jax.train.examples import Examples
+from omni2_jax.train.settings import Bucket, TrainConfig
+from omni2_jax.train.weights import Weights, with_rank
 
 TINY = SIZES["tiny"]
 
@@ -29,20 +30,34 @@ def counted(jaxpr: Jaxpr) -> int:
             else:
                 summed = math.prod(right) // right[eqn.params["dimension_numbers"].rhs_spec[0]]
             total += 2 * out * summed
-        inner = jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda x: isinstance(x, ClosedJaxpr | Jaxpr))
-        inner = sum(counted(getattr(jaxpr, "jaxpr", jaxpr)) for jaxpr in inner if isinstance(jaxpr, ClosedJaxpr | Jaxpr))
+        inner = jax.tree.leaves(
+            list(eqn.params.values()), is_leaf=lambda x: isinstance(x, ClosedJaxpr | Jaxpr)
+        )
+        inner = sum(
+            counted(getattr(jaxpr, "jaxpr", jaxpr))
+            for jaxpr in inner
+            if isinstance(jaxpr, ClosedJaxpr | Jaxpr)
+        )
         total += inner * (eqn.params["length"] if eqn.primitive.name == "scan" else 1)
     return total
 
 
-def traced(train: Train) -> SimpleNamespace:
+def traced(train: TrainConfig) -> SimpleNamespace:
     """FLOPs of a stage's loss and of its gradients, counted in both ways; of its features, in one."""
     config, (bucket,) = TINY.only(*stages.STAGES[train.stage].parts), train.buckets
-    weights = Weights.of(with_rank(config, train.rank) if train.rank else config, sharding.make_mesh(devices=jax.devices()[:1]))
-    trained = {path: leaf for path, leaf in weights.shapes.items() if stages.is_trained(train, path)}
+    weights = Weights.of(
+        with_rank(config, train.rank) if train.rank else config,
+        sharding.make_mesh(devices=jax.devices()[:1]),
+    )
+    trained = {
+        path: leaf for path, leaf in weights.shapes.items() if stages.is_trained(train, path)
+    }
     frozen = {path: leaf for path, leaf in weights.shapes.items() if path not in trained}
     row = Examples(train, TINY, None, None).empty(bucket)
-    batch = {name: jax.ShapeDtypeStruct((1, train.batch, *leaf.shape), leaf.dtype) for name, leaf in row.items()}
+    batch = {
+        name: jax.ShapeDtypeStruct((1, train.batch, *leaf.shape), leaf.dtype)
+        for name, leaf in row.items()
+    }
     trace = lambda run, *more: counted(jax.make_jaxpr(run)(trained, frozen, batch, *more).jaxpr)  # noqa: E731
     found = flops.parts(train, TINY, weights.shapes, bucket)
     return SimpleNamespace(
@@ -52,12 +67,18 @@ def traced(train: Train) -> SimpleNamespace:
         ours_both=flops.step(train, TINY, weights.shapes, bucket),
         voice=0
         if train.stage != "flow"
-        else trace(lambda p, f, b: stages.listen(weights.model(p, f), train, jax.tree.map(lambda leaf: leaf[0], b))),
+        else trace(
+            lambda p, f, b: stages.listen(
+                weights.model(p, f), train, jax.tree.map(lambda leaf: leaf[0], b)
+            )
+        ),
     )
 
 
-def sized(stage: str, bucket: Bucket, **changes) -> Train:
-    return Train(stage, batch=2, buckets=(bucket,), dtype="float32", remat="none", loss_chunk=4096, **changes)
+def sized(stage: str, bucket: Bucket, **changes) -> TrainConfig:
+    return TrainConfig(
+        stage, batch=2, buckets=(bucket,), dtype="float32", remat="none", loss_block=4096, **changes
+    )
 
 
 def log_mel(clips: int) -> int:
@@ -88,9 +109,15 @@ def test_unit_stage():
 
 
 def test_speech_stage():
-    found, frozen, half = traced(sized("2", Bucket(2, 640, 64))), unseen(TINY.llm, 2, 640), unseen(TINY.speech_lm, 4, 64)
+    found, frozen, half = (
+        traced(sized("2", Bucket(2, 640, 64))),
+        unseen(TINY.llm, 2, 640),
+        unseen(TINY.speech_lm, 4, 64),
+    )
     assert found.ours_forward == found.forward - log_mel(4) - frozen - half
-    assert found.ours_both == found.both - log_mel(4) - frozen - 3 * half - logits(TINY.speech_lm, 4 * 64)
+    assert found.ours_both == found.both - log_mel(4) - frozen - 3 * half - logits(
+        TINY.speech_lm, 4 * 64
+    )
 
 
 def test_flow(monkeypatch):
@@ -107,4 +134,6 @@ def test_by_hand():
     shapes = Weights.of(config, sharding.make_mesh(devices=jax.devices()[:1])).shapes
     layer = 896 * (896 + 2 * 128 + 896 + 3 * 4864)
     weights, attention = 24 * layer + 158227 * 896, 24 * 2 * 1000 * 896 * 1000
-    assert flops.step(train, config, shapes, train.buckets[0]) == 2 * 3 * (2 * 1000 * weights + attention)
+    assert flops.step(train, config, shapes, train.buckets[0]) == 2 * 3 * (
+        2 * 1000 * weights + attention
+    )

@@ -12,17 +12,19 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from convert import sources
-from convert.engine import ConversionError, plan, unplan
-from convert.tables import flow as tables
-from omni2_jax.checkpoint import flatten
+from omni2_jax.checkpoint.parameters import flatten
 from omni2_jax.config import FlowConfig
-from omni2_jax.flow.context import Chunks, Window
-from omni2_jax.flow.matching import Flow, Prompt, cosine
+from omni2_jax.convert import formats
+from omni2_jax.convert.plan import ConversionError, plan, unplan
+from omni2_jax.convert.tables import flow as tables
+from omni2_jax.models.flow.context import Chunks, Window
+from omni2_jax.models.flow.matching import Flow, Prompt, cosine
 
 GOLDENS = Path(__file__).parent / "goldens"
 RELEASED = Chunks(50)
-QUICK = {"xla_backend_optimization_level": 1}  # these small models take longer to compile than to run
+QUICK = {
+    "xla_backend_optimization_level": 1
+}  # these small models take longer to compile than to run
 LENGTHS = (13, 47, 60, 113)
 TINY = FlowConfig(
     width=64,
@@ -52,9 +54,11 @@ def tiny_flow() -> Flow:
     """The tiny release, with the noise that its goldens were made with."""
     path = GOLDENS / "cosy2_decoder" / "flow.pt"
     graph, shapes = abstract(TINY)
-    params = plan(tables.table(), sources.torch_file(path), shapes, path.name)
+    params = plan(tables.table(), formats.torch_file(path), shapes, path.name)
     params = jax.tree.map(lambda leaf: jnp.asarray(leaf.read()), params)
-    return nnx.merge(graph, params | {"noise": jnp.asarray(golden("rand_noise")["rand_noise"][0].T)})
+    return nnx.merge(
+        graph, params | {"noise": jnp.asarray(golden("rand_noise")["rand_noise"][0].T)}
+    )
 
 
 @pytest.fixture(scope="module")
@@ -66,14 +70,20 @@ def flow() -> Flow:
 def full_pass():
     """Jitted `Flow.__call__` of the tiny release: (units, lengths, voice, final, prompt, chunks)."""
     graph, params = nnx.split(tiny_flow())
-    run = jax.jit(lambda params, *given: nnx.merge(graph, params)(*given), static_argnums=6, compiler_options=QUICK)
+    run = jax.jit(
+        lambda params, *given: nnx.merge(graph, params)(*given),
+        static_argnums=6,
+        compiler_options=QUICK,
+    )
     return functools.partial(run, params)
 
 
 def padded(rows: list[np.ndarray]) -> tuple[jax.Array, jax.Array]:
     """Rows of different lengths as one batch, and their lengths."""
     longest = max(map(len, rows))
-    return jnp.stack([jnp.pad(jnp.asarray(row), (0, longest - len(row))) for row in rows]), jnp.array([len(row) for row in rows])
+    return jnp.stack(
+        [jnp.pad(jnp.asarray(row), (0, longest - len(row))) for row in rows]
+    ), jnp.array([len(row) for row in rows])
 
 
 def channels_last(x: np.ndarray) -> jax.Array:
@@ -82,7 +92,9 @@ def channels_last(x: np.ndarray) -> jax.Array:
 
 def windows(frames: int, lengths, chunks: Chunks = RELEASED) -> tuple[Window, Window]:
     lengths = jnp.asarray(lengths)
-    return Window.whole(frames, lengths, chunks, 1), Window.whole(2 * frames, 2 * lengths, chunks, 2)
+    return Window.whole(frames, lengths, chunks, 1), Window.whole(
+        2 * frames, 2 * lengths, chunks, 2
+    )
 
 
 def close(ours, theirs, tolerance: float):
@@ -94,16 +106,18 @@ def close(ours, theirs, tolerance: float):
 
 def test_table_fits_the_real_dimensions():
     keys = json.loads((GOLDENS / "manifests" / "flow.json").read_text())["keys"]
-    planned = plan(tables.table(), sources.abstract(keys), abstract(FlowConfig())[1], "flow.json")
+    planned = plan(tables.table(), formats.abstract(keys), abstract(FlowConfig())[1], "flow.json")
     assert planned["noise"].shape == (15000, 80)
     keys.pop("encoder.up_encoders.3.norm_ff.bias")
     with pytest.raises(ConversionError, match=r"missing encoder.up_encoders.3.norm_ff.bias"):
-        plan(tables.table(), sources.abstract(keys), abstract(FlowConfig())[1], "flow.json")
+        plan(tables.table(), formats.abstract(keys), abstract(FlowConfig())[1], "flow.json")
 
 
 def test_conversion_round_trips_and_draws_the_noise_once():
-    source = sources.torch_file(GOLDENS / "cosy2_decoder" / "flow.pt")
-    params = jax.tree.map(lambda leaf: leaf.read(), plan(tables.table(), source, abstract(TINY)[1], "flow.pt"))
+    source = formats.torch_file(GOLDENS / "cosy2_decoder" / "flow.pt")
+    params = jax.tree.map(
+        lambda leaf: leaf.read(), plan(tables.table(), source, abstract(TINY)[1], "flow.pt")
+    )
     back = dict(unplan(tables.table(), flatten(params).__getitem__))
     assert back.keys() == source.keys()
     for name, tensor in back.items():
@@ -131,7 +145,11 @@ def test_encoder_stages(flow):
     close(x[0], want["L0_embed"], 1e-4)
     close(encoder.look_ahead(x, windows(13, [13])[0])[0][0], want["L0_prelook"], 1e-4)
     blocks = jnp.asarray(want["L0_after_blocks"])[None]
-    close(encoder.upsample(jnp.repeat(blocks, 2, axis=1), windows(13, [13])[1], None)[0][0], want["L0_after_upconv"], 1e-4)
+    close(
+        encoder.upsample(jnp.repeat(blocks, 2, axis=1), windows(13, [13])[1], None)[0][0],
+        want["L0_after_upconv"],
+        1e-4,
+    )
 
 
 def test_padding_of_a_reference_batch_reaches_its_last_units(flow):
@@ -139,7 +157,9 @@ def test_padding_of_a_reference_batch_reaches_its_last_units(flow):
     look-ahead of the last three real units sees that. Letting padding through there gives its numbers; we do not let it through."""
     want = golden("encoder")
     units, (long, short) = jnp.asarray(want["B2_token"]), want["B2_len"]
-    encode = jax.jit(lambda x, seen, frames: flow.encoder(x, seen, frames)[0], compiler_options=QUICK)
+    encode = jax.jit(
+        lambda x, seen, frames: flow.encoder(x, seen, frames)[0], compiler_options=QUICK
+    )
     seen, frames = windows(units.shape[1], want["B2_len"])
     x = flow.embed(units) * seen.valid[..., None]
     leaky = encode(x, dataclasses.replace(seen, valid=jnp.ones_like(seen.valid)), frames)
@@ -154,18 +174,24 @@ def test_estimator(flow):
     want = golden("estimator")
     lengths = jnp.asarray(want["mask"].sum((1, 2)), jnp.int32)
     frames = want["x"].shape[2]
-    given = jnp.concatenate([want["mu"], np.repeat(want["spks"][:, :, None], frames, 2), want["cond"]], 1)
+    given = jnp.concatenate(
+        [want["mu"], np.repeat(want["spks"][:, :, None], frames, 2), want["cond"]], 1
+    )
     t = jnp.asarray(want["t"])
     close(flow.estimator.time(t), want["time_emb"], 1e-4)
     seen = Window.whole(frames, lengths, RELEASED, 2)
-    velocity, _, _ = jax.jit(flow.estimator, compiler_options=QUICK)(channels_last(want["x"]), channels_last(given), t, seen)
+    velocity, _, _ = jax.jit(flow.estimator, compiler_options=QUICK)(
+        channels_last(want["x"]), channels_last(given), t, seen
+    )
     close(velocity, want["out"].swapaxes(1, 2), 1e-4)
 
 
 def test_voice_and_mu(flow):
     want, units = golden("flow"), golden("encoder")["L13_token"]
     close(flow.voice(jnp.asarray(want["embedding"])[None])[0], want["spk_projected"], 1e-6)
-    mu = jax.jit(flow.mu, static_argnums=2, compiler_options=QUICK)(jnp.asarray(units)[None], jnp.array([13]), RELEASED)
+    mu = jax.jit(flow.mu, static_argnums=2, compiler_options=QUICK)(
+        jnp.asarray(units)[None], jnp.array([13]), RELEASED
+    )
     close(mu[0], want["L13_noprompt_final_mu"].T, 1e-4)
     close(cosine(jnp.linspace(0, 1, TINY.steps + 1))[:-1], want["euler_t"], 1e-6)
 
@@ -175,8 +201,16 @@ def test_mel_of_every_golden_in_one_batch(flow):
     want, units = golden("flow"), golden("encoder")
     names = [name for name in want if name.endswith("_mel")]
     batch, lengths = padded([units[name.split("_")[0] + "_token"] for name in names])
-    prompted, final, rows = np.array(["_prompt_" in name for name in names]), np.array(["final" in name for name in names]), len(names)
-    prompt = Prompt(jnp.tile(want["prompt_token"], (rows, 1)), jnp.tile(want["prompt_feat"], (rows, 1, 1)), jnp.where(prompted, 20, 0))
+    prompted, final, rows = (
+        np.array(["_prompt_" in name for name in names]),
+        np.array(["final" in name for name in names]),
+        len(names),
+    )
+    prompt = Prompt(
+        jnp.tile(want["prompt_token"], (rows, 1)),
+        jnp.tile(want["prompt_feat"], (rows, 1, 1)),
+        jnp.where(prompted, 20, 0),
+    )
     voice = jnp.tile(flow.voice(jnp.asarray(want["embedding"])[None]), (rows, 1))
     mel, frames = full_pass()(batch, lengths, voice, final, prompt)
     assert mel.shape == (rows, 2 * batch.shape[1], 80) and len(names) == 12
@@ -193,14 +227,25 @@ def test_training_loss(flow):
     kept = jnp.asarray(want["cfg_uniform"]) > TINY.guidance_dropout
     t = jnp.asarray(want["t_uniform"][:, 0, 0])
     close(cosine(t), want["t_cosine"][:, 0, 0], 1e-6)
-    total, terms = jax.jit(flow.compute_loss, compiler_options=QUICK)(mel, lengths, mu, jnp.asarray(want["spks"]), cond, t, z, kept)
+    total, terms = jax.jit(flow.compute_loss, compiler_options=QUICK)(
+        mel, lengths, mu, jnp.asarray(want["spks"]), cond, t, z, kept
+    )
     close(total / terms, want["loss"][0], 1e-4)
 
 
 # --- properties
 
 
-@pytest.mark.parametrize("chunks", [Chunks(5), Chunks(5, left=0), Chunks(4, left=2), Chunks(4, shift=3), Chunks(3, left=1, shift=2)])
+@pytest.mark.parametrize(
+    "chunks",
+    [
+        Chunks(5),
+        Chunks(5, left=0),
+        Chunks(4, left=2),
+        Chunks(4, shift=3),
+        Chunks(3, left=1, shift=2),
+    ],
+)
 def test_who_sees_whom(chunks):
     """Chunk by chunk, as one would draw it."""
     borders = [0, *range(chunks.size - chunks.shift, 40, chunks.size)]
@@ -223,7 +268,9 @@ def test_mel_depends_on_its_chunk_the_past_and_three_units_more():
     units = np.tile(np.arange(30), (4, 1))
     for row, changed in enumerate((0, 22, 23), start=1):
         units[row, changed] = 500
-    mel, _ = full_pass()(jnp.asarray(units), jnp.full(4, 30), jnp.ones((4, 80)), jnp.full(4, True), None, CHUNKS)
+    mel, _ = full_pass()(
+        jnp.asarray(units), jnp.full(4, 30), jnp.ones((4, 80)), jnp.full(4, True), None, CHUNKS
+    )
     first, last, behind = np.abs(mel[1:, 20:40] - mel[0, 20:40]).max((1, 2))
     assert min(first, last) > 1e-3 and behind == 0
     assert (np.abs(mel[3, 40:] - mel[0, 40:]).max(1) > 0).all()
@@ -232,7 +279,10 @@ def test_mel_depends_on_its_chunk_the_past_and_three_units_more():
 def test_a_batch_equals_its_rows():
     rng = np.random.default_rng(0)
     units, lengths = jnp.asarray(rng.integers(0, TINY.units, (4, 30))), jnp.array([30, 17, 3, 1])
-    voice, final = jnp.asarray(rng.standard_normal((4, 80)), jnp.float32), jnp.array([True, False, True, False])
+    voice, final = (
+        jnp.asarray(rng.standard_normal((4, 80)), jnp.float32),
+        jnp.array([True, False, True, False]),
+    )
     together, frames = full_pass()(units, lengths, voice, final, None, CHUNKS)
     np.testing.assert_array_equal(frames, [60, 28, 6, 0])
     alone, _ = full_pass()(units[1:2, :17], lengths[1:2], voice[1:2], final[1:2], None, CHUNKS)

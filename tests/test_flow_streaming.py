@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from omni2_jax.flow.context import Chunks
-from omni2_jax.flow.streaming import FlowState, Plan, flow_step
+from omni2_jax.models.flow.context import Chunks
+from omni2_jax.models.flow.streaming import FlowState, Plan, flow_step
 from tests.test_flow import QUICK, TINY, close, full_pass, golden, tiny_flow
 
 VOICES = jnp.asarray(np.random.default_rng(0).standard_normal((3, 80)), jnp.float32)
@@ -19,7 +19,9 @@ VOICES = jnp.asarray(np.random.default_rng(0).standard_normal((3, 80)), jnp.floa
 def jitted_step():
     graph, params = nnx.split(tiny_flow())
     step = jax.jit(
-        lambda params, state, *given: flow_step(nnx.merge(graph, params), state, *given), donate_argnums=1, compiler_options=QUICK
+        lambda params, state, *given: flow_step(nnx.merge(graph, params), state, *given),
+        donate_argnums=1,
+        compiler_options=QUICK,
     )
     return functools.partial(step, params)
 
@@ -28,12 +30,17 @@ def released_voice() -> jax.Array:
     return tiny_flow().voice(jnp.asarray(golden("flow")["embedding"])[None])
 
 
-def feed(state: FlowState, rows: list[tuple[np.ndarray, bool]]) -> tuple[FlowState, list[np.ndarray]]:
+def feed(
+    state: FlowState, rows: list[tuple[np.ndarray, bool]]
+) -> tuple[FlowState, list[np.ndarray]]:
     """One step: (new units, final) of each stream -> the mel that each gives."""
     new = np.zeros((len(rows), state.plan.write), np.int32)
     for row, (units, _) in zip(new, rows, strict=True):
         row[: len(units)] = units
-    counts, final = jnp.array([len(units) for units, _ in rows]), jnp.array([final for _, final in rows])
+    counts, final = (
+        jnp.array([len(units) for units, _ in rows]),
+        jnp.array([final for _, final in rows]),
+    )
     state, mel, frames = jitted_step()(state, jnp.asarray(new), counts, final)
     return state, [row[:count] for row, count in zip(np.asarray(mel), frames, strict=True)]
 
@@ -53,7 +60,11 @@ def test_released_sessions_side_by_side_and_again_in_a_used_slot():
     """Three sessions of 6, 2 and 8 calls in three slots; when the second is over, its slot serves the third once more."""
     sessions, idle = released_sessions(), (np.zeros(0, np.int32), False)
     sessions[1] = tuple(own + again for own, again in zip(sessions[1], sessions[2], strict=True))
-    state = FlowState.empty(tiny_flow(), jnp.tile(released_voice(), (3, 1)), Plan.of(TINY, 10, max_units=80, ladder=False))
+    state = FlowState.empty(
+        tiny_flow(),
+        jnp.tile(released_voice(), (3, 1)),
+        Plan.of(TINY, 10, max_units=80, ladder=False),
+    )
     for call in range(10):
         if call == 2:
             state = state.restart(jnp.array([False, True, False]), state.voice)
@@ -70,7 +81,9 @@ def test_released_sessions_side_by_side_and_again_in_a_used_slot():
 CASES = {
     "everything before, in parts": Plan.of(TINY, 5, Chunks(5, shift=3), max_units=64),
     "one chunk before": Plan.of(TINY, 5, Chunks(5, left=1), ladder=False),
-    "one chunk before, writes that complete chunks": Plan.of(TINY, 5, Chunks(5, left=1, shift=3), ladder=False),
+    "one chunk before, writes that complete chunks": Plan.of(
+        TINY, 5, Chunks(5, left=1, shift=3), ladder=False
+    ),
     "two chunks before": Plan.of(TINY, 5, Chunks(6, left=2, shift=1), ladder=False),
     "chunks smaller than a write": Plan.of(TINY, 5, Chunks(4, left=2, shift=1)),
 }
@@ -83,10 +96,17 @@ def test_every_step_equals_the_full_pass_over_all_units_so_far(plan):
     comes = [[5] * 9, [1, 2, 0, 5, 4, 5, 5, 3, 1], [5, 5, 5, 3, 0, 0, 0, 0, 0]]
     units = jnp.asarray(rng.integers(0, TINY.units, (3, 45)))
     ends = (99, 8, 3)
-    state, given, arrived = FlowState.empty(tiny_flow(), VOICES, plan), np.zeros(3, int), np.zeros(3, int)
+    state, given, arrived = (
+        FlowState.empty(tiny_flow(), VOICES, plan),
+        np.zeros(3, int),
+        np.zeros(3, int),
+    )
     for call in range(9):
         counts = np.array([row[call] for row in comes])
-        rows = [(np.asarray(units[b, arrived[b] : arrived[b] + counts[b]]), call == ends[b]) for b in range(3)]
+        rows = [
+            (np.asarray(units[b, arrived[b] : arrived[b] + counts[b]]), call == ends[b])
+            for b in range(3)
+        ]
         state, mel = feed(state, rows)
         arrived = arrived + counts
         final = jnp.array([call >= end for end in ends])
@@ -120,7 +140,9 @@ def test_a_memory_in_half_precision_is_close():
     for part in np.split(np.arange(45), 9):
         state, mel = feed(state, [(part, False)] * 3)
         given.append(mel[0])
-    whole, frames = full_pass()(units, jnp.full(3, 45), VOICES, jnp.zeros(3, bool), None, plan.chunks)
+    whole, frames = full_pass()(
+        units, jnp.full(3, 45), VOICES, jnp.zeros(3, bool), None, plan.chunks
+    )
     given = np.concatenate(given)
     assert len(given) == frames[0] == 84
     assert 1e-5 < np.abs(given - whole[0, :84]).max() < 0.1
@@ -137,7 +159,13 @@ def test_plans_that_cannot_work_are_errors():
         Chunks(4, shift=4)
     state = FlowState.empty(tiny_flow(), VOICES, CASES["two chunks before"])
     with pytest.raises(ValueError, match="4 new units a step; the state was made for 5"):
-        flow_step(tiny_flow(), state, jnp.zeros((3, 4), jnp.int32), jnp.zeros(3, jnp.int32), jnp.zeros(3, bool))
+        flow_step(
+            tiny_flow(),
+            state,
+            jnp.zeros((3, 4), jnp.int32),
+            jnp.zeros(3, jnp.int32),
+            jnp.zeros(3, bool),
+        )
 
 
 def test_sizes_for_the_released_chunk():

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from convert.engine import plan, unplan
-from convert.sources import abstract, torch_file
-from convert.tables.hift import plain_names, table
-from omni2_jax.checkpoint import flatten
+from omni2_jax.checkpoint.parameters import flatten
 from omni2_jax.config import HiftConfig
-from omni2_jax.hift import Hift, change_speed, draw, stft
+from omni2_jax.convert.formats import abstract, torch_file
+from omni2_jax.convert.plan import plan, unplan
+from omni2_jax.convert.tables.hift import plain_names, table
+from omni2_jax.models.vocoder.hift import Hift, change_speed, draw, stft
 
 GOLDENS = Path(__file__).parent / "goldens"
 DECODER = GOLDENS / "cosy2_decoder"
@@ -27,7 +27,9 @@ def shapes(config: HiftConfig) -> dict:
 
 def converted(source: dict) -> dict:
     leaves = plan(table(TINY), source, shapes(TINY), "hift.pt")
-    return jax.tree.map(lambda leaf: jnp.asarray(leaf.read()), leaves, is_leaf=lambda leaf: hasattr(leaf, "read"))
+    return jax.tree.map(
+        lambda leaf: jnp.asarray(leaf.read()), leaves, is_leaf=lambda leaf: hasattr(leaf, "read")
+    )
 
 
 def released() -> dict:
@@ -56,7 +58,9 @@ def golden():
 def stored_draws() -> tuple[jax.Array, jax.Array]:
     """The phase [1, H] and noise [1, T, H] that stand for the reference's random draws."""
     stored = np.load(DECODER / "hift_noise.npz")
-    return jnp.asarray(stored["phase_vec"][..., 0]), jnp.asarray(stored["noise_f16"].transpose(0, 2, 1), jnp.float32)
+    return jnp.asarray(stored["phase_vec"][..., 0]), jnp.asarray(
+        stored["noise_f16"].transpose(0, 2, 1), jnp.float32
+    )
 
 
 @pytest.fixture(scope="module")
@@ -77,14 +81,18 @@ def test_f0(hift, golden):
 
 def test_source(hift, golden, draws):
     phase, noise = draws
-    source = jax.jit(hift.source)(jnp.asarray(golden["f0"])[None], phase, noise[:, : golden["source"].size])
+    source = jax.jit(hift.source)(
+        jnp.asarray(golden["f0"])[None], phase, noise[:, : golden["source"].size]
+    )
     np.testing.assert_allclose(source[0], golden["source"], rtol=0, atol=1e-3)
 
 
 def test_spectrum(golden):
     part = golden["source"][:4800]
     spectra = np.asarray(stft(jnp.asarray(part)[None], jnp.array([4800]), TINY.n_fft, TINY.hop))[0]
-    np.testing.assert_allclose(spectra, np.concatenate([golden["stft_real"], golden["stft_imag"]]).T, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(
+        spectra, np.concatenate([golden["stft_real"], golden["stft_imag"]]).T, rtol=0, atol=1e-5
+    )
 
 
 def test_end_to_end(hift, golden, draws):
@@ -103,9 +111,13 @@ def test_batch_of_different_lengths(hift, golden):
         (golden["mel"].T[:0], np.zeros(0, np.float32), np.zeros(0, np.float32)),
     ]
     longest = len(rows[0][0])
-    pad = lambda x, size, junk: np.concatenate([x, np.full((size - len(x), *x.shape[1:]), junk, np.float32)])  # noqa: E731
+    pad = lambda x, size, junk: np.concatenate(
+        [x, np.full((size - len(x), *x.shape[1:]), junk, np.float32)]
+    )  # noqa: E731
     mel = jnp.asarray(np.stack([pad(mel, longest, np.nan) for mel, _, _ in rows]))
-    source = jnp.asarray(np.stack([pad(source, longest * TINY.samples_per_frame, 1e3) for _, source, _ in rows]))
+    source = jnp.asarray(
+        np.stack([pad(source, longest * TINY.samples_per_frame, 1e3) for _, source, _ in rows])
+    )
     wavs = jax.jit(hift.decode)(mel, jnp.array([len(mel) for mel, _, _ in rows]), source)
     for wav, (_, _, expected) in zip(wavs, rows, strict=True):
         np.testing.assert_allclose(wav[: expected.size], expected, rtol=0, atol=1e-3)
@@ -115,7 +127,9 @@ def test_batch_of_different_lengths(hift, golden):
 def test_f0_ignores_padding(hift, golden):
     mel = jnp.asarray(golden["mel_cached"].T)[None]
     alone = jax.jit(hift.f0)(mel, jnp.array([36]))
-    padded = jax.jit(hift.f0)(jnp.pad(mel, ((0, 0), (0, 58), (0, 0)), constant_values=jnp.nan), jnp.array([36]))
+    padded = jax.jit(hift.f0)(
+        jnp.pad(mel, ((0, 0), (0, 58), (0, 0)), constant_values=jnp.nan), jnp.array([36])
+    )
     np.testing.assert_allclose(padded[0, :36], alone[0], rtol=0, atol=1e-3)
 
 
@@ -126,9 +140,13 @@ def test_phase_holds_for_a_minute(hift):
     noise = jnp.zeros((1, frames * rate, TINY.harmonics + 1))
     source = jax.jit(hift.source)(jnp.asarray(f0)[None], jnp.zeros((1, TINY.harmonics + 1)), noise)
     cycles = np.cumsum(np.repeat(f0.astype(np.float64), rate))[-tail:, None] / TINY.sample_rate
-    sines = TINY.sine_amplitude * np.sin(2 * np.pi * (cycles * np.arange(1, TINY.harmonics + 2) % 1))
+    sines = TINY.sine_amplitude * np.sin(
+        2 * np.pi * (cycles * np.arange(1, TINY.harmonics + 2) % 1)
+    )
     mix = hift.harmonic_mix
-    expected = np.tanh(sines @ np.asarray(mix.kernel[...], np.float64) + np.asarray(mix.bias[...]))[:, 0]
+    expected = np.tanh(sines @ np.asarray(mix.kernel[...], np.float64) + np.asarray(mix.bias[...]))[
+        :, 0
+    ]
     np.testing.assert_allclose(source[0, -tail:], expected, rtol=0, atol=1e-3)
 
 
@@ -137,8 +155,14 @@ def test_draws_belong_to_their_row():
     keys = jax.random.split(jax.random.key(0), 3)
     phase, noise = draw(TINY, keys, 960)
     alone_phase, alone_noise = draw(TINY, keys[1:2], 480)
-    assert np.array_equal(phase[1], alone_phase[0]) and np.array_equal(noise[1, :480], alone_noise[0])
-    assert not np.any(phase[:, 0]) and np.abs(phase).max() <= np.pi and len(np.unique(phase[:, 1:])) == phase[:, 1:].size
+    assert np.array_equal(phase[1], alone_phase[0]) and np.array_equal(
+        noise[1, :480], alone_noise[0]
+    )
+    assert (
+        not np.any(phase[:, 0])
+        and np.abs(phase).max() <= np.pi
+        and len(np.unique(phase[:, 1:])) == phase[:, 1:].size
+    )
     assert abs(noise.mean()) < 0.02 and abs(noise.std() - 1) < 0.02
 
 
@@ -150,7 +174,9 @@ def test_change_speed(golden, speed):
     stretched, frames = change_speed(jnp.asarray(np.stack([mel, mel])), jnp.array(counts), speed)
     for row, count, size in zip(stretched, counts, frames, strict=True):
         original = torch.tensor(mel[:count].T)[None]
-        expected = torch.nn.functional.interpolate(original, size=int(count / speed), mode="linear")[0].T.numpy()
+        expected = torch.nn.functional.interpolate(
+            original, size=int(count / speed), mode="linear"
+        )[0].T.numpy()
         assert size == len(expected)
         np.testing.assert_allclose(row[:size], expected, rtol=0, atol=1e-5)
 
@@ -176,8 +202,14 @@ def test_table_covers_the_released_model():
 
 def test_both_weight_norm_layouts(params):
     names = torch_file(DECODER / "hift.pt")
-    newer = {"weight_g": "parametrizations.weight.original0", "weight_v": "parametrizations.weight.original1"}
-    renamed = {".".join(newer.get(part, part) for part in name.split(".")): value for name, value in names.items()}
+    newer = {
+        "weight_g": "parametrizations.weight.original0",
+        "weight_v": "parametrizations.weight.original1",
+    }
+    renamed = {
+        ".".join(newer.get(part, part) for part in name.split(".")): value
+        for name, value in names.items()
+    }
     assert renamed.keys() != names.keys()
     assert jax.tree.all(jax.tree.map(np.array_equal, converted(plain_names(renamed)), params))
 

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from convert import build
-from omni2_jax import checkpoint, readwrite
-from omni2_jax.layers import scan
-from omni2_jax.model import SPEECH
-from omni2_jax.readwrite import IDLE, ReadWriteState
-from omni2_jax.sampling import Sampling
+from omni2_jax.convert import build
+from omni2_jax.generate import read_write
+from omni2_jax.generate.read_write import IDLE, ReadWriteState
+from omni2_jax.generate.sampling import Sampling
+from omni2_jax.models.layers import scan
+from omni2_jax.models.model import SPEECH, abstract_model
 
 CASES = "ABCDE"
 INSIDE = "AB"  # cases whose inner states are kept, a single turn and a conversation
@@ -41,39 +41,51 @@ def parts(model):
 @pytest.fixture(scope="module")
 def features(model, goldens):
     """Speech features of every clip, from the wav on."""
-    return {clip: np.asarray(model.hear(goldens / "audio" / f"{clip}.wav")[0]) for clip in ("speech_a", "speech_b", "synth_c")}
+    return {
+        clip: np.asarray(model.hear(goldens / "audio" / f"{clip}.wav")[0])
+        for clip in ("speech_a", "speech_b", "synth_c")
+    }
 
 
 def prompt(case, golden, features):
     """Expanded ids [T] and features [F, D] of a case."""
     ids = np.concatenate([[SPEECH] * 300 if i == SPEECH else [i] for i in golden["input_ids"]])
-    return ids, np.concatenate([features[turn["clip"]] for turn in case["conversation"] if "clip" in turn])
+    return ids, np.concatenate(
+        [features[turn["clip"]] for turn in case["conversation"] if "clip" in turn]
+    )
 
 
 @functools.cache
 def programs(model):
     """The two compiled functions that generation is made of."""
     merge = functools.partial(nnx.merge, model.graph)
-    prefill = jax.jit(lambda params, *given: readwrite.prefill(merge(params), *given), donate_argnums=1)
-    read_write = jax.jit(
-        lambda params, state, units_only: readwrite.read_write(merge(params), state, units_only), donate_argnums=1, static_argnums=2
+    prefill = jax.jit(
+        lambda params, *given: read_write.prefill(merge(params), *given), donate_argnums=1
     )
-    return prefill, read_write
+    step = jax.jit(
+        lambda params, state, units_only: read_write.read_write(merge(params), state, units_only),
+        donate_argnums=1,
+        static_argnums=2,
+    )
+    return prefill, step
 
 
 def generate(model, prompts, requests):
     """Greedy generation of several prompts in one batch -> per slot (text ids, speech ids)."""
     slots, longest = len(prompts), max(len(ids) for ids, _ in prompts)
-    ids, features = np.zeros((slots, longest), np.int32), np.zeros((slots, 600, prompts[0][1].shape[1]), np.float32)
+    ids, features = (
+        np.zeros((slots, longest), np.int32),
+        np.zeros((slots, 600, prompts[0][1].shape[1]), np.float32),
+    )
     for row, (row_ids, row_features) in enumerate(prompts):
         ids[row, : len(row_ids)], features[row, : len(row_features)] = row_ids, row_features
-    prefill, read_write = programs(model)
+    prefill, step = programs(model)
     state = ReadWriteState.empty(model.config, slots, 1024, 1024)
     lengths = jnp.array([len(row_ids) for row_ids, _ in prompts])
     state = prefill(model.params, state, jnp.asarray(ids), lengths, jnp.asarray(features), requests)
     text, speech = [[] for _ in prompts], [[] for _ in prompts]
     for _ in range(100):
-        state, burst = read_write(model.params, state, False)
+        state, burst = step(model.params, state, False)
         for row in range(slots):
             text[row] += [int(t) for t in burst.tokens[row] if t >= 0]
             speech[row] += [int(t) for t in burst.speech[row] if t >= 0]
@@ -84,7 +96,7 @@ def generate(model, prompts, requests):
 
 def request(model, case, slots=1):
     given = case["generate_kwargs"]
-    return readwrite.request(
+    return read_write.request(
         model.config,
         slots,
         text=Sampling.of(slots, repetition_penalty=given.get("repetition_penalty", 1.0)),
@@ -104,15 +116,21 @@ def test_speech_features(features, cases, arrays):
 def test_encoder_inside(goldens):
     """An OpenAI Whisper file alone: after the convolutions, after every block, and after the last norm."""
     release = build.read_whisper(goldens / "whisper" / "tiny.pt")
-    graph, _ = checkpoint.abstract(release.config)
-    encoder = nnx.merge(graph, jax.tree.map(lambda leaf: jnp.asarray(leaf.read(), jnp.float32), release.params)).speech_encoder
+    graph, _ = abstract_model(release.config)
+    encoder = nnx.merge(
+        graph, jax.tree.map(lambda leaf: jnp.asarray(leaf.read(), jnp.float32), release.params)
+    ).speech_encoder
     golden = np.load(goldens / "whisper" / "speech_a.npz")
-    x = encoder.embed(jnp.asarray(np.load(goldens / "audio" / "speech_a.npz")["logmel_pad30"].T)[None])
+    x = encoder.embed(
+        jnp.asarray(np.load(goldens / "audio" / "speech_a.npz")["logmel_pad30"].T)[None]
+    )
     np.testing.assert_allclose(x[0][golden["rows"]], golden["conv_plus_pos"], **CLOSE)
     _, blocks = scan(encoder.blocks, lambda block, x, _: (block(x), block(x)), x)
     for i, block in enumerate(blocks):
         np.testing.assert_allclose(block[0][golden["rows"]], golden[f"block{i}"], **CLOSE)
-    np.testing.assert_allclose(encoder.norm(blocks[-1])[0][golden["rows"]], golden["encoder_out"], **CLOSE)
+    np.testing.assert_allclose(
+        encoder.norm(blocks[-1])[0][golden["rows"]], golden["encoder_out"], **CLOSE
+    )
 
 
 @pytest.mark.parametrize("name", INSIDE)
@@ -132,15 +150,23 @@ def test_teacher_forced_hidden_states_and_fusion(name, parts, arrays, features, 
     golden = arrays[name]
     ids, heard = prompt(cases[name], golden, features)
     text = golden["text_ids"]
-    embeds = parts.embed_prompt(jnp.asarray(np.concatenate([ids, text]))[None], jnp.asarray(heard)[None])
-    hidden = parts.llm(embeds, jnp.arange(embeds.shape[1])[None])[0][0, len(ids) - 1 : -1]  # the state that produced each token
+    embeds = parts.embed_prompt(
+        jnp.asarray(np.concatenate([ids, text]))[None], jnp.asarray(heard)[None]
+    )
+    hidden = parts.llm(embeds, jnp.arange(embeds.shape[1])[None])[0][
+        0, len(ids) - 1 : -1
+    ]  # the state that produced each token
     np.testing.assert_allclose(hidden, golden["step_hidden"], **CLOSE)
     np.testing.assert_allclose(parts.llm.logits(hidden), golden["step_logits"], **LOGITS)
-    np.testing.assert_allclose(parts.fuse(hidden, jnp.asarray(text)), collect(golden, "fused"), **CLOSE)
+    np.testing.assert_allclose(
+        parts.fuse(hidden, jnp.asarray(text)), collect(golden, "fused"), **CLOSE
+    )
     meaning = parts.fusion.project(hidden)
     np.testing.assert_allclose(meaning, collect(golden, "proj"), **CLOSE)
     embedding = parts.speech_lm.embed(jnp.asarray(text))
-    np.testing.assert_allclose(parts.fusion.openness(meaning, embedding), collect(golden, "gate"), **CLOSE)
+    np.testing.assert_allclose(
+        parts.fusion.openness(meaning, embedding), collect(golden, "gate"), **CLOSE
+    )
 
 
 def steps(golden) -> int:
@@ -158,7 +184,9 @@ def test_speech_logits(name, parts, arrays, model):
     """The speech LM's first logits of every burst, from one pass over its whole context."""
     golden = arrays[name]
     context = jnp.asarray(golden["tts_inputs_final"])[None]
-    logits = parts.speech_lm.logits(parts.speech_lm(context, jnp.arange(context.shape[1])[None])[0][0])
+    logits = parts.speech_lm.logits(
+        parts.speech_lm(context, jnp.arange(context.shape[1])[None])[0][0]
+    )
     before, reads = 0, [len(golden[f"step{i}_fused"]) for i in range(steps(golden))]
     for i, rows in enumerate(reads):
         first = before + rows + (i == len(reads) - 1)  # <sep> follows the rows of the last read
@@ -180,7 +208,9 @@ def test_batch_of_different_lengths_equals_one_by_one(model, cases, arrays, feat
     """All five cases at once, each with its own prompt length, end token, caps and penalty."""
     prompts = [prompt(cases[name], arrays[name], features) for name in CASES]
     requests = [request(model, cases[name]) for name in CASES]
-    together = generate(model, prompts, jax.tree.map(lambda *rows: jnp.concatenate(rows), *requests))
+    together = generate(
+        model, prompts, jax.tree.map(lambda *rows: jnp.concatenate(rows), *requests)
+    )
     for name, (text, speech) in zip(CASES, together, strict=True):
         assert text == arrays[name]["text_ids"].tolist(), name
         assert model.tokenizer.unit_text(speech) == cases[name]["prediction_units"], name
@@ -189,22 +219,36 @@ def test_batch_of_different_lengths_equals_one_by_one(model, cases, arrays, feat
 def test_sampling_does_not_depend_on_the_batch(model, cases, arrays, features):
     """The same key and prompt give the same answer alone and next to another slot."""
     prompts = [prompt(cases[name], arrays[name], features) for name in "CE"]
-    asked = readwrite.request(model.config, 2, text=Sampling.of(2, 0.8, 0.9, 20), max_text=12, max_flush=20, seed=3)
+    asked = read_write.request(
+        model.config, 2, text=Sampling.of(2, 0.8, 0.9, 20), max_text=12, max_flush=20, seed=3
+    )
     together = generate(model, prompts, asked)
     for row in range(2):
-        alone = generate(model, prompts[row : row + 1], jax.tree.map(lambda leaf: leaf[row : row + 1], asked))  # noqa: B023
+        alone = generate(
+            model, prompts[row : row + 1], jax.tree.map(lambda leaf: leaf[row : row + 1], asked)
+        )  # noqa: B023
         assert alone == together[row : row + 1]
 
 
 def test_units_only_samples_nothing_else(model, cases, arrays, features):
     ids, heard = prompt(cases["A"], arrays["A"], features)
-    asked = readwrite.request(model.config, 1, max_text=30, max_flush=50)
-    prefill, read_write = programs(model)
+    asked = read_write.request(model.config, 1, max_text=30, max_flush=50)
+    prefill, step = programs(model)
     state = ReadWriteState.empty(model.config, 1, 1024, 1024)
-    state = prefill(model.params, state, jnp.asarray(ids)[None], jnp.array([len(ids)]), jnp.asarray(heard)[None], asked)
+    state = prefill(
+        model.params,
+        state,
+        jnp.asarray(ids)[None],
+        jnp.array([len(ids)]),
+        jnp.asarray(heard)[None],
+        asked,
+    )
     tokens, seen = model.config.tokens, set()
     while int(state.phase[0]) != IDLE:
-        state, burst = read_write(model.params, state, True)
+        state, burst = step(model.params, state, True)
         seen |= set(np.asarray(burst.speech).ravel().tolist())
     assert len(seen) > 50
-    assert all(t in (-1, tokens.unit_eos) or tokens.sep < t <= tokens.sep + model.config.units for t in seen)
+    assert all(
+        t in (-1, tokens.unit_eos) or tokens.sep < t <= tokens.sep + model.config.units
+        for t in seen
+    )

@@ -3,8 +3,8 @@
 import pytest
 
 from omni2_jax.config import Omni2Config, TokenConfig
-from train.layout import arrange
-from train.losses import IGNORE
+from omni2_jax.train.layout import arrange
+from omni2_jax.train.losses import IGNORE
 
 CONFIG = Omni2Config(read=3, write=4, tokens=TokenConfig(sep=100, unit_eos=99))
 __ = IGNORE

@@ -13,22 +13,38 @@ import pytest
 from flax import nnx
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
-from omni2_jax import checkpoint, sharding
+from omni2_jax import sharding
+from omni2_jax.checkpoint import parameters
+from omni2_jax.checkpoint.tokenizer import Tokenizer
 from omni2_jax.config import Omni2Config
-from omni2_jax.model import SPEECH
-from omni2_jax.tokenizer import Tokenizer
-from train import stages
-from train.config import Bucket, Train
-from train.dataset import Dataset, Dialogue, RecordError, Turn, Writer, encode
-from train.examples import CLIP, PAD, Examples
-from train.layout import arrange
-from train.loader import EMPTY, Loader, Source, catalogue, filled, local_rows, schedule
-from train.losses import IGNORE
+from omni2_jax.models.model import SPEECH
+from omni2_jax.train import stages
+from omni2_jax.train.data.dataset import Dataset, Dialogue, RecordError, Turn, Writer, encode
+from omni2_jax.train.data.loader import (
+    EMPTY_ROW,
+    Loader,
+    Source,
+    catalogue,
+    filled,
+    local_rows,
+    schedule,
+)
+from omni2_jax.train.examples import CLIP, PAD, Examples
+from omni2_jax.train.layout import arrange
+from omni2_jax.train.losses import IGNORE
+from omni2_jax.train.settings import Bucket, TrainConfig
 
 RANDOM = np.random.default_rng(0)
-TEXTS = ["No.", "Yes, tea is good.", "Cats have four legs.", "The sea is blue.", "Bake flour and water.", "One two three four five six."]
+TEXTS = [
+    "No.",
+    "Yes, tea is good.",
+    "Cats have four legs.",
+    "The sea is blue.",
+    "Bake flour and water.",
+    "One two three four five six.",
+]
 SHORT, LONG = Bucket(0, 0, 48), Bucket(0, 0, 96)
-TRAIN = Train(stage="1b", batch=4, steps=9, buckets=(SHORT, LONG), workers=2)
+TRAIN = TrainConfig(stage="1b", batch=4, steps=9, buckets=(SHORT, LONG), workers=2)
 
 
 def pcm(size: int) -> np.ndarray:
@@ -43,8 +59,14 @@ def talk(name: str, *numbers: int) -> tuple[Dialogue, list[bytes]]:
     """A dialogue of these questions and replies."""
     turns, clips = [], []
     for number in numbers:
-        text, units = TEXTS[number % len(TEXTS)], RANDOM.integers(0, 6561, 10 + 5 * number, np.int32)
-        turns += [Turn("user", "hi", samples=800 + number), Turn("assistant", text, units, samples=960 * 20)]
+        text, units = (
+            TEXTS[number % len(TEXTS)],
+            RANDOM.integers(0, 6561, 10 + 5 * number, np.int32),
+        )
+        turns += [
+            Turn("user", "hi", samples=800 + number),
+            Turn("assistant", text, units, samples=960 * 20),
+        ]
         clips += [encode(QUESTIONS[number] / 32768, 16000), encode(REPLIES[number] / 32768, 24000)]
     return Dialogue(name, tuple(turns)), clips
 
@@ -74,7 +96,7 @@ def tokenizer(checkpoint_dir, config) -> Tokenizer:
 def made(path, config, tokenizer):
     """Examples, catalogue and schedule of some settings."""
 
-    def make(train: Train = TRAIN, path: Path = path):
+    def make(train: TrainConfig = TRAIN, path: Path = path):
         examples = Examples(train, config, tokenizer, Dataset(path))
         found = catalogue(examples, range(len(examples.data)), train.buckets, train.strict)
         return examples, found, schedule(found, train)
@@ -82,7 +104,7 @@ def made(path, config, tokenizer):
     return make
 
 
-def changed(**changes) -> Train:
+def changed(**changes) -> TrainConfig:
     return dataclasses.replace(TRAIN, **changes)
 
 
@@ -110,11 +132,15 @@ def test_rows_follow_from_seed_and_step(made):
 def test_every_example_once_an_epoch(made):
     _, found, batches = made(changed(steps=None, epochs=3))
     rows = np.concatenate([batch.rows for batch in batches])
-    assert Counter(rows[rows != EMPTY].tolist()) == dict.fromkeys(range(9), 3)
+    assert Counter(rows[rows != EMPTY_ROW].tolist()) == dict.fromkeys(range(9), 3)
     for batch in batches:
-        sizes = {found.items[row].size.tokens for row in batch.rows if row != EMPTY}
-        assert max(sizes) <= batch.bucket.tokens and (batch.bucket == SHORT or min(sizes) > SHORT.tokens)
-    rows = np.concatenate([batch.rows for batch in made(changed(batch=3, steps=None, epochs=3, buckets=(LONG,)))[2]]).reshape(3, 9)
+        sizes = {found.items[row].size.tokens for row in batch.rows if row != EMPTY_ROW}
+        assert max(sizes) <= batch.bucket.tokens and (
+            batch.bucket == SHORT or min(sizes) > SHORT.tokens
+        )
+    rows = np.concatenate(
+        [batch.rows for batch in made(changed(batch=3, steps=None, epochs=3, buckets=(LONG,)))[2]]
+    ).reshape(3, 9)
     assert [sorted(epoch) for epoch in rows.tolist()] == [list(range(9))] * 3
     assert len({tuple(epoch) for epoch in rows.tolist()}) == 3
 
@@ -122,7 +148,7 @@ def test_every_example_once_an_epoch(made):
 @pytest.mark.parametrize("epochs, examples", [(0.5, 5), (0.01, 1), (1.5, 14)])
 def test_part_of_an_epoch(made, epochs, examples):
     rows = np.concatenate([batch.rows for batch in made(changed(steps=None, epochs=epochs))[2]])
-    assert np.count_nonzero(rows != EMPTY) == examples
+    assert np.count_nonzero(rows != EMPTY_ROW) == examples
 
 
 def test_fewer_examples_than_rows(made):
@@ -135,8 +161,10 @@ def test_padding(made):
     """Two buckets, by hand."""
     _, found, batches = made(changed(batch=2, steps=2))
     sizes = [found.items[row].size.tokens for batch in batches for row in batch.rows]
-    assert filled(found, batches) == sum(sizes) / (2 * sum(batch.bucket.tokens for batch in batches))
-    _, found, (batch,) = made(Train("2", batch=16, epochs=1, buckets=(Bucket(2, 800, 100),)))
+    assert filled(found, batches) == sum(sizes) / (
+        2 * sum(batch.bucket.tokens for batch in batches)
+    )
+    _, found, (batch,) = made(TrainConfig("2", batch=16, epochs=1, buckets=(Bucket(2, 800, 100),)))
     used = sum(item.size.positions + item.size.clips * item.size.tokens for item in found.items)
     assert filled(found, [batch]) == used / (16 * (800 + 2 * 100))
 
@@ -150,9 +178,15 @@ def test_rows_of_processes(made):
         examples, found, batches = made(train)
         size = train.batch // train.microbatches
         whole = Source(examples, found, batches, slice(0, size))
-        parts = [Source(examples, found, batches, slice(start, start + size // 2)) for start in (0, size // 2)]
+        parts = [
+            Source(examples, found, batches, slice(start, start + size // 2))
+            for start in (0, size // 2)
+        ]
         for step in range(len(batches)):
-            joined = {name: np.concatenate([part[step][name] for part in parts], axis=1) for name in ("tokens", "targets")}
+            joined = {
+                name: np.concatenate([part[step][name] for part in parts], axis=1)
+                for name in ("tokens", "targets")
+            }
             assert same(joined, whole[step])
             assert joined["tokens"].shape == (train.microbatches, size, batches[step].bucket.tokens)
 
@@ -160,19 +194,26 @@ def test_rows_of_processes(made):
 def test_microbatches_are_the_same_rows(made):
     one, two = (Source(*made(changed(microbatches=n)), slice(0, 4 // n)) for n in (1, 2))
     for step in range(9):
-        assert same({name: value[0] for name, value in one[step].items()}, {name: np.concatenate(v) for name, v in two[step].items()})
+        assert same(
+            {name: value[0] for name, value in one[step].items()},
+            {name: np.concatenate(v) for name, v in two[step].items()},
+        )
 
 
 def test_local_rows():
     """Of the rows of devices: those of this process, whatever else the devices share."""
-    held = lambda *slices: SimpleNamespace(addressable_devices_indices_map=lambda _: dict(enumerate((s,) for s in slices)))  # noqa: E731
+    held = lambda *slices: SimpleNamespace(
+        addressable_devices_indices_map=lambda _: dict(enumerate((s,) for s in slices))
+    )  # noqa: E731
     assert local_rows(held(slice(4, 6), slice(6, 8)), 8) == slice(4, 8)
     assert local_rows(held(slice(0, 4), slice(0, 4)), 8) == slice(0, 4)
     assert local_rows(held(slice(None), slice(None)), 8) == slice(0, 8)
 
 
 def alone() -> NamedSharding:
-    return NamedSharding(sharding.make_mesh(devices=jax.devices()[:1]), PartitionSpec(sharding.Rules().batch))
+    return NamedSharding(
+        sharding.make_mesh(devices=jax.devices()[:1]), PartitionSpec(sharding.Rules().batch)
+    )
 
 
 @pytest.mark.parametrize("workers", [1, 3])
@@ -182,7 +223,9 @@ def test_taken_up_at_a_step(made, workers):
     batches = list(loader.start(0))
     assert len(batches) == 9
     for on_device, on_host in batches:
-        assert same(on_device, on_host) and all(isinstance(value, jax.Array) for value in on_device.values())
+        assert same(on_device, on_host) and all(
+            isinstance(value, jax.Array) for value in on_device.values()
+        )
     for step in (0, 1, 5, 9):
         again = list(loader.start(step))
         assert len(again) == 9 - step
@@ -191,8 +234,14 @@ def test_taken_up_at_a_step(made, workers):
 
 def test_a_batch_that_the_mesh_does_not_divide(made):
     mesh = AbstractMesh((2, 4, 2), sharding.AXES)
-    for train, says in ((changed(batch=12), "a batch of 16 can"), (changed(batch=16, microbatches=4), "a batch of 32 can")):
-        with pytest.raises(ValueError, match=f"cannot be cut over the 8 devices of the mesh's replica and fsdp axes; {says}$"):
+    for train, says in (
+        (changed(batch=12), "a batch of 16 can"),
+        (changed(batch=16, microbatches=4), "a batch of 32 can"),
+    ):
+        with pytest.raises(
+            ValueError,
+            match=f"cannot be cut over the 8 devices of the mesh's replica and fsdp axes; {says}$",
+        ):
             Loader(*made(train), NamedSharding(mesh, PartitionSpec(sharding.Rules().batch)))
 
 
@@ -202,15 +251,19 @@ def test_a_batch_that_the_mesh_does_not_divide(made):
 def test_empty_rows_carry_no_loss(made, checkpoint_dir, config):
     """Nor a gradient, nor one that is not a number."""
     examples, found, batches = made(changed(steps=None, epochs=1, buckets=(LONG,)))
-    assert batches[-1].rows[1:].tolist() == [EMPTY] * 3
+    assert batches[-1].rows[1:].tolist() == [EMPTY_ROW] * 3
     row = Source(examples, found, batches, slice(0, 4))[2]
     batch = {name: jnp.asarray(value[0]) for name, value in row.items()}
     assert (batch["tokens"][1:] == PAD).all() and (batch["targets"][1:] == IGNORE).all()
-    graph, params = checkpoint.load(checkpoint_dir, config.only("speech_lm"), jnp.float32)
-    loss = lambda params, batch: stages.unit_loss(nnx.merge(graph, params), changed(dtype="float32"), batch, None)  # noqa: E731
+    graph, params = parameters.load(checkpoint_dir, config.only("speech_lm"), jnp.float32)
+    loss = lambda params, batch: stages.unit_loss(
+        nnx.merge(graph, params), changed(dtype="float32"), batch, None
+    )  # noqa: E731
     compute = jax.jit(jax.value_and_grad(loss, has_aux=True))
     (total, terms), grads = compute(params, batch)
-    (four, fourfold), _ = compute(params, {name: jnp.tile(value[:1], (4, 1)) for name, value in batch.items()})
+    (four, fourfold), _ = compute(
+        params, {name: jnp.tile(value[:1], (4, 1)) for name, value in batch.items()}
+    )
     assert 4 * terms == fourfold == 4 * np.count_nonzero(row["targets"] != IGNORE) > 0
     np.testing.assert_allclose(4 * total, four, rtol=1e-6)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(grads))
@@ -218,10 +271,12 @@ def test_empty_rows_carry_no_loss(made, checkpoint_dir, config):
 
 @pytest.mark.parametrize("stage", ["1a", "1b", "2", "flow"])
 def test_an_empty_row_is_shaped_as_others(made, stage):
-    train = Train(stage, batch=9, epochs=1, buckets=(Bucket(2, 800, 100),))
+    train = TrainConfig(stage, batch=9, epochs=1, buckets=(Bucket(2, 800, 100),))
     examples, found, (batch,) = made(train)
     row, empty = examples.row(found.items[0], batch.bucket), examples.empty(batch.bucket)
-    assert {name: (value.shape, value.dtype) for name, value in row.items()} == {n: (v.shape, v.dtype) for n, v in empty.items()}
+    assert {name: (value.shape, value.dtype) for name, value in row.items()} == {
+        n: (v.shape, v.dtype) for n, v in empty.items()
+    }
     assert all((empty[name] == IGNORE).all() for name in empty if name == "targets")
     assert not any(np.array_equal(row[name], empty[name]) for name in row)
 
@@ -232,13 +287,21 @@ def test_an_empty_row_is_shaped_as_others(made, stage):
 def test_longer_than_every_bucket(made, path):
     train = changed(buckets=(SHORT,))
     _, found, _ = made(train)
-    assert list(found.skipped) == ["dialogue 5", "dialogue 7"]  # (the first reply of this would fit)
-    assert found.skipped["dialogue 5"] == "too long for every bucket (0 clips, 0 positions, 63 tokens)"
+    assert list(found.skipped) == [
+        "dialogue 5",
+        "dialogue 7",
+    ]  # (the first reply of this would fit)
+    assert (
+        found.skipped["dialogue 5"] == "too long for every bucket (0 clips, 0 positions, 63 tokens)"
+    )
     assert found.reasons(1) == [f"2 x dialogue 5: {found.skipped['dialogue 5']}"]
     assert {item.dialogue for item in found.items} == {0, 1, 2, 3, 4, 6}
     with pytest.raises(ValueError, match=rf"^{path}: dialogue 5: too long for every bucket"):
         made(dataclasses.replace(train, strict=True))
-    with pytest.raises(ValueError, match=rf"^{path} has nothing to train stage 1b on: 8 x dialogue 0: too long for every bucket "):
+    with pytest.raises(
+        ValueError,
+        match=rf"^{path} has nothing to train stage 1b on: 8 x dialogue 0: too long for every bucket ",
+    ):
         made(changed(buckets=(Bucket(0, 0, 5),)))
 
 
@@ -246,33 +309,47 @@ def test_what_a_stage_needs(made, config, tokenizer, tmp_path):
     """Recordings of the questions, units or recordings of the replies, tokens."""
     with Writer(tmp_path / "bare") as writer:
         writer.add(Dialogue("x", (Turn("user", "hi"), Turn("assistant", "no"))))
-    needs = {"1a": "a user turn has no recording", "1b": "a reply has no units", "flow": "turn 1 has no recording or no units"}
+    needs = {
+        "1a": "a user turn has no recording",
+        "1b": "a reply has no units",
+        "flow": "turn 1 has no recording or no units",
+    }
     for stage, says in needs.items():
-        with pytest.raises(ValueError, match=rf"^{tmp_path / 'bare'} has nothing to train stage {stage} on: 1 x dialogue 0: {says}"):
-            made(Train(stage, buckets=(LONG,)), tmp_path / "bare")
+        with pytest.raises(
+            ValueError,
+            match=rf"^{tmp_path / 'bare'} has nothing to train stage {stage} on: 1 x dialogue 0: {says}",
+        ):
+            made(TrainConfig(stage, buckets=(LONG,)), tmp_path / "bare")
     mute = SimpleNamespace(text=SimpleNamespace(encode=lambda *_, **__: []))
     with pytest.raises(ValueError, match="dialogue 0: the reply 'no' has no tokens"):
-        catalogue(Examples(TRAIN, config, mute, Dataset(tmp_path / "bare")), [0], (LONG,), strict=False)
+        catalogue(
+            Examples(TRAIN, config, mute, Dataset(tmp_path / "bare")), [0], (LONG,), strict=False
+        )
 
 
 @pytest.fixture
 def damaged(path, tmp_path) -> Path:
     """The data set with a byte of the question of dialogue 3 changed, and one of dialogue 5."""
     copy = shutil.copytree(path, tmp_path / "damaged")
-    for file, where in ((min(copy.glob("clips-*")), encode(QUESTIONS[3] / 32768, 16000)[200:240]), (min(copy.glob("dialogues-*")), b"d5")):
+    for file, where in (
+        (min(copy.glob("clips-*")), encode(QUESTIONS[3] / 32768, 16000)[200:240]),
+        (min(copy.glob("dialogues-*")), b"d5"),
+    ):
         content = bytearray(file.read_bytes())
         content[content.index(where)] ^= 1
         file.write_bytes(content)
     return copy
 
 
-SPOKEN = Train(stage="1a", batch=8, steps=2, buckets=(Bucket(2, 800),), workers=2)
+SPOKEN = TrainConfig(stage="1a", batch=8, steps=2, buckets=(Bucket(2, 800),), workers=2)
 
 
 def test_damage_is_left_out_by_name(made, damaged):
     """A dialogue that cannot be read when all are measured."""
     _, found, _ = made(SPOKEN, damaged)
-    assert list(found.skipped) == ["dialogue 5"] and found.skipped["dialogue 5"].startswith(f"{damaged}: dialogue 5 is damaged: ")
+    assert list(found.skipped) == ["dialogue 5"] and found.skipped["dialogue 5"].startswith(
+        f"{damaged}: dialogue 5 is damaged: "
+    )
     assert [item.dialogue for item in found.items] == [0, 1, 2, 3, 4, 6, 7]
     with pytest.raises(ValueError, match="dialogue 5 is damaged") as error:
         made(dataclasses.replace(SPOKEN, strict=True), damaged)
@@ -290,7 +367,9 @@ def test_damage_becomes_a_masked_row(made, damaged):
     assert broken.sum() == 2
     for name, value in batch.items():
         np.testing.assert_array_equal(value[0, ~broken], whole[name][0, ~broken])
-        assert all(np.array_equal(row, examples.empty(Bucket(2, 800))[name]) for row in value[0, broken])
+        assert all(
+            np.array_equal(row, examples.empty(Bucket(2, 800))[name]) for row in value[0, broken]
+        )
     assert loader.source.damaged.keys() == {"dialogue 3", "dialogue 5"}
     assert loader.source.damaged["dialogue 3"].startswith(f"{damaged}: clip 6 is damaged: ")
 
@@ -305,8 +384,12 @@ def test_damage_is_fatal_when_strict(made, damaged):
 # --- arrays by hand
 
 
-def row_of(made, stage: str, dialogue: int, bucket: Bucket, path: Path | None = None, **changes) -> dict[str, np.ndarray]:
-    examples, found, _ = made(Train(stage, steps=1, buckets=(bucket,), **changes), *([path] if path else []))
+def row_of(
+    made, stage: str, dialogue: int, bucket: Bucket, path: Path | None = None, **changes
+) -> dict[str, np.ndarray]:
+    examples, found, _ = made(
+        TrainConfig(stage, steps=1, buckets=(bucket,), **changes), *([path] if path else [])
+    )
     (item,) = [item for item in found.items if item.dialogue == dialogue][:1]
     return examples.row(item, bucket)
 
@@ -314,7 +397,9 @@ def row_of(made, stage: str, dialogue: int, bucket: Bucket, path: Path | None = 
 def test_row_of_text(made, config, tokenizer):
     """Stage 1a on a dialogue of two turns: Omni2's own prompt; targets stand one before what they are, replies alone have any."""
     row = row_of(made, "1a", 7, Bucket(3, 900))
-    replies = [tokenizer.text.encode(TEXTS[number % 6], add_special_tokens=False) for number in (7, 8)]
+    replies = [
+        tokenizer.text.encode(TEXTS[number % 6], add_special_tokens=False) for number in (7, 8)
+    ]
     eos = config.tokens.text_eos[0]
     first, both = tokenizer.prompt([1]), tokenizer.prompt([1, TEXTS[1], 1])
     ids = [*both, *replies[1], eos]
@@ -338,7 +423,10 @@ def test_row_of_units(made, config, tokenizer, path):
     text = [*tokenizer.text.encode(TEXTS[2], add_special_tokens=False), config.tokens.text_eos[0]]
     assert len(text) > config.read
     for layout in ("read_write", "offline"):
-        row, laid = row_of(made, "1b", 2, LONG, layout=layout), arrange(text, reply.units.tolist(), config, layout == "offline")
+        row, laid = (
+            row_of(made, "1b", 2, LONG, layout=layout),
+            arrange(text, reply.units.tolist(), config, layout == "offline"),
+        )
         assert row["tokens"].tolist() == laid.tokens.tolist() + [PAD] * (96 - len(laid.tokens))
         assert row["targets"].tolist() == laid.targets.tolist() + [IGNORE] * (96 - len(laid.tokens))
         assert (row["tokens"][: len(text)].tolist() == text) == (layout == "offline")
@@ -351,16 +439,29 @@ def test_row_of_speech(made, config, tokenizer, path):
     np.testing.assert_array_equal(row["ids"], spoken["ids"])
     np.testing.assert_array_equal(row["audio"], spoken["audio"])
     for turn, number in enumerate((7, 8)):
-        text = [*tokenizer.text.encode(TEXTS[number % 6], add_special_tokens=False), config.tokens.text_eos[0]]
+        text = [
+            *tokenizer.text.encode(TEXTS[number % 6], add_special_tokens=False),
+            config.tokens.text_eos[0],
+        ]
         laid = arrange(text, Dataset(path).dialogue(7).turns[2 * turn + 1].units.tolist(), config)
         size = len(laid.tokens)
-        np.testing.assert_array_equal(row["tokens"][turn], np.pad(laid.tokens, (0, 96 - size), constant_values=PAD))
-        np.testing.assert_array_equal(row["targets"][turn], np.pad(laid.targets, (0, 96 - size), constant_values=IGNORE))
+        np.testing.assert_array_equal(
+            row["tokens"][turn], np.pad(laid.tokens, (0, 96 - size), constant_values=PAD)
+        )
+        np.testing.assert_array_equal(
+            row["targets"][turn], np.pad(laid.targets, (0, 96 - size), constant_values=IGNORE)
+        )
         heard = row["source"][turn] != PAD
         assert heard.tolist() == [*(laid.source >= 0), *[False] * (96 - size)]
         # What the LLM was to say at such a position in stage 1a is the token that is heard.
-        np.testing.assert_array_equal(spoken["targets"][row["source"][turn][heard]], row["tokens"][turn][heard])
-    assert (row["tokens"][2] == PAD).all() and (row["targets"][2] == IGNORE).all() and (row["source"][2] == PAD).all()
+        np.testing.assert_array_equal(
+            spoken["targets"][row["source"][turn][heard]], row["tokens"][turn][heard]
+        )
+    assert (
+        (row["tokens"][2] == PAD).all()
+        and (row["targets"][2] == IGNORE).all()
+        and (row["source"][2] == PAD).all()
+    )
 
 
 def test_row_of_a_recording(made, path):
@@ -369,18 +470,29 @@ def test_row_of_a_recording(made, path):
     units = Dataset(path).dialogue(3).turns[1].units
     assert row["units"].tolist() == units[:20].tolist() + [PAD] * 20
     np.testing.assert_array_equal(row["speech"][: 960 * 20], REPLIES[3])
-    assert not row["speech"][960 * 20 :].any() and not row["heard"][640 * 20 :].any() and row["heard"][: 640 * 20].any()
+    assert (
+        not row["speech"][960 * 20 :].any()
+        and not row["heard"][640 * 20 :].any()
+        and row["heard"][: 640 * 20].any()
+    )
 
 
 def test_a_question_over_30_seconds(made, tokenizer, tmp_path):
     """Two clips of one turn, as Omni2 hears it with long="split"."""
     samples = (np.arange(31 * 16000) % 1000).astype(np.int16)
     with Writer(tmp_path / "long") as writer:
-        turns = (Turn("user", "hi", samples=len(samples)), Turn("assistant", "No.", np.arange(5, dtype=np.int32)))
+        turns = (
+            Turn("user", "hi", samples=len(samples)),
+            Turn("assistant", "No.", np.arange(5, dtype=np.int32)),
+        )
         writer.add(Dialogue("long", turns), [encode(samples / 32768, 16000), None])
     row = row_of(made, "1a", 0, Bucket(2, 800), tmp_path / "long")
-    np.testing.assert_array_equal(row["audio"].ravel(), np.pad(samples, (0, 2 * CLIP - len(samples))))
+    np.testing.assert_array_equal(
+        row["audio"].ravel(), np.pad(samples, (0, 2 * CLIP - len(samples)))
+    )
     prompt = tokenizer.prompt([2])
     assert row["ids"][: len(prompt)].tolist() == prompt and row["ids"].tolist().count(SPEECH) == 600
-    with pytest.raises(ValueError, match=r"too long for every bucket \(2 clips, 6\d\d positions, 0 tokens\)"):
+    with pytest.raises(
+        ValueError, match=r"too long for every bucket \(2 clips, 6\d\d positions, 0 tokens\)"
+    ):
         row_of(made, "1a", 0, Bucket(1, 800), tmp_path / "long")

@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from omni2_jax.model import SPEECH
-from train import stages
-from train.config import Train
-from train.examples import PAD
-from train.losses import IGNORE, token_loss
+from omni2_jax.models.model import SPEECH
+from omni2_jax.train import stages
+from omni2_jax.train.examples import PAD
+from omni2_jax.train.losses import IGNORE, token_loss
+from omni2_jax.train.settings import TrainConfig
 
 
 def test_training_batch(model, goldens):
@@ -22,21 +22,34 @@ def test_training_batch(model, goldens):
     heard = golden["speech_features"]  # of the three clips, in order
     clips = [turn["clip"] for dialogue in dialogues for turn in dialogue if "clip" in turn]
     for clip, features in zip(clips, heard, strict=True):
-        np.testing.assert_allclose(model.hear(goldens / "audio" / f"{clip}.wav")[0], features, atol=1e-4, rtol=0)
+        np.testing.assert_allclose(
+            model.hear(goldens / "audio" / f"{clip}.wav")[0], features, atol=1e-4, rtol=0
+        )
 
     labels = golden["expanded_labels"]
     rows = labels.shape[1]
     ids = np.full((2, rows), PAD, np.int32)
     for i in range(2):
         given = golden["input_ids"][i][golden["attention_mask"][i] == 1]
-        expanded = np.concatenate([[SPEECH] * 300 if token == SPEECH else [token] for token in given])
+        expanded = np.concatenate(
+            [[SPEECH] * 300 if token == SPEECH else [token] for token in given]
+        )
         ids[i, : len(expanded)] = expanded
-    features = np.stack([np.concatenate([heard[0], np.zeros_like(heard[0])]), np.concatenate(heard[1:])])
-    hidden, _ = parts.llm(parts.embed_prompt(jnp.asarray(ids), jnp.asarray(features)), stages.positions(jnp.asarray(ids)))
-    targets = np.pad(labels[:, 1:], ((0, 0), (0, 1)), constant_values=IGNORE)  # a row's target is the next row's label
+    features = np.stack(
+        [np.concatenate([heard[0], np.zeros_like(heard[0])]), np.concatenate(heard[1:])]
+    )
+    hidden, _ = parts.llm(
+        parts.embed_prompt(jnp.asarray(ids), jnp.asarray(features)),
+        stages.positions(jnp.asarray(ids)),
+    )
+    targets = np.pad(
+        labels[:, 1:], ((0, 0), (0, 1)), constant_values=IGNORE
+    )  # a row's target is the next row's label
     counted = targets != IGNORE
     np.testing.assert_array_equal(targets[counted], golden["targets"])
-    np.testing.assert_allclose(parts.llm.logits(hidden)[counted], golden["logits_at_targets"], atol=1e-4, rtol=0)
+    np.testing.assert_allclose(
+        parts.llm.logits(hidden)[counted], golden["logits_at_targets"], atol=1e-4, rtol=0
+    )
     for chunk in (rows, 100):  # whole, and in pieces that do not divide it
         total, terms = token_loss(hidden, jnp.asarray(targets), parts.llm.logits, chunk)
         assert terms == counted.sum()
@@ -46,7 +59,9 @@ def test_training_batch(model, goldens):
 def test_ignored_targets_carry_no_loss():
     logits = jnp.asarray(np.random.default_rng(0).standard_normal((1, 4, 7)), jnp.float32)
     targets = jnp.array([[3, 2, IGNORE, 5]])
-    by_hand = -np.log(np.exp(logits[0]) / np.exp(logits[0]).sum(-1, keepdims=True))[[0, 1, 3], [3, 2, 5]].sum()
+    by_hand = -np.log(np.exp(logits[0]) / np.exp(logits[0]).sum(-1, keepdims=True))[
+        [0, 1, 3], [3, 2, 5]
+    ].sum()
     total, terms = token_loss(logits, targets, lambda x: x, chunk=3)
     np.testing.assert_allclose(total, by_hand, rtol=1e-6)
     assert terms == 3
@@ -57,8 +72,13 @@ def test_logits_exist_for_a_chunk_only():
     """Never [B, T, V]: neither forwards nor backwards does the compiled loss hold the logits of all positions."""
     rows, width, vocabulary, chunk = 512, 8, 4096, 32
     table = jax.ShapeDtypeStruct((vocabulary, width), jnp.float32)
-    hidden, targets = jax.ShapeDtypeStruct((1, rows, width), jnp.float32), jax.ShapeDtypeStruct((1, rows), jnp.int32)
-    loss = lambda table, hidden, targets: token_loss(hidden, targets, lambda x: x @ table.T, chunk)[0]  # noqa: E731
+    hidden, targets = (
+        jax.ShapeDtypeStruct((1, rows, width), jnp.float32),
+        jax.ShapeDtypeStruct((1, rows), jnp.int32),
+    )
+    loss = lambda table, hidden, targets: token_loss(hidden, targets, lambda x: x @ table.T, chunk)[
+        0
+    ]  # noqa: E731
     compiled = jax.jit(jax.grad(loss)).lower(table, hidden, targets).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < rows * vocabulary * 4 / 4
 
@@ -72,12 +92,16 @@ def test_speech_loss_by_hand(model):
     random = np.random.default_rng(0)
     hidden = jnp.asarray(random.standard_normal((1, 10, parts.config.llm.width)), jnp.float32)
 
-    rows = [parts.fuse(hidden[0, at], tokens[0, i]) for i, at in enumerate((4, 5, 6))] + [parts.speech_lm.embed(t) for t in tokens[0, 3:6]]
+    rows = [parts.fuse(hidden[0, at], tokens[0, i]) for i, at in enumerate((4, 5, 6))] + [
+        parts.speech_lm.embed(t) for t in tokens[0, 3:6]
+    ]
     states, _ = parts.speech_lm(jnp.stack(rows)[None], jnp.arange(6)[None])
     chances = jax.nn.log_softmax(parts.speech_lm.logits(states)[0])
     by_hand = -(chances[3, 500] + chances[4, 501] + chances[5, parts.config.tokens.unit_eos])
 
     batch = {"tokens": tokens[None], "targets": targets[None], "source": source[None]}
-    total, terms = stages.reply_loss(parts, Train(stage="2", dtype="float32", remat="none"), hidden, batch)
+    total, terms = stages.reply_loss(
+        parts, TrainConfig(stage="2", dtype="float32", remat="none"), hidden, batch
+    )
     np.testing.assert_allclose(total, by_hand, rtol=1e-5)
     assert terms == 3

@@ -8,16 +8,18 @@ import numpy as np
 import pytest
 import soundfile
 
-from omni2_jax import voices
-from omni2_jax.omni2 import Omni2, Options
-from tests.talk import CASES, GREEDY, clip, conversation
+from omni2_jax.checkpoint import voices
+from omni2_jax.generate.omni2 import Omni2, Options
+from tests.support.conversations import CASES, GREEDY, clip, conversation
 
 
 def with_end(model: Omni2, tokens: list[int] | None) -> Omni2:
     """The same model, whose texts end with other tokens."""
     ended = copy.copy(model)
     if tokens:
-        ended.config = model.config.replace(tokens=dataclasses.replace(model.config.tokens, text_eos=tuple(tokens)))
+        ended.config = model.config.replace(
+            tokens=dataclasses.replace(model.config.tokens, text_eos=tuple(tokens))
+        )
     return ended
 
 
@@ -27,8 +29,14 @@ def test_released_answers(text_model, name):
     given = dict(CASES[name]["generate_kwargs"])
     model = with_end(text_model, given.pop("eos_token_id", None))
     answer = model.answer(conversation(name), options=dataclasses.replace(GREEDY, **given))
-    assert answer.text == CASES[name]["text"].strip() and answer.unit_text == CASES[name]["prediction_units"]
-    assert "".join(f"<{unit}>" for unit in answer.units) == answer.unit_text and answer.waveform is None
+    assert (
+        answer.text == CASES[name]["text"].strip()
+        and answer.unit_text == CASES[name]["prediction_units"]
+    )
+    assert (
+        "".join(f"<{unit}>" for unit in answer.units) == answer.unit_text
+        and answer.waveform is None
+    )
 
 
 def test_answer_is_the_stream_to_its_end(model):
@@ -37,14 +45,20 @@ def test_answer_is_the_stream_to_its_end(model):
     replies = list(model.stream(soundfile.read(clip("speech_a"))[0], options=GREEDY))
     assert "".join(reply.text for reply in replies) == answer.text == CASES["A"]["text"].strip()
     assert [unit for reply in replies for unit in reply.units] == answer.units
-    np.testing.assert_array_equal(np.concatenate([reply.samples for reply in replies]), answer.waveform)
+    np.testing.assert_array_equal(
+        np.concatenate([reply.samples for reply in replies]), answer.waveform
+    )
     assert answer.waveform.dtype == np.float32 and answer.waveform.size == 960 * len(answer.units)
-    assert len(replies[0].samples) == 2880  # 10 units less look-ahead and overlap: 120 ms, after three text tokens
+    assert (
+        len(replies[0].samples) == 2880
+    )  # 10 units less look-ahead and overlap: 120 ms, after three text tokens
 
 
 def test_seed(text_model):
     """The same seed gives the same answer."""
-    ask = lambda seed: text_model.answer(clip("short_d"), options=dataclasses.replace(GREEDY, temperature=1.0, seed=seed))  # noqa: E731
+    ask = lambda seed: text_model.answer(
+        clip("short_d"), options=dataclasses.replace(GREEDY, temperature=1.0, seed=seed)
+    )  # noqa: E731
     first, again, other = ask(1), ask(1), ask(2)
     assert first == again and first.text != other.text
 
@@ -52,13 +66,17 @@ def test_seed(text_model):
 def test_answers_alike_share_an_engine(text_model):
     text_model.answer(clip("short_d"), options=GREEDY)
     engines = dict(text_model.engines)
-    text_model.answer(clip("speech_b"), options=dataclasses.replace(GREEDY, seed=3, top_p=0.9, max_new_tokens=20))
+    text_model.answer(
+        clip("speech_b"), options=dataclasses.replace(GREEDY, seed=3, top_p=0.9, max_new_tokens=20)
+    )
     assert text_model.engines == engines
 
 
 def test_voices(model, tmp_path, monkeypatch):
     """The first stored one by default; a file's is computed once."""
-    assert np.array_equal(model.voice(None), model.voice("espeak")) and model.voice(None).shape == (192,)
+    assert np.array_equal(model.voice(None), model.voice("espeak")) and model.voice(None).shape == (
+        192,
+    )
     calls, resolve = [], voices.resolve
     monkeypatch.setattr(voices, "resolve", lambda *given: (calls.append(given), resolve(*given))[1])
     np.save(tmp_path / "v.npy", np.ones(192))
@@ -74,7 +92,12 @@ def test_defaults_of_the_release(text_model):
     model = copy.copy(text_model)
     model.defaults = {"top_p": 0.8, "top_k": None, "repetition_penalty": 1.1, "temperature": 0.7}
     text = model.request(Options(top_p=0.5)).text
-    assert (text.top_p[0], text.top_k[0], text.repetition_penalty[0], text.temperature[0]) == (0.5, 0, jnp.float32(1.1), 0)
+    assert (text.top_p[0], text.top_k[0], text.repetition_penalty[0], text.temperature[0]) == (
+        0.5,
+        0,
+        jnp.float32(1.1),
+        0,
+    )
 
 
 @pytest.mark.parametrize(
@@ -83,8 +106,14 @@ def test_defaults_of_the_release(text_model):
         ([], "0 turns does not end with the user's"),
         ([clip("short_d"), "Yes."], "2 turns does not end with the user's"),
         (["nowhere.wav"], "nowhere.wav"),
-        ([clip("short_d"), "Yes. " * 1000, clip("short_d")], r"takes \d+ positions, at most 4096 fit"),
-        ([clip("short_d"), "<speech>", clip("short_d")], "900 speech positions, but 2 clips of 300"),
+        (
+            [clip("short_d"), "Yes. " * 1000, clip("short_d")],
+            r"takes \d+ positions, at most 4096 fit",
+        ),
+        (
+            [clip("short_d"), "<speech>", clip("short_d")],
+            "900 speech positions, but 2 clips of 300",
+        ),
     ],
 )
 def test_bad_conversations(text_model, given, message):
@@ -110,4 +139,6 @@ def test_bad_options(option):
 
 def test_chunks_smaller_than_a_write(model):
     answer = model.answer(clip("short_d"), options=dataclasses.replace(GREEDY, chunk=5))
-    assert len(answer.waveform) == 960 * len(answer.units) > 0 and np.isfinite(answer.waveform).all()
+    assert (
+        len(answer.waveform) == 960 * len(answer.units) > 0 and np.isfinite(answer.waveform).all()
+    )

@@ -10,27 +10,30 @@ import pytest
 import rich.console
 from safetensors.numpy import save_file
 
-from convert import build
-from omni2_jax import audio, checkpoint, cli, units
+from omni2_jax.audio import recordings
+from omni2_jax.checkpoint import parameters
+from omni2_jax.cli.main import main
 from omni2_jax.config import Omni2Config
+from omni2_jax.convert import build
+from omni2_jax.models import speech_tokenizer
+from omni2_jax.train.data import prepare, sources
+from omni2_jax.train.data.dataset import Dataset
 from tests.conftest import GOLDENS, ROOT
-from tests.releases import convert
-from tests.test_units import CLIPS, TINY, draw
-from train import prepare, sources
-from train.dataset import Dataset
+from tests.support.releases import convert
+from tests.test_speech_tokenizer import CLIPS, TINY, draw
 
 EXAMPLES = ROOT / "examples" / "training"
 SPEECH, WHISPER = GOLDENS / "audio", GOLDENS / "whisper" / "tiny.pt"
 
 
 def run(*args: object) -> tuple[str | int | None, str]:
-    """Run `python -m train.prepare` in this process; 0 or what it exits with, and what it prints."""
+    """Run `omni2 prepare` in this process; 0 or what it exits with, and what it prints."""
     told = io.StringIO()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["python -m train.prepare", *map(str, args)])
+        patch.setattr(sys, "argv", ["omni2", "prepare", *map(str, args)])
         patch.setattr(prepare, "console", rich.console.Console(file=told, width=250))
         with pytest.raises(SystemExit) as exit:
-            prepare.main()
+            main()
     return exit.value.code, told.getvalue()
 
 
@@ -62,15 +65,22 @@ def lines(*talks) -> str:
     """A data.jsonl; a turn is (text, audio) or (text, audio, units)."""
 
     def keyed(number: int, turn: tuple) -> dict:
-        return {"role": ("user", "assistant")[number % 2]} | dict(zip(("text", "audio", "units"), turn, strict=False))
+        return {"role": ("user", "assistant")[number % 2]} | dict(
+            zip(("text", "audio", "units"), turn, strict=False)
+        )
 
-    items = [{"id": f"d{number}", "turns": [keyed(i, turn) for i, turn in enumerate(talk)]} for number, talk in enumerate(talks)]
+    items = [
+        {"id": f"d{number}", "turns": [keyed(i, turn) for i, turn in enumerate(talk)]}
+        for number, talk in enumerate(talks)
+    ]
     return "\n".join(map(json.dumps, items))
 
 
 def test_units_are_those_of_every_clip_alone(tokenizer, tmp_path):
     """Replies of seven lengths in batches of two, among them the goldens' and one that brings its own units."""
-    replies = [str(SPEECH / f"{name}.wav") for name in CLIPS] + sorted(map(str, EXAMPLES.glob("*-a.wav")))
+    replies = [str(SPEECH / f"{name}.wav") for name in CLIPS] + sorted(
+        map(str, EXAMPLES.glob("*-a.wav"))
+    )
     talks = [[("hi", None), ("yes", reply)] for reply in replies]
     talks.insert(1, [("hi", None), ("no", replies[0], [0, 6560])])
     (tmp_path / "data.jsonl").write_text(lines(*talks))
@@ -78,13 +88,18 @@ def test_units_are_those_of_every_clip_alone(tokenizer, tmp_path):
     found = [data.dialogue(i).turns[1].units for i in range(len(data))]
     np.testing.assert_array_equal(found.pop(1), [0, 6560])
     for name, row in zip(CLIPS, found, strict=False):
-        np.testing.assert_array_equal(row, np.load(GOLDENS / "s3tokenizer" / f"{name}.npz")["codes"])
-    net = units.load(tokenizer)
+        np.testing.assert_array_equal(
+            row, np.load(GOLDENS / "s3tokenizer" / f"{name}.npz")["codes"]
+        )
+    net = speech_tokenizer.load(tokenizer)
     for reply, row in zip(replies, found, strict=True):
-        wav, length = audio.pad([audio.load(reply)], 48000)
-        codes, count = units.tokenize(net, wav, length)
+        wav, length = recordings.pad([recordings.load(reply)], 48000)
+        codes, count = speech_tokenizer.tokenize(net, wav, length)
         np.testing.assert_array_equal(row, codes[0, : count[0]])
-    assert (data.info.tokenizer, data.info.fingerprint) == (str(tokenizer), units.fingerprint(net))
+    assert (data.info.tokenizer, data.info.fingerprint) == (
+        str(tokenizer),
+        speech_tokenizer.fingerprint(net),
+    )
 
 
 def test_batches_have_few_shapes(monkeypatch):
@@ -92,34 +107,59 @@ def test_batches_have_few_shapes(monkeypatch):
     shapes = []
 
     def tokenize(_, wav, lengths):
-        shapes.append((len(wav), wav.shape[1] / audio.RATE))
+        shapes.append((len(wav), wav.shape[1] / recordings.INPUT_RATE))
         assert [np.count_nonzero(row) for row in wav] == lengths.tolist()
         return np.repeat(lengths[:, None], wav.shape[1], axis=1), lengths
 
     monkeypatch.setattr(prepare, "tokenize", tokenize)
-    seconds = np.random.default_rng(0).permutation([1, 2, 3, 4, 6, 7, 10, 14, 19, 29, 30, 31, 61, 120])
-    made = prepare.batched_units(None, [np.ones(n * audio.RATE, np.float32) for n in seconds], 4)
-    assert [len(row) for row in made] == [row[0] for row in made] == [n * audio.RATE for n in seconds]
+    seconds = np.random.default_rng(0).permutation(
+        [1, 2, 3, 4, 6, 7, 10, 14, 19, 29, 30, 31, 61, 120]
+    )
+    made = prepare.batched_units(
+        None, [np.ones(n * recordings.INPUT_RATE, np.float32) for n in seconds], 4
+    )
+    assert (
+        [len(row) for row in made]
+        == [row[0] for row in made]
+        == [n * recordings.INPUT_RATE for n in seconds]
+    )
     assert shapes == [(4, 6), (4, 15), (4, 60), (4, 120)]
-    assert [prepare.fixed_length(samples) for samples in (160, 48000, 48001)] == [48000, 48000, 96000]
+    assert [prepare.fixed_length(samples) for samples in (160, 48000, 48001)] == [
+        48000,
+        48000,
+        96000,
+    ]
 
 
 def test_the_examples(tmp_path):
     """16-bit recordings at their role's rate are stored bit for bit, others resampled; texts and turns as they are."""
     data = prepared(EXAMPLES, tmp_path / "out")
-    assert (data.info.dialogues, data.info.turns, data.info.clips, data.info.replies_with_units) == (4, 10, 10, 0)
-    for dialogue, line in zip(map(data.dialogue, range(4)), (EXAMPLES / "data.jsonl").read_text().splitlines(), strict=True):
+    assert (
+        data.info.dialogues,
+        data.info.turns,
+        data.info.clips,
+        data.info.replies_with_units,
+    ) == (4, 10, 10, 0)
+    for dialogue, line in zip(
+        map(data.dialogue, range(4)),
+        (EXAMPLES / "data.jsonl").read_text().splitlines(),
+        strict=True,
+    ):
         item = json.loads(line)
         assert dialogue.id == item["id"]
         for turn, expected in zip(dialogue.turns, item["turns"], strict=True):
             assert (turn.role, turn.text, turn.units) == (expected["role"], expected["text"], None)
-            wav = audio.load(EXAMPLES / expected["audio"], 16000 if turn.role == "user" else 24000)
+            wav = recordings.load(
+                EXAMPLES / expected["audio"], 16000 if turn.role == "user" else 24000
+            )
             assert turn.samples == len(wav)
-            np.testing.assert_allclose(data.clip(turn.clip), wav, rtol=0, atol=0 if turn.role == "user" else 0.51 / 32768)
+            np.testing.assert_allclose(
+                data.clip(turn.clip), wav, rtol=0, atol=0 if turn.role == "user" else 0.51 / 32768
+            )
 
 
 def test_a_long_question_is_kept_whole(tmp_path):
-    audio.save(tmp_path / "long.wav", np.zeros(31 * 16000), 16000)
+    recordings.save(tmp_path / "long.wav", np.zeros(31 * 16000), 16000)
     (tmp_path / "data.jsonl").write_text(lines([("hm", "long.wav"), ("yes", None)]))
     turns = prepared(tmp_path, tmp_path / "out").dialogue(0).turns
     assert turns[0].samples == 31 * 16000 and turns[1].clip is None and turns[1].units is None
@@ -127,22 +167,39 @@ def test_a_long_question_is_kept_whole(tmp_path):
 
 # ---- sources ----
 
-TURNS = [("One?", "q.wav", None), (" Two. ", "a.wav", [1, 6560]), ("Three?", "q.wav", None), ("Vier ü!", "a.wav", [7])]
+TURNS = [
+    ("One?", "q.wav", None),
+    (" Two. ", "a.wav", [1, 6560]),
+    ("Three?", "q.wav", None),
+    ("Vier ü!", "a.wav", [7]),
+]
 
 
 def questions(folder, place, key, spelled):
     """A JSON array; the second dialogue has no id."""
     turns = [
-        {"from": ("human", "gpt")[i % 2], "speech": place.format(wav), "text": text, key: spelled(made)}
+        {
+            "from": ("human", "gpt")[i % 2],
+            "speech": place.format(wav),
+            "text": text,
+            key: spelled(made),
+        }
         for i, (text, wav, made) in enumerate(TURNS)
     ]
-    (folder / "some.json").write_text(json.dumps([{"id": 5, "conversation": turns}, {"conversation": turns[:2]}], indent=2))
+    (folder / "some.json").write_text(
+        json.dumps([{"id": 5, "conversation": turns}, {"conversation": turns[:2]}], indent=2)
+    )
     return folder / "some.json"
 
 
 def jsonl(folder, place, _, spelled):
     turns = [(text, place.format(wav), spelled(made)) for text, wav, made in TURNS]
-    (folder / "data.jsonl").write_text(lines(turns, turns[:2]).replace('"d0"', "5").replace('"id": "d1", ', "").replace("\n", "\n\n"))
+    (folder / "data.jsonl").write_text(
+        lines(turns, turns[:2])
+        .replace('"d0"', "5")
+        .replace('"id": "d1", ', "")
+        .replace("\n", "\n\n")
+    )
     return folder
 
 
@@ -162,7 +219,14 @@ SOURCES = {
     "questions": ("questions", questions, "", "{}", "units", numbers),
     "questions, units as text": ("questions", questions, "wavs", "wavs/{}", "units", spaced),
     "jsonl": ("jsonl", jsonl, "", "{}", "units", tagged),
-    "instructs2s": ("instructs2s", questions, "en/wav/7", "/where/they/made/it/en/wav/7/{}", "unit", tagged),
+    "instructs2s": (
+        "instructs2s",
+        questions,
+        "en/wav/7",
+        "/where/they/made/it/en/wav/7/{}",
+        "unit",
+        tagged,
+    ),
     "instructs2s, relative": ("instructs2s", questions, "en/wav/7", "wav/7/{}", "unit", numbers),
 }
 
@@ -172,22 +236,38 @@ SOURCES = {
 def test_sources_give_the_same(kind, write, folder, place, key, spelled, told, tmp_path):
     (tmp_path / folder).mkdir(parents=True, exist_ok=True)
     for name, size, rate in (("q.wav", 1600, 16000), ("a.wav", 2400, 24000)):
-        audio.save(tmp_path / folder / name, np.linspace(-1, 1, size), rate)
-    data = prepared(write(tmp_path, place, key, spelled), tmp_path / "out", *(["--format", kind] if told else []))
+        recordings.save(tmp_path / folder / name, np.linspace(-1, 1, size), rate)
+    data = prepared(
+        write(tmp_path, place, key, spelled),
+        tmp_path / "out",
+        *(["--format", kind] if told else []),
+    )
     assert len(data) == 2
     for index, count in enumerate((4, 2)):
         dialogue = data.dialogue(index)
         assert dialogue.id == ("5", "1")[index]
-        assert [turn.text for turn in dialogue.turns] == ["One?", "Two.", "Three?", "Vier ü!"][:count]
+        assert [turn.text for turn in dialogue.turns] == ["One?", "Two.", "Three?", "Vier ü!"][
+            :count
+        ]
         assert [turn.role for turn in dialogue.turns] == ["user", "assistant"] * (count // 2)
         assert [turn.samples for turn in dialogue.turns] == [1600, 2400] * (count // 2)
-        assert [turn.units.tolist() for turn in dialogue.turns[1::2]] == [[1, 6560], [7]][: count // 2]
+        assert [turn.units.tolist() for turn in dialogue.turns[1::2]] == [[1, 6560], [7]][
+            : count // 2
+        ]
 
 
 def test_a_json_array_is_read_a_piece_at_a_time(tmp_path, monkeypatch):
-    items = [{"a": '][}{,\\" ü' * i, "b": [i, None, {"c": i}]} for i in range(30)] + [None, [], 7, "x"]
+    items = [{"a": '][}{,\\" ü' * i, "b": [i, None, {"c": i}]} for i in range(30)] + [
+        None,
+        [],
+        7,
+        "x",
+    ]
     for indent in (None, 1):
-        (tmp_path / "x.json").write_text("\ufeff " + json.dumps(items, indent=indent, ensure_ascii=False) + "\n", encoding="utf-8")
+        (tmp_path / "x.json").write_text(
+            "\ufeff " + json.dumps(items, indent=indent, ensure_ascii=False) + "\n",
+            encoding="utf-8",
+        )
         for chunk in (1, 7, 1000, 10**6):
             monkeypatch.setattr(sources, "CHUNK", chunk)
             read = list(sources.json_array(tmp_path / "x.json"))
@@ -203,27 +283,57 @@ def test_a_json_array_is_read_a_piece_at_a_time(tmp_path, monkeypatch):
 
 def turns_but(index, **changes):
     """A good dialogue's turns with one of them changed."""
-    turns = [{"role": "user", "text": "q", "audio": "q.wav"}, {"role": "assistant", "text": "a", "audio": "q.wav", "units": [1]}]
+    turns = [
+        {"role": "user", "text": "q", "audio": "q.wav"},
+        {"role": "assistant", "text": "a", "audio": "q.wav", "units": [1]},
+    ]
     turns[index] |= changes
     return turns
 
 
 DAMAGED = {
-    "audio missing": ({"turns": turns_but(0, audio="gone.wav")}, "turn 0: {}/gone.wav does not exist"),
+    "audio missing": (
+        {"turns": turns_but(0, audio="gone.wav")},
+        "turn 0: {}/gone.wav does not exist",
+    ),
     "audio a folder": ({"turns": turns_but(0, audio=".")}, "turn 0: {} does not exist"),
-    "audio unreadable": ({"turns": turns_but(1, audio="data.jsonl")}, "turn 1: {}/data.jsonl is not audio that can be read"),
-    "audio too short": ({"turns": turns_but(0, audio="short.wav")}, "turn 0: {}/short.wav has 159 samples at 16000 Hz, less than 10 ms"),
+    "audio unreadable": (
+        {"turns": turns_but(1, audio="data.jsonl")},
+        "turn 1: {}/data.jsonl is not audio that can be read",
+    ),
+    "audio too short": (
+        {"turns": turns_but(0, audio="short.wav")},
+        "turn 0: {}/short.wav has 159 samples at 16000 Hz, less than 10 ms",
+    ),
     "no audio": ({"turns": turns_but(0, audio=7)}, "turn 0: 'audio' is 7, expected a path"),
-    "unit out of range": ({"turns": turns_but(1, units=[0, 6561])}, "turn 1 has the unit 6561, expected 0 to 6560"),
-    "unit below": ({"turns": turns_but(1, units=[-1])}, "turn 1 has the unit -1, expected 0 to 6560"),
-    "unit in a text out of range": ({"turns": turns_but(1, units="<6560><6561>")}, "turn 1 has the unit 6561"),
-    "units unreadable": ({"turns": turns_but(1, units="<1>,two")}, "turn 1: its units are no list of whole numbers"),
-    "units of another type": ({"turns": turns_but(1, units=[1.5])}, "turn 1: its units are no list of whole numbers"),
+    "unit out of range": (
+        {"turns": turns_but(1, units=[0, 6561])},
+        "turn 1 has the unit 6561, expected 0 to 6560",
+    ),
+    "unit below": (
+        {"turns": turns_but(1, units=[-1])},
+        "turn 1 has the unit -1, expected 0 to 6560",
+    ),
+    "unit in a text out of range": (
+        {"turns": turns_but(1, units="<6560><6561>")},
+        "turn 1 has the unit 6561",
+    ),
+    "units unreadable": (
+        {"turns": turns_but(1, units="<1>,two")},
+        "turn 1: its units are no list of whole numbers",
+    ),
+    "units of another type": (
+        {"turns": turns_but(1, units=[1.5])},
+        "turn 1: its units are no list of whole numbers",
+    ),
     "reply without text": ({"turns": turns_but(1, text=None)}, "turn 1 has no text"),
     "text empty": ({"turns": turns_but(0, text=" ")}, "turn 0 has no text"),
     "text of half a character": ({"turns": turns_but(0, text="\ud800")}, "turn 0 has no text"),
     "roles": ({"turns": turns_but(1, role="user")}, "turn 1 is of 'user', expected 'assistant'"),
-    "no reply": ({"turns": turns_but(0)[:1]}, "1 turns; expected the user's and the assistant's in turn"),
+    "no reply": (
+        {"turns": turns_but(0)[:1]},
+        "1 turns; expected the user's and the assistant's in turn",
+    ),
     "no turns": ({"conversation": turns_but(0)}, "there is no list 'turns'"),
     "a turn of another type": ({"turns": ["hi", "ho"]}, "turn 0 is 'hi', expected an object"),
     "no object": ([], "there is no list 'turns'"),
@@ -232,8 +342,8 @@ DAMAGED = {
 
 @pytest.fixture
 def folder(tmp_path):
-    audio.save(tmp_path / "q.wav", np.linspace(-1, 1, 1600), 16000)
-    audio.save(tmp_path / "short.wav", np.ones(159), 16000)
+    recordings.save(tmp_path / "q.wav", np.linspace(-1, 1, 1600), 16000)
+    recordings.save(tmp_path / "short.wav", np.ones(159), 16000)
     return tmp_path
 
 
@@ -241,21 +351,35 @@ def assert_refused(folder, *args: object, says) -> None:
     """One line, and nothing beside what there was."""
     before = sorted(folder.iterdir())
     code, _ = run(*args, "--out", folder / "out")
-    assert isinstance(code, str) and code.startswith("error: ") and "\n" not in code and says in code, code
+    assert (
+        isinstance(code, str) and code.startswith("error: ") and "\n" not in code and says in code
+    ), code
     assert sorted(folder.iterdir()) == before
 
 
 def test_damaged_dialogues_are_counted_and_named(folder):
-    bad = [json.dumps(item | {"id": name} if isinstance(item, dict) else item) for name, (item, _) in DAMAGED.items()]
+    bad = [
+        json.dumps(item | {"id": name} if isinstance(item, dict) else item)
+        for name, (item, _) in DAMAGED.items()
+    ]
     good = json.dumps({"id": "good", "turns": turns_but(0)})
     (folder / "data.jsonl").write_text("\n".join([*bad[:9], good, '{"id"', *bad[9:]]))
     code, told = run("--source", folder, "--out", folder / "out")
     assert code == 0
     data = Dataset(folder / "out")
     assert [data.dialogue(i).id for i in range(len(data))] == ["good"]
-    counts = {"audio missing": 2, "no text": 3, "unit out of range": 3, "roles not in turn": 2, "no turns": 3, "no JSON": 1}
+    counts = {
+        "audio missing": 2,
+        "no text": 3,
+        "unit out of range": 3,
+        "roles not in turn": 2,
+        "no turns": 3,
+        "no JSON": 1,
+    }
     for kind, count in counts.items():
-        assert f"left out: {kind}" in told and f" {count} " in told[told.index(kind) :].splitlines()[0]
+        assert (
+            f"left out: {kind}" in told and f" {count} " in told[told.index(kind) :].splitlines()[0]
+        )
     for name in (
         "audio missing (dialogue 0): turn 0: ",
         "unit below (dialogue 6): turn 1 has the unit -1",
@@ -269,13 +393,18 @@ def test_strict(name, folder):
     item, says = DAMAGED[name]
     good = {"turns": turns_but(0)}
     (folder / "data.jsonl").write_text("\n".join(map(json.dumps, [good, item, good])))
-    assert_refused(folder, "--source", folder, "--strict", says=f"{folder}: dialogue 1: {says.format(folder)}")
+    assert_refused(
+        folder, "--source", folder, "--strict", says=f"{folder}: dialogue 1: {says.format(folder)}"
+    )
 
 
 def test_nothing_is_left(folder):
     (folder / "data.jsonl").write_text('{"id": "x", "turns": []}\n' * 2)
     assert_refused(
-        folder, "--source", folder, says=f"nothing of {folder} can be used: 2 x roles not in turn (first: x (dialogue 0): 0 turns"
+        folder,
+        "--source",
+        folder,
+        says=f"nothing of {folder} can be used: 2 x roles not in turn (first: x (dialogue 0): 0 turns",
     )
     (folder / "data.jsonl").write_text("\n")
     assert_refused(folder, "--source", folder, says="it holds no dialogue")
@@ -284,10 +413,22 @@ def test_nothing_is_left(folder):
 FILES = {
     "absent": ("x.json", None, "x.json does not exist"),
     "no data.jsonl": (".", None, "has no data.jsonl"),
-    "no array": ("x.json", b'{"id": 1}', "x.json is no JSON array of dialogues, or is cut short: '{' where '[' is expected"),
+    "no array": (
+        "x.json",
+        b'{"id": 1}',
+        "x.json is no JSON array of dialogues, or is cut short: '{' where '[' is expected",
+    ),
     "nothing": ("x.json", b"", "x.json is no JSON array"),
-    "cut short": ("x.json", b'[{"id": 1, "conversation": []}, {"id": 2', "x.json is no JSON, or is cut short"),
-    "cut behind an item": ("x.json", b"[{}", "x.json is no JSON array of dialogues, or is cut short: '' where ',' is expected"),
+    "cut short": (
+        "x.json",
+        b'[{"id": 1, "conversation": []}, {"id": 2',
+        "x.json is no JSON, or is cut short",
+    ),
+    "cut behind an item": (
+        "x.json",
+        b"[{}",
+        "x.json is no JSON array of dialogues, or is cut short: '' where ',' is expected",
+    ),
     "no text": ("x.json", b'[{"id": "\xff"}]', "x.json is no text in UTF-8"),
     "an empty array": ("x.json", b"[]", "it holds no dialogue"),
 }
@@ -302,11 +443,27 @@ def test_a_source_that_is_none(name, content, says, tmp_path):
 
 def test_other_bad_input(tmp_path, tokenizer):
     (tmp_path / "other").mkdir()
-    assert_refused(tmp_path, "--source", EXAMPLES, "--format", "csv", says="format 'csv'; expected one of questions, jsonl, instructs2s")
-    no_tokenizer = f"{tmp_path}/other has no speech tokenizer (no units.json); add one with python -m convert --speech-tokenizer"
-    assert_refused(tmp_path, "--source", EXAMPLES, "--speech-tokenizer", tmp_path / "other", says=no_tokenizer)
-    (tmp_path / "other" / "units.json").write_text('{"width": "wide"}')
-    assert_refused(tmp_path, "--source", EXAMPLES, "--speech-tokenizer", tmp_path / "other", says="not a speech tokenizer's configuration")
+    assert_refused(
+        tmp_path,
+        "--source",
+        EXAMPLES,
+        "--format",
+        "csv",
+        says="format 'csv'; expected one of questions, jsonl, instructs2s",
+    )
+    no_tokenizer = f"{tmp_path}/other has no speech tokenizer (no speech_tokenizer.json); add one with python -m convert --speech-tokenizer"
+    assert_refused(
+        tmp_path, "--source", EXAMPLES, "--speech-tokenizer", tmp_path / "other", says=no_tokenizer
+    )
+    (tmp_path / "other" / "speech_tokenizer.json").write_text('{"width": "wide"}')
+    assert_refused(
+        tmp_path,
+        "--source",
+        EXAMPLES,
+        "--speech-tokenizer",
+        tmp_path / "other",
+        says="not a speech tokenizer's configuration",
+    )
     (tmp_path / "out").mkdir()
     assert_refused(tmp_path, "--source", EXAMPLES, says="out exists already; give a new directory")
 
@@ -315,22 +472,32 @@ def test_other_bad_input(tmp_path, tokenizer):
 
 
 def test_tokenizer_alone(tokenizer, capsys, monkeypatch):
-    assert checkpoint.parts(tokenizer) == ["units"]
-    assert units.load_config(tokenizer) == TINY
+    assert parameters.parts(tokenizer) == ["speech_tokenizer"]
+    assert speech_tokenizer.load_config(tokenizer) == TINY
     assert Omni2Config.load(tokenizer / "config.json") == Omni2Config().only()
-    wav, name = audio.load(SPEECH / f"{CLIPS[0]}.wav"), CLIPS[0]
-    net = units.load(tokenizer)
-    codes, _ = units.tokenize(net, wav[None])
-    np.testing.assert_array_equal(codes[0], np.load(GOLDENS / "s3tokenizer" / f"{name}.npz")["codes"])
-    before = units.fingerprint(net)
+    wav, name = recordings.load(SPEECH / f"{CLIPS[0]}.wav"), CLIPS[0]
+    net = speech_tokenizer.load(tokenizer)
+    codes, _ = speech_tokenizer.tokenize(net, wav[None])
+    np.testing.assert_array_equal(
+        codes[0], np.load(GOLDENS / "s3tokenizer" / f"{name}.npz")["codes"]
+    )
+    before = speech_tokenizer.fingerprint(net)
     net.project.bias[...] += 1e-6
-    assert units.fingerprint(net) != before == units.fingerprint(units.load(tokenizer))
+    assert (
+        speech_tokenizer.fingerprint(net)
+        != before
+        == speech_tokenizer.fingerprint(speech_tokenizer.load(tokenizer))
+    )
     monkeypatch.setattr(sys, "argv", ["omni2", "info", str(tokenizer)])
     with pytest.raises(SystemExit) as exit:
-        cli.main()
+        main()
     assert exit.value.code == 0
     told = capsys.readouterr().out
-    assert "units" in told and "speech tokenizer" in told and f"{sum(array.size for array in draw().values()):,}" in told
+    assert (
+        "speech_tokenizer" in told
+        and "speech tokenizer" in told
+        and f"{sum(array.size for array in draw().values()):,}" in told
+    )
 
 
 @pytest.fixture
@@ -341,7 +508,11 @@ def whole(tmp_path):
 
 
 def content(directory):
-    return {path.relative_to(directory): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+    return {
+        path.relative_to(directory): path.read_bytes()
+        for path in directory.rglob("*")
+        if path.is_file()
+    }
 
 
 def test_tokenizer_joins_a_checkpoint(whole, tokenizer, tokenizer_file):
@@ -349,20 +520,32 @@ def test_tokenizer_joins_a_checkpoint(whole, tokenizer, tokenizer_file):
     assert convert("--speech-tokenizer", tokenizer_file, "--out", whole) == 0
     after = content(whole)
     assert before.items() <= after.items()
-    assert {path.parts[:2] for path in after.keys() - before.keys()} == {("units.json",), ("params", "units")}
-    assert units.fingerprint(units.load(whole)) == units.fingerprint(units.load(tokenizer))
-    assert "has units already" in convert("--speech-tokenizer", tokenizer_file, "--out", whole)
+    assert {path.parts[:2] for path in after.keys() - before.keys()} == {
+        ("speech_tokenizer.json",),
+        ("params", "speech_tokenizer"),
+    }
+    assert speech_tokenizer.fingerprint(
+        speech_tokenizer.load(whole)
+    ) == speech_tokenizer.fingerprint(speech_tokenizer.load(tokenizer))
+    assert "has speech_tokenizer already" in convert(
+        "--speech-tokenizer", tokenizer_file, "--out", whole
+    )
     assert content(whole) == after
 
 
 def test_tokenizer_beside_other_sources(tokenizer, tokenizer_file, tmp_path):
     """And other parts join a checkpoint of a tokenizer."""
-    assert convert("--speech-tokenizer", tokenizer_file, "--whisper", WHISPER, "--out", tmp_path / "both") == 0
+    assert (
+        convert(
+            "--speech-tokenizer", tokenizer_file, "--whisper", WHISPER, "--out", tmp_path / "both"
+        )
+        == 0
+    )
     shutil.copytree(tokenizer, tmp_path / "later")
     assert convert("--whisper", WHISPER, "--out", tmp_path / "later") == 0
     for name in ("both", "later"):
-        assert checkpoint.parts(tmp_path / name) == ["speech_encoder", "units"]
-        assert units.load_config(tmp_path / name) == TINY
+        assert parameters.parts(tmp_path / name) == ["speech_encoder", "speech_tokenizer"]
+        assert speech_tokenizer.load_config(tmp_path / name) == TINY
 
 
 def test_a_tokenizer_that_is_none(whole, tmp_path):

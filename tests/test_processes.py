@@ -15,13 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from omni2_jax import checkpoint
+from omni2_jax.checkpoint import parameters
 from omni2_jax.config import Omni2Config
+from omni2_jax.train.loop import Run
 from tests.conftest import prepared
-from tests.releases import linked
-from tests.talk import GREEDY, SHORT, clip, conversation, toy_run, tree_equal
+from tests.support.conversations import GREEDY, SHORT, clip, conversation, toy_run, tree_equal
+from tests.support.releases import linked
 from tests.test_cli import chat, process
-from train.loop import Run
 
 ROOT = Path(__file__).parent.parent
 
@@ -32,15 +32,31 @@ def free_port() -> int:
         return sock.getsockname()[1]
 
 
-def together(jobs: str, checkpoint_dir: Path, out: Path, processes: int = 2, seconds: float = 300) -> None:
+def together(
+    jobs: str, checkpoint_dir: Path, out: Path, processes: int = 2, seconds: float = 300
+) -> None:
     """Run jobs of tests/worker.py in so many processes. The first one that fails ends them all."""
     env, port = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}, free_port()
     logs = [out / f"{index}.log" for index in range(processes)]
     running = []
     for index, log in enumerate(logs):
-        command = [sys.executable, "-m", "tests.worker", jobs, port, processes, index, checkpoint_dir, out]
+        command = [
+            sys.executable,
+            "-m",
+            "tests.support.worker",
+            jobs,
+            port,
+            processes,
+            index,
+            checkpoint_dir,
+            out,
+        ]
         with open(log, "w") as file:
-            running.append(subprocess.Popen(list(map(str, command)), cwd=ROOT, env=env, stdout=file, stderr=file))
+            running.append(
+                subprocess.Popen(
+                    list(map(str, command)), cwd=ROOT, env=env, stdout=file, stderr=file
+                )
+            )
     try:
         deadline = time.monotonic() + seconds
         while any(process.poll() is None for process in running) and time.monotonic() < deadline:
@@ -51,7 +67,9 @@ def together(jobs: str, checkpoint_dir: Path, out: Path, processes: int = 2, sec
         for process in running:
             process.kill()
             process.wait()
-    assert not any(process.returncode for process in running), "\n".join(log.read_text()[-3000:] for log in logs)
+    assert not any(process.returncode for process in running), "\n".join(
+        log.read_text()[-3000:] for log in logs
+    )
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +91,7 @@ def test_answers(out, text_model):
 
 
 def restored(directory: Path, config: Omni2Config) -> dict:
-    return checkpoint.load(directory, config, jnp.float32)[1]
+    return parameters.load(directory, config, jnp.float32)[1]
 
 
 def test_saved_by_two_restored_by_one(out, checkpoint_dir):
@@ -97,7 +115,9 @@ def test_training_of_two_processes_goes_on_in_one(out, checkpoint_dir, tmp_path)
     shutil.rmtree(tmp_path / "run" / "final")
     shutil.rmtree(tmp_path / "run" / "steps" / "4")
     Run(settings, tmp_path / "run", jax.devices()[:1]).go()
-    np.testing.assert_allclose(losses(tmp_path / "run"), losses(tmp_path / "alone"), rtol=0, atol=1e-4)
+    np.testing.assert_allclose(
+        losses(tmp_path / "run"), losses(tmp_path / "alone"), rtol=0, atol=1e-4
+    )
 
 
 def test_shards_of_one_process_are_missing(out, checkpoint_dir, tmp_path):
@@ -109,4 +129,6 @@ def test_shards_of_one_process_are_missing(out, checkpoint_dir, tmp_path):
     done = process(*chat(damaged, clip("short_d"), "--no-wav", "--mesh", "fsdp=8"))
     assert done.returncode == 1 and done.stdout == b""
     (line,) = done.stderr.decode().splitlines()
-    assert line.startswith(f"error: {damaged}/params/llm cannot be restored, are its files damaged?")
+    assert line.startswith(
+        f"error: {damaged}/params/llm cannot be restored, are its files damaged?"
+    )

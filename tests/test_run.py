@@ -17,20 +17,21 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from configs import stage1a, stage2
-from omni2_jax import audio, checkpoint
-from omni2_jax.layers import LORA_SCALE
-from omni2_jax.omni2 import Answer, Omni2, Options
+from omni2_jax.audio import recordings
+from omni2_jax.checkpoint import parameters
+from omni2_jax.configs import stage1a, stage2
+from omni2_jax.generate.omni2 import Answer, Omni2, Options
+from omni2_jax.models.layers import LORA_SCALE
+from omni2_jax.train import loop, sampler, step, weights
+from omni2_jax.train.data.dataset import Dataset, encode
+from omni2_jax.train.loop import Run
+from omni2_jax.train.settings import Bucket, MeshConfig, OptimizerConfig, TrainConfig
 from tests.conftest import ROOT
-from tests.releases import linked
-from tests.talk import reported, tree_equal
-from train import loop, samples, step, weights
-from train.config import Bucket, MeshShape, Optimiser, Train
-from train.dataset import Dataset, encode
-from train.loop import Run
+from tests.support.conversations import reported, tree_equal
+from tests.support.releases import linked
 
 
-def run(train: Train, out: Path) -> Run:
+def run(train: TrainConfig, out: Path) -> Run:
     """Train on one device, however many there are."""
     run = Run(train, out, jax.devices()[:1])
     run.go()
@@ -44,7 +45,7 @@ def state(run: Path, step: int) -> dict:
 
 
 def part(directory: Path, name: str) -> dict[str, np.ndarray]:
-    return {path: leaf.read() for path, leaf in checkpoint.stored(directory, name).items()}
+    return {path: leaf.read() for path, leaf in parameters.stored(directory, name).items()}
 
 
 # --- cut off and taken up again
@@ -52,7 +53,13 @@ def part(directory: Path, name: str) -> dict[str, np.ndarray]:
 
 def start(arguments: list[str]) -> subprocess.Popen:
     env = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    return subprocess.Popen([sys.executable, "-m", "train", *arguments], cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [sys.executable, "-m", "train", *arguments],
+        cwd=ROOT,
+        env=env,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 def ended(process: subprocess.Popen, code: int) -> str:
@@ -77,7 +84,9 @@ def test_cut_off_and_taken_up(arguments, tmp_path):
     """Killed, then told to stop, then to its end: every step once, and all of it as if nothing had happened."""
     straight, cut = tmp_path / "straight", tmp_path / "cut"
     length = {"steps": 60, "save_every": 5}
-    assert ended(start(arguments(straight, **length)), 0).startswith(f"done: {straight}/final is a checkpoint with speech_lm")
+    assert ended(start(arguments(straight, **length)), 0).startswith(
+        f"done: {straight}/final is a checkpoint with speech_lm"
+    )
 
     process = start(arguments(cut, **length))
     wait_for(lambda: (cut / "steps" / "10").exists() and lines(cut) > 12, process)
@@ -88,7 +97,11 @@ def test_cut_off_and_taken_up(arguments, tmp_path):
     reached, saved = lines(cut), max(int(path.name) for path in (cut / "steps").glob("*[0-9]"))
     with open(cut / "metrics.jsonl", "a") as file:
         file.write('{"step": 1')
-    shutil.copytree(cut / "steps" / str(saved), cut / "steps" / f"{saved + 5}.orbax-checkpoint-tmp", dirs_exist_ok=True)
+    shutil.copytree(
+        cut / "steps" / str(saved),
+        cut / "steps" / f"{saved + 5}.orbax-checkpoint-tmp",
+        dirs_exist_ok=True,
+    )
     (cut / "final.partial").mkdir()
 
     process = start(arguments(cut, **length))
@@ -97,7 +110,11 @@ def test_cut_off_and_taken_up(arguments, tmp_path):
     told = ended(process, 0)
     stopped = lines(cut)
     assert told == f"stopped at step {stopped} of 60; the same command goes on from there"
-    assert saved < stopped < 60 and (cut / "steps" / str(stopped)).exists() and not (cut / "final").exists()
+    assert (
+        saved < stopped < 60
+        and (cut / "steps" / str(stopped)).exists()
+        and not (cut / "final").exists()
+    )
 
     ended(start(arguments(cut, **length)), 0)
     for name in ("loss", "gradient_norm", "rate"):
@@ -105,7 +122,14 @@ def test_cut_off_and_taken_up(arguments, tmp_path):
         assert reported(cut, name) == reported(straight, name)
     assert tree_equal(state(cut, 60), state(straight, 60))
     assert tree_equal(part(cut / "final", "speech_lm"), part(straight / "final", "speech_lm"))
-    assert {path.name for path in cut.iterdir()} == {"run.json", "left-out.txt", "metrics.jsonl", "tensorboard", "steps", "final"}
+    assert {path.name for path in cut.iterdir()} == {
+        "run.json",
+        "left-out.txt",
+        "metrics.jsonl",
+        "tensorboard",
+        "steps",
+        "final",
+    }
     assert {path.name for path in (cut / "steps").iterdir()} == {"55", "60"}
     assert list((cut / "tensorboard").glob("events*"))
 
@@ -126,7 +150,10 @@ def test_saved_states_that_cannot_be_read(toy, tmp_path):
     out = tmp_path / "run"
     run(toy(), out)
     (out / "steps" / "3" / "default" / "_METADATA").write_text("{")
-    with pytest.raises(ValueError, match=rf"^{out}/steps/3 cannot be restored, is it damaged or of another run\? [^\n]*$"):
+    with pytest.raises(
+        ValueError,
+        match=rf"^{out}/steps/3 cannot be restored, is it damaged or of another run\? [^\n]*$",
+    ):
         run(toy(), out)
 
 
@@ -137,8 +164,12 @@ def test_taken_up_on_another_mesh(toy, tmp_path):
     """Saved by six devices (width in three, hidden size in two), taken up by one."""
     out, settings = tmp_path / "run", toy(save_every=2)
     # Keys' biases hardly change a softmax: their gradients are close to rounding, which Adam would scale up to whole steps.
-    settings = dataclasses.replace(settings, optimiser=dataclasses.replace(settings.optimiser, eps=1e-4))
-    Run(dataclasses.replace(settings, mesh=MeshShape(fsdp=3, tensor=2)), out, jax.devices()[:6]).go()
+    settings = dataclasses.replace(
+        settings, optimizer=dataclasses.replace(settings.optimizer, eps=1e-4)
+    )
+    Run(
+        dataclasses.replace(settings, mesh=MeshConfig(fsdp=3, tensor=2)), out, jax.devices()[:6]
+    ).go()
     losses, expected = reported(out), state(out, 3)["params"]
     shutil.rmtree(out / "steps" / "3")
     run(settings, out)
@@ -155,7 +186,9 @@ def computed(toy) -> Callable[..., tuple]:
         begun = Run(toy(**changes), Path("nowhere"), jax.devices()[:1])
         model, trained, frozen = weights.load(begun.train, begun.start, begun.mesh)
         batch, _ = next(begun.data.loader.start(0))
-        return jax.device_get(jax.jit(step.gradients(begun.train, model))(trained, frozen, batch, jax.random.key(0)))
+        return jax.device_get(
+            jax.jit(step.gradients(begun.train, model))(trained, frozen, batch, jax.random.key(0))
+        )
 
     return computed
 
@@ -168,7 +201,10 @@ def test_microbatches_and_remat(computed):
         np.testing.assert_allclose(ours[0], loss, rtol=1e-6)
         assert ours[1] == terms
         for path, grad in grads.items():
-            assert np.linalg.norm(ours[2][path] - grad) < 1e-5 * np.linalg.norm(grad), (changes, path)
+            assert np.linalg.norm(ours[2][path] - grad) < 1e-5 * np.linalg.norm(grad), (
+                changes,
+                path,
+            )
 
 
 # --- what it leaves
@@ -177,9 +213,19 @@ def test_microbatches_and_remat(computed):
 @pytest.fixture(scope="module")
 def low_rank(toy, tmp_path_factory) -> Run:
     """Stage 1a with a rank and an average: 7 times the one dialogue that fits, so in the last of 4 batches a row is empty."""
-    optimiser = Optimiser(peak=5e-3, ema=0.5)
-    short = {"buckets": (Bucket(1, 400),), "batch": 2, "steps": None, "epochs": 7, "save_every": 1, "keep": 4}
-    return run(toy(stage1a.config, rank=4, optimiser=optimiser, **short), tmp_path_factory.mktemp("low_rank") / "run")
+    optimizer = OptimizerConfig(peak=5e-3, ema=0.5)
+    short = {
+        "buckets": (Bucket(1, 400),),
+        "batch": 2,
+        "steps": None,
+        "epochs": 7,
+        "save_every": 1,
+        "keep": 4,
+    }
+    return run(
+        toy(stage1a.config, rank=4, optimizer=optimizer, **short),
+        tmp_path_factory.mktemp("low_rank") / "run",
+    )
 
 
 def test_low_rank_updates(low_rank, checkpoint_dir):
@@ -187,17 +233,29 @@ def test_low_rank_updates(low_rank, checkpoint_dir):
     losses = list(reported(low_rank.out).values())
     assert len(losses) == 4 and losses[-1] < losses[0] - 1
     final = low_rank.out / "final"
-    before, after, trained = part(checkpoint_dir, "llm"), part(final, "llm"), state(low_rank.out, 4)["ema"]
-    assert {path.rpartition(".")[2] for path in trained if path.startswith("llm.")} == {"low", "high"}
+    before, after, trained = (
+        part(checkpoint_dir, "llm"),
+        part(final, "llm"),
+        state(low_rank.out, 4)["ema"],
+    )
+    assert {path.rpartition(".")[2] for path in trained if path.startswith("llm.")} == {
+        "low",
+        "high",
+    }
     for path, leaf in before.items():
         np.testing.assert_array_equal(low_rank.frozen[f"llm.{path}"], leaf)
         stem = path.removesuffix("kernel")
         if f"llm.{stem}low" in trained:
-            pairs = zip(trained[f"llm.{stem}low"], trained[f"llm.{stem}high"], strict=True)  # of every layer
+            pairs = zip(
+                trained[f"llm.{stem}low"], trained[f"llm.{stem}high"], strict=True
+            )  # of every layer
             leaf = leaf + LORA_SCALE * np.stack([np.tensordot(low, high, 1) for low, high in pairs])
             assert np.abs(leaf - before[path]).max() > 1e-4
         np.testing.assert_allclose(after[path], leaf, atol=1e-6)
-    assert after.keys() == before.keys() and Omni2.load(final, jnp.float32, decoder=False).config.llm.rank == 0
+    assert (
+        after.keys() == before.keys()
+        and Omni2.load(final, jnp.float32, decoder=False).config.llm.rank == 0
+    )
 
 
 def test_average_of_the_weights(low_rank, checkpoint_dir):
@@ -206,7 +264,10 @@ def test_average_of_the_weights(low_rank, checkpoint_dir):
     for number in (1, 2, 3, 4):
         saved = state(low_rank.out, number)
         assert saved["step"] == number
-        average = {path: 0.5 * old + 0.5 * saved["params"][f"adapter.{path}"] for path, old in average.items()}
+        average = {
+            path: 0.5 * old + 0.5 * saved["params"][f"adapter.{path}"]
+            for path, old in average.items()
+        }
     for path, value in part(low_rank.out / "final", "adapter").items():
         np.testing.assert_allclose(value, average[path], atol=1e-6)
         assert np.abs(value - saved["params"][f"adapter.{path}"]).max() > 1e-4
@@ -217,7 +278,9 @@ def traced_only(*args) -> Callable:
     take = step.make(*args)
 
     def look(*inputs):
-        return inputs[0], jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), jax.eval_shape(take, *inputs)[1])
+        return inputs[0], jax.tree.map(
+            lambda leaf: np.zeros(leaf.shape, leaf.dtype), jax.eval_shape(take, *inputs)[1]
+        )
 
     return look
 
@@ -227,20 +290,27 @@ def test_ablations_of_gate_fusion(toy, checkpoint_dir, tmp_path, monkeypatch, mi
     """They begin from a checkpoint with a gate, `reset` parts anew, and leave one that says what it is."""
     monkeypatch.setattr(loop, "step", SimpleNamespace(**vars(step) | {"make": traced_only}))
     out = tmp_path / "run"
-    run(toy(stage2.config, mix=mix, reset=reset, buckets=(Bucket(1, 400, 64),), batch=2, steps=1), out)
+    run(
+        toy(stage2.config, mix=mix, reset=reset, buckets=(Bucket(1, 400, 64),), batch=2, steps=1),
+        out,
+    )
     assert Omni2.load(out / "final", jnp.float32, decoder=False).config.mix == mix
     before, after = (part(directory, "fusion") for directory in (checkpoint_dir, out / "final"))
     assert after.keys() == {path for path in before if not path.startswith("gate.")}
-    assert not any(np.array_equal(leaf, before[path]) for path, leaf in after.items() if path.endswith("kernel"))
+    assert not any(
+        np.array_equal(leaf, before[path])
+        for path, leaf in after.items()
+        if path.endswith("kernel")
+    )
     before, after = (part(directory, "speech_lm") for directory in (checkpoint_dir, out / "final"))
     assert tree_equal(before, after) == (not reset)
 
 
 def test_validation_and_samples(toy, checkpoint_dir, talks, tmp_path, monkeypatch):
     """Loss on other data and its questions answered, in text and units where the checkpoint has no decoder."""
-    monkeypatch.setattr(samples, "UNITS", 30)
+    monkeypatch.setattr(sampler, "UNITS", 30)
     mute = linked(checkpoint_dir, tmp_path / "mute")
-    for name in ("flow", "hift"):
+    for name in ("flow", "vocoder"):
         shutil.rmtree(mute / "params" / name)
     out = tmp_path / "run"
     run(toy(checkpoint=str(mute), validation=str(talks), validate_every=2, max_sample_text=6), out)
@@ -259,7 +329,9 @@ def test_spoken_samples(toy, talks, tmp_path, monkeypatch):
     heard = []
 
     def answer(model: Omni2, question: np.ndarray, options: Options) -> Answer:
-        assert {"speech_lm", "flow", "hift"} <= model.params.keys() and model.voice(None).size == 192
+        assert {"speech_lm", "flow", "vocoder"} <= model.params.keys() and model.voice(
+            None
+        ).size == 192
         heard.append(question)
         return Answer("Blue.", [1, 2], "<1><2>", np.linspace(-0.5, 0.5, 1920, dtype=np.float32))
 
@@ -267,7 +339,7 @@ def test_spoken_samples(toy, talks, tmp_path, monkeypatch):
     # The second question cannot be read, which is no reason to stop.
     damaged, data = shutil.copytree(talks, tmp_path / "damaged"), Dataset(talks)
     file = min(damaged.glob("clips-*"))
-    second = encode(data.clip(data.dialogue(1).turns[0].clip), audio.RATE)
+    second = encode(data.clip(data.dialogue(1).turns[0].clip), recordings.INPUT_RATE)
     file.write_bytes(file.read_bytes().replace(second[-100:], b"damaged" + second[-93:]))
     out = tmp_path / "run"
     run(toy(validation=str(damaged), validate_every=2), out)
@@ -275,7 +347,11 @@ def test_spoken_samples(toy, talks, tmp_path, monkeypatch):
     assert {path.name for path in folder.iterdir()} == {"0.txt", "0.wav"}
     np.testing.assert_array_equal(heard, [data.clip(data.dialogue(0).turns[0].clip)])
     assert (folder / "0.txt").read_text() == "What color is the sea?\nBlue.\n<1><2>\n"
-    np.testing.assert_allclose(audio.load(folder / "0.wav", audio.SPEECH_RATE), np.linspace(-0.5, 0.5, 1920), atol=1e-4)
+    np.testing.assert_allclose(
+        recordings.load(folder / "0.wav", recordings.OUTPUT_RATE),
+        np.linspace(-0.5, 0.5, 1920),
+        atol=1e-4,
+    )
 
 
 def test_what_is_left_out_is_named(low_rank, toy, talks, tmp_path, capsys):
@@ -288,7 +364,9 @@ def test_what_is_left_out_is_named(low_rank, toy, talks, tmp_path, capsys):
     begun = Run(toy(), out, jax.devices()[:1])
     begun.data.examples.data = Dataset(damaged)
     begun.go()
-    assert reported(out, "damaged") == {0: 1, 1: 1, 2: 1} and (out / "left-out.txt").read_text() == ""
+    assert (
+        reported(out, "damaged") == {0: 1, 1: 1, 2: 1} and (out / "left-out.txt").read_text() == ""
+    )
     assert capsys.readouterr().err.count(f"{damaged}: dialogue 1 is damaged: ") == 1
 
 

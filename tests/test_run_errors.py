@@ -11,16 +11,18 @@ import jax
 import numpy as np
 import pytest
 
-from tests.releases import linked, replace
-from tests.talk import reported
-from train import __main__ as command_line
-from train import checkpoints, loop
-from train.config import Bucket, Optimiser
-from train.dataset import Dialogue, Turn, Writer
-from train.loop import Run
+from omni2_jax.cli.main import main
+from omni2_jax.train import checkpoints, loop
+from omni2_jax.train.data.dataset import Dialogue, Turn, Writer
+from omni2_jax.train.loop import Run
+from omni2_jax.train.settings import Bucket, OptimizerConfig
+from tests.support.conversations import reported
+from tests.support.releases import linked, replace
 
 COMPILED = []
-jax.monitoring.register_event_duration_secs_listener(lambda name, *_, **__: COMPILED.append(name) if "backend_compile" in name else None)
+jax.monitoring.register_event_duration_secs_listener(
+    lambda name, *_, **__: COMPILED.append(name) if "backend_compile" in name else None
+)
 
 
 @pytest.fixture
@@ -28,10 +30,10 @@ def told(monkeypatch) -> Callable[..., str]:
     """The one line that `python -m train` ends with; run in this process."""
 
     def told(arguments: list[str]) -> str:
-        monkeypatch.setattr(sys, "argv", ["python -m train", *arguments])
+        monkeypatch.setattr(sys, "argv", ["omni2", "train", *arguments])
         monkeypatch.setattr(loop, "Run", functools.partial(Run, devices=jax.devices()[:1]))
         with pytest.raises(SystemExit) as exit:
-            command_line.main()
+            main()
         assert str(exit.value.code).startswith("error: ") and "\n" not in str(exit.value.code)
         return exit.value.code.removeprefix("error: ")
 
@@ -55,36 +57,60 @@ def refused(told, arguments, tmp_path) -> Callable[..., str]:
 
 def test_a_loss_that_is_no_number(arguments, told, tmp_path):
     out = tmp_path / "run"
-    message = told(arguments(out, steps=9, save_every=1, optimiser=Optimiser(peak=1e30)))
-    assert message == f"step 1: the loss is nan, its gradient's norm nan; its batch is {out}/bad-batch-1-0.npz"
+    message = told(arguments(out, steps=9, save_every=1, optimizer=OptimizerConfig(peak=1e30)))
+    assert (
+        message
+        == f"step 1: the loss is nan, its gradient's norm nan; its batch is {out}/bad-batch-1-0.npz"
+    )
     batch = np.load(out / "bad-batch-1-0.npz")
-    assert {name: batch[name].shape for name in batch} == {"tokens": (1, 3, 64), "targets": (1, 3, 64)}
+    assert {name: batch[name].shape for name in batch} == {
+        "tokens": (1, 3, 64),
+        "targets": (1, 3, 64),
+    }
     assert list(reported(out)) == [0] and not (out / "final").exists()
     assert [path.name for path in (out / "steps").iterdir()] == ["1"]  # the last good one, whole
 
 
 def test_bad_checkpoints(refused, checkpoint_dir, tmp_path):
-    assert refused(checkpoint="") == "checkpoint is not given; set it in the config, or with --set checkpoint=PATH"
-    assert refused(checkpoint="gone") == "gone is not an omni2-jax checkpoint: it has no config.json"
+    assert (
+        refused(checkpoint="")
+        == "checkpoint is not given; set it in the config, or with --set checkpoint=PATH"
+    )
+    assert (
+        refused(checkpoint="gone") == "gone is not an omni2-jax checkpoint: it has no config.json"
+    )
     bad = linked(checkpoint_dir, tmp_path / "bad")
     told = json.loads((bad / "config.json").read_text())
     told["speech_lm"]["hidden"] //= 2
     replace(bad / "config.json", json.dumps(told))
     message = refused(checkpoint=str(bad))
-    assert message.startswith(f"{bad}/params/speech_lm does not fit the checkpoint's configuration: ")
+    assert message.startswith(
+        f"{bad}/params/speech_lm does not fit the checkpoint's configuration: "
+    )
     assert "layers.mlp.up.kernel has shape [2, 48, 96], expected [2, 48, 48]" in message
     shutil.rmtree(bad / "params" / "speech_lm")
-    assert refused(checkpoint=str(bad)) == f"{bad} lacks speech_lm, which stage 1b needs; python -m convert adds parts to a checkpoint"
+    assert (
+        refused(checkpoint=str(bad))
+        == f"{bad} lacks speech_lm, which stage 1b needs; python -m convert adds parts to a checkpoint"
+    )
     assert refused(reset=("llm",)) == "reset llm: stage 1b trains speech_lm only"
     inside = refused(checkpoint_dir / "run")
-    assert inside == f"{checkpoint_dir}/run lies within the checkpoint {checkpoint_dir}; give a directory outside of it"
+    assert (
+        inside
+        == f"{checkpoint_dir}/run lies within the checkpoint {checkpoint_dir}; give a directory outside of it"
+    )
 
 
 def test_bad_data(refused, talks, tmp_path):
     assert refused(data="") == "data is not given; set it in the config, or with --set data=PATH"
-    assert refused(data="gone") == "gone is no data set: it has no dataset.json; make one with python -m train.prepare"
+    assert (
+        refused(data="gone")
+        == "gone is no data set: it has no dataset.json; make one with python -m train.prepare"
+    )
     for key in ("data", "validation"):
-        assert refused(**{key: str(tmp_path)}).startswith(f"{tmp_path} is no data set: it has no dataset.json")
+        assert refused(**{key: str(tmp_path)}).startswith(
+            f"{tmp_path} is no data set: it has no dataset.json"
+        )
     empty = shutil.copytree(talks, tmp_path / "empty")
     (empty / "dataset.json").write_text('{"version": 1, "dialogues": 0}')
     assert refused(data=str(empty)) == f"{empty} is empty: it holds no dialogue"
@@ -92,11 +118,15 @@ def test_bad_data(refused, talks, tmp_path):
         writer.add(Dialogue("x", (Turn("user", "hi"), Turn("assistant", "no"))))
     needs = "has nothing to train stage 1b on: 1 x dialogue 0: a reply has no units; python -m train.prepare makes them"
     assert refused(data=str(tmp_path / "bare")).startswith(f"{tmp_path}/bare {needs}")
-    assert "2 x dialogue 0: too long for every bucket (0 clips, 0 positions, 51 tokens)" in refused(buckets=(Bucket(0, 0, 8),))
+    assert "2 x dialogue 0: too long for every bucket (0 clips, 0 positions, 51 tokens)" in refused(
+        buckets=(Bucket(0, 0, 8),)
+    )
 
 
 def test_bad_mesh(refused):
-    assert refused(mesh={"fsdp": 3}).startswith("mesh 1 x 3 x 1 (replica x fsdp x tensor) does not fit the 1 devices there are; ")
+    assert refused(mesh={"fsdp": 3}).startswith(
+        "mesh 1 x 3 x 1 (replica x fsdp x tensor) does not fit the 1 devices there are; "
+    )
 
 
 def test_bad_out(refused, arguments, told, toy, tmp_path):
@@ -107,7 +137,10 @@ def test_bad_out(refused, arguments, told, toy, tmp_path):
     out = tmp_path / "run"
     checkpoints.remember(out, Run(toy(), out, jax.devices()[:1]).told)
     again = "give another --out, or the same settings"
-    assert refused(out, optimiser=Optimiser(peak=1e-3)) == f"{out} holds a run with another optimiser.peak; {again}"
+    assert (
+        refused(out, optimizer=OptimizerConfig(peak=1e-3))
+        == f"{out} holds a run with another optimizer.peak; {again}"
+    )
     assert refused(out, steps=4, seed=1) == f"{out} holds a run with another steps, seed; {again}"
     (out / "run.json").write_text("{}")
     assert "holds a run with another stage, " in refused(out)

@@ -6,9 +6,9 @@ import itertools
 import numpy as np
 import pytest
 
-from omni2_jax.engine import GenerationError, QueueFullError
-from omni2_jax.session import Session
-from tests.talk import CASES, GREEDY, clip, pieces
+from omni2_jax.generate.engine import GenerationError, QueueFullError
+from omni2_jax.generate.session import Session
+from tests.support.conversations import CASES, GREEDY, clip, pieces
 
 A, B, C, SHORT = (clip(name) for name in ("speech_a", "speech_b", "synth_c", "short_d"))
 QUICK = dataclasses.replace(GREEDY, max_new_tokens=12, max_flush_units=10)
@@ -23,14 +23,20 @@ def session(text_model):
 def from_scratch(model, session: Session, turns: int | None = None, options=GREEDY) -> Session:
     """Another session that remembers the same (first) turns, but has nothing in its cache."""
     fresh = model.session(options=options, turns=1)
-    fresh.turns = [dataclasses.replace(turn, answer=list(turn.answer)) for turn in session.turns[:turns]]
+    fresh.turns = [
+        dataclasses.replace(turn, answer=list(turn.answer)) for turn in session.turns[:turns]
+    ]
     return fresh
 
 
 def said(replies) -> tuple[str, list[int], np.ndarray]:
     replies = list(replies)
     samples = np.concatenate([reply.samples for reply in replies])
-    return "".join(reply.text for reply in replies), [unit for reply in replies for unit in reply.units], samples
+    return (
+        "".join(reply.text for reply in replies),
+        [unit for reply in replies for unit in reply.units],
+        samples,
+    )
 
 
 def equal(a, b) -> bool:
@@ -40,9 +46,16 @@ def equal(a, b) -> bool:
 def test_turns_go_on_from_the_cache(text_model, session, monkeypatch):
     """The first turn is the released answer; later ones take in only what is new, and say what they say from scratch."""
     taken, submit = [], session.engine.submit
-    monkeypatch.setattr(session.engine, "submit", lambda pieces, *more, **how: (taken.append(pieces), submit(pieces, *more, **how))[1])
+    monkeypatch.setattr(
+        session.engine,
+        "submit",
+        lambda pieces, *more, **how: (taken.append(pieces), submit(pieces, *more, **how))[1],
+    )
     text, units, _ = said(session.respond(A))
-    assert text == CASES["A"]["text"].strip() and "".join(f"<{unit}>" for unit in units) == CASES["A"]["prediction_units"]
+    assert (
+        text == CASES["A"]["text"].strip()
+        and "".join(f"<{unit}>" for unit in units) == CASES["A"]["prediction_units"]
+    )
     for wav in (B, C):
         continued = said(session.respond(wav))
         whole = from_scratch(text_model, session, turns=len(session.turns) - 1)
@@ -74,7 +87,9 @@ def test_interruption_keeps_what_was_said(text_model, session):
     (turn,) = session.turns
     assert text_model.tokenizer.decode(turn.answer) == "".join(reply.text for reply in heard) != ""
     assert len(turn.answer) == 2 * text_model.config.read and not any(session.engine.slots)
-    assert equal(said(session.respond(B)), said(from_scratch(text_model, session, turns=1).respond(B)))
+    assert equal(
+        said(session.respond(B)), said(from_scratch(text_model, session, turns=1).respond(B))
+    )
 
 
 def test_leaving_the_loop_interrupts(session):
@@ -96,7 +111,9 @@ def test_last_replies_unheard(text_model, session):
         session.engine.step()
     session.interrupt()
     assert len(session.turns[0].answer) == 3 * text_model.config.read and len(heard) == 3
-    assert equal(said(session.respond(B)), said(from_scratch(text_model, session, turns=1).respond(B)))
+    assert equal(
+        said(session.respond(B)), said(from_scratch(text_model, session, turns=1).respond(B))
+    )
 
 
 def test_one_answer_at_a_time(session):
@@ -115,7 +132,9 @@ def test_two_sessions_share_an_engine(text_model, text_engine, session):
     """Reply by reply in turns, each is what it is alone."""
     expected = [said(session.respond(A)), said(session.respond(B))]
     ask = text_model.request(GREEDY)
-    one, two = (Session(text_model.hear, text_engine, text_model.tokenizer, ask, None) for _ in range(2))
+    one, two = (
+        Session(text_model.hear, text_engine, text_model.tokenizer, ask, None) for _ in range(2)
+    )
     first = list(one.respond(A))
     together = list(itertools.zip_longest(one.respond(B), two.respond(A)))
     assert equal(said(first), expected[0])
@@ -131,7 +150,10 @@ def test_too_long_a_conversation(text_model, session):
     for wav in (A, B, C):
         said(session.respond(wav))
     length, turns = session.length, list(session.turns)
-    with pytest.raises(ValueError, match=r"takes 1\d\d\d positions and 64 more .* but there are 1280; start a new one"):
+    with pytest.raises(
+        ValueError,
+        match=r"takes 1\d\d\d positions and 64 more .* but there are 1280; start a new one",
+    ):
         next(session.respond(A))
     assert session.length == length and session.turns == turns
 
@@ -146,7 +168,9 @@ def test_too_long_a_conversation(text_model, session):
 
 
 def test_turn_that_alone_is_too_long(text_model):
-    session = text_model.session(options=dataclasses.replace(GREEDY, long="split"), turns=1, overflow="drop")
+    session = text_model.session(
+        options=dataclasses.replace(GREEDY, long="split"), turns=1, overflow="drop"
+    )
     with pytest.raises(ValueError, match="but there are 1280"):
         next(session.respond(np.zeros(16000 * 121, np.float32)))
     assert session.turns == [] and said(session.respond(A))[0] == CASES["A"]["text"].strip()
@@ -154,7 +178,11 @@ def test_turn_that_alone_is_too_long(text_model):
 
 def test_bad_audio_changes_nothing(session):
     said(session.respond(A))
-    for wav, message in ((np.full(1600, np.nan, np.float32), "NaN"), (np.zeros(0, np.float32), "empty"), ("nowhere.wav", "nowhere.wav")):
+    for wav, message in (
+        (np.full(1600, np.nan, np.float32), "NaN"),
+        (np.zeros(0, np.float32), "empty"),
+        ("nowhere.wav", "nowhere.wav"),
+    ):
         with pytest.raises(ValueError, match=message):
             next(session.respond(wav))
     with pytest.raises(ValueError, match=r"31.00 s long; at most 30 s fit"):
@@ -165,16 +193,23 @@ def test_bad_audio_changes_nothing(session):
 def test_failed_answer_is_forgotten(text_model, session):
     """The next turn goes on from the turns before it, which the cache has to be filled with again."""
     said(session.respond(A))
-    healthy, session.hear = session.hear, lambda sound: [f.at[0, 0].set(np.nan) for f in healthy(sound)]
+    healthy, session.hear = (
+        session.hear,
+        lambda sound: [f.at[0, 0].set(np.nan) for f in healthy(sound)],
+    )
     with pytest.raises(GenerationError):
         said(session.respond(C))
     session.hear = healthy
-    assert len(session.turns) == 1 and session.lane is None
-    assert equal(said(session.respond(B)), said(from_scratch(text_model, session, turns=1).respond(B)))
+    assert len(session.turns) == 1 and session.prefix is None
+    assert equal(
+        said(session.respond(B)), said(from_scratch(text_model, session, turns=1).respond(B))
+    )
 
 
 def test_full_queue_loses_nothing(text_model, session, text_engine, monkeypatch):
-    busy = Session(text_model.hear, text_engine, text_model.tokenizer, text_model.request(GREEDY), None, "drop")
+    busy = Session(
+        text_model.hear, text_engine, text_model.tokenizer, text_model.request(GREEDY), None, "drop"
+    )
     for wav in (A, B, C):
         said(busy.respond(wav))
     monkeypatch.setattr(text_engine, "queue", 0)
@@ -188,9 +223,14 @@ def test_full_queue_loses_nothing(text_model, session, text_engine, monkeypatch)
 
 def test_interruption_while_waiting(text_model, text_engine, monkeypatch):
     """Ctrl-C before the turn has got a slot: it stays in the history, unanswered, as any turn that is cut short at once."""
-    session = Session(text_model.hear, text_engine, text_model.tokenizer, text_model.request(GREEDY), None)
+    session = Session(
+        text_model.hear, text_engine, text_model.tokenizer, text_model.request(GREEDY), None
+    )
     said(session.respond(A))
-    others = [text_engine.submit(pieces(text_model, "A"), text_model.request(QUICK), None) for _ in range(3)]
+    others = [
+        text_engine.submit(pieces(text_model, "A"), text_model.request(QUICK), None)
+        for _ in range(3)
+    ]
     text_engine.admit()
 
     def interrupted():
@@ -203,4 +243,6 @@ def test_interruption_while_waiting(text_model, text_engine, monkeypatch):
     assert len(session.turns) == 2 and session.turns[1].answer == [] and session.stream is None
     for other in others:
         list(other)
-    assert equal(said(session.respond(B)), said(from_scratch(text_model, session, turns=2).respond(B)))
+    assert equal(
+        said(session.respond(B)), said(from_scratch(text_model, session, turns=2).respond(B))
+    )

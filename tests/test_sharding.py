@@ -8,21 +8,29 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from omni2_jax import checkpoint, sharding
+from omni2_jax import sharding
+from omni2_jax.checkpoint import parameters
 from omni2_jax.config import Omni2Config
-from omni2_jax.model import SPEECH
-from omni2_jax.omni2 import Omni2
+from omni2_jax.generate.omni2 import Omni2
+from omni2_jax.models.model import SPEECH, abstract_state
 from omni2_jax.sharding import Rules, make_mesh, mesh_of, parse_mesh
-from tests.talk import CASES, GREEDY, SHORT, Said, submit, tree_equal
+from tests.support.conversations import CASES, GREEDY, SHORT, Said, submit, tree_equal
 from tests.test_hift import assert_wav
 
-MESHES = {"8x1": (1, 8, 1), "1x8": (1, 1, 8), "2x4": (1, 2, 4), "2x2x2": (2, 2, 2)}  # (replica x) fsdp x tensor
+MESHES = {
+    "8x1": (1, 8, 1),
+    "1x8": (1, 1, 8),
+    "2x4": (1, 2, 4),
+    "2x2x2": (2, 2, 2),
+}  # (replica x) fsdp x tensor
 
 
 @pytest.fixture(scope="module", params=MESHES.values(), ids=MESHES)
 def sharded(request, checkpoint_dir) -> Omni2:
     """The tiny release without its audio side."""
-    return Omni2.load(checkpoint_dir, dtype=jnp.float32, decoder=False, mesh=make_mesh(*request.param))
+    return Omni2.load(
+        checkpoint_dir, dtype=jnp.float32, decoder=False, mesh=make_mesh(*request.param)
+    )
 
 
 # --- the same numbers
@@ -43,8 +51,12 @@ def forward(model: Omni2, rows: int) -> list[np.ndarray]:
         return features, hidden, parts.llm.logits(hidden)
 
     mesh = mesh_of(model.params)
-    features, hidden, logits = jax.jit(sharding.within(mesh, run))(model.params, mel, ids, positions)
-    assert hidden.sharding.is_equivalent_to(Rules().sharding(("batch", None, None), hidden.shape, mesh), 3)
+    features, hidden, logits = jax.jit(sharding.within(mesh, run))(
+        model.params, mel, ids, positions
+    )
+    assert hidden.sharding.is_equivalent_to(
+        Rules().sharding(("batch", None, None), hidden.shape, mesh), 3
+    )
     return [features, *(np.where(positions[..., None] >= 0, x, 0) for x in (hidden, logits))]
 
 
@@ -65,7 +77,9 @@ def test_unrolled_layers_keep_their_places(sharded):
     """Layers in lists, as a CPU serves them, still say their axes, and lie where these say."""
     state = nnx.state(nnx.merge(sharded.graph, sharded.params))
     places = sharding.of_params(state, mesh_of(sharded.params))
-    assert isinstance(sharded.params["llm"]["layers"], dict) and set(sharded.params["llm"]["layers"]) == {0, 1}
+    assert isinstance(sharded.params["llm"]["layers"], dict) and set(
+        sharded.params["llm"]["layers"]
+    ) == {0, 1}
     for leaf, place in zip(*map(jax.tree.leaves, (sharded.params, places)), strict=True):
         assert leaf.sharding.is_equivalent_to(place, leaf.ndim)
 
@@ -85,10 +99,16 @@ def test_generation(sharded, alone):
     for name, stream in streams.items():
         assert Said.by(stream) == alone[name]
     compiled = engine.compilations()
-    assert Said.by(submit(engine, sharded, "E", **SHORT)) == alone["E"] and engine.compilations() == compiled
+    assert (
+        Said.by(submit(engine, sharded, "E", **SHORT)) == alone["E"]
+        and engine.compilations() == compiled
+    )
 
-    mesh, keys = mesh_of(sharded.params), engine.state.words.llm.keys
-    rows, heads = mesh.shape["replica"] * mesh.shape["fsdp"], 2 if mesh.shape["tensor"] == 2 else 1  # 4 or 8 do not go into 2
+    mesh, keys = mesh_of(sharded.params), engine.state.language.llm.keys
+    rows, heads = (
+        mesh.shape["replica"] * mesh.shape["fsdp"],
+        2 if mesh.shape["tensor"] == 2 else 1,
+    )  # 4 or 8 do not go into 2
     assert keys.sharding.shard_shape(keys.shape) == (2, 8 // rows, engine.shape.llm, 2 // heads, 16)
 
 
@@ -100,7 +120,10 @@ def test_speech(checkpoint_dir, engine, model):
     memory = theirs.state.flow.past.memory.pairs  # of two branches
     layers, rows, heads, *rest = memory.shape
     assert memory.sharding.shard_shape(memory.shape) == (layers, rows // 2, heads // 2, *rest)
-    streams = [[submit(e, m, name, **SHORT) for name in "EA"] for e, m in ((engine, model), (theirs, sharded))]
+    streams = [
+        [submit(e, m, name, **SHORT) for name in "EA"]
+        for e, m in ((engine, model), (theirs, sharded))
+    ]
     for ours, other in zip(*streams, strict=True):
         said, expected = Said.by(other), Said.by(ours)
         assert (said.text, said.speech) == (expected.text, expected.speech) and said.samples.size
@@ -113,11 +136,17 @@ def test_speech(checkpoint_dir, engine, model):
 @pytest.fixture(scope="module")
 def shapes(checkpoint_dir):
     """The abstract parameters of the tiny release."""
-    return checkpoint.abstract_state(Omni2Config.load(checkpoint_dir / "config.json"))[1]
+    return abstract_state(Omni2Config.load(checkpoint_dir / "config.json"))[1]
 
 
 def load(directory, shapes, part, mesh) -> dict:
-    return checkpoint.load_part(directory, part, nnx.to_pure_dict(shapes)[part], None, sharding.of_params(shapes, mesh)[part])
+    return parameters.load_part(
+        directory,
+        part,
+        nnx.to_pure_dict(shapes)[part],
+        None,
+        sharding.of_params(shapes, mesh)[part],
+    )
 
 
 def test_restored_in_shards(checkpoint_dir, shapes):
@@ -127,18 +156,27 @@ def test_restored_in_shards(checkpoint_dir, shapes):
     for part in nnx.to_pure_dict(shapes):
         params = load(checkpoint_dir, shapes, part, mesh)
         assert tree_equal(params, load(checkpoint_dir, shapes, part, one))
-        for leaf, where in zip(*map(jax.tree.leaves, (params, sharding.of_params(shapes, mesh)[part])), strict=True):
-            assert {shard.data.shape for shard in leaf.addressable_shards} == {where.shard_shape(leaf.shape)}
+        for leaf, where in zip(
+            *map(jax.tree.leaves, (params, sharding.of_params(shapes, mesh)[part])), strict=True
+        ):
+            assert {shard.data.shape for shard in leaf.addressable_shards} == {
+                where.shard_shape(leaf.shape)
+            }
     mine = lambda leaf: leaf.addressable_shards[0].data.size / leaf.size  # noqa: E731
     llm = load(checkpoint_dir, shapes, "llm", mesh)
-    assert mine(llm["layers"]["mlp"]["up"]["kernel"]) == 1 / 8 and mine(llm["layers"]["attention"]["query"]["kernel"]) == 1 / 8
-    assert mine(llm["layers"]["attention"]["key"]["kernel"]) == 1 / 2  # two heads, which four devices hold whole
+    assert (
+        mine(llm["layers"]["mlp"]["up"]["kernel"]) == 1 / 8
+        and mine(llm["layers"]["attention"]["query"]["kernel"]) == 1 / 8
+    )
+    assert (
+        mine(llm["layers"]["attention"]["key"]["kernel"]) == 1 / 2
+    )  # two heads, which four devices hold whole
 
 
 @pytest.mark.parametrize(("saved", "restored"), [("8x1", "2x4"), ("2x4", "1x8"), ("2x2x2", "8x1")])
 def test_saved_in_shards(checkpoint_dir, shapes, tmp_path, saved, restored):
     params = load(checkpoint_dir, shapes, "llm", make_mesh(*MESHES[saved]))
-    checkpoint.save_part(tmp_path, "llm", params)
+    parameters.save_part(tmp_path, "llm", params)
     assert tree_equal(load(tmp_path, shapes, "llm", make_mesh(*MESHES[restored])), params)
 
 
@@ -152,17 +190,32 @@ def test_axes_that_do_not_divide_are_held_whole():
     assert spec(("embed", "kv_heads", "head"), 64, 2, 16) == ("fsdp", None, None)
     assert spec(("vocabulary", "embed"), 158227, 896) == (None, "fsdp")
     assert spec(("batch", None, "vocabulary"), 3, 7, 8) == (None, None, "tensor")
-    assert spec(("hidden", "heads"), 8, 8) == ("tensor", None)  # an axis of the mesh cuts an array once
+    assert spec(("hidden", "heads"), 8, 8) == (
+        "tensor",
+        None,
+    )  # an axis of the mesh cuts an array once
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("fsdp=3", "mesh 1 x 3 x 1 (replica x fsdp x tensor) does not fit the 8 devices there are; give sizes that make as many"),
-        ("replica=2,fsdp=2,tensor=4", "mesh 2 x 2 x 4 (replica x fsdp x tensor) does not fit the 8 devices there are"),
-        ("tensor=3", "mesh 1 x -1 x 3 (replica x fsdp x tensor) does not fit the 8 devices there are; give sizes that divide them"),
+        (
+            "fsdp=3",
+            "mesh 1 x 3 x 1 (replica x fsdp x tensor) does not fit the 8 devices there are; give sizes that make as many",
+        ),
+        (
+            "replica=2,fsdp=2,tensor=4",
+            "mesh 2 x 2 x 4 (replica x fsdp x tensor) does not fit the 8 devices there are",
+        ),
+        (
+            "tensor=3",
+            "mesh 1 x -1 x 3 (replica x fsdp x tensor) does not fit the 8 devices there are; give sizes that divide them",
+        ),
         ("tensor=0", "expected positive sizes"),
-        ("data=8", "mesh 'data=8' is not understood, expected sizes of replica, fsdp, tensor, as in fsdp=2,tensor=4"),
+        (
+            "data=8",
+            "mesh 'data=8' is not understood, expected sizes of replica, fsdp, tensor, as in fsdp=2,tensor=4",
+        ),
         ("tensor", "mesh 'tensor' is not understood"),
         ("tensor=two", "mesh 'tensor=two' is not understood"),
     ],
@@ -182,5 +235,7 @@ def test_mesh_that_does_not_divide_the_model(checkpoint_dir):
     config = Omni2Config.load(checkpoint_dir / "config.json")
     assert (config.llm.width, config.llm.hidden) == (64, 128)
     mesh = make_mesh(fsdp=1, tensor=6, devices=jax.devices()[:6])
-    with pytest.raises(ValueError, match="tensor=6 does not divide the LLM's hidden size of 128; 1, 2 would"):
+    with pytest.raises(
+        ValueError, match="tensor=6 does not divide the LLM's hidden size of 128; 1, 2 would"
+    ):
         Omni2.load(checkpoint_dir, mesh=mesh)

@@ -9,14 +9,15 @@ import onnx
 import pytest
 from flax import nnx
 
-from convert.engine import ConversionError, plan, unplan
-from convert.sources import Tensor, abstract, onnx_file
-from convert.tables.speaker import infer_config, table
-from convert.tables.speaker_onnx import from_onnx
-from omni2_jax import audio, speaker
-from omni2_jax.checkpoint import flatten
+from omni2_jax.audio import recordings
+from omni2_jax.checkpoint.parameters import flatten
 from omni2_jax.config import SpeakerConfig
-from omni2_jax.speaker import Speaker, embed
+from omni2_jax.convert.formats import Tensor, abstract, onnx_file
+from omni2_jax.convert.plan import ConversionError, plan, unplan
+from omni2_jax.convert.tables.speaker import infer_config, table
+from omni2_jax.convert.tables.speaker_onnx import from_onnx
+from omni2_jax.models import speaker
+from omni2_jax.models.speaker import Speaker, embed
 
 GOLDENS = Path(__file__).parent / "goldens"
 ONNX = GOLDENS / "cosy2_decoder" / "campplus.onnx"
@@ -30,11 +31,16 @@ def abstract_model(config: SpeakerConfig) -> tuple[nnx.GraphDef, dict]:
 
 
 def converted(source) -> dict:
-    return jax.tree.map(lambda leaf: leaf.read(), plan(table(TINY), source, abstract_model(TINY)[1], "campplus"))
+    return jax.tree.map(
+        lambda leaf: leaf.read(), plan(table(TINY), source, abstract_model(TINY)[1], "campplus")
+    )
 
 
 def stored(tensors: dict[str, np.ndarray]) -> dict:
-    return {name: Tensor(value.shape, value.dtype, lambda value=value: value) for name, value in tensors.items()}
+    return {
+        name: Tensor(value.shape, value.dtype, lambda value=value: value)
+        for name, value in tensors.items()
+    }
 
 
 def assert_same(a, b, tolerance=0.0):
@@ -64,7 +70,9 @@ def golden():
 @pytest.fixture(scope="module")
 def batch():
     """The four clips, of 0.6 to 2.7 s, padded with noise: [4, N] and their lengths."""
-    x, lengths = audio.pad([audio.load(GOLDENS / "audio" / f"{clip}.wav") for clip in CLIPS])
+    x, lengths = recordings.pad(
+        [recordings.load(GOLDENS / "audio" / f"{clip}.wav") for clip in CLIPS]
+    )
     noise = np.random.default_rng(0).uniform(-1, 1, x.shape).astype(np.float32)
     return np.where(np.arange(x.shape[1]) < lengths[:, None], x, noise), lengths
 
@@ -73,7 +81,7 @@ def batch():
 
 
 def test_one_clip_as_the_released_front_end(encoder, golden):
-    x_vector = embed(encoder, audio.load(GOLDENS / "audio" / "speech_a.wav")[None])
+    x_vector = embed(encoder, recordings.load(GOLDENS / "audio" / "speech_a.wav")[None])
     np.testing.assert_allclose(x_vector, golden["frontend"][None], rtol=0, atol=1e-4)
 
 
@@ -98,9 +106,17 @@ def test_a_prompt_has_to_be_long_enough(encoder):
 
 CONV_NORMS = (
     [(f"head.conv{k}", f"head.bn{k}") for k in (1, 2)]
-    + [(f"head.layer{i}.{j}.conv{k}", f"head.layer{i}.{j}.bn{k}") for i in (1, 2) for j in (0, 1) for k in (1, 2)]
+    + [
+        (f"head.layer{i}.{j}.conv{k}", f"head.layer{i}.{j}.bn{k}")
+        for i in (1, 2)
+        for j in (0, 1)
+        for k in (1, 2)
+    ]
     + [(f"head.layer{i}.0.shortcut.0", f"head.layer{i}.0.shortcut.1") for i in (1, 2)]
-    + [("xvector.tdnn.linear", "xvector.tdnn.nonlinear.batchnorm"), ("xvector.transit3.linear", "xvector.out_nonlinear.batchnorm")]
+    + [
+        ("xvector.tdnn.linear", "xvector.tdnn.nonlinear.batchnorm"),
+        ("xvector.transit3.linear", "xvector.out_nonlinear.batchnorm"),
+    ]
     + [
         (f"xvector.block{i}.tdnnd{j}.linear1", f"xvector.block{i}.tdnnd{j}.nonlinear2.batchnorm")
         for i, layers in enumerate(TINY.layers, 1)
@@ -133,9 +149,15 @@ def test_batch_norms_are_folded(source, params):
         size = len(state[f"{norm}.bias"])
         weight, variance = draw.uniform(0.5, 2, (2, size))
         mean, scale = draw.normal(size=size), weight / np.sqrt(variance + 1e-5)
-        state[f"{conv}.weight"] = state[f"{conv}.weight"] / scale.reshape(-1, *[1] * (state[f"{conv}.weight"].ndim - 1))
+        state[f"{conv}.weight"] = state[f"{conv}.weight"] / scale.reshape(
+            -1, *[1] * (state[f"{conv}.weight"].ndim - 1)
+        )
         state |= {f"{norm}.weight": weight, f"{norm}.bias": state[f"{norm}.bias"] + mean * scale}
-        state |= {f"{norm}.running_mean": mean, f"{norm}.running_var": variance, f"{norm}.num_batches_tracked": np.array(7)}
+        state |= {
+            f"{norm}.running_mean": mean,
+            f"{norm}.running_var": variance,
+            f"{norm}.num_batches_tracked": np.array(7),
+        }
     assert_same(converted(stored(state)), params, 1e-5)
 
 

@@ -13,15 +13,20 @@ import torch
 import transformers
 from safetensors.numpy import load_file
 
-from configs import omni2_7b
-from convert import build, releases, sources, start
-from omni2_jax import checkpoint, tokenizer
-from omni2_jax.checkpoint import Unread
+from omni2_jax.checkpoint import parameters, tokenizer
+from omni2_jax.checkpoint.lazy import LazyArray
 from omni2_jax.config import LANGUAGE_PARTS, AdapterConfig, Omni2Config
-from omni2_jax.omni2 import Omni2, Options
-from tests.releases import GOLDENS, convert, linked, manifest, replace, settings
+from omni2_jax.configs import omni2_7b
+from omni2_jax.convert import build, formats, releases, start
+from omni2_jax.generate.omni2 import Omni2, Options
+from omni2_jax.models.model import abstract_model
+from tests.support.releases import GOLDENS, convert, linked, manifest, replace, settings
 
-OMNI2, DECODER, WHISPER = GOLDENS / "omni2", GOLDENS / "cosy2_decoder", GOLDENS / "whisper" / "tiny.pt"
+OMNI2, DECODER, WHISPER = (
+    GOLDENS / "omni2",
+    GOLDENS / "cosy2_decoder",
+    GOLDENS / "whisper" / "tiny.pt",
+)
 CASES = json.loads((OMNI2 / "tokenizer_cases.json").read_text())
 TEXT = CASES["tts"]["len_llm_tokenizer"] - 1  # tokens of the goldens' tokenizer without <speech>
 
@@ -57,9 +62,13 @@ def plain_qwen(directory, tied=True, dtype=torch.bfloat16, width=48, layers=2):
     torch.manual_seed(width)
     model = transformers.Qwen2ForCausalLM(config).to(dtype)
     with torch.no_grad():
-        model.model.embed_tokens.weight += 0.3 * torch.arange(width) / width  # columns differ in their mean
+        model.model.embed_tokens.weight += (
+            0.3 * torch.arange(width) / width
+        )  # columns differ in their mean
     model.save_pretrained(directory)
-    edited(directory / "config.json", lambda content: content.pop("layer_types"))  # Qwen's own have none
+    edited(
+        directory / "config.json", lambda content: content.pop("layer_types")
+    )  # Qwen's own have none
     return directory
 
 
@@ -70,7 +79,9 @@ def qwen(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
-    return plain_qwen(tmp_path_factory.mktemp("small") / "Qwen2.5-0.5B", dtype=torch.float32, width=32, layers=1)
+    return plain_qwen(
+        tmp_path_factory.mktemp("small") / "Qwen2.5-0.5B", dtype=torch.float32, width=32, layers=1
+    )
 
 
 @pytest.fixture(scope="module")
@@ -81,19 +92,23 @@ def start_dir(qwen, small, tmp_path_factory):
 
 
 def leaves(directory, part):
-    return {path: leaf.read() for path, leaf in checkpoint.stored(directory, part).items()}
+    return {path: leaf.read() for path, leaf in parameters.stored(directory, part).items()}
 
 
 # ---- the checkpoint ----
 
 
 def test_it_is_complete(start_dir):
-    assert checkpoint.parts(start_dir) == list(LANGUAGE_PARTS)
+    assert parameters.parts(start_dir) == list(LANGUAGE_PARTS)
     config = Omni2Config.load(start_dir / "config.json")
     assert dataclasses.astuple(config.tokens) == (TEXT, (422,), TEXT, 420)
-    assert config.adapter == AdapterConfig() and (config.units, config.read, config.write) == (6561, 3, 10)
+    assert config.adapter == AdapterConfig() and (config.units, config.read, config.write) == (
+        6561,
+        3,
+        10,
+    )
     assert (config.llm.vocabulary, config.speech_lm.vocabulary) == (TEXT + 15, TEXT + 1 + 6561)
-    checkpoint.load(start_dir, config, jnp.float32)
+    parameters.load(start_dir, config, jnp.float32)
 
 
 def test_tokenizers_are_the_released_ones(start_dir, qwen):
@@ -104,25 +119,45 @@ def test_tokenizers_are_the_released_ones(start_dir, qwen):
         assert {i: repr(token) for i, token in ours.added_tokens_decoder.items()} == {
             i: repr(token) for i, token in theirs.added_tokens_decoder.items()
         }
-        for path in filter(Path.exists, (released / "tokenizer.json", released / "tokenizer_config.json")):
-            found, expected = json.loads((start_dir / folder / path.name).read_text()), json.loads(path.read_text())
+        for path in filter(
+            Path.exists, (released / "tokenizer.json", released / "tokenizer_config.json")
+        ):
+            found, expected = (
+                json.loads((start_dir / folder / path.name).read_text()),
+                json.loads(path.read_text()),
+            )
             assert {**found, "chat_template": None} == {**expected, "chat_template": None}
     found = tokenizer.load(start_dir / "tokenizer")
     for case in CASES["encode"]:
         assert found.encode(case["text"]) == case["ids"]
     for case in CASES["chat"]:
-        assert found.apply_chat_template(case["messages"], add_generation_prompt=True, tokenize=False) == case["rendered"]
+        assert (
+            found.apply_chat_template(case["messages"], add_generation_prompt=True, tokenize=False)
+            == case["rendered"]
+        )
     for case in CASES["units_decode"]:
-        assert tokenizer.load(start_dir / "tts_tokenizer").decode(case["ids"], skip_special_tokens=True) == case["text"]
-    assert (start_dir / "tokenizer" / "merges.txt").read_bytes() == (qwen / "merges.txt").read_bytes()
+        assert (
+            tokenizer.load(start_dir / "tts_tokenizer").decode(
+                case["ids"], skip_special_tokens=True
+            )
+            == case["text"]
+        )
+    assert (start_dir / "tokenizer" / "merges.txt").read_bytes() == (
+        qwen / "merges.txt"
+    ).read_bytes()
 
 
 def test_language_models_keep_their_weights(start_dir, qwen, small):
     for part, directory in {"llm": qwen, "speech_lm": small}.items():
         theirs, ours = load_file(directory / "model.safetensors"), leaves(start_dir, part)
         table = theirs["model.embed_tokens.weight"]
-        assert ours["embedding.table"].dtype == table.dtype and ours["embedding.table"][:TEXT].tobytes() == table[:TEXT].tobytes()
-        np.testing.assert_array_equal(ours["layers.mlp.up.kernel"][0], theirs["model.layers.0.mlp.up_proj.weight"].T)
+        assert (
+            ours["embedding.table"].dtype == table.dtype
+            and ours["embedding.table"][:TEXT].tobytes() == table[:TEXT].tobytes()
+        )
+        np.testing.assert_array_equal(
+            ours["layers.mlp.up.kernel"][0], theirs["model.layers.0.mlp.up_proj.weight"].T
+        )
         assert ("head.kernel" in ours) == (part == "llm")
     assert len(leaves(start_dir, "llm")["embedding.table"]) == TEXT + 15
 
@@ -147,18 +182,26 @@ def test_adapter_and_fusion_are_initialised(start_dir):
             else:
                 np.testing.assert_allclose(leaf.std() * leaf.shape[0] ** 0.5, 1, rtol=0.06)
         config = Omni2Config.load(start_dir / "config.json")
-        assert all((leaf.read() == found[path]).all() for path, leaf in checkpoint.flatten(getattr(start, part)(config)).items())
+        assert all(
+            (leaf.read() == found[path]).all()
+            for path, leaf in parameters.flatten(getattr(start, part)(config)).items()
+        )
 
 
 def test_round_trip_through_the_released_layout(start_dir, tmp_path):
     assert convert("--to-torch", start_dir, "--out", tmp_path / "back") == 0
     back = tmp_path / "back"
     assert convert("--omni2", back / "LLaMA-Omni2", "--out", tmp_path / "again") == 0
-    assert (tmp_path / "again" / "config.json").read_bytes() == (start_dir / "config.json").read_bytes()
-    for part in checkpoint.parts(start_dir):
+    assert (tmp_path / "again" / "config.json").read_bytes() == (
+        start_dir / "config.json"
+    ).read_bytes()
+    for part in parameters.parts(start_dir):
         ours, theirs = leaves(start_dir, part), leaves(tmp_path / "again", part)
         assert ours.keys() == theirs.keys()
-        assert all(leaf.dtype == theirs[path].dtype and leaf.tobytes() == theirs[path].tobytes() for path, leaf in ours.items())
+        assert all(
+            leaf.dtype == theirs[path].dtype and leaf.tobytes() == theirs[path].tobytes()
+            for path, leaf in ours.items()
+        )
     for folder in ("tokenizer", "tts_tokenizer"):
         for file in (start_dir / folder).iterdir():
             assert (tmp_path / "again" / folder / file.name).read_bytes() == file.read_bytes()
@@ -167,7 +210,9 @@ def test_round_trip_through_the_released_layout(start_dir, tmp_path):
 def test_it_answers(start_dir):
     """Noise, but in the right format; the whole path is compiled for the tiny release elsewhere."""
     model = Omni2.load(start_dir, decoder=False)
-    answer = model.answer(GOLDENS / "audio" / "short_d.wav", options=Options(max_new_tokens=5, max_flush_units=10))
+    answer = model.answer(
+        GOLDENS / "audio" / "short_d.wav", options=Options(max_new_tokens=5, max_flush_units=10)
+    )
     assert len(answer.units) > 10 and answer.unit_text.startswith(f"<{answer.units[0]}>")
 
 
@@ -178,15 +223,21 @@ def test_without_a_speech_lm(qwen, tmp_path):
     """What stage I(a) needs, in one go or one after the other."""
     assert convert("--whisper", WHISPER, "--qwen", qwen, "--out", tmp_path / "one") == 0
     assert convert("--qwen", qwen, "--out", tmp_path / "two") == 0
-    assert checkpoint.parts(tmp_path / "two") == ["llm"]
+    assert parameters.parts(tmp_path / "two") == ["llm"]
     assert convert("--whisper", WHISPER, "--out", tmp_path / "two") == 0
     for directory in (tmp_path / "one", tmp_path / "two"):
-        assert checkpoint.parts(directory) == ["speech_encoder", "adapter", "llm"]
+        assert parameters.parts(directory) == ["speech_encoder", "adapter", "llm"]
         assert not (directory / "tts_tokenizer").exists()
         config = Omni2Config.load(directory / "config.json")
-        assert config.tokens.speech == tokenizer.load(directory / "tokenizer").get_vocab()["<speech>"] == TEXT
-        checkpoint.load(directory, config, jnp.float32)
-    assert (tmp_path / "one" / "config.json").read_bytes() == (tmp_path / "two" / "config.json").read_bytes()
+        assert (
+            config.tokens.speech
+            == tokenizer.load(directory / "tokenizer").get_vocab()["<speech>"]
+            == TEXT
+        )
+        parameters.load(directory, config, jnp.float32)
+    assert (tmp_path / "one" / "config.json").read_bytes() == (
+        tmp_path / "two" / "config.json"
+    ).read_bytes()
     one, two = (leaves(tmp_path / name, "adapter") for name in ("one", "two"))
     assert all(one[path].tobytes() == two[path].tobytes() for path in one)
 
@@ -198,18 +249,30 @@ def test_a_tokenizer_that_has_speech_is_kept(qwen, small, tmp_path):
         replace(other / name, (OMNI2 / name).read_bytes())
     (other / "tokenizer.json").unlink()
     content = json.loads((OMNI2 / "special_tokens_map.json").read_text())
-    described = [{"content": token, "lstrip": False} for token in content["additional_special_tokens"]]
-    replace(other / "special_tokens_map.json", json.dumps(content | {"additional_special_tokens": described}))
+    described = [
+        {"content": token, "lstrip": False} for token in content["additional_special_tokens"]
+    ]
+    replace(
+        other / "special_tokens_map.json",
+        json.dumps(content | {"additional_special_tokens": described}),
+    )
     content = json.loads((OMNI2 / "tokenizer_config.json").read_text())
     (other / "chat_template.jinja").write_text(content.pop("chat_template"))
     replace(other / "tokenizer_config.json", json.dumps(content))
     assert convert("--qwen", other, "--speech-lm", small, "--out", tmp_path / "start") == 0
     for file in (tmp_path / "start" / "tokenizer").iterdir():
         assert file.read_bytes() == (other / file.name).read_bytes()
-    found, released = tokenizer.load(tmp_path / "start" / "tts_tokenizer"), tokenizer.load(OMNI2 / "tts_tokenizer")
+    found, released = (
+        tokenizer.load(tmp_path / "start" / "tts_tokenizer"),
+        tokenizer.load(OMNI2 / "tts_tokenizer"),
+    )
     assert found.get_vocab() == released.get_vocab() and found.eos_token_id == 420
-    assert {i for i, token in found.added_tokens_decoder.items() if token.special} == {*range(420, 426)}
-    described = json.loads((tmp_path / "start" / "tts_tokenizer" / "special_tokens_map.json").read_text())["additional_special_tokens"]
+    assert {i for i, token in found.added_tokens_decoder.items() if token.special} == {
+        *range(420, 426)
+    }
+    described = json.loads(
+        (tmp_path / "start" / "tts_tokenizer" / "special_tokens_map.json").read_text()
+    )["additional_special_tokens"]
     assert described[-1] == "<sep>" and len(described) == 5
     assert Omni2Config.load(tmp_path / "start" / "config.json").tokens.sep == TEXT
 
@@ -218,32 +281,58 @@ def test_a_released_size(qwen, tmp_path, monkeypatch):
     """From shapes alone, with as many tokens as Qwen2.5 has: what comes out is what is released."""
     released = omni2_7b.config.only(*LANGUAGE_PARTS)
     keys = manifest("llama_omni2_7B")
-    llm = {name: key for name, key in keys["keys"].items() if not name.startswith(("speech_generator.", "model.speech_"))}
+    llm = {
+        name: key
+        for name, key in keys["keys"].items()
+        if not name.startswith(("speech_generator.", "model.speech_"))
+    }
     prefix = "speech_generator.model."
-    speech_lm = {name.removeprefix(prefix): key for name, key in keys["keys"].items() if name.startswith(prefix)}
+    speech_lm = {
+        name.removeprefix(prefix): key
+        for name, key in keys["keys"].items()
+        if name.startswith(prefix)
+    }
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
         speech_lm[name] = ([151936, 896], "bfloat16")
-    stated = {"llm": keys["info"]["config"], "speech_lm": keys["info"]["speech_generator"] | {"vocab_size": 151936}}
+    stated = {
+        "llm": keys["info"]["config"],
+        "speech_lm": keys["info"]["speech_generator"] | {"vocab_size": 151936},
+    }
     for part, dims in stated.items():
         (linked(qwen, tmp_path / part) / "generation_config.json").unlink()
-        replace(tmp_path / part / "config.json", json.dumps(settings({"config": dims, "speech_generator": {}}) | {"model_type": "qwen2"}))
-        replace(tmp_path / part / "tokenizer.json", qwen_sized(json.loads((qwen / "tokenizer.json").read_text())))
+        replace(
+            tmp_path / part / "config.json",
+            json.dumps(
+                settings({"config": dims, "speech_generator": {}}) | {"model_type": "qwen2"}
+            ),
+        )
+        replace(
+            tmp_path / part / "tokenizer.json",
+            qwen_sized(json.loads((qwen / "tokenizer.json").read_text())),
+        )
         content = json.loads((qwen / "tokenizer_config.json").read_text())
         del content["added_tokens_decoder"], content["additional_special_tokens"]
         replace(tmp_path / part / "tokenizer_config.json", json.dumps(content))
         for name in ("vocab.json", "merges.txt"):
             (tmp_path / part / name).unlink()
-    monkeypatch.setattr(releases, "tensors", lambda path: sources.abstract(llm if path.parent.name == "llm" else speech_lm))
+    monkeypatch.setattr(
+        releases,
+        "tensors",
+        lambda path: formats.abstract(llm if path.parent.name == "llm" else speech_lm),
+    )
     release = build.read_qwen(tmp_path / "llm", tmp_path / "speech_lm")
-    heard = build.Release(releases.NOTHING.replace(speech_encoder=released.speech_encoder), {"speech_encoder": {}})
+    heard = build.Release(
+        releases.EMPTY_CONFIG.replace(speech_encoder=released.speech_encoder),
+        {"speech_encoder": {}},
+    )
     release = build.combine([release, heard])
     assert release.config == released
-    shapes = checkpoint.abstract(released)[1]
+    shapes = abstract_model(released)[1]
     assert set(release.params) == set(shapes)
     for part in ("adapter", "llm", "fusion", "speech_lm"):
-        found = checkpoint.flatten(release.params[part])
+        found = parameters.flatten(release.params[part])
         assert {path: leaf.shape for path, leaf in found.items()} == {
-            path: leaf.shape for path, leaf in checkpoint.flatten(shapes[part]).items()
+            path: leaf.shape for path, leaf in parameters.flatten(shapes[part]).items()
         }
 
 
@@ -253,7 +342,14 @@ def qwen_sized(content):
     vocabulary |= {f"token {i}": i for i in range(len(vocabulary), 151643)}
     names = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|{i}|>" for i in range(19))]
     like = content["added_tokens"][0]
-    return json.dumps(content | {"added_tokens": [like | {"id": 151643 + i, "content": name} for i, name in enumerate(names)]})
+    return json.dumps(
+        content
+        | {
+            "added_tokens": [
+                like | {"id": 151643 + i, "content": name} for i, name in enumerate(names)
+            ]
+        }
+    )
 
 
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float32])
@@ -262,13 +358,16 @@ def test_extension_holds_one_table(dtype, rows):
     """Padding rows beyond the kept ones are dropped, also where the new table is the smaller one."""
     old = np.random.default_rng(0).standard_normal((rows, 256)).astype(dtype)
     old[500:] = 1e4
-    table = start.extended(Unread(old.shape, old.dtype, old.copy), kept=500, vocabulary=4000)
+    table = start.extended(LazyArray(old.shape, old.dtype, old.copy), kept=500, vocabulary=4000)
     tracemalloc.start()
     found = table.read()
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert found.dtype == dtype and found.shape == table.shape == (4000, 256)
-    assert found[:500].tobytes() == old[:500].tobytes() and np.abs(found[500:].astype(np.float32)).max() < 10
+    assert (
+        found[:500].tobytes() == old[:500].tobytes()
+        and np.abs(found[500:].astype(np.float32)).max() < 10
+    )
     assert abs(found[500:].astype(np.float32).std() - 1) < 0.02
     assert peak < max(old.nbytes, found.nbytes) + 8 * start.BLOCK * 256 * 2
 
@@ -296,14 +395,33 @@ def without(*keys):
 
 def renamed(before, after):
     """A tokenizer_config.json in which an added token has another name."""
-    return lambda content: [t.update(content=after) for t in content["added_tokens_decoder"].values() if t["content"] == before]
+    return lambda content: [
+        t.update(content=after)
+        for t in content["added_tokens_decoder"].values()
+        if t["content"] == before
+    ]
 
 
 FAULTS = {
-    "no tokenizer": ("qwen", "tokenizer.json vocab.json", None, "Instruct has no tokenizer: expected tokenizer.json"),
-    "no tokenizer of the speech LM": ("small", "tokenizer.json vocab.json", None, "0.5B has no tokenizer: expected tokenizer.json"),
+    "no tokenizer": (
+        "qwen",
+        "tokenizer.json vocab.json",
+        None,
+        "Instruct has no tokenizer: expected tokenizer.json",
+    ),
+    "no tokenizer of the speech LM": (
+        "small",
+        "tokenizer.json vocab.json",
+        None,
+        "0.5B has no tokenizer: expected tokenizer.json",
+    ),
     "no tokenizer_config": ("qwen", "tokenizer_config.json", None, "Instruct has no chat template"),
-    "no chat template": ("qwen", "tokenizer_config.json", without("chat_template"), "Instruct has no chat template"),
+    "no chat template": (
+        "qwen",
+        "tokenizer_config.json",
+        without("chat_template"),
+        "Instruct has no chat template",
+    ),
     "another tokenizer": (
         "small",
         "tokenizer_config.json",
@@ -316,12 +434,42 @@ FAULTS = {
         lambda c: c["model"]["vocab"].pop("!"),
         "does not number its 424 tokens from 0 to 423",
     ),
-    "too few rows": ("small", "config.json", lambda c: c.update(vocab_size=400), "vocab_size is 400, but the tokenizer has 425 tokens"),
-    "untied": ("small", "config.json", lambda c: c.update(tie_word_embeddings=False), "0.5B/config.json: the embeddings are not tied"),
-    "another model": ("small", "config.json", lambda c: c.update(model_type="llama"), "model_type is 'llama', expected 'qwen2'"),
-    "another width": ("small", "config.json", lambda c: c.update(hidden_size=64), "has shape [32], expected [64]"),
-    "a layer too many": ("small", "config.json", lambda c: c.update(num_hidden_layers=2), "missing model.layers.1."),
-    "a layer left over": ("qwen", "config.json", lambda c: c.update(num_hidden_layers=1), "unexpected model.layers.1."),
+    "too few rows": (
+        "small",
+        "config.json",
+        lambda c: c.update(vocab_size=400),
+        "vocab_size is 400, but the tokenizer has 425 tokens",
+    ),
+    "untied": (
+        "small",
+        "config.json",
+        lambda c: c.update(tie_word_embeddings=False),
+        "0.5B/config.json: the embeddings are not tied",
+    ),
+    "another model": (
+        "small",
+        "config.json",
+        lambda c: c.update(model_type="llama"),
+        "model_type is 'llama', expected 'qwen2'",
+    ),
+    "another width": (
+        "small",
+        "config.json",
+        lambda c: c.update(hidden_size=64),
+        "has shape [32], expected [64]",
+    ),
+    "a layer too many": (
+        "small",
+        "config.json",
+        lambda c: c.update(num_hidden_layers=2),
+        "missing model.layers.1.",
+    ),
+    "a layer left over": (
+        "qwen",
+        "config.json",
+        lambda c: c.update(num_hidden_layers=1),
+        "unexpected model.layers.1.",
+    ),
     "no weights": ("small", "model.safetensors", None, "0.5B has neither model.safetensors nor"),
 }
 
@@ -329,7 +477,10 @@ FAULTS = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_bad_sources_are_refused(fault, qwen, small, tmp_path):
     which, files, edit, says = FAULTS[fault]
-    given = {"qwen": linked(qwen, tmp_path / qwen.name), "small": linked(small, tmp_path / small.name)}
+    given = {
+        "qwen": linked(qwen, tmp_path / qwen.name),
+        "small": linked(small, tmp_path / small.name),
+    }
     for name in files.split():
         if edit:
             edited(given[which] / name, edit)
@@ -340,13 +491,24 @@ def test_bad_sources_are_refused(fault, qwen, small, tmp_path):
 
 def test_speech_lm_alone_is_refused(small, tmp_path):
     assert "--speech-lm needs --qwen" in refused(tmp_path, "--speech-lm", small)
-    assert "no/where does not exist" in refused(tmp_path, "--qwen", small, "--speech-lm", "no/where")
+    assert "no/where does not exist" in refused(
+        tmp_path, "--qwen", small, "--speech-lm", "no/where"
+    )
 
 
 @pytest.mark.parametrize(
-    "name, says", [("<speech>", "has <speech> as 423; expected it last, where <sep> goes"), ("<7>", "has <7> already")]
+    "name, says",
+    [
+        ("<speech>", "has <speech> as 423; expected it last, where <sep> goes"),
+        ("<7>", "has <7> already"),
+    ],
 )
 def test_a_tokenizer_without_room_for_units_is_refused(name, says, qwen, small, tmp_path):
     for source in (qwen, small):
-        edited(linked(source, tmp_path / source.name) / "tokenizer_config.json", renamed("<|object_ref_start|>", name))
-    assert says in refused(tmp_path, "--qwen", tmp_path / qwen.name, "--speech-lm", tmp_path / small.name)
+        edited(
+            linked(source, tmp_path / source.name) / "tokenizer_config.json",
+            renamed("<|object_ref_start|>", name),
+        )
+    assert says in refused(
+        tmp_path, "--qwen", tmp_path / qwen.name, "--speech-lm", tmp_path / small.name
+    )

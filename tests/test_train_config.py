@@ -6,15 +6,21 @@ from pathlib import Path
 
 import pytest
 
+from omni2_jax.train import checkpoints, settings
+from omni2_jax.train.settings import (
+    MUTABLE_SETTINGS,
+    Bucket,
+    MeshConfig,
+    OptimizerConfig,
+    TrainConfig,
+)
 from tests.conftest import ROOT
-from train import checkpoints, config
-from train.config import FREE, Bucket, MeshShape, Optimiser, Train
 
 STAGES = ("stage1a", "stage1b", "stage2", "flow")
 
 
-def read(*changes: str, name: str = "stage1b") -> Train:
-    return config.read(ROOT / "configs" / f"{name}.py", changes)
+def read(*changes: str, name: str = "stage1b") -> TrainConfig:
+    return settings.read(ROOT / "configs" / f"{name}.py", changes)
 
 
 def fault(*changes: str) -> str:
@@ -27,7 +33,7 @@ def fault(*changes: str) -> str:
 @pytest.mark.parametrize("name", STAGES)
 def test_config_files(name):
     assert read(name=name).stage == name.removeprefix("stage")
-    assert config.changed(read(name=name), []) == read(name=name)
+    assert settings.changed(read(name=name), []) == read(name=name)
 
 
 VALUES = {
@@ -45,13 +51,13 @@ VALUES = {
     "reset=('speech_lm',)": ("speech_lm",),
     "profile=3,5": (3, 5),
     "peak_flops=1e15": 1e15,
-    "optimiser.peak=1e-4": 1e-4,
-    "optimiser.peak=1": 1.0,
-    " optimiser.ema = 0.999 ": 0.999,
+    "optimizer.peak=1e-4": 1e-4,
+    "optimizer.peak=1": 1.0,
+    " optimizer.ema = 0.999 ": 0.999,
     "mesh.tensor=2": 2,
     "buckets=[{'clips': 0, 'tokens': 64}]": (Bucket(0, 0, 64),),
-    "optimiser={'peak': 0.5}": Optimiser(peak=0.5),
-    "mesh={'fsdp': 2}": MeshShape(fsdp=2),
+    "optimizer={'peak': 0.5}": OptimizerConfig(peak=0.5),
+    "mesh={'fsdp': 2}": MeshConfig(fsdp=2),
 }
 
 
@@ -64,21 +70,25 @@ def test_values(change, value):
 
 
 def test_the_rest_stays_and_the_last_change_wins():
-    assert read("batch=8", "batch=4", "optimiser.peak=1") == dataclasses.replace(read(), batch=4, optimiser=Optimiser(peak=1.0))
-    assert read("optimiser={'peak': 0.5}", "optimiser.peak=2").optimiser == Optimiser(peak=2.0)
+    assert read("batch=8", "batch=4", "optimizer.peak=1") == dataclasses.replace(
+        read(), batch=4, optimizer=OptimizerConfig(peak=1.0)
+    )
+    assert read("optimizer={'peak': 0.5}", "optimizer.peak=2").optimizer == OptimizerConfig(
+        peak=2.0
+    )
 
 
 FAULTS = {
     # Typos: the nearest key
-    "optimizer.peak=1": "there is no 'optimizer.peak'; did you mean optimiser.peak?",
-    "optimiser.peek=1": "there is no 'optimiser.peek'; did you mean optimiser.peak?",
-    "peak=1": "there is no 'peak'; did you mean optimiser.peak?",
+    "optimiser.peak=1": "there is no 'optimiser.peak'; did you mean optimizer.peak?",
+    "optimizer.peek=1": "there is no 'optimizer.peek'; did you mean optimizer.peak?",
+    "peak=1": "there is no 'peak'; did you mean optimizer.peak?",
     "bacth=8": "there is no 'bacth'; did you mean batch?",
     "batch.size=8": "there is no 'batch.size'; did you mean batch?",
     "zzzz=1": "--set zzzz=1: there is no 'zzzz'",
     "=1": "there is no ''",
     "batch": "--set batch: expected batch=value",
-    "optimiser={'peek': 1}": "optimiser.peek: Unexpected keyword argument",
+    "optimizer={'peek': 1}": "optimizer.peek: Unexpected keyword argument",
     "buckets=[{'token': 1}]": "buckets.0.token: Unexpected keyword argument",
     # Types
     "batch=many": "batch: Input should be a valid integer",
@@ -91,7 +101,7 @@ FAULTS = {
     "stage=1c": "stage: Input should be '1a', '1b', '2' or 'flow'",
     "remat=some": "remat: Input should be 'none', 'dots' or 'full'",
     "reset=speech_lm": "reset: Input should be a valid tuple",
-    "optimiser=1": "optimiser: Input should be a dictionary or an instance of Optimiser",
+    "optimizer=1": "optimizer: Input should be a dictionary or an instance of OptimizerConfig",
     # Values
     "batch=0": "batch is 0, expected at least 1",
     "microbatches=5": "batch 32 cannot be cut into 5 microbatches",
@@ -104,11 +114,11 @@ FAULTS = {
     "buckets=()": "buckets is empty; at least one is needed",
     "rank=4": "rank is for stage 1a",
     "profile=5,3": "profile is (5, 3), expected a first and a last step",
-    "optimiser.peak=-1": "optimiser: peak is -1.0, expected more than 0",
-    "optimiser.peak=nan": "optimiser: peak is nan, expected more than 0",
-    "optimiser.clip=0": "optimiser: clip is 0.0, expected more than 0",
-    "optimiser.warmup=3": "optimiser: warmup is 3.0, expected 0 to 1",
-    "optimiser.ema=1.5": "optimiser: ema is 1.5, expected 0 to 1",
+    "optimizer.peak=-1": "optimizer: peak is -1.0, expected more than 0",
+    "optimizer.peak=nan": "optimizer: peak is nan, expected more than 0",
+    "optimizer.clip=0": "optimizer: clip is 0.0, expected more than 0",
+    "optimizer.warmup=3": "optimizer: warmup is 3.0, expected 0 to 1",
+    "optimizer.ema=1.5": "optimizer: ema is 1.5, expected 0 to 1",
 }
 
 
@@ -122,21 +132,36 @@ def test_faults(change, says):
 def test_all_faults_at_once():
     message = fault("batch=0", "workers=0", "rank=2")
     assert all(says in message for says in ("batch is 0", "workers is 0", "rank is for stage 1a"))
-    assert "did you mean" in fault("optimiser=1", "optimiser.peak=1")
+    assert "did you mean" in fault("optimizer=1", "optimizer.peak=1")
 
 
 FILES = {
     "raises": ("1 / 0", "ZeroDivisionError: division by zero"),
     "no Python": ("config = (", "SyntaxError"),
-    "no config": ("settings = 1", "defines no `config` of type train.config.Train"),
-    "another type": ("config = {'stage': '1b'}", "defines no `config` of type train.config.Train"),
-    "a typo": ("from train.config import Train\nconfig = Train(stage='1b', bacth=3)", "'bacth'; did you mean batch?"),
+    "no config": (
+        "settings = 1",
+        "defines no `config` of type omni2_jax.train.settings.TrainConfig",
+    ),
+    "another type": (
+        "config = {'stage': '1b'}",
+        "defines no `config` of type omni2_jax.train.settings.TrainConfig",
+    ),
+    "a typo": (
+        "from omni2_jax.train.settings import TrainConfig\nconfig = TrainConfig(stage='1b', bacth=3)",
+        "'bacth'; did you mean batch?",
+    ),
     "a typo within": (
-        "from train.config import *\nconfig = Train('1b', optimiser=Optimiser(peek=3))",
+        "from omni2_jax.train.settings import *\nconfig = TrainConfig('1b', optimizer=OptimizerConfig(peek=3))",
         "'peek'; did you mean peak?",
     ),
-    "a wrong type": ("from train.config import Train\nconfig = Train(stage='1b', data=3)", "data: Input should be a valid string"),
-    "a wrong value": ("from train.config import Train\nconfig = Train(stage='1b', batch=0)", "batch is 0, expected at least 1"),
+    "a wrong type": (
+        "from omni2_jax.train.settings import TrainConfig\nconfig = TrainConfig(stage='1b', data=3)",
+        "data: Input should be a valid string",
+    ),
+    "a wrong value": (
+        "from omni2_jax.train.settings import TrainConfig\nconfig = TrainConfig(stage='1b', batch=0)",
+        "batch is 0, expected at least 1",
+    ),
 }
 
 
@@ -145,15 +170,18 @@ def test_bad_files(content, says, tmp_path):
     path = tmp_path / "mine.py"
     path.write_text(content)
     with pytest.raises(ValueError) as error:
-        config.read(path, ["batch=8"])
+        settings.read(path, ["batch=8"])
     assert str(error.value).startswith(f"config {path}") and says in str(error.value)
 
 
 def test_no_file(tmp_path):
-    with pytest.raises(ValueError, match=r"configs/stage1.py does not exist; did you mean \S*configs/stage1[ab].py\?$"):
-        config.read(ROOT / "configs" / "stage1.py")
+    with pytest.raises(
+        ValueError,
+        match=r"configs/stage1.py does not exist; did you mean \S*configs/stage1[ab].py\?",
+    ):
+        settings.read(ROOT / "configs" / "stage1.py")
     with pytest.raises(ValueError, match=f"config {tmp_path} does not exist"):
-        config.read(tmp_path)
+        settings.read(tmp_path)
 
 
 # --- a run that is taken up again
@@ -173,7 +201,7 @@ def begun(tmp_path) -> Path:
 OTHER = {
     "mesh": "mesh.fsdp=2",
     "remat": "remat=none",
-    "loss_chunk": "loss_chunk=64",
+    "loss_block": "loss_block=64",
     "workers": "workers=1",
     "strict": "strict=true",
     "save_every": "save_every=3",
@@ -192,7 +220,7 @@ OTHER = {
     "epochs": "epochs=9",
     "steps": "steps=9",
     "seed": "seed=1",
-    "optimiser": "optimiser.ema=0.5",
+    "optimizer": "optimizer.ema=0.5",
     "buckets": "buckets=[{'tokens': 8}]",
     "rank": "stage=1a rank=3",
     "hidden": "stage=2 hidden=other",
@@ -205,8 +233,8 @@ OTHER = {
 
 
 def test_settings_all_looked_at():
-    assert OTHER.keys() == {field.name for field in dataclasses.fields(Train)}
-    assert OTHER.keys() >= FREE
+    assert OTHER.keys() == {field.name for field in dataclasses.fields(TrainConfig)}
+    assert OTHER.keys() >= MUTABLE_SETTINGS
 
 
 @pytest.mark.parametrize("key", OTHER)
@@ -214,11 +242,14 @@ def test_what_may_differ(begun, key):
     """What changes the result may not, and is named; what changes speed, memory or reports may."""
     changes = OTHER[key].split() if key in ("rank", "hidden") else [OTHER[key]]
     now = run(begun, *changes)
-    if key in FREE:
+    if key in MUTABLE_SETTINGS:
         checkpoints.check(begun, now)
     else:
         named = ", ".join(sorted((change.partition("=")[0] for change in changes), reverse=True))
-        with pytest.raises(ValueError, match=rf"^{begun} holds a run with another {named}; give another --out, or the same settings$"):
+        with pytest.raises(
+            ValueError,
+            match=rf"^{begun} holds a run with another {named}; give another --out, or the same settings$",
+        ):
             checkpoints.check(begun, now)
 
 
@@ -235,7 +266,9 @@ def test_what_is_no_run(begun, tmp_path):
     checkpoints.check(tmp_path / "cut", run(begun))
     (tmp_path / "file").write_text("mine")
     for directory in (tmp_path, tmp_path / "file"):
-        with pytest.raises(ValueError, match=f"^{directory} exists and is not a run; give a new directory$"):
+        with pytest.raises(
+            ValueError, match=f"^{directory} exists and is not a run; give a new directory$"
+        ):
             checkpoints.check(directory, run(begun))
     for content in ("{", "[]", json.dumps(3)):
         (begun / "run.json").write_text(content)

@@ -8,20 +8,28 @@ import jax
 import numpy as np
 import pytest
 
-from configs import flow, stage1a, stage1b, stage2
-from omni2_jax import checkpoint
-from omni2_jax.omni2 import Omni2, Options
+from omni2_jax.checkpoint import parameters
+from omni2_jax.configs import flow, stage1a, stage1b, stage2
+from omni2_jax.generate.omni2 import Omni2, Options
+from omni2_jax.train import compute_hidden
+from omni2_jax.train.data.dataset import Dataset
+from omni2_jax.train.loop import Run
+from omni2_jax.train.settings import Bucket, OptimizerConfig, TrainConfig
 from tests.conftest import prepared
-from train import hidden
-from train.config import Bucket, Optimiser, Train
-from train.dataset import Dataset
-from train.loop import Run
 
-TOY = {"dtype": "float32", "save_every": 1000, "validate_every": 1000, "workers": 1, "loss_chunk": 1024}
+TOY = {
+    "dtype": "float32",
+    "save_every": 1000,
+    "validate_every": 1000,
+    "workers": 1,
+    "loss_block": 1024,
+}
 GREEDY = Options(unit_temperature=0, max_new_tokens=24, max_flush_units=100)
 
 
-def toy(config: Train, start: Path, data: Path, steps: int, peak: float, bucket: Bucket, **changes) -> Train:
+def toy(
+    config: TrainConfig, start: Path, data: Path, steps: int, peak: float, bucket: Bucket, **changes
+) -> TrainConfig:
     """A stage as its config file has it, at toy size."""
     sized = {
         "checkpoint": str(start),
@@ -29,12 +37,12 @@ def toy(config: Train, start: Path, data: Path, steps: int, peak: float, bucket:
         "steps": steps,
         "batch": 4,
         "buckets": (bucket,),
-        "optimiser": Optimiser(peak=peak),
+        "optimizer": OptimizerConfig(peak=peak),
     }
     return dataclasses.replace(config, **(TOY | sized | changes))
 
 
-def run(train: Train, out: Path) -> None:
+def run(train: TrainConfig, out: Path) -> None:
     Run(train, out, jax.devices()[:1]).go()
 
 
@@ -55,10 +63,15 @@ def chain(checkpoint_dir, talks, tmp_path_factory) -> dict[str, Path]:
     run(toy(stage1b.config, out / "1a" / "final", talks, 80, 5e-3, REPLIES, batch=5), out / "1b")
     both = Bucket(2, 760, 64)
     settings = toy(stage2.config, out / "1b" / "final", talks, 40, 5e-3, both)
-    hidden.compute(settings, out / "hidden", jax.devices()[:1])
+    compute_hidden.compute(settings, out / "hidden", jax.devices()[:1])
     run(dataclasses.replace(settings, hidden=str(out / "hidden")), out / "2")
-    run(dataclasses.replace(settings, steps=1, optimiser=Optimiser(peak=5e-3, warmup=0)), out / "2-computed")
-    return {"start": checkpoint_dir} | {stage: out / stage for stage in ("1a", "1b", "2", "2-computed")}
+    run(
+        dataclasses.replace(settings, steps=1, optimizer=OptimizerConfig(peak=5e-3, warmup=0)),
+        out / "2-computed",
+    )
+    return {"start": checkpoint_dir} | {
+        stage: out / stage for stage in ("1a", "1b", "2", "2-computed")
+    }
 
 
 def losses(run: Path) -> list[float]:
@@ -68,7 +81,11 @@ def losses(run: Path) -> list[float]:
 def files(directory: Path, part: str) -> dict[str, bytes]:
     """What a checkpoint stores of a part."""
     folder = directory / "params" / part
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
 # --- it learns
@@ -87,8 +104,19 @@ def test_hidden_states_from_the_disk(chain):
 
 def test_hidden_states_of_other_data(chain, checkpoint_dir, tmp_path):
     other = prepared(tmp_path, ("sea",))
-    settings = toy(stage2.config, checkpoint_dir, other, 1, 1e-3, SPOKEN_TURNS, hidden=str(chain["2"].parent / "hidden"))
-    with pytest.raises(ValueError, match=r"hidden/data was made from other data than .*, or by an LLM of another width than 64$"):
+    settings = toy(
+        stage2.config,
+        checkpoint_dir,
+        other,
+        1,
+        1e-3,
+        SPOKEN_TURNS,
+        hidden=str(chain["2"].parent / "hidden"),
+    )
+    with pytest.raises(
+        ValueError,
+        match=r"hidden/data was made from other data than .*, or by an LLM of another width than 64$",
+    ):
         run(settings, tmp_path / "run")
 
 
@@ -108,15 +136,21 @@ def test_frozen_parts_do_not_change_by_a_bit(chain):
     before = chain["start"]
     for stage, changing in trained.items():
         after = chain[stage] / "final"
-        parts = checkpoint.parts(before)
-        assert checkpoint.parts(after) == parts
+        parts = parameters.parts(before)
+        assert parameters.parts(after) == parts
         assert {part for part in parts if files(before, part) != files(after, part)} == changing
         before = after
 
 
 def test_flow_learns_a_voice(checkpoint_dir, talks, tmp_path):
-    run(toy(flow.config, checkpoint_dir, talks, 80, 4e-3, Bucket(0, 0, 40), batch=5), tmp_path / "run")
+    run(
+        toy(flow.config, checkpoint_dir, talks, 80, 4e-3, Bucket(0, 0, 40), batch=5),
+        tmp_path / "run",
+    )
     found = losses(tmp_path / "run")
     assert np.mean(found[-5:]) < np.mean(found[:5]) / 2
-    before, after = (checkpoint.stored(directory, "flow")["noise"].read() for directory in (checkpoint_dir, tmp_path / "run" / "final"))
+    before, after = (
+        parameters.stored(directory, "flow")["noise"].read()
+        for directory in (checkpoint_dir, tmp_path / "run" / "final")
+    )
     np.testing.assert_array_equal(before, after)

@@ -9,26 +9,38 @@ from pathlib import Path
 import jax
 import orbax.checkpoint as ocp
 
-from omni2_jax.checkpoint import first_line
-from train.config import FREE, flat
-from train.step import State
+from omni2_jax.files import first_line
+from omni2_jax.train.settings import MUTABLE_SETTINGS, flat
+from omni2_jax.train.step import State
 
 
 def check(run: Path, told: dict) -> None:
     """Raise ValueError, naming what differs, unless `run` is new or a run that was told the same."""
     path = run / "run.json"
     if not path.exists():
-        if run.exists() and not (run.is_dir() and all(file == path.with_suffix(".partial") for file in run.iterdir())):
+        if run.exists() and not (
+            run.is_dir() and all(file == path.with_suffix(".partial") for file in run.iterdir())
+        ):
             raise ValueError(f"{run} exists and is not a run; give a new directory")
         return
     try:
         before, now = flat(json.loads(path.read_text())), flat(json.loads(json.dumps(told)))
     except (OSError, ValueError, AttributeError) as error:
         raise ValueError(f"{path} does not describe a run: {error!r}") from None
-    keys = {key: key.removeprefix("config.") for key, value in now.items() if not isinstance(value, dict) and before.get(key) != value}
-    differing = [name for name in dict.fromkeys(keys.values()) if name.partition(".")[0] not in FREE]
+    keys = {
+        key: key.removeprefix("config.")
+        for key, value in now.items()
+        if not isinstance(value, dict) and before.get(key) != value
+    }
+    differing = [
+        name
+        for name in dict.fromkeys(keys.values())
+        if name.partition(".")[0] not in MUTABLE_SETTINGS
+    ]
     if differing:
-        raise ValueError(f"{run} holds a run with another {', '.join(differing)}; give another --out, or the same settings")
+        raise ValueError(
+            f"{run} holds a run with another {', '.join(differing)}; give another --out, or the same settings"
+        )
 
 
 def remember(run: Path, told: dict) -> None:
@@ -45,7 +57,10 @@ class Checkpoints:
     def __init__(self, run: Path, keep: int):
         self.directory = run.absolute() / "steps"
         self.manager = ocp.CheckpointManager(
-            self.directory, options=ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True, create=True)
+            self.directory,
+            options=ocp.CheckpointManagerOptions(
+                max_to_keep=keep, enable_async_checkpointing=True, create=True
+            ),
         )
 
     @property
@@ -58,12 +73,20 @@ class Checkpoints:
 
     def restore(self, step: int, shapes: State, shardings: State) -> State:
         """The state of a step, cut as `shardings` say. Raises ValueError if it is damaged or of another model."""
-        target = jax.tree.map(lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), shapes, shardings)
+        target = jax.tree.map(
+            lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+            shapes,
+            shardings,
+        )
         try:
-            return State(**self.manager.restore(step, args=ocp.args.StandardRestore(fields(target))))
+            return State(
+                **self.manager.restore(step, args=ocp.args.StandardRestore(fields(target)))
+            )
         except Exception as error:  # Orbax and tensorstore raise many kinds
             where = self.directory / str(step)
-            raise ValueError(f"{where} cannot be restored, is it damaged or of another run? {first_line(error)}") from None
+            raise ValueError(
+                f"{where} cannot be restored, is it damaged or of another run? {first_line(error)}"
+            ) from None
 
     def close(self) -> None:
         """Wait until what was saved is written."""

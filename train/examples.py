@@ -10,16 +10,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from omni2_jax import audio
+from omni2_jax.audio import recordings
+from omni2_jax.checkpoint.tokenizer import Tokenizer
 from omni2_jax.config import Omni2Config
-from omni2_jax.tokenizer import Tokenizer
-from train.config import Bucket, Train
-from train.dataset import Dataset, Dialogue, RecordError, Turn
-from train.layout import arrange
-from train.losses import IGNORE
-from train.states import States
+from omni2_jax.train.data.dataset import Dataset, Dialogue, RecordError, Turn
+from omni2_jax.train.hidden_states import States
+from omni2_jax.train.layout import arrange
+from omni2_jax.train.losses import IGNORE
+from omni2_jax.train.settings import Bucket, TrainConfig
 
-CLIP = audio.TURN_SECONDS * audio.RATE  # samples
+CLIP = recordings.TURN_SECONDS * recordings.INPUT_RATE  # samples
 PAD = -1  # an id at which there is nothing
 
 Row = dict[str, np.ndarray]
@@ -47,7 +47,14 @@ class Conversation:
 class Examples:
     """The examples of a data set for a stage. `tokenizer` may be None for the flow; `hidden` are states that need not be computed."""
 
-    def __init__(self, train: Train, config: Omni2Config, tokenizer: Tokenizer | None, data: Dataset, hidden: States | None = None):
+    def __init__(
+        self,
+        train: TrainConfig,
+        config: Omni2Config,
+        tokenizer: Tokenizer | None,
+        data: Dataset,
+        hidden: States | None = None,
+    ):
         self.hidden = hidden
         self.train, self.config, self.tokenizer, self.data = train, config, tokenizer, data
         self.whole = train.stage in ("1a", "2")  # dialogues, not replies
@@ -58,18 +65,26 @@ class Examples:
         """The examples that a dialogue gives. Raises ValueError, RecordError among them, if it lacks what the stage needs."""
         dialogue = self.data.dialogue(index)
         if not self.whole:
-            return [Item(index, turn, self.reply_size(dialogue, turn)) for turn in range(1, len(dialogue.turns), 2)]
+            return [
+                Item(index, turn, self.reply_size(dialogue, turn))
+                for turn in range(1, len(dialogue.turns), 2)
+            ]
         talk = self.conversation(dialogue)
         tokens = 0
         if self.train.stage == "2":
-            tokens = max(len(self.arrange(turn, text).tokens) for turn, text in zip(dialogue.turns[1::2], talk.replies, strict=True))
+            tokens = max(
+                len(self.arrange(turn, text).tokens)
+                for turn, text in zip(dialogue.turns[1::2], talk.replies, strict=True)
+            )
         return [Item(index, None, Bucket(sum(talk.clips), len(talk.ids), tokens))]
 
     def reply_size(self, dialogue: Dialogue, turn: int) -> Bucket:
         reply = dialogue.turns[turn]
         if self.train.stage == "flow":
             if reply.clip is None or reply.units is None:
-                raise ValueError(f"turn {turn} has no recording or no units, which the flow is trained on")
+                raise ValueError(
+                    f"turn {turn} has no recording or no units, which the flow is trained on"
+                )
             return Bucket(0, 0, len(reply.units))
         return Bucket(0, 0, len(self.arrange(reply, self.encode(reply)).tokens))
 
@@ -100,9 +115,20 @@ class Examples:
             case "1b":
                 return {"tokens": full(s, PAD), "targets": full(s, IGNORE)}
             case "2":
-                return dialogue | {"tokens": full((c, s), PAD), "targets": full((c, s), IGNORE), "source": full((c, s), PAD)}
-        speech, heard = s * audio.SPEECH_RATE // UNITS_A_SECOND, s * audio.RATE // UNITS_A_SECOND
-        return {"units": full(s, PAD), "speech": np.zeros(speech, np.int16), "heard": np.zeros(heard, np.int16)}
+                return dialogue | {
+                    "tokens": full((c, s), PAD),
+                    "targets": full((c, s), IGNORE),
+                    "source": full((c, s), PAD),
+                }
+        speech, heard = (
+            s * recordings.OUTPUT_RATE // UNITS_PER_SECOND,
+            s * recordings.INPUT_RATE // UNITS_PER_SECOND,
+        )
+        return {
+            "units": full(s, PAD),
+            "speech": np.zeros(speech, np.int16),
+            "heard": np.zeros(heard, np.int16),
+        }
 
     def fill_conversation(self, row: Row, item: Item, dialogue: Dialogue) -> None:
         talk = self.conversation(dialogue)
@@ -114,9 +140,15 @@ class Examples:
         if self.hidden:
             put(row, {"hidden": self.hidden.read(item.dialogue, sum(map(len, talk.replies)))})
             return
-        clips = [clip for turn in dialogue.turns[::2] for clip in audio.fit(self.data.clip(turn.clip), over="split")]
+        clips = [
+            clip
+            for turn in dialogue.turns[::2]
+            for clip in recordings.fit(self.data.clip(turn.clip), over="split")
+        ]
         if len(clips) != sum(talk.clips):
-            raise RecordError(f"{self.data.path}: dialogue {dialogue.id!r} has {len(clips)} clips, its turns tell of {sum(talk.clips)}")
+            raise RecordError(
+                f"{self.data.path}: dialogue {dialogue.id!r} has {len(clips)} clips, its turns tell of {sum(talk.clips)}"
+            )
         for i, clip in enumerate(clips):
             put_at(row["audio"], (i,), pcm(clip))
         put(row, {"ids": talk.ids})
@@ -126,17 +158,32 @@ class Examples:
         before = 0  # text tokens of earlier replies, all of whose states lie side by side when they come from the disk
         for i, (start, text) in enumerate(zip(talk.starts, talk.replies, strict=True)):
             laid = self.arrange(dialogue.turns[2 * i + 1], text)
-            source = np.where(laid.source >= 0, (before if self.hidden else start - 1) + laid.source, PAD)
-            for name, value in {"tokens": laid.tokens, "targets": laid.targets, "source": source}.items():
+            source = np.where(
+                laid.source >= 0, (before if self.hidden else start - 1) + laid.source, PAD
+            )
+            for name, value in {
+                "tokens": laid.tokens,
+                "targets": laid.targets,
+                "source": source,
+            }.items():
                 put_at(row[name], (i,), value)
             before += len(text)
 
     def fill_recording(self, row: Row, reply: Turn) -> None:
         """A recording and its units are cut to the shorter of the two, whole units."""
         samples = self.data.clip(reply.clip)
-        units = reply.units[: len(samples) * UNITS_A_SECOND // audio.SPEECH_RATE]
-        speech = samples[: len(units) * audio.SPEECH_RATE // UNITS_A_SECOND]
-        put(row, {"units": units, "speech": pcm(speech), "heard": pcm(audio.resample(speech, audio.SPEECH_RATE, audio.RATE))})
+        units = reply.units[: len(samples) * UNITS_PER_SECOND // recordings.OUTPUT_RATE]
+        speech = samples[: len(units) * recordings.OUTPUT_RATE // UNITS_PER_SECOND]
+        put(
+            row,
+            {
+                "units": units,
+                "speech": pcm(speech),
+                "heard": pcm(
+                    recordings.resample(speech, recordings.OUTPUT_RATE, recordings.INPUT_RATE)
+                ),
+            },
+        )
 
     def conversation(self, dialogue: Dialogue) -> Conversation:
         if any(turn.clip is None for turn in dialogue.turns[::2]):
@@ -158,11 +205,15 @@ class Examples:
 
     def arrange(self, reply: Turn, text: Sequence[int]):
         if reply.units is None:
-            raise ValueError("a reply has no units; python -m train.prepare makes them from recordings with --speech-tokenizer")
-        return arrange(text, reply.units.tolist(), self.config, offline=self.train.layout == "offline")
+            raise ValueError(
+                "a reply has no units; python -m train.prepare makes them from recordings with --speech-tokenizer"
+            )
+        return arrange(
+            text, reply.units.tolist(), self.config, offline=self.train.layout == "offline"
+        )
 
 
-UNITS_A_SECOND = 25
+UNITS_PER_SECOND = 25
 
 
 def pcm(samples: np.ndarray) -> np.ndarray:

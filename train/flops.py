@@ -9,9 +9,9 @@ from collections.abc import Mapping
 import jax
 
 from omni2_jax.config import Omni2Config
-from train import stages
-from train.config import Bucket, Train
-from train.stages import STAGES, is_trained
+from omni2_jax.train import stages
+from omni2_jax.train.settings import Bucket, TrainConfig
+from omni2_jax.train.stages import STAGES, is_trained
 
 # bf16, dense, of one device, by the start of its name; the first that fits. Sources: the vendors' data sheets.
 PEAK = {
@@ -28,20 +28,35 @@ PEAK = {
     "TPU v6": 918e12,
 }
 MATRICES = ("kernel", "low", "high", "position", "table")  # the names of what is multiplied with
-FIRST = ("adapter.up.kernel", "fusion.up.kernel")  # what goes into these comes from frozen parts: no gradient goes back
+NO_INPUT_GRADIENT = (
+    "adapter.up.kernel",
+    "fusion.up.kernel",
+)  # what goes into these comes from frozen parts: no gradient goes back
 
 
 def peak(device: jax.Device) -> float | None:
     """What the device can do in a second, None if it is not known."""
-    return next((flops for name, flops in PEAK.items() if device.device_kind.startswith(name)), None)
+    return next(
+        (flops for name, flops in PEAK.items() if device.device_kind.startswith(name)), None
+    )
 
 
-def step(train: Train, config: Omni2Config, shapes: Mapping[str, jax.ShapeDtypeStruct], bucket: Bucket) -> float:
+def step(
+    train: TrainConfig,
+    config: Omni2Config,
+    shapes: Mapping[str, jax.ShapeDtypeStruct],
+    bucket: Bucket,
+) -> float:
     """Of one batch."""
     return sum(both for _, both in parts(train, config, shapes, bucket).values())
 
 
-def parts(train: Train, config: Omni2Config, shapes: Mapping[str, jax.ShapeDtypeStruct], bucket: Bucket) -> dict[str, tuple[float, float]]:
+def parts(
+    train: TrainConfig,
+    config: Omni2Config,
+    shapes: Mapping[str, jax.ShapeDtypeStruct],
+    bucket: Bucket,
+) -> dict[str, tuple[float, float]]:
     """Of one batch by part: (forward pass, forward and backward pass). The speaker encoder is small, frozen and left out.
 
     A weight costs 2 for every row that passes it; as much again if a gradient goes back through it, and once more if it is trained.
@@ -58,15 +73,22 @@ def parts(train: Train, config: Omni2Config, shapes: Mapping[str, jax.ShapeDtype
     for path, shape in shapes.items():
         part, *_, name = path.split(".")
         if name in MATRICES and part in stages.parts(train) and part != "speaker":
-            times = 1 if part not in STAGES[train.stage].trained else 1 + (path not in FIRST) + is_trained(train, path)
+            times = (
+                1
+                if part not in STAGES[train.stage].trained
+                else 1 + (path not in NO_INPUT_GRADIENT) + is_trained(train, path)
+            )
             add(part, 2 * math.prod(shape.shape) * rows(train, config, path, bucket), times)
     return found
 
 
-def rows(train: Train, config: Omni2Config, path: str, bucket: Bucket) -> int:
+def rows(train: TrainConfig, config: Omni2Config, path: str, bucket: Bucket) -> int:
     """How many rows of a batch's row pass a matrix."""
     part, *names = path.split(".")
-    clips, frames = max(bucket.clips, 1), config.speech_encoder.frames if config.speech_encoder else 0
+    clips, frames = (
+        max(bucket.clips, 1),
+        config.speech_encoder.frames if config.speech_encoder else 0,
+    )
     match part:
         case "speech_encoder":
             return clips * frames * (2 if names[0] == "conv1" else 1)
@@ -75,12 +97,20 @@ def rows(train: Train, config: Omni2Config, path: str, bucket: Bucket) -> int:
         case "fusion":
             return clips * bucket.tokens
         case "llm":
-            return bucket.positions if is_used(config.llm.tied, names, speaks=train.stage == "1a") else 0
+            return (
+                bucket.positions
+                if is_used(config.llm.tied, names, speaks=train.stage == "1a")
+                else 0
+            )
         case "speech_lm":
-            return clips * bucket.tokens if is_used(config.speech_lm.tied, names, speaks=True) else 0
+            return (
+                clips * bucket.tokens if is_used(config.speech_lm.tied, names, speaks=True) else 0
+            )
     if names[0] in ("embed", "speaker") or "time" in names:
         return 0  # a table that is looked up, and what is computed once a recording
-    return bucket.tokens * (1 if names[0] == "encoder" and not names[1].startswith("up") else config.flow.upsample)
+    return bucket.tokens * (
+        1 if names[0] == "encoder" and not names[1].startswith("up") else config.flow.upsample
+    )
 
 
 def is_used(tied: bool, names: list[str], speaks: bool) -> bool:
@@ -103,7 +133,11 @@ def attention(config: Omni2Config, bucket: Bucket) -> list[tuple[str, float, int
     if c := config.flow:
         units, frames = bucket.tokens, c.upsample * bucket.tokens
         pairs = c.layers * units**2 + c.up_layers * frames**2
-        estimator = (2 + c.mid_blocks) * c.blocks * c.estimator_heads * c.estimator_head_size * frames**2
+        estimator = (
+            (2 + c.mid_blocks) * c.blocks * c.estimator_heads * c.estimator_head_size * frames**2
+        )
         found.append(("flow", 4 * (c.width * pairs + estimator), 3))
-        found.append(("flow", 2 * c.heads * c.width * pairs, 2))  # queries against positions, which are constants
+        found.append(
+            ("flow", 2 * c.heads * c.width * pairs, 2)
+        )  # queries against positions, which are constants
     return found

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from omni2_jax.config import Omni2Config
-from train.losses import IGNORE
+from omni2_jax.train.losses import IGNORE
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,9 @@ class Layout:
     source: np.ndarray  # [S] which text token a row is, -1 for units, <sep> and eos
 
 
-def arrange(text: Sequence[int], units: Sequence[int], config: Omni2Config, offline: bool = False) -> Layout:
+def arrange(
+    text: Sequence[int], units: Sequence[int], config: Omni2Config, offline: bool = False
+) -> Layout:
     """Text token ids, the end token with them, and units (0..6560) of one reply.
 
     offline: all of the text comes first (the paper's offline TTS).
@@ -43,4 +45,6 @@ def arrange(text: Sequence[int], units: Sequence[int], config: Omni2Config, offl
         heard = burst[:-1] if last else burst
         tokens += heard
         source += [-1] * len(heard)
-    return Layout(np.array(tokens, np.int32), np.array(targets, np.int32), np.array(source, np.int32))
+    return Layout(
+        np.array(tokens, np.int32), np.array(targets, np.int32), np.array(source, np.int32)
+    )

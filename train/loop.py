@@ -22,20 +22,21 @@ import rich.text
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
-from omni2_jax import audio, sharding
+from omni2_jax import sharding
+from omni2_jax.audio import recordings
+from omni2_jax.checkpoint.tokenizer import Tokenizer
 from omni2_jax.config import Omni2Config
-from omni2_jax.tokenizer import Tokenizer
-from train import checkpoints, flops, stages, step, weights
-from train.checkpoints import Checkpoints
-from train.config import Train
-from train.dataset import Dataset, RecordError
-from train.examples import Examples
-from train.loader import Batch, Catalogue, Loader, catalogue, filled, schedule
-from train.metrics import Clock, Line, Metrics, console
-from train.samples import Sampler
-from train.states import States
+from omni2_jax.train import checkpoints, flops, stages, step, weights
+from omni2_jax.train.checkpoints import Checkpoints
+from omni2_jax.train.data.dataset import Dataset, RecordError
+from omni2_jax.train.data.loader import Batch, Catalogue, Loader, catalogue, filled, schedule
+from omni2_jax.train.examples import Examples
+from omni2_jax.train.hidden_states import States
+from omni2_jax.train.metrics import Clock, Line, Metrics, console
+from omni2_jax.train.sampler import Sampler
+from omni2_jax.train.settings import TrainConfig
 
-AGREE = 10  # steps
+STOP_SYNC_INTERVAL = 10  # steps
 
 
 @dataclass(frozen=True)
@@ -51,34 +52,50 @@ class Data:
 class Run:
     """Everything a run needs, checked before anything is compiled: `Run(train, out).go()`, on all devices unless some are given."""
 
-    def __init__(self, train: Train, out: Path, devices: Sequence[jax.Device] | None = None):
+    def __init__(self, train: TrainConfig, out: Path, devices: Sequence[jax.Device] | None = None):
         self.train, self.out = train, out
         self.leads = jax.process_index() == 0
         for name in ("checkpoint", "data"):
             if not getattr(train, name):
-                raise ValueError(f"{name} is not given; set it in the config, or with --set {name}=PATH")
+                raise ValueError(
+                    f"{name} is not given; set it in the config, or with --set {name}=PATH"
+                )
         self.start = Path(train.checkpoint)
         if self.start.resolve() in (out / "final").resolve().parents:
-            raise ValueError(f"{out} lies within the checkpoint {self.start}; give a directory outside of it")
+            raise ValueError(
+                f"{out} lies within the checkpoint {self.start}; give a directory outside of it"
+            )
         self.config = weights.configure(train, self.start)
         self.mesh = sharding.make_mesh(*dataclasses.astuple(train.mesh), devices=devices)
         self.tokenizer = None
         if train.stage != "flow":
             self.tokenizer = Tokenizer(self.start, self.config, positions(self.config))
         self.data = self.open(train, train.data, "data")
-        self.validation = self.open(validating(train), train.validation, "validation") if train.validation else None
+        self.validation = (
+            self.open(validating(train), train.validation, "validation")
+            if train.validation
+            else None
+        )
         self.steps = len(self.data.batches)
-        self.told = {"config": dataclasses.asdict(train), "examples": len(self.data.found.items), "steps": self.steps}
+        self.told = {
+            "config": dataclasses.asdict(train),
+            "examples": len(self.data.found.items),
+            "steps": self.steps,
+        }
         checkpoints.check(out, self.told)
         self.stopping, self.tracing, self.named = threading.Event(), False, 0
 
-    def open(self, train: Train, path: str, name: str) -> Data:
+    def open(self, train: TrainConfig, path: str, name: str) -> Data:
         """A data set, all of its examples measured. Raises ValueError if there is nothing to train on."""
         data = Dataset(path)
-        hidden = States(Path(train.hidden) / name, data, self.config.llm.width) if train.hidden else None
+        hidden = (
+            States(Path(train.hidden) / name, data, self.config.llm.width) if train.hidden else None
+        )
         examples = Examples(train, self.config, self.tokenizer, data, hidden)
         indices = range(len(examples.data))
-        bar = rich.progress.track(indices, f"measuring {path}", console=console, transient=True, disable=not self.leads)
+        bar = rich.progress.track(
+            indices, f"measuring {path}", console=console, transient=True, disable=not self.leads
+        )
         found = catalogue(examples, bar, train.buckets, train.strict)
         batches = schedule(found, train)
         where = NamedSharding(self.mesh, PartitionSpec(sharding.Rules().batch))
@@ -89,7 +106,11 @@ class Run:
         with sharding.use(self.mesh):
             self.weights, trained, self.frozen = weights.load(self.train, self.start, self.mesh)
             where = step.shardings(self.train, self.weights, trained, self.mesh, self.steps)
-            begin = jax.jit(lambda params: step.initial(self.train, params, self.steps), out_shardings=where, donate_argnums=0)
+            begin = jax.jit(
+                lambda params: step.initial(self.train, params, self.steps),
+                out_shardings=where,
+                donate_argnums=0,
+            )
             self.take = step.make(self.train, self.weights, self.steps, where)
             self.validate = step.make_validation(self.train, self.weights)
             if self.leads:
@@ -109,23 +130,37 @@ class Run:
             if self.metrics:
                 self.metrics.close()
             if reached < self.steps:
-                self.say(f"stopped at step {reached} of {self.steps}; the same command goes on from there")
+                self.say(
+                    f"stopped at step {reached} of {self.steps}; the same command goes on from there"
+                )
                 return
-            weights.export(self.train, self.start, self.answering(state), self.frozen, self.out / "final")
-            self.say(f"done: {self.out / 'final'} is a checkpoint with {', '.join(weights.STAGES[self.train.stage].trained)} trained")
+            weights.export(
+                self.train, self.start, self.answering(state), self.frozen, self.out / "final"
+            )
+            self.say(
+                f"done: {self.out / 'final'} is a checkpoint with {', '.join(weights.STAGES[self.train.stage].trained)} trained"
+            )
 
-    def steps_from(self, first: int, state: step.State, saved: Checkpoints) -> tuple[step.State, int]:
+    def steps_from(
+        self, first: int, state: step.State, saved: Checkpoints
+    ) -> tuple[step.State, int]:
         """Steps until the last, or until somebody asks to stop: (state, steps done)."""
         train, clock, pending, reached = self.train, Clock(), None, first
         with Line(f"stage {train.stage}", self.steps, first) if self.leads else NoLine() as line:
-            for number, (batch, raw) in enumerate(timed(self.data.loader.start(first), clock), first):
+            for number, (batch, raw) in enumerate(
+                timed(self.data.loader.start(first), clock), first
+            ):
                 self.trace(number)
                 state, measured = self.take(state, self.frozen, batch)
                 # The step before this one is looked at while this one is computed.
                 self.look(pending, line, clock)
                 pending, reached = (number, measured, raw), number + 1
                 due = lambda every, reached=reached: reached % every == 0  # noqa: E731
-                if due(train.save_every) or due(train.validate_every) or self.asked_to_stop(reached):
+                if (
+                    due(train.save_every)
+                    or due(train.validate_every)
+                    or self.asked_to_stop(reached)
+                ):
                     self.look(pending, line, clock)
                     pending = None
                 if due(train.save_every):
@@ -156,11 +191,20 @@ class Run:
             self.tracing = False
         seconds, waited = clock.look()
         bucket = self.data.batches[number].bucket
-        values |= {"tokens_per_s": self.tokens(bucket) / seconds, "seconds": seconds, "data_wait": waited}
+        values |= {
+            "tokens_per_s": self.tokens(bucket) / seconds,
+            "seconds": seconds,
+            "data_wait": waited,
+        }
         values |= {"damaged": self.name_damaged()}
         rate = self.train.peak_flops or flops.peak(jax.devices()[0])
         if rate:
-            values["mfu"] = flops.step(self.train, self.config, self.weights.shapes, bucket) / seconds / rate / self.mesh.size
+            values["mfu"] = (
+                flops.step(self.train, self.config, self.weights.shapes, bucket)
+                / seconds
+                / rate
+                / self.mesh.size
+            )
         if self.metrics:
             self.metrics.write(number, values)
             line.show(number + 1, values)
@@ -197,7 +241,9 @@ class Run:
         """Answers to the first validation questions, into RUN/samples/STEP/ and TensorBoard."""
         folder, data = self.out / "samples" / str(reached), self.validation.examples.data
         folder.mkdir(parents=True, exist_ok=True)
-        for index in list(dict.fromkeys(item.dialogue for item in self.validation.found.items))[: self.train.samples]:
+        for index in list(dict.fromkeys(item.dialogue for item in self.validation.found.items))[
+            : self.train.samples
+        ]:
             try:
                 question = data.dialogue(index).turns[0]
                 if question.clip is None:
@@ -206,12 +252,16 @@ class Run:
             except RecordError as error:
                 self.say(f"{error}; no sample of it")
                 continue
-            answer = self.sampler.answer(audio.fit(samples, over="truncate")[0])
-            (folder / f"{index}.txt").write_text(f"{question.text}\n{answer.text}\n{answer.unit_text}\n")
+            answer = self.sampler.answer(recordings.fit(samples, over="truncate")[0])
+            (folder / f"{index}.txt").write_text(
+                f"{question.text}\n{answer.text}\n{answer.unit_text}\n"
+            )
             self.metrics.text(reached, f"sample {index}", f"{question.text} -> {answer.text}")
             if answer.waveform is not None and len(answer.waveform):
-                audio.save(folder / f"{index}.wav", answer.waveform)
-                self.metrics.sound(reached, f"sample {index}", answer.waveform, audio.SPEECH_RATE)
+                recordings.save(folder / f"{index}.wav", answer.waveform)
+                self.metrics.sound(
+                    reached, f"sample {index}", answer.waveform, recordings.OUTPUT_RATE
+                )
             self.say(f"  {question.text!r} -> {answer.text!r}, {len(answer.units)} units")
 
     def answering(self, state: step.State) -> weights.Params:
@@ -222,7 +272,7 @@ class Run:
         """Whether to save and exit; several processes agree on it every few steps, as they have to wait for one another to do so."""
         if jax.process_count() == 1:
             return self.stopping.is_set()
-        if reached % AGREE:
+        if reached % STOP_SYNC_INTERVAL:
             return False
         return bool(multihost_utils.process_allgather(np.array(self.stopping.is_set())).any())
 
@@ -238,7 +288,11 @@ class Run:
         if not self.leads:
             return
         count = lambda params: sum(leaf.size for leaf in params) / 1e6  # noqa: E731
-        trained = [leaf for path, leaf in self.weights.shapes.items() if stages.is_trained(self.train, path)]
+        trained = [
+            leaf
+            for path, leaf in self.weights.shapes.items()
+            if stages.is_trained(self.train, path)
+        ]
         sizes = {}
         for batch in self.data.batches:
             sizes[batch.bucket] = sizes.get(batch.bucket, 0) + 1
@@ -249,15 +303,21 @@ class Run:
             "devices": f"{self.mesh.size} x {jax.devices()[0].device_kind}, mesh {mesh}",
             "examples": f"{len(self.data.found.items)}, left out {len(self.data.found.skipped)}",
             "left out because": "\n".join(self.data.found.reasons(5)),
-            "steps": f"{self.steps} of {self.train.batch} rows" + (f", from {first} on" if first else ""),
-            "batches": "\n".join(f"{n} of {b.clips} clips, {b.positions} positions, {b.tokens} tokens" for b, n in sizes.items()),
+            "steps": f"{self.steps} of {self.train.batch} rows"
+            + (f", from {first} on" if first else ""),
+            "batches": "\n".join(
+                f"{n} of {b.clips} clips, {b.positions} positions, {b.tokens} tokens"
+                for b, n in sizes.items()
+            ),
             "padding": f"{100 * (1 - filled(self.data.found, self.data.batches)):.0f} % of what is computed",
         }
         for name, value in rows.items():
             if value:
                 table.add_row(name, rich.text.Text(value))
         console.print(table)
-        (self.out / "left-out.txt").write_text("".join(f"{name}: {reason}\n" for name, reason in self.data.found.skipped.items()))
+        (self.out / "left-out.txt").write_text(
+            "".join(f"{name}: {reason}\n" for name, reason in self.data.found.skipped.items())
+        )
 
     def say(self, text: str) -> None:
         if self.leads:
@@ -266,10 +326,14 @@ class Run:
 
 def positions(config: Omni2Config) -> int:
     """LLM positions of a clip of 30 s."""
-    return config.speech_encoder.frames // config.adapter.stride if config.speech_encoder and config.adapter else 0
+    return (
+        config.speech_encoder.frames // config.adapter.stride
+        if config.speech_encoder and config.adapter
+        else 0
+    )
 
 
-def validating(train: Train) -> Train:
+def validating(train: TrainConfig) -> TrainConfig:
     """The same, going through its data once."""
     return dataclasses.replace(train, steps=None, epochs=1.0, seed=0)
 
@@ -293,7 +357,10 @@ class terminated:  # noqa: N801 (used like a function)
 
     def __enter__(self) -> None:
         if threading.current_thread() is threading.main_thread():
-            self.before = {kind: signal.signal(kind, lambda *_: self.event.set()) for kind in (signal.SIGTERM, signal.SIGINT)}
+            self.before = {
+                kind: signal.signal(kind, lambda *_: self.event.set())
+                for kind in (signal.SIGTERM, signal.SIGINT)
+            }
 
     def __exit__(self, *_) -> None:
         for kind, handler in self.before.items():

@@ -10,7 +10,10 @@ IGNORE = -100  # a target that carries no loss
 
 
 def token_loss(
-    hidden: jax.Array, targets: jax.Array, logits: Callable[[jax.Array], jax.Array], chunk: int = 256
+    hidden: jax.Array,
+    targets: jax.Array,
+    logits: Callable[[jax.Array], jax.Array],
+    chunk: int = 256,
 ) -> tuple[jax.Array, jax.Array]:
     """Cross-entropy of every target [B, T] that is not IGNORE, given the hidden state [B, T, D] of its row: (sum, how many).
 
@@ -18,14 +21,19 @@ def token_loss(
     """
     chunk = min(chunk, targets.shape[1])
     short = -targets.shape[1] % chunk
-    hidden, targets = jnp.pad(hidden, ((0, 0), (0, short), (0, 0))), jnp.pad(targets, ((0, 0), (0, short)), constant_values=IGNORE)
+    hidden, targets = (
+        jnp.pad(hidden, ((0, 0), (0, short), (0, 0))),
+        jnp.pad(targets, ((0, 0), (0, short)), constant_values=IGNORE),
+    )
     pieces = lambda x: jnp.moveaxis(x.reshape(x.shape[0], -1, chunk, *x.shape[2:]), 1, 0)  # noqa: E731
 
     @jax.checkpoint
     def add(total, piece):
         hidden, targets = piece
         counted = targets != IGNORE
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits(hidden).astype(jnp.float32), jnp.where(counted, targets, 0))
+        losses = optax.softmax_cross_entropy_with_integer_labels(
+            logits(hidden).astype(jnp.float32), jnp.where(counted, targets, 0)
+        )
         return total + jnp.sum(losses * counted), None
 
     total, _ = jax.lax.scan(add, jnp.zeros(()), (pieces(hidden), pieces(targets)))

@@ -3,23 +3,30 @@
 import jax
 import numpy as np
 
-from convert.engine import Rule, Table, Transform, conv, flat, kernel, same
+from omni2_jax.convert.plan import Rule, Table, Transform, conv, flat, kernel, same
 
 linear = kernel()
 # torch Conv1d of size 1 <-> Linear
 pointwise = Transform(linear.forward, lambda y: (y.transpose().reshape(*y.shape[::-1], 1),))
 # No file holds the noise (the released code draws it when it starts), so it is drawn here once and kept in our checkpoint.
-noise = Transform(lambda shape: np.asarray(jax.random.normal(jax.random.key(0), shape)), lambda y: ())
+noise = Transform(
+    lambda shape: np.asarray(jax.random.normal(jax.random.key(0), shape)), lambda y: ()
+)
 
 
-def layer(theirs: str, ours: str, transform: Transform = linear, bias: Transform | None = flat) -> list[Rule]:
+def layer(
+    theirs: str, ours: str, transform: Transform = linear, bias: Transform | None = flat
+) -> list[Rule]:
     """Weight and, unless `bias` is None, bias of a linear layer or a convolution."""
     rules = [Rule(f"{theirs}.weight", f"{ours}.kernel", transform)]
     return rules if bias is None else [*rules, Rule(f"{theirs}.bias", f"{ours}.bias", bias)]
 
 
 def norm(theirs: str, ours: str) -> list[Rule]:
-    return [Rule(f"{theirs}.weight", f"{ours}.scale", same), Rule(f"{theirs}.bias", f"{ours}.bias", same)]
+    return [
+        Rule(f"{theirs}.weight", f"{ours}.scale", same),
+        Rule(f"{theirs}.bias", f"{ours}.bias", same),
+    ]
 
 
 def conformer(theirs: str, ours: str) -> list[Rule]:
@@ -41,7 +48,11 @@ def conformer(theirs: str, ours: str) -> list[Rule]:
 
 
 def encoder() -> list[Rule]:
-    rules = conformer("encoders", "blocks") + conformer("up_encoders", "up_blocks") + norm("after_norm", "norm")
+    rules = (
+        conformer("encoders", "blocks")
+        + conformer("up_encoders", "up_blocks")
+        + norm("after_norm", "norm")
+    )
     for name in ("embed", "up_embed"):
         rules += layer(f"{name}.out.0", f"{name}.linear") + norm(f"{name}.out.1", f"{name}.norm")
     for theirs, ours in {
@@ -54,19 +65,31 @@ def encoder() -> list[Rule]:
 
 
 def conv_block(theirs: str, ours: str) -> list[Rule]:
-    return layer(f"{theirs}.block.0", f"{ours}.conv", conv) + norm(f"{theirs}.block.2", f"{ours}.norm")
+    return layer(f"{theirs}.block.0", f"{ours}.conv", conv) + norm(
+        f"{theirs}.block.2", f"{ours}.norm"
+    )
 
 
 def stage(theirs: str, ours: str, index: str) -> list[Rule]:
     """A stage: `theirs`.0 is the residual block, `theirs`.1 the transformer blocks, which `index` numbers."""
     block = f"{theirs}.1.{{{index}}}"
-    rules = conv_block(f"{theirs}.0.block1", f"{ours}.conv1") + conv_block(f"{theirs}.0.block2", f"{ours}.conv2")
-    rules += layer(f"{theirs}.0.mlp.1", f"{ours}.time") + layer(f"{theirs}.0.res_conv", f"{ours}.skip", pointwise)
-    rules += norm(f"{block}.norm1", f"{ours}.blocks.attention_norm") + norm(f"{block}.norm3", f"{ours}.blocks.mlp_norm")
+    rules = conv_block(f"{theirs}.0.block1", f"{ours}.conv1") + conv_block(
+        f"{theirs}.0.block2", f"{ours}.conv2"
+    )
+    rules += layer(f"{theirs}.0.mlp.1", f"{ours}.time") + layer(
+        f"{theirs}.0.res_conv", f"{ours}.skip", pointwise
+    )
+    rules += norm(f"{block}.norm1", f"{ours}.blocks.attention_norm") + norm(
+        f"{block}.norm3", f"{ours}.blocks.mlp_norm"
+    )
     for short, name in {"q": "query", "k": "key", "v": "value"}.items():
         rules += layer(f"{block}.attn1.to_{short}", f"{ours}.blocks.attention.{name}", bias=None)
     rules += layer(f"{block}.attn1.to_out.0", f"{ours}.blocks.attention.out", kernel(in_dims=2))
-    return rules + layer(f"{block}.ff.net.0.proj", f"{ours}.blocks.up") + layer(f"{block}.ff.net.2", f"{ours}.blocks.down")
+    return (
+        rules
+        + layer(f"{block}.ff.net.0.proj", f"{ours}.blocks.up")
+        + layer(f"{block}.ff.net.2", f"{ours}.blocks.down")
+    )
 
 
 def estimator() -> list[Rule]:

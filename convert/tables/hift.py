@@ -6,9 +6,9 @@ from typing import TypeVar
 
 import numpy as np
 
-from convert.engine import Rule, Table, Transform, conv, kernel
 from omni2_jax.config import HiftConfig
-from omni2_jax.hift import F0Predictor
+from omni2_jax.convert.plan import Rule, Table, Transform, conv, kernel
+from omni2_jax.models.vocoder.hift import F0Predictor
 
 T = TypeVar("T")
 
@@ -68,12 +68,16 @@ def block(source: str, target: str, units: int) -> Iterator[Rule]:
     for i in range(units):
         for side in (1, 2):
             yield from normed(f"{source}.convs{side}.{i}", f"{target}.units.{i}.conv{side}")
-            yield Rule(f"{source}.activations{side}.{i}.alpha", f"{target}.units.{i}.snake{side}.alpha")
+            yield Rule(
+                f"{source}.activations{side}.{i}.alpha", f"{target}.units.{i}.snake{side}.alpha"
+            )
 
 
 def rules(config: HiftConfig) -> Iterator[Rule]:
     for i in range(F0Predictor.layers):
-        yield from normed(f"f0_predictor.condnet.{2 * i}", f"f0.convs.{i}")  # activations take the odd numbers
+        yield from normed(
+            f"f0_predictor.condnet.{2 * i}", f"f0.convs.{i}"
+        )  # activations take the odd numbers
     yield from plain("f0_predictor.classifier", "f0.head", kernel())
     yield from plain("m_source.l_linear", "harmonic_mix", kernel())
     yield from normed("conv_pre", "conv_in")
@@ -81,9 +85,15 @@ def rules(config: HiftConfig) -> Iterator[Rule]:
         stage, count = f"stages.{i}", len(config.resblock_kernels)
         yield from normed(f"ups.{i}", f"{stage}.up", up_norm)
         yield from plain(f"source_downs.{i}", f"{stage}.source_down", conv)
-        yield from block(f"source_resblocks.{i}", f"{stage}.source_block", len(config.source_dilations[i]))
+        yield from block(
+            f"source_resblocks.{i}", f"{stage}.source_block", len(config.source_dilations[i])
+        )
         for j in range(count):
-            yield from block(f"resblocks.{count * i + j}", f"{stage}.blocks.{j}", len(config.resblock_dilations[j]))
+            yield from block(
+                f"resblocks.{count * i + j}",
+                f"{stage}.blocks.{j}",
+                len(config.resblock_dilations[j]),
+            )
     yield from normed("conv_post", "conv_out")
 
 

@@ -1,16 +1,20 @@
 """A LLaMA-Omni2 release directory's names <-> speech encoder, adapter, LLM, gate fusion and speech LM."""
 
-from convert.engine import Rule, Table, kernel
-from convert.tables import qwen2, whisper
 from omni2_jax.config import Omni2Config
+from omni2_jax.convert.plan import Rule, Table, kernel
+from omni2_jax.convert.tables import qwen2, whisper
 
 
 def linear(theirs: str, ours: str) -> tuple[Rule, Rule]:
-    return Rule(f"{theirs}.weight", f"{ours}.kernel", kernel()), Rule(f"{theirs}.bias", f"{ours}.bias")
+    return Rule(f"{theirs}.weight", f"{ours}.kernel", kernel()), Rule(
+        f"{theirs}.bias", f"{ours}.bias"
+    )
 
 
 adapter = Table((*linear("linear1", "up"), *linear("linear2", "down")))
-fusion = Table((*linear("input_proj.0", "up"), *linear("input_proj.2", "down"), *linear("gate.0", "gate")))
+fusion = Table(
+    (*linear("input_proj.0", "up"), *linear("input_proj.2", "down"), *linear("gate.0", "gate"))
+)
 
 
 def table(config: Omni2Config) -> Table:

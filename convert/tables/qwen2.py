@@ -1,12 +1,12 @@
 """Hugging Face Qwen2 names <-> `omni2_jax.qwen2.Qwen2`."""
 
-from convert.engine import Rule, Table, flat, kernel
-from omni2_jax.config import Qwen2Config
+from omni2_jax.config import DecoderConfig
+from omni2_jax.convert.plan import Rule, Table, flat, kernel
 
 LAYER = "model.layers.{i}."
 
 
-def table(config: Qwen2Config) -> Table:
+def table(config: DecoderConfig) -> Table:
     rules = [
         Rule("model.embed_tokens.weight", "embedding.table"),
         Rule("model.norm.weight", "norm.scale"),
@@ -15,7 +15,9 @@ def table(config: Qwen2Config) -> Table:
         Rule(LAYER + "self_attn.o_proj.weight", "layers.attention.out.kernel", kernel(in_dims=2)),
     ]
     for ours, theirs in {"query": "q_proj", "key": "k_proj", "value": "v_proj"}.items():
-        rules.append(Rule(f"{LAYER}self_attn.{theirs}.weight", f"layers.attention.{ours}.kernel", kernel()))
+        rules.append(
+            Rule(f"{LAYER}self_attn.{theirs}.weight", f"layers.attention.{ours}.kernel", kernel())
+        )
         rules.append(Rule(f"{LAYER}self_attn.{theirs}.bias", f"layers.attention.{ours}.bias", flat))
     for ours, theirs in {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}.items():
         rules.append(Rule(f"{LAYER}mlp.{theirs}.weight", f"layers.mlp.{ours}.kernel", kernel()))

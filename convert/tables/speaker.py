@@ -9,15 +9,18 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
-from convert.engine import ConversionError, Rule, Source, Table, Transform, conv
 from omni2_jax.config import SpeakerConfig
+from omni2_jax.convert.plan import ConversionError, Rule, Source, Table, Transform, conv
 
 EPS = 1e-5  # of every batch normalisation
 NORM = ("weight", "bias", "running_mean", "running_var")  # in the order of ONNX's inputs
 
 # torch weight <-> kernel, channels last
 conv2d = Transform(lambda x, shape: x.transpose(3, 2, 1, 0), lambda y: (y.transpose(3, 2, 1, 0),))
-pointwise = Transform(lambda x, shape: x.transpose().reshape(shape), lambda y: (y.transpose().reshape(y.shape[1], y.shape[0], 1),))
+pointwise = Transform(
+    lambda x, shape: x.transpose().reshape(shape),
+    lambda y: (y.transpose().reshape(y.shape[1], y.shape[0], 1),),
+)
 
 
 def unflattened(channels: int) -> Transform:
@@ -25,11 +28,17 @@ def unflattened(channels: int) -> Transform:
 
     def forward(x, shape):
         out, inputs, width = x.shape
-        return x.reshape(out, channels, inputs // channels, width).transpose(3, 2, 1, 0).reshape(shape)
+        return (
+            x.reshape(out, channels, inputs // channels, width).transpose(3, 2, 1, 0).reshape(shape)
+        )
 
     def backward(y):
         width, inputs, out = y.shape
-        return (y.reshape(width, inputs // channels, channels, out).transpose(3, 2, 1, 0).reshape(out, inputs, width),)
+        return (
+            y.reshape(width, inputs // channels, channels, out)
+            .transpose(3, 2, 1, 0)
+            .reshape(out, inputs, width),
+        )
 
     return Transform(forward, backward)
 
@@ -52,7 +61,12 @@ def scaled(layout: Transform) -> Transform:
         (x,) = layout.backward(y)
         return x, full(x.shape[0], 1 - EPS), full(x.shape[0], 1)
 
-    return Transform(lambda x, *norm, shape: layout.forward(x * gain(*norm).reshape(-1, *[1] * (x.ndim - 1)), shape), backward)
+    return Transform(
+        lambda x, *norm, shape: layout.forward(
+            x * gain(*norm).reshape(-1, *[1] * (x.ndim - 1)), shape
+        ),
+        backward,
+    )
 
 
 # (variance, weight, mean, bias) <-> bias of the convolution in front
@@ -61,10 +75,14 @@ shifted = Transform(
     lambda y: (full(y.shape[0], 1 - EPS), full(y.shape[0], 1), full(y.shape[0], 0), y),
 )
 # (variance, mean) <-> the same for a normalisation without weight and bias of its own
-centred = Transform(lambda variance, mean, shape: -mean * gain(variance), lambda y: (full(y.shape[0], 1 - EPS), -y))
+centred = Transform(
+    lambda variance, mean, shape: -mean * gain(variance), lambda y: (full(y.shape[0], 1 - EPS), -y)
+)
 # (weight, bias, mean, variance) <-> scale and shift of a normalisation without a convolution in front
 affine = Transform(
-    lambda weight, bias, mean, variance, shape: np.stack([gain(variance, weight), bias - mean * gain(variance, weight)]),
+    lambda weight, bias, mean, variance, shape: np.stack(
+        [gain(variance, weight), bias - mean * gain(variance, weight)]
+    ),
     lambda y: (y[0], y[1], full(y.shape[1], 0), full(y.shape[1], 1 - EPS)),
 )
 
@@ -80,7 +98,11 @@ def output() -> Iterator[Rule]:
     """The rules of the last layer, whose batch normalisation has no weight and no bias."""
     *_, mean, variance = (f"xvector.dense.nonlinear.batchnorm.{part}" for part in NORM)
     kernel = scaled(pointwise)
-    yield Rule(("xvector.dense.linear.weight", variance), "out.kernel", Transform(kernel.forward, lambda y: kernel.backward(y)[:2]))
+    yield Rule(
+        ("xvector.dense.linear.weight", variance),
+        "out.kernel",
+        Transform(kernel.forward, lambda y: kernel.backward(y)[:2]),
+    )
     yield Rule((variance, mean), "out.bias", centred)
 
 
@@ -100,25 +122,42 @@ def head() -> Iterator[tuple[str, str, str]]:
 
 def dense(source: str, target: str) -> Iterator[Rule]:
     """The rules of one densely connected layer."""
-    yield Rule(tuple(f"{source}.nonlinear1.batchnorm.{part}" for part in NORM), f"{target}.norm.rows", affine)
+    yield Rule(
+        tuple(f"{source}.nonlinear1.batchnorm.{part}" for part in NORM),
+        f"{target}.norm.rows",
+        affine,
+    )
     yield from folded(f"{source}.linear1", f"{source}.nonlinear2.batchnorm", f"{target}.down")
     yield Rule(f"{source}.cam_layer.linear_local.weight", f"{target}.context.local.kernel", conv)
     for theirs, ours in (("linear1", "down"), ("linear2", "up")):
-        yield Rule(f"{source}.cam_layer.{theirs}.weight", f"{target}.context.{ours}.kernel", pointwise)
+        yield Rule(
+            f"{source}.cam_layer.{theirs}.weight", f"{target}.context.{ours}.kernel", pointwise
+        )
         yield Rule(f"{source}.cam_layer.{theirs}.bias", f"{target}.context.{ours}.bias")
 
 
 def rules(config: SpeakerConfig) -> Iterator[Rule]:
     for source, norm, target in head():
         yield from folded(source, norm, target, conv2d)
-    yield from folded("xvector.tdnn.linear", "xvector.tdnn.nonlinear.batchnorm", "tdnn", unflattened(config.head_channels))
+    yield from folded(
+        "xvector.tdnn.linear",
+        "xvector.tdnn.nonlinear.batchnorm",
+        "tdnn",
+        unflattened(config.head_channels),
+    )
     for i, layers in enumerate(config.layers):
         for j in range(layers):
             yield from dense(f"xvector.block{i + 1}.tdnnd{j + 1}", f"blocks.{i}.layers.{j}")
         transit, target = f"xvector.transit{i + 1}", f"blocks.{i}"
-        yield Rule(tuple(f"{transit}.nonlinear.batchnorm.{part}" for part in NORM), f"{target}.norm.rows", affine)
+        yield Rule(
+            tuple(f"{transit}.nonlinear.batchnorm.{part}" for part in NORM),
+            f"{target}.norm.rows",
+            affine,
+        )
         if i == len(config.layers) - 1:
-            yield from folded(f"{transit}.linear", "xvector.out_nonlinear.batchnorm", f"{target}.transition")
+            yield from folded(
+                f"{transit}.linear", "xvector.out_nonlinear.batchnorm", f"{target}.transition"
+            )
         else:
             yield Rule(f"{transit}.linear.weight", f"{target}.transition.kernel", pointwise)
     yield from output()
@@ -126,7 +165,9 @@ def rules(config: SpeakerConfig) -> Iterator[Rule]:
 
 def table(config: SpeakerConfig) -> Table:
     """torch names, as in 3D-Speaker's state dict and as `from_onnx` of speaker_onnx.py gives them."""
-    return Table(tuple(rules(config)), dropped={r".*\.num_batches_tracked": "only training counts batches"})
+    return Table(
+        tuple(rules(config)), dropped={r".*\.num_batches_tracked": "only training counts batches"}
+    )
 
 
 def infer_config(source: Mapping[str, Source], where: str) -> SpeakerConfig:
@@ -138,7 +179,17 @@ def infer_config(source: Mapping[str, Source], where: str) -> SpeakerConfig:
         growth = source["xvector.block1.tdnnd1.cam_layer.linear_local.weight"].shape[0]
         embedding = source["xvector.dense.linear.weight"].shape[0]
     except (KeyError, ValueError) as error:
-        raise ConversionError(f"{where} is not a CAM++ speaker encoder: {error} is missing or of another rank") from None
+        raise ConversionError(
+            f"{where} is not a CAM++ speaker encoder: {error} is missing or of another rank"
+        ) from None
     names = [name.split(".") for name in source if name.endswith(".cam_layer.linear_local.weight")]
     layers = tuple(sum(name[1] == f"block{i}" for name in names) for i in (1, 2, 3))
-    return SpeakerConfig(inputs // head_channels * 8, embedding, head_channels, channels, growth, bottleneck // growth, layers)
+    return SpeakerConfig(
+        inputs // head_channels * 8,
+        embedding,
+        head_channels,
+        channels,
+        growth,
+        bottleneck // growth,
+        layers,
+    )

@@ -9,9 +9,9 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from convert.engine import ConversionError, Source
-from convert.sources import Tensor
-from convert.tables.speaker import EPS, NORM, full, head
+from omni2_jax.convert.formats import Tensor
+from omni2_jax.convert.plan import ConversionError, Source
+from omni2_jax.convert.tables.speaker import EPS, NORM, full, head
 
 Named = Iterator[tuple[str, Source]]
 Node = tuple[str, list[Source]]  # operator and constant inputs
@@ -21,12 +21,20 @@ def from_onnx(tensors: Mapping[str, Source], where: str) -> dict[str, Source]:
     """The tensors that `convert.sources.onnx_file` finds, renamed; ConversionError if the graph is not CAM++'s."""
     uses = itertools.groupby(tensors.items(), lambda item: item[0].rpartition(".")[0])
     nodes = [(node.split(".")[1], [tensor for _, tensor in inputs]) for node, inputs in uses]
-    flat = [inputs for operator, inputs in nodes if operator == "Conv" and len(inputs[0].shape) == 4]
-    trunk = [node for node in nodes if node[0] == "BatchNormalization" or (node[0] == "Conv" and len(node[1][0].shape) == 3)]
+    flat = [
+        inputs for operator, inputs in nodes if operator == "Conv" and len(inputs[0].shape) == 4
+    ]
+    trunk = [
+        node
+        for node in nodes
+        if node[0] == "BatchNormalization" or (node[0] == "Conv" and len(node[1][0].shape) == 3)
+    ]
     try:
         return dict(itertools.chain(named_head(flat), named_trunk(trunk)))
     except ValueError as error:
-        raise ConversionError(f"{where} is not the graph of a CAM++ speaker encoder with folded normalisations: {error}") from None
+        raise ConversionError(
+            f"{where} is not the graph of a CAM++ speaker encoder with folded normalisations: {error}"
+        ) from None
 
 
 def named(prefix: str, parts: Sequence[str], tensors: Sequence[Source]) -> Named:
@@ -67,7 +75,9 @@ def named_trunk(nodes: list[Node]) -> Named:
         transit = f"xvector.transit{block}"
         match convs:
             case [reduction, *context] if len(context) == 3:
-                yield from named_dense(f"xvector.block{block}.tdnnd{layer}", norm, reduction, context)
+                yield from named_dense(
+                    f"xvector.block{block}.tdnnd{layer}", norm, reduction, context
+                )
                 layer += 1
             case [[weight]]:
                 yield from named(f"{transit}.nonlinear.batchnorm", NORM, norm)
@@ -78,12 +88,16 @@ def named_trunk(nodes: list[Node]) -> Named:
                 yield from unfolded(f"{transit}.linear", "xvector.out_nonlinear.batchnorm", last)
                 yield "xvector.dense.linear.weight", weight
             case []:
-                yield from named("xvector.dense.nonlinear.batchnorm", NORM[2:], without_affine(norm))
+                yield from named(
+                    "xvector.dense.nonlinear.batchnorm", NORM[2:], without_affine(norm)
+                )
             case _:
                 raise ValueError(f"{len(convs)} convolutions behind a batch normalisation")
 
 
-def named_dense(source: str, norm: list[Source], reduction: list[Source], context: list[list[Source]]) -> Named:
+def named_dense(
+    source: str, norm: list[Source], reduction: list[Source], context: list[list[Source]]
+) -> Named:
     """One densely connected layer; of the context mask's three convolutions the local one is wider than a frame."""
     (local,), down, up = sorted(context, key=lambda inputs: inputs[0].shape[2] == 1)
     yield from named(f"{source}.nonlinear1.batchnorm", NORM, norm)

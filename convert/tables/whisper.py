@@ -1,6 +1,6 @@
 """Whisper encoder names, OpenAI's and Hugging Face's <-> `omni2_jax.whisper.SpeechEncoder`."""
 
-from convert.engine import Rule, Table, conv, flat, kernel
+from omni2_jax.convert.plan import Rule, Table, conv, flat, kernel
 
 # ours -> (OpenAI, Hugging Face)
 BLOCK = {
@@ -23,12 +23,24 @@ def table(hugging_face: bool = False) -> Table:
     positions = "embed_positions.weight" if hugging_face else "positional_embedding"
     rules = [Rule(positions, "positions")]
     for name in ("conv1", "conv2"):
-        rules += [Rule(f"{name}.weight", f"{name}.kernel", conv), Rule(f"{name}.bias", f"{name}.bias")]
+        rules += [
+            Rule(f"{name}.weight", f"{name}.kernel", conv),
+            Rule(f"{name}.bias", f"{name}.bias"),
+        ]
     for ours, names in NORMS.items():
-        rules += [Rule(f"{names[column]}.weight", f"{ours}.scale"), Rule(f"{names[column]}.bias", f"{ours}.bias")]
+        rules += [
+            Rule(f"{names[column]}.weight", f"{ours}.scale"),
+            Rule(f"{names[column]}.bias", f"{ours}.bias"),
+        ]
     for ours, names in BLOCK.items():
         theirs = prefix + names[column]
-        rules.append(Rule(f"{theirs}.weight", f"blocks.{ours}.kernel", kernel(in_dims=2 if ours == "out" else 1)))
+        rules.append(
+            Rule(
+                f"{theirs}.weight",
+                f"blocks.{ours}.kernel",
+                kernel(in_dims=2 if ours == "out" else 1),
+            )
+        )
         if ours != "key":
             rules.append(Rule(f"{theirs}.bias", f"blocks.{ours}.bias", flat))
     return Table(tuple(rules))

@@ -1,0 +1,156 @@
+"""The three spectra the model listens to, time-major. B batch, N samples, T frames, M mel bins, F bins.
+
+A feature takes clips [B, N] in [-1, 1] and, where clips are padded to a common N, their `lengths` [B] in samples: every
+row then gives the numbers it gives alone, and zeros behind its last frame.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from omni2_jax.audio.recordings import INPUT_RATE, OUTPUT_RATE
+
+Array = jax.Array
+
+WHISPER_FFT, WHISPER_HOP = 400, 160
+SPEECH_FFT, SPEECH_HOP = 1920, 480
+KALDI_FRAME, KALDI_HOP, KALDI_FFT = 400, 160, 512
+
+
+@functools.partial(jax.jit, static_argnames="mels")
+def log_mel(x: Array, lengths: Array | None = None, mels: int = 128) -> Array:
+    """Whisper's log-mel at 16 kHz, [B, N] -> [B, N // 160, M] (whisper.audio.log_mel_spectrogram).
+
+    The speech encoder's input is a clip padded to 480000 samples, without `lengths`: the silence belongs to the clip.
+    """
+    frames = x.shape[1] // WHISPER_HOP
+    spectrum = power(
+        cut(mirror(x, lengths, WHISPER_FFT // 2), WHISPER_FFT, WHISPER_HOP, frames),
+        hann(WHISPER_FFT),
+    )
+    y = jnp.log10(jnp.maximum(project(spectrum, slaney_bank(INPUT_RATE, WHISPER_FFT, mels)), 1e-10))
+    valid = None if lengths is None else within(lengths // WHISPER_HOP, frames)
+    loudest = jnp.max(y, axis=(1, 2), keepdims=True, where=valid, initial=-10.0)
+    return masked((jnp.maximum(y, loudest - 8) + 4) / 4, valid)
+
+
+@functools.partial(jax.jit, static_argnames="mels")
+def mel24k(x: Array, lengths: Array | None = None, mels: int = 80) -> Array:
+    """The vocoder's log-mel at 24 kHz, [B, N] -> [B, N // 480, M] (matcha.utils.audio.mel_spectrogram, 0 to 8 kHz)."""
+    frames = x.shape[1] // SPEECH_HOP
+    margin = (SPEECH_FFT - SPEECH_HOP) // 2
+    spectrum = power(
+        cut(mirror(x, lengths, margin), SPEECH_FFT, SPEECH_HOP, frames), hann(SPEECH_FFT)
+    )
+    y = jnp.log(
+        jnp.maximum(
+            project(jnp.sqrt(spectrum + 1e-9), slaney_bank(OUTPUT_RATE, SPEECH_FFT, mels)), 1e-5
+        )
+    )
+    return masked(y, None if lengths is None else within(lengths // SPEECH_HOP, frames))
+
+
+@functools.partial(jax.jit, static_argnames=("mels", "subtract_mean"))
+def fbank(
+    x: Array, lengths: Array | None = None, mels: int = 80, subtract_mean: bool = True
+) -> Array:
+    """Kaldi's log filter bank at 16 kHz, [B, N] -> [B, fbank_frames(N), M], minus its mean over time unless told otherwise.
+
+    No dither; the samples stay in [-1, 1], as CosyVoice feeds its speaker encoder (torchaudio.compliance.kaldi.fbank).
+    """
+    frames = fbank_frames(x.shape[1])
+    y = cut(x.astype(jnp.float32), KALDI_FRAME, KALDI_HOP, frames)
+    y = y - y.mean(-1, keepdims=True)
+    y = y - 0.97 * jnp.concatenate(
+        [y[..., :1], y[..., :-1]], -1
+    )  # pre-emphasis; the first sample is its own past
+    y = jnp.log(
+        jnp.maximum(
+            project(power(y, povey(KALDI_FRAME), KALDI_FFT), kaldi_bank(mels)),
+            np.finfo(np.float32).eps,
+        )
+    )
+    valid = None if lengths is None else within(fbank_frames(lengths), frames)
+    return masked(y - y.mean(1, keepdims=True, where=valid) if subtract_mean else y, valid)
+
+
+def fbank_frames(samples):
+    """Whole 25 ms frames, 10 ms apart, in so many samples (a number or an array; 0 for less than a frame)."""
+    return (samples >= KALDI_FRAME) * (1 + (samples - KALDI_FRAME) // KALDI_HOP)
+
+
+def within(lengths: Array, size: int) -> Array:
+    """Which of `size` positions are inside each row: [B] -> bool [B, size, 1]."""
+    return (jnp.arange(size)[None] < lengths[:, None])[..., None]
+
+
+def masked(y: Array, valid: Array | None) -> Array:
+    return y if valid is None else jnp.where(valid, y, 0.0)
+
+
+def mirror(x: Array, lengths: Array | None, margin: int) -> Array:
+    """[B, N] -> [B, N + 2 * margin]: each row reflected about its first and its last sample."""
+    last = jnp.full(x.shape[:1], x.shape[1] - 1) if lengths is None else lengths - 1
+    index = jnp.abs(jnp.arange(-margin, x.shape[1] + margin))[None]
+    index = jnp.where(index > last[:, None], 2 * last[:, None] - index, index)
+    return jnp.take_along_axis(x.astype(jnp.float32), index, axis=1, mode="clip")
+
+
+def cut(x: Array, size: int, hop: int, frames: int) -> Array:
+    """[B, N] -> overlapping frames [B, T, size], the first at sample 0."""
+    return x[:, np.arange(frames)[:, None] * hop + np.arange(size)[None]]
+
+
+def power(frames: Array, window: np.ndarray, n_fft: int | None = None) -> Array:
+    """Frames [B, T, size] -> power spectrum [B, T, F]."""
+    spectrum = jnp.fft.rfft(frames * window, n_fft)
+    return jnp.square(spectrum.real) + jnp.square(spectrum.imag)
+
+
+def project(spectrum: Array, bank: np.ndarray) -> Array:
+    """Spectrum [B, T, F] through a filter bank [F, M], in full float32: the logarithm shows every rounding of quiet bins."""
+    return jnp.einsum("btf,fm->btm", spectrum, bank, precision="highest")
+
+
+@functools.cache
+def hann(size: int) -> np.ndarray:
+    return (0.5 - 0.5 * np.cos(2 * np.pi * np.arange(size) / size)).astype(np.float32)
+
+
+@functools.cache
+def povey(size: int) -> np.ndarray:
+    """Kaldi's default window: a symmetric Hann to the power 0.85."""
+    return ((0.5 - 0.5 * np.cos(2 * np.pi * np.arange(size) / (size - 1))) ** 0.85).astype(
+        np.float32
+    )
+
+
+def triangles(position: np.ndarray, corners: np.ndarray) -> np.ndarray:
+    """Triangular filters [F, M] over bins at `position` [F]; filter m rises from corner m to m + 1 and falls to m + 2."""
+    low, peak, high = corners[:-2], corners[1:-1], corners[2:]
+    rise, fall = (
+        (position[:, None] - low) / (peak - low),
+        (high - position[:, None]) / (high - peak),
+    )
+    return np.maximum(0, np.minimum(rise, fall))
+
+
+@functools.cache
+def slaney_bank(rate: int, n_fft: int, mels: int, top: float = 8000.0) -> np.ndarray:
+    """Slaney's filter bank [F, M] from 0 to `top` Hz, each filter of unit area: linear below 1 kHz, logarithmic above."""
+    knee, step = 1000 * 3 / 200, np.log(6.4) / 27
+    mel = np.linspace(0, knee + np.log(top / 1000) / step, mels + 2)
+    corners = np.where(mel < knee, mel * 200 / 3, 1000 * np.exp((mel - knee) * step))
+    bank = triangles(np.fft.rfftfreq(n_fft, 1 / rate), corners) * 2 / (corners[2:] - corners[:-2])
+    return bank.astype(np.float32)
+
+
+@functools.cache
+def kaldi_bank(mels: int, low: float = 20.0) -> np.ndarray:
+    """Kaldi's filter bank [F, M] from `low` Hz to half the rate: triangles on the mel axis, without the Nyquist bin."""
+    position = 1127 * np.log1p(np.fft.rfftfreq(KALDI_FFT, 1 / INPUT_RATE) / 700)
+    bank = triangles(position, np.linspace(1127 * np.log1p(low / 700), position[-1], mels + 2))
+    bank[-1] = 0
+    return bank.astype(np.float32)

@@ -1,0 +1,19 @@
+"""`omni2 hidden`: the LLM's hidden states of a data set, computed once for all of stage 2."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from omni2_jax.cli.train import Changes, Config
+
+
+def hidden(
+    config: Config,
+    out: Annotated[Path, typer.Option(help="A new directory.")],
+    changes: Changes = None,
+) -> None:
+    """Compute the LLM's hidden states for a run of stage 2 with this config."""
+    from omni2_jax.train import compute_hidden, settings
+
+    compute_hidden.compute(settings.read(config, changes or []), out)

@@ -1,0 +1,296 @@
+"""HiFT vocoder: mel frames to 24 kHz samples by a harmonic source and an inverse STFT (HiFTNet, arXiv 2309.09493).
+
+B batch, F mel frames, T steps or samples, M mel bins, H harmonics (the fundamental first), C channels. Rows are left-aligned and
+may be padded: every convolution sees zeros past a row's own end, so padding and neighbours do not change its samples.
+"""
+
+import itertools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from omni2_jax.config import HiftConfig
+from omni2_jax.models.layers import Array, Conv1d, Linear, param
+
+
+def trim(x: Array, lengths: Array) -> Array:
+    """x [B, T, ...] with zeros from step `lengths` [B] of each row on."""
+    inside = jnp.arange(x.shape[1]) < lengths[:, None]
+    return jnp.where(inside.reshape(inside.shape + (1,) * (x.ndim - 2)), x, 0)
+
+
+def overlap_add(pieces: Array, hop: int) -> Array:
+    """Sum pieces [B, T, K, C] that start `hop` steps apart -> [B, (T - 1 + ceil(K / hop)) * hop, C], zeros behind the last piece."""
+    batch, count, size, channels = pieces.shape
+    spans = -(-size // hop)
+    pieces = jnp.pad(pieces, ((0, 0), (0, 0), (0, spans * hop - size), (0, 0))).reshape(
+        batch, count, spans, hop, channels
+    )
+    shifted = (
+        jnp.pad(pieces[:, :, i], ((0, 0), (i, spans - 1 - i), (0, 0), (0, 0))) for i in range(spans)
+    )
+    return sum(shifted).reshape(batch, -1, channels)
+
+
+def stft(x: Array, lengths: Array, n_fft: int, hop: int) -> Array:
+    """Samples [B, T] -> spectra [B, T / hop + 1, n_fft + 2]: real parts, then imaginary ones, zeros past each row's last frame.
+
+    A row is reflected about its own first and last sample (torch.stft, centred, Hann window).
+    """
+    position = jnp.abs(jnp.arange(-n_fft // 2, x.shape[1] + n_fft // 2))
+    last = lengths[:, None] - 1
+    mirrored = jnp.clip(last - jnp.abs(last - position), 0, x.shape[1] - 1)
+    blocks = jnp.take_along_axis(x, mirrored, axis=1).reshape(x.shape[0], -1, hop)
+    spans, count = n_fft // hop, x.shape[1] // hop + 1
+    frames = jnp.concatenate([blocks[:, i : i + count] for i in range(spans)], axis=-1)
+    return trim(frames @ analysis(n_fft).astype(x.dtype), lengths // hop + 1)
+
+
+def istft(spectra: Array, lengths: Array, hop: int) -> Array:
+    """The inverse of `stft`: spectra [B, T / hop + 1, n_fft + 2] of rows of `lengths` samples -> samples [B, T], zeros past the end."""
+    n_fft, samples = spectra.shape[-1] - 2, (spectra.shape[1] - 1) * hop
+    frames = lengths // hop + 1
+    pieces = trim(spectra, frames) @ synthesis(n_fft).astype(spectra.dtype)
+    weights = trim(
+        jnp.broadcast_to(jnp.square(hann(n_fft)).astype(spectra.dtype), pieces.shape), frames
+    )
+    total, envelope = (
+        overlap_add(x[..., None], hop)[:, n_fft // 2 : n_fft // 2 + samples, 0]
+        for x in (pieces, weights)
+    )
+    return trim(total / jnp.where(envelope > 0, envelope, 1), lengths)
+
+
+def hann(size: int) -> np.ndarray:
+    """Periodic Hann window."""
+    return 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(size) / size)
+
+
+def analysis(n_fft: int) -> np.ndarray:
+    """Window and real DFT of a frame as one matrix [n_fft, n_fft + 2]."""
+    spectrum = np.fft.rfft(np.diag(hann(n_fft)))
+    return np.concatenate([spectrum.real, spectrum.imag], axis=1)
+
+
+def synthesis(n_fft: int) -> np.ndarray:
+    """Inverse real DFT and window as one matrix [n_fft + 2, n_fft]."""
+    basis = np.eye(n_fft // 2 + 1)
+    return np.concatenate([np.fft.irfft(basis), np.fft.irfft(1j * basis)]) * hann(n_fft)
+
+
+# sin(pi r)^2 / r^2 as a polynomial in r^2 for |r| <= 1/2, highest power first; off by less than 1e-9
+SINE_SQUARED = np.polynomial.Chebyshev.interpolate(
+    lambda u: (np.pi * np.sinc(np.sqrt(u))) ** 2, 6, domain=[0, 0.25]
+)
+SINE_SQUARED = SINE_SQUARED.convert(kind=np.polynomial.Polynomial).coef[::-1]
+
+
+def sine_squared(x: Array) -> Array:
+    """sin(x)^2. A call to sin would be a quarter of the vocoder's time on a CPU."""
+    turns = x / jnp.pi
+    square = jnp.square(turns - jnp.round(turns))
+    return square * jnp.polyval(jnp.asarray(SINE_SQUARED, x.dtype), square)
+
+
+class Snake(nnx.Module):
+    """x + sin(alpha x)^2 / alpha, one alpha per channel (arXiv 2006.08195)."""
+
+    def __init__(self, channels: int):
+        self.alpha = nnx.Param(jnp.ones(channels), axes=(None,))
+
+    def __call__(self, x: Array) -> Array:
+        alpha = self.alpha[...].astype(x.dtype)
+        return x + sine_squared(alpha * x) / (alpha + 1e-9)
+
+
+class ResidualUnit(nnx.Module):
+    """Two activated convolutions around a residual connection, the first one dilated."""
+
+    def __init__(self, channels: int, kernel: int, dilation: int, rngs: nnx.Rngs):
+        shape, reach = (kernel, channels, channels), (kernel - 1) // 2
+        self.snake1, self.snake2 = Snake(channels), Snake(channels)
+        self.conv1 = Conv1d(rngs, shape, dilation=dilation, padding=(reach * dilation,) * 2)
+        self.conv2 = Conv1d(rngs, shape, padding=(reach,) * 2)
+
+    def __call__(self, x: Array, lengths: Array) -> Array:
+        y = self.conv1(trim(self.snake1(x), lengths))
+        return x + self.conv2(trim(self.snake2(y), lengths))
+
+
+class ResidualBlock(nnx.Module):
+    """Residual units of growing dilation (HiFi-GAN's ResBlock1 with Snake)."""
+
+    def __init__(self, channels: int, kernel: int, dilations: tuple[int, ...], rngs: nnx.Rngs):
+        self.units = nnx.List(
+            [ResidualUnit(channels, kernel, dilation, rngs) for dilation in dilations]
+        )
+
+    def __call__(self, x: Array, lengths: Array) -> Array:
+        for unit in self.units:
+            x = unit(x, lengths)
+        return x
+
+
+class Upsample(nnx.Module):
+    """Transposed convolution [B, T, C_in] -> [B, T * rate, C_out]: each step paints `K` output steps, which are overlap-added."""
+
+    def __init__(self, shape: tuple[int, int, int], rate: int, rngs: nnx.Rngs):
+        self.rate = rate
+        self.kernel = param(
+            rngs, shape, (None, None, None), fan_in=shape[0] * shape[1] // rate
+        )  # [C_in, K, C_out]
+        self.bias = param(rngs, shape[2:], (None,))
+
+    def __call__(self, x: Array) -> Array:
+        kernel = self.kernel[...].astype(x.dtype)
+        margin = (kernel.shape[1] - self.rate) // 2
+        y = overlap_add(jnp.tensordot(x, kernel, 1), self.rate)
+        return y[:, margin : margin + x.shape[1] * self.rate] + self.bias[...].astype(x.dtype)
+
+
+class Stage(nnx.Module):
+    """Upsample, add the source's spectrum at this rate, and average residual blocks of several kernel sizes."""
+
+    def __init__(self, config: HiftConfig, index: int, rngs: nnx.Rngs):
+        channels = config.channels // 2 ** (index + 1)
+        self.slope, self.rate = config.slope, config.upsample[index]
+        self.last = index == len(config.upsample) - 1
+        self.up = Upsample(
+            (2 * channels, config.upsample_kernels[index], channels), self.rate, rngs
+        )
+        stride = math.prod(config.upsample[index + 1 :])
+        kernel = 1 if self.last else 2 * stride
+        self.source_down = Conv1d(
+            rngs, (kernel, config.n_fft + 2, channels), stride=stride, padding=(stride // 2,) * 2
+        )
+        self.source_block = ResidualBlock(
+            channels, config.source_kernels[index], config.source_dilations[index], rngs
+        )
+        blocks = zip(config.resblock_kernels, config.resblock_dilations, strict=True)
+        self.blocks = nnx.List(
+            [ResidualBlock(channels, kernel, dilations, rngs) for kernel, dilations in blocks]
+        )
+
+    def __call__(self, x: Array, lengths: Array, spectra: Array) -> tuple[Array, Array]:
+        x = self.up(trim(jax.nn.leaky_relu(x, self.slope), lengths))
+        lengths = lengths * self.rate
+        if self.last:  # one step more, as an STFT of n hops has n + 1 frames
+            x, lengths = jnp.concatenate([x[:, 1:2], x], axis=1), lengths + 1
+        x = x + self.source_block(self.source_down(spectra), lengths)
+        return sum(block(x, lengths) for block in self.blocks) / len(self.blocks), lengths
+
+
+class F0Predictor(nnx.Module):
+    """Fundamental frequency of each mel frame: convolutions with ELU, then a linear head (CosyVoice's ConvRNNF0Predictor)."""
+
+    layers = 5
+
+    def __init__(self, config: HiftConfig, rngs: nnx.Rngs):
+        widths = (config.mels,) + (config.f0_channels,) * self.layers
+        self.convs = nnx.List(
+            [Conv1d(rngs, (3, *pair), padding=(1, 1)) for pair in itertools.pairwise(widths)]
+        )
+        self.head = Linear(rngs, (config.f0_channels, 1), (None, None))
+
+    def __call__(self, mel: Array, frames: Array) -> Array:
+        x = mel
+        for conv in self.convs:
+            x = jax.nn.elu(conv(trim(x, frames)))
+        # As a product with a matrix of one column, its rounding on a CPU would depend on a frame's place in the batch.
+        return jnp.abs(
+            jnp.sum(x * self.head.kernel[...][:, 0].astype(x.dtype), -1)
+            + self.head.bias[...].astype(x.dtype)
+        )
+
+
+class Hift(nnx.Module):
+    """The vocoder: `__call__` is all of it; `f0`, `source` and `decode` are its three steps."""
+
+    def __init__(self, config: HiftConfig, rngs: nnx.Rngs):
+        self.config = config
+        self.f0 = F0Predictor(config, rngs)
+        self.harmonic_mix = Linear(rngs, (config.harmonics + 1, 1), (None, None))
+        self.conv_in = Conv1d(rngs, (7, config.mels, config.channels), padding=(3, 3))
+        self.stages = nnx.List([Stage(config, i, rngs) for i in range(len(config.upsample))])
+        last = config.channels // 2 ** len(config.upsample)
+        self.conv_out = Conv1d(rngs, (7, last, config.n_fft + 2), padding=(3, 3))
+
+    def __call__(self, mel: Array, frames: Array, phase: Array, noise: Array) -> Array:
+        """mel [B, F, M] of `frames` [B] frames a row, and the source's draws (see `draw`) -> samples [B, F * samples_per_frame]."""
+        return self.decode(mel, frames, self.source(self.f0(mel, frames), phase, noise))
+
+    def cycles(self, f0: Array) -> Array:
+        """Cycles modulo 1 that the fundamental f0 [B, F] in Hz has gone through by the end of each frame.
+
+        A running sum over samples in float32 would be off by 0.06 in the source after 2.4 s; whole cycles drop out before rounding here.
+        """
+        frame_rate = self.config.sample_rate / self.config.samples_per_frame
+        return jax.lax.associative_scan(
+            lambda a, b: (a + b) % 1, f0 % frame_rate / frame_rate, axis=1
+        )
+
+    def source(self, f0: Array, phase: Array, noise: Array) -> Array:
+        """f0 [B, F] in Hz, phase [B, H] in radians, noise [B, T, H] ~ N(0, 1) -> excitation [B, T], T = F * samples_per_frame.
+
+        The released SineGen and SourceModuleHnNSF; f0 is constant within a frame, and `phase` is that of each harmonic at the start.
+        """
+        config, rate = self.config, self.config.samples_per_frame
+        starts = jnp.pad(self.cycles(f0)[:, :-1], ((0, 0), (1, 0)))
+        seconds = jnp.arange(1, rate + 1, dtype=f0.dtype) / config.sample_rate
+        cycles = (starts[..., None] + f0[..., None] * seconds).reshape(f0.shape[0], -1, 1) % 1
+        angles = 2 * jnp.pi * (cycles * jnp.arange(1, config.harmonics + 2) % 1)  # [B, T, H]
+        voiced = jnp.repeat(f0 > config.voiced_threshold, rate, axis=1)[..., None]
+        sines = jnp.where(voiced, config.sine_amplitude * jnp.sin(angles + phase[:, None]), 0)
+        noise = noise * jnp.where(voiced, config.noise_deviation, config.sine_amplitude / 3)
+        return jnp.tanh(self.harmonic_mix(sines + noise)[..., 0])
+
+    def decode(self, mel: Array, frames: Array, source: Array) -> Array:
+        """mel [B, F, M] of `frames` [B] frames and source [B, T] -> samples [B, T], T = F * samples_per_frame (HiFTGenerator.decode)."""
+        config = self.config
+        samples = frames * config.samples_per_frame
+        spectra = stft(source, samples, config.n_fft, config.hop)
+        x, lengths = self.conv_in(trim(mel, frames)), frames
+        for stage in self.stages:
+            x, lengths = stage(x, lengths, spectra)
+        x = self.conv_out(trim(jax.nn.leaky_relu(x, 0.01), lengths))
+        magnitude, phase = jnp.split(x, 2, axis=-1)
+        magnitude, phase = jnp.minimum(jnp.exp(magnitude), 1e2), jnp.sin(phase)
+        spectra = jnp.concatenate([magnitude * jnp.cos(phase), magnitude * jnp.sin(phase)], axis=-1)
+        return jnp.clip(istft(spectra, samples, config.hop), -config.limit, config.limit)
+
+
+def draw(config: HiftConfig, keys: Array, samples: int) -> tuple[Array, Array]:
+    """What the source draws, from one key a row: harmonic phases [B, H], the fundamental's 0, and N(0, 1) noise [B, samples, H].
+
+    A row depends on its own key only, and the noise of fewer samples is a prefix of that of more.
+    """
+
+    def row(key):
+        phase_key, noise_key = jax.random.split(key)
+        phase = (
+            jax.random.uniform(phase_key, (config.harmonics + 1,), minval=-jnp.pi, maxval=jnp.pi)
+            .at[0]
+            .set(0)
+        )
+        return phase, jax.random.normal(noise_key, (samples, config.harmonics + 1))
+
+    return jax.vmap(row)(keys)
+
+
+def change_speed(mel: Array, frames: Array, speed: float) -> tuple[Array, Array]:
+    """Stretch mel [B, F, M] of `frames` [B] frames in time by linear interpolation, each row to int(frames / speed) frames.
+
+    For whole utterances only (`speed` of the released SpeechDecoder.token2wav, offline). Returns the new mel and its frames.
+    """
+    sizes = np.array([int(count / speed) for count in range(mel.shape[1] + 1)])
+    stretched = jnp.asarray(sizes)[frames]
+    centres = (jnp.arange(sizes[-1]) + 0.5) * (frames / jnp.maximum(stretched, 1))[:, None] - 0.5
+    position = jnp.clip(centres, 0, jnp.maximum(frames - 1, 0)[:, None])
+    below = position.astype(jnp.int32)
+    above = jnp.minimum(below + 1, mel.shape[1] - 1)
+    weight = (position - below)[..., None].astype(mel.dtype)
+    at = lambda index: jnp.take_along_axis(mel, index[..., None], axis=1)  # noqa: E731
+    return at(below) * (1 - weight) + at(above) * weight, stretched

@@ -1,0 +1,132 @@
+"""The released conversations of the goldens, how the tests of generation ask for them, and a run that is quickly trained."""
+
+import dataclasses
+import functools
+import itertools
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from omni2_jax.configs import stage1b
+from omni2_jax.generate.engine import Engine, PromptPiece, ResponseStream
+from omni2_jax.generate.omni2 import Omni2, Options
+from omni2_jax.generate.read_write import Request, request
+from omni2_jax.generate.session import split
+from omni2_jax.train.settings import Bucket, OptimizerConfig, TrainConfig
+
+GOLDENS = Path(__file__).parents[1] / "goldens"
+CASES = json.loads((GOLDENS / "omni2" / "cases.json").read_text())["cases"]
+
+# As released, but for the small chunks of the flow: they are quick to compile and to run.
+GREEDY = Options(
+    unit_temperature=0.0,
+    unit_vocabulary="all",
+    max_new_tokens=64,
+    max_flush_units=60,
+    chunk=10,
+    left_chunks=2,
+)
+SHORT = {"max_new_tokens": 12, "max_flush_units": 15}  # where steps are slow
+
+
+def clip(name: str) -> Path:
+    return GOLDENS / "audio" / f"{name}.wav"
+
+
+def conversation(name: str) -> list[Path | str]:
+    return [
+        clip(turn["clip"]) if "clip" in turn else turn["text"]
+        for turn in CASES[name]["conversation"]
+    ]
+
+
+def asked(model: Omni2, name: str, **changes) -> Request:
+    """A case's own request, with its end token, cap and penalty, but for some changes of the options."""
+    given = dict(CASES[name]["generate_kwargs"])
+    eos = request(model.config, text_eos=given.pop("eos_token_id", None)).text_eos
+    return dataclasses.replace(
+        model.request(dataclasses.replace(GREEDY, **(given | changes))), text_eos=eos
+    )
+
+
+@functools.cache
+def pieces(model: Omni2, name: str) -> list[PromptPiece]:
+    """A case's prompt."""
+    turns = [model.hear(turn)[0] if isinstance(turn, Path) else turn for turn in conversation(name)]
+    ids = model.tokenizer.prompt([turn if isinstance(turn, str) else 1 for turn in turns])
+    return split(ids, turns[::2], model.tokenizer.positions + 128)
+
+
+def submit(engine: Engine, model: Omni2, name: str, **changes) -> ResponseStream:
+    """Queue a case, its options changed."""
+    return engine.submit(pieces(model, name), asked(model, name, **changes), model.voice(None))
+
+
+@dataclasses.dataclass
+class Said:
+    """All of a stream: token ids and samples."""
+
+    text: list[int]
+    speech: list[int]
+    samples: np.ndarray
+
+    @classmethod
+    def by(cls, stream: ResponseStream) -> "Said":
+        chunks = list(stream)
+        join = lambda lists: list(itertools.chain.from_iterable(lists))  # noqa: E731
+        return cls(
+            join(c.tokens for c in chunks),
+            join(c.speech for c in chunks),
+            np.concatenate([c.samples for c in chunks]),
+        )
+
+    def __eq__(self, other: "Said") -> bool:
+        return (
+            self.text == other.text
+            and self.speech == other.speech
+            and np.array_equal(self.samples, other.samples)
+        )
+
+
+def broken(piece: PromptPiece) -> PromptPiece:
+    """A prompt with one feature that is not a number."""
+    return dataclasses.replace(piece, features=jnp.asarray(piece.features).at[7, 3].set(jnp.nan))
+
+
+def tree_equal(a, b) -> bool:
+    """Bit for bit, NaN included."""
+    raw = lambda x: np.asarray(
+        jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
+    )  # noqa: E731
+    return jax.tree.all(jax.tree.map(lambda x, y: raw(x).tobytes() == raw(y).tobytes(), a, b))
+
+
+def toy_run(checkpoint_dir: Path, data: Path, **changes) -> TrainConfig:
+    """Four steps of stage 1b, which compiles and steps fast, saved after every second one."""
+    given = {
+        "checkpoint": str(checkpoint_dir),
+        "data": str(data),
+        "steps": 4,
+        "batch": 8,
+        "buckets": (Bucket(0, 0, 64),),
+        "save_every": 2,
+    }
+    how = {
+        "dtype": "float32",
+        "loss_block": 64,
+        "workers": 1,
+        "keep": 9,
+        "optimizer": OptimizerConfig(peak=5e-3),
+    }
+    return dataclasses.replace(stage1b.config, **(given | how | changes))
+
+
+def reported(directory: Path, name: str = "loss") -> dict[int, float]:
+    """A number by step; every step has it once."""
+    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    found = {line["step"]: line[name] for line in lines if name in line}
+    assert len(found) == sum(name in line for line in lines)
+    return found
