@@ -1,33 +1,74 @@
 """Files and directories that appear whole or not at all."""
 
 import contextlib
+import os
 import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO, Any
+
+
+@contextlib.contextmanager
+def atomic_write(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
+    """An open file that becomes `path` when the block ends without an error.
+
+    Otherwise `path` stays what it was and nothing is left beside it. A process that is killed leaves
+    its unfinished file behind (see `is_partial`).
+
+        with atomic_write(directory / "config.json") as file:
+            json.dump(config, file)
+
+    mode: "w" for text (UTF-8), "wb" for bytes. Raises ValueError naming `path` if the file system
+    refuses it: no such directory, no permission, no space.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with open(partial, mode, encoding=None if "b" in mode else "utf-8") as file:
+            yield file
+        partial.replace(path)
+    except OSError as error:
+        # The block may fail for reasons of its own; those errors name another file.
+        if error.filename not in (None, str(partial)):
+            raise
+        raise ValueError(f"cannot write {path}: {error.strerror or error}") from None
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+
+
+def is_partial(path: Path) -> bool:
+    """True for a file that `atomic_write` had not finished when its process was killed."""
+    return path.name.startswith(".") and path.suffix == ".partial"
 
 
 @contextlib.contextmanager
 def atomic_directory(out: Path) -> Iterator[Path]:
-    """A new directory that becomes `out` only when the block ends well; otherwise nothing is left behind."""
+    """A new directory that becomes `out` when the block ends without an error.
+
+    Otherwise nothing is left behind. Raises ValueError if `out` exists, or cannot be written to.
+    """
     if out.exists():
         raise ValueError(f"{out} exists already; give a new directory")
-    work = out.with_name(out.name + ".partial")
+    partial = out.with_name(out.name + ".partial")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(work, ignore_errors=True)
-        work.mkdir()
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
     except OSError as error:
         raise ValueError(f"cannot write to {out}: {error.strerror}") from None
     try:
-        yield work
-        work.rename(out)
+        yield partial
+        partial.rename(out)
     finally:
-        remove_directory(work)
+        remove_directory(partial)
 
 
 def remove_directory(directory: Path, seconds: float = 10) -> None:
-    """Delete a directory, into which tensorstore goes on writing for a moment when it is interrupted."""
+    """Delete a directory if it exists; give up after so many `seconds`.
+
+    It is tried again and again, because an interrupted tensorstore goes on writing for a moment.
+    """
     deadline = time.monotonic() + seconds
     while directory.exists() and time.monotonic() < deadline:
         shutil.rmtree(directory, ignore_errors=True)
@@ -35,4 +76,5 @@ def remove_directory(directory: Path, seconds: float = 10) -> None:
 
 
 def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its class where it has no message."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -9,6 +9,7 @@ from flax import nnx
 from omni2_jax.audio import recordings
 from omni2_jax.checkpoint import parameters
 from omni2_jax.config import Omni2Config, SpeakerConfig
+from omni2_jax.files import atomic_write
 from omni2_jax.models.speaker import embed
 
 
@@ -21,10 +22,8 @@ def save(directory: Path, name: str, x_vector: np.ndarray) -> None:
     """Store a voice, whole or not at all."""
     folder = directory / "voices"
     folder.mkdir(exist_ok=True)
-    work = folder / f".{name}.partial"
-    with open(work, "wb") as file:
+    with atomic_write(folder / f"{name}.npy", "wb") as file:
         np.save(file, np.asarray(x_vector, np.float32))
-    work.rename(folder / f"{name}.npy")
 
 
 def resolve(directory: Path, config: Omni2Config, voice: str | None) -> np.ndarray:
