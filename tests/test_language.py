@@ -225,8 +225,10 @@ def test_sampling_does_not_depend_on_the_batch(model, cases, arrays, features):
     together = generate(model, prompts, asked)
     for row in range(2):
         alone = generate(
-            model, prompts[row : row + 1], jax.tree.map(lambda leaf: leaf[row : row + 1], asked)
-        )  # noqa: B023
+            model,
+            prompts[row : row + 1],
+            jax.tree.map(lambda leaf: leaf[row : row + 1], asked),  # noqa: B023
+        )
         assert alone == together[row : row + 1]
 
 

@@ -179,8 +179,8 @@ def unstack(layers: nnx.Module) -> nnx.List:
     graph, params = nnx.split(layers)
     count = jax.tree.leaves(params)[0].shape[0]
     return nnx.List(
-        [nnx.merge(graph, jax.tree.map(lambda leaf: leaf[i], params)) for i in range(count)]
-    )  # noqa: B023
+        [nnx.merge(graph, jax.tree.map(lambda leaf: leaf[i], params)) for i in range(count)]  # noqa: B023
+    )
 
 
 def scan(layers: nnx.Module, body: Callable, carry, xs=None, remat: str = "none"):
