@@ -16,23 +16,26 @@ PARTS = LANGUAGE_PARTS + DECODER_PARTS  # in the order of the data's path
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """A Qwen2.5 language model; it serves as the LLM and as the speech LM."""
+    """A decoder-only language model: the LLM, and with a larger vocabulary the speech LM. The defaults are Qwen2.5-0.5B's."""
 
     vocabulary: int = 151936
     width: int = 896
     layers: int = 24
     heads: int = 14
     kv_heads: int = 2
+    head_size: int = 0  # 0 is replaced by width // heads
     hidden: int = 4864
     rope_theta: float = 1e6
     norm_eps: float = 1e-6
-    tied: bool = True
+    tied: bool = True  # the embedding table is the output matrix as well
+    qkv_bias: bool = True  # biases of queries, keys and values: Qwen2 has them, Qwen3 does not
+    qk_norm: bool = False  # RMSNorm over each head of queries and keys, as in Qwen3
     max_positions: int = 32768
     rank: int = 0  # of low-rank updates (LoRA) beside every matrix, while they are trained
 
-    @property
-    def head_size(self) -> int:
-        return self.width // self.heads
+    def __post_init__(self):
+        if not self.head_size:
+            object.__setattr__(self, "head_size", self.width // self.heads)
 
 
 @dataclass(frozen=True)

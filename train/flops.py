@@ -127,9 +127,11 @@ def attention(config: Omni2Config, bucket: Bucket) -> list[tuple[str, float, int
     if c := config.speech_encoder:
         found.append(("speech_encoder", 4 * bucket.clips * c.layers * c.width * c.frames**2, 3))
     if c := config.llm:
-        found.append(("llm", 4 * c.layers * c.width * bucket.positions**2 / 2, 3))
+        found.append(("llm", 4 * c.layers * c.heads * c.head_size * bucket.positions**2 / 2, 3))
     if c := config.speech_lm:
-        found.append(("speech_lm", 4 * clips * c.layers * c.width * bucket.tokens**2 / 2, 3))
+        found.append(
+            ("speech_lm", 4 * clips * c.layers * c.heads * c.head_size * bucket.tokens**2 / 2, 3)
+        )
     if c := config.flow:
         units, frames = bucket.tokens, c.upsample * bucket.tokens
         pairs = c.layers * units**2 + c.up_layers * frames**2

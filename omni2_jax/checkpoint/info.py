@@ -47,7 +47,7 @@ def part(directory: Path, config: Omni2Config, name: str) -> Part:
 def dimensions(config: Omni2Config, name: str) -> str:
     c = getattr(config, name, None)
     if name in ("llm", "speech_lm"):
-        return f"Qwen2: {c.layers} layers, width {c.width}, {c.heads} heads ({c.kv_heads} kv), vocabulary {c.vocabulary}"
+        return f"decoder: {c.layers} layers, width {c.width}, {c.heads} heads ({c.kv_heads} kv), vocabulary {c.vocabulary}"
     if name == "speech_encoder":
         return f"Whisper: {c.layers} layers, width {c.width}, {c.heads} heads"
     if name == "adapter":

@@ -1,4 +1,7 @@
-"""Qwen2.5: the LLM and, with a larger vocabulary, the speech LM. RMSNorm, RoPE, grouped queries, QKV bias, SwiGLU.
+"""The language-model decoder of Qwen2.5 and Qwen3: the LLM and, with a larger vocabulary, the speech LM.
+
+RMSNorm before each sublayer, rotary positions, grouped queries, SwiGLU. What differs between the families is stated in
+the configuration: `qkv_bias` (Qwen2), `qk_norm` (Qwen3), `head_size`, `tied`.
 
 B batch, T query time, S key time, D width, N heads, K kv heads, H head size, F hidden, V vocabulary, L layers.
 """
@@ -26,25 +29,30 @@ def rope(x: Array, positions: Array, theta: float) -> Array:
 
 
 class Attention(nnx.Module):
+    """Causal self-attention with grouped queries and rotary positions, [B, T, D] -> [B, T, D]."""
+
     def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
         d, n, k, h = config.width, config.heads, config.kv_heads, config.head_size
+        bias, rank = config.qkv_bias, config.rank
+        kv_axes = ("embed", "kv_heads", "head")
         self.theta = config.rope_theta
-        self.query = Linear(rngs, (d, n, h), ("embed", "heads", "head"), rank=config.rank)
-        self.key = Linear(rngs, (d, k, h), ("embed", "kv_heads", "head"), rank=config.rank)
-        self.value = Linear(rngs, (d, k, h), ("embed", "kv_heads", "head"), rank=config.rank)
+        self.query = Linear(rngs, (d, n, h), ("embed", "heads", "head"), bias=bias, rank=rank)
+        self.key = Linear(rngs, (d, k, h), kv_axes, bias=bias, rank=rank)
+        self.value = Linear(rngs, (d, k, h), kv_axes, bias=bias, rank=rank)
+        self.query_norm = RMSNorm(h, config.norm_eps) if config.qk_norm else None
+        self.key_norm = RMSNorm(h, config.norm_eps) if config.qk_norm else None
         self.out = Linear(
-            rngs, (n, h, d), ("heads", "head", "embed"), in_dims=2, bias=False, rank=config.rank
+            rngs, (n, h, d), ("heads", "head", "embed"), in_dims=2, bias=False, rank=rank
         )
 
     def __call__(
         self, x: Array, positions: Array, layer: Array, cache: KVCache | None
     ) -> tuple[Array, KVCache | None]:
-        q = rope(self.query(x), positions, self.theta)
-        k = rope(self.key(x), positions, self.theta)
-        v = self.value(x)
-        if (
-            cache is None
-        ):  # rows begin at position 0, and what is behind their end is nobody's concern: the order alone tells who sees whom
+        q, k, v = self.query(x), self.key(x), self.value(x)
+        if self.query_norm is not None and self.key_norm is not None:
+            q, k = self.query_norm(q), self.key_norm(k)
+        q, k = rope(q, positions, self.theta), rope(k, positions, self.theta)
+        if cache is None:  # rows start at 0 and are right-padded, so a causal mask is enough
             return self.out(attend(q, k, v, causal=True)), None
         cache = cache.write(layer, positions, k, v)
         k, v = cache.read(layer)
@@ -54,6 +62,8 @@ class Attention(nnx.Module):
 
 
 class SwiGLU(nnx.Module):
+    """Gated feed-forward network down(silu(gate(x)) * up(x)), [..., D] -> [..., D] (arXiv 2002.05202)."""
+
     def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
         d, f = config.width, config.hidden
         self.gate = Linear(rngs, (d, f), ("embed", "hidden"), bias=False, rank=config.rank)
@@ -65,6 +75,8 @@ class SwiGLU(nnx.Module):
 
 
 class Block(nnx.Module):
+    """One layer: attention and feed-forward network, each on its normalized input and added to it."""
+
     def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
         self.attention_norm = RMSNorm(config.width, config.norm_eps)
         self.attention = Attention(config, rngs)
