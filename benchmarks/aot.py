@@ -18,7 +18,7 @@ import json
 import re
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
@@ -39,8 +39,8 @@ from omni2_jax.cli.console import run_function
 from omni2_jax.config import Omni2Config
 from omni2_jax.configs import stage1a, stage2
 from omni2_jax.generate.engine import Programs
+from omni2_jax.generate.engine_config import EngineConfig
 from omni2_jax.generate.read_write import request
-from omni2_jax.generate.streaming_step import EngineConfig
 from omni2_jax.models.model import abstract_state
 from omni2_jax.train import flops, step
 from omni2_jax.train import settings as settings
@@ -71,6 +71,7 @@ class Job:
     arguments: tuple
     kinds: dict[str, object]
     flops: float
+    keywords: dict[str, object] = field(default_factory=dict)
 
 
 def devices(topology: str) -> Sequence[jax.Device]:
@@ -142,18 +143,18 @@ def training(train: settings.TrainConfig, config: Omni2Config, mesh: Mesh) -> Jo
     )
 
 
-def streaming(name: str, shape: EngineConfig, config: Omni2Config, mesh: Mesh) -> Job:
+def streaming(name: str, engine_config: EngineConfig, config: Omni2Config, mesh: Mesh) -> Job:
     """A call of the engine's: a step of all slots, or a piece of a turn's prompt."""
     config = config.replace(speaker=None)
     graph, state = abstract_state(config)
     dtype = lambda path, leaf: leaf.update(dtype=dtype_of(path[0].key, jnp.bfloat16))  # noqa: E731
     shapes = jax.tree_util.tree_map_with_path(dtype, nnx.to_pure_dict(state))
     params = placed(shapes, sharding.of_params(state, mesh))
-    programs = Programs.of(config, graph, params, shape)
+    programs = Programs.of(config, graph, params, engine_config)
     empty = (
-        jax.eval_shape(programs.empty, params)
+        jax.eval_shape(programs.empty_state, params)
         if name == "step"
-        else jax.eval_shape(programs.prefix)
+        else jax.eval_shape(programs.empty_prefix)
     )
     state = placed(empty, sharding.of_state(empty, mesh))
     language = state.language if name == "step" else state
@@ -164,30 +165,32 @@ def streaming(name: str, shape: EngineConfig, config: Omni2Config, mesh: Mesh) -
         "other state": rest,
     }
     if name == "step":
-        work = sum(part.flops for part in roofline.step(config, params, shape).values())
+        work = sum(part.flops for part in roofline.step(config, params, engine_config).values())
         kinds["flow and vocoder"] = (state.flow, state.vocoder)
         return Job(programs.step, (params, state), kinds, work)
-    piece = prompt(config, shape, mesh)
-    work = roofline.decoder_pass(config.llm, params["llm"], 0, shape.prompt, shape.llm).flops
-    return Job(programs.prefill, (params, state, *piece), kinds | {"prompt": piece}, work)
+    piece = prompt(config, engine_config, mesh)
+    work = roofline.decoder_pass(
+        config.llm, params["llm"], 0, engine_config.prefill_size, engine_config.llm_capacity
+    ).flops
+    return Job(programs.prefill, (params, state), kinds | {"prompt": piece}, work, piece)
 
 
-def prompt(config: Omni2Config, shape: EngineConfig, mesh: Mesh) -> tuple:
-    """The arguments of `streaming.prefill` behind the lane."""
-    here = lambda dtype, *size: jax.ShapeDtypeStruct(
-        size, dtype, sharding=sharding.replicated(mesh)
-    )  # noqa: E731
+def prompt(config: Omni2Config, engine_config: EngineConfig, mesh: Mesh) -> dict:
+    """Shapes of the keyword arguments of `streaming_step.prefill`."""
+
+    def shape(dtype: jnp.dtype, *size: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(size, dtype, sharding=sharding.replicated(mesh))
+
     features = config.speech_encoder.frames // config.adapter.stride
-    asked = jax.tree.map(
-        lambda leaf: here(leaf.dtype, *leaf.shape), jax.eval_shape(lambda: request(config))
-    )
-    return (
-        here(jnp.int32, shape.prompt),
-        here(jnp.int32),
-        here(jnp.bfloat16, features, config.llm.width),
-        here(jnp.int32),
-        asked,
-    )
+    return {
+        "ids": shape(jnp.int32, engine_config.prefill_size),
+        "length": shape(jnp.int32),
+        "features": shape(jnp.bfloat16, features, config.llm.width),
+        "first": shape(jnp.int32),
+        "request": jax.tree.map(
+            lambda leaf: shape(leaf.dtype, *leaf.shape), jax.eval_shape(lambda: request(config))
+        ),
+    }
 
 
 def compiled(job: Job, mesh: Mesh) -> dict:
@@ -196,7 +199,7 @@ def compiled(job: Job, mesh: Mesh) -> dict:
     found = {"bytes": kinds, "flops": job.flops}
     start = time.perf_counter()
     with sharding.use(mesh):
-        lowered = job.function.lower(*job.arguments)
+        lowered = job.function.lower(*job.arguments, **job.keywords)
     lowering = time.perf_counter()
     try:
         program = lowered.compile()
@@ -248,13 +251,15 @@ def job_of(
 
 def shaped(slots: int, changes: Sequence[str]) -> EngineConfig:
     """What an engine for many speakers is compiled for."""
-    shape = EngineConfig(slots=slots, chunk=10, left_chunks=3)
+    engine_config = EngineConfig(slots=slots, flow_chunk=10, flow_left_chunks=3)
     for key, _, text in (change.partition("=") for change in changes):
-        if not hasattr(shape, key):
+        if not hasattr(engine_config, key):
             known = [field.name for field in dataclasses.fields(EngineConfig)]
-            raise ValueError(f"--set {key}: Shape has no {key!r}{settings.nearest(key, known)}")
-        shape = dataclasses.replace(shape, **{key: settings.literal(text)})
-    return shape
+            raise ValueError(
+                f"--set {key}: EngineConfig has no {key!r}{settings.nearest(key, known)}"
+            )
+        engine_config = dataclasses.replace(engine_config, **{key: settings.literal(text)})
+    return engine_config
 
 
 def report(title: str, found: dict) -> None:
@@ -305,7 +310,11 @@ def main(
     ] = None,
     changes: Annotated[
         list[str] | None,
-        typer.Option("--set", help="Change the stage, or a Shape.", metavar="KEY=VALUE"),
+        typer.Option(
+            "--set",
+            help="Change a setting of the stage, or of the EngineConfig.",
+            metavar="KEY=VALUE",
+        ),
     ] = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write the figures here.")

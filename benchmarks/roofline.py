@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from omni2_jax.config import DecoderConfig, Omni2Config
 from omni2_jax.generate import streaming_step
-from omni2_jax.generate.streaming_step import EngineConfig
+from omni2_jax.generate.engine_config import EngineConfig
 from omni2_jax.models.flow.streaming import Plan
 
 
@@ -46,37 +46,50 @@ def times(work: Work, passes: float) -> Work:
     return Work(work.bytes * passes, work.flops * passes)
 
 
-def step(config: Omni2Config, params: dict, shape: EngineConfig) -> dict[str, Work]:
+def step(config: Omni2Config, params: dict, engine_config: EngineConfig) -> dict[str, Work]:
     """What one step of all slots has to do, by stage."""
-    text = decoder_pass(config.llm, params["llm"], config.llm.vocabulary, shape.slots, shape.llm)
+    text = decoder_pass(
+        config.llm,
+        params["llm"],
+        config.llm.vocabulary,
+        engine_config.slots,
+        engine_config.llm_capacity,
+    )
     unit = decoder_pass(
-        config.speech_lm, params["speech_lm"], config.units + 1, shape.slots, shape.speech
+        config.speech_lm,
+        params["speech_lm"],
+        config.units + 1,
+        engine_config.slots,
+        engine_config.speech_capacity,
     )
     return {
         "text": times(text, config.read),
         "units": times(unit, config.write),
-        "flow": flow(config, params["flow"], shape),
-        "vocoder": vocoder(config, params["vocoder"], shape),
+        "flow": flow(config, params["flow"], engine_config),
+        "vocoder": vocoder(config, params["vocoder"], engine_config),
     }
 
 
-def flow(config: Omni2Config, params: dict, shape: EngineConfig) -> Work:
+def flow(config: Omni2Config, params: dict, engine_config: EngineConfig) -> Work:
     """The passes of an average step of full writes."""
-    windows = usual_windows(streaming_step.plan_of(config, shape))
+    windows = usual_windows(streaming_step.plan_of(config, engine_config))
     passes = [
-        times(flow_pass(config, params, shape, window), often) for window, often in windows.items()
+        times(flow_pass(config, params, engine_config, window), often)
+        for window, often in windows.items()
     ]
     return Work(sum(work.bytes for work in passes), sum(work.flops for work in passes))
 
 
-def flow_pass(config: Omni2Config, params: dict, shape: EngineConfig, window: int) -> Work:
+def flow_pass(config: Omni2Config, params: dict, engine_config: EngineConfig, window: int) -> Work:
     """`window` units of every slot: the encoder once, the estimator for each Euler step and guidance branch.
 
     Where the flow sees all of its past, as long a one as there is room for.
     """
     c = config.flow
     seen = (
-        shape.units if shape.left_chunks is None else shape.left_chunks * (shape.chunk or c.chunk)
+        engine_config.max_units
+        if engine_config.flow_left_chunks is None
+        else engine_config.flow_left_chunks * (engine_config.flow_chunk or c.chunk)
     )
     frames, past, branches = c.upsample * window, c.upsample * seen, 2 * c.steps
     width = (
@@ -84,7 +97,7 @@ def flow_pass(config: Omni2Config, params: dict, shape: EngineConfig, window: in
     )  # of all attentions
     attention, kept = (
         4 * width * frames * (frames + past),
-        2 * width * past * jnp.dtype(shape.memory).itemsize,
+        2 * width * past * jnp.dtype(engine_config.flow_cache_dtype).itemsize,
     )
     flops = 2 * count(params["encoder"]) * frames + branches * (
         2 * count(params["estimator"]) * frames + attention
@@ -92,9 +105,9 @@ def flow_pass(config: Omni2Config, params: dict, shape: EngineConfig, window: in
     moved = (
         size(params["encoder"])
         + c.steps * size(params["estimator"])
-        + branches * shape.slots * kept
+        + branches * engine_config.slots * kept
     )
-    return Work(moved, flops * shape.slots)
+    return Work(moved, flops * engine_config.slots)
 
 
 def usual_windows(plan: Plan) -> dict[int, float]:
@@ -111,7 +124,7 @@ def usual_windows(plan: Plan) -> dict[int, float]:
     return {width: times / steps for width, times in found.items()}
 
 
-def vocoder(config: Omni2Config, params: dict, shape: EngineConfig) -> Work:
+def vocoder(config: Omni2Config, params: dict, engine_config: EngineConfig) -> Work:
     """The new frames and the overlap: a stage's weights are used once a position of its own rate."""
     c = config.vocoder
     frames = c.overlap + config.flow.upsample * (config.write + config.flow.lookahead)
@@ -120,4 +133,4 @@ def vocoder(config: Omni2Config, params: dict, shape: EngineConfig) -> Work:
         rate *= factor
         flops += 2 * count(stage) * frames * rate
     flops += 2 * count(params["conv_out"]) * frames * rate
-    return Work(size(params), flops * shape.slots)
+    return Work(size(params), flops * engine_config.slots)

@@ -22,8 +22,8 @@ from benchmarks.sizes import SIZES, load
 from omni2_jax.cli.console import run_function
 from omni2_jax.generate import read_write, streaming_step
 from omni2_jax.generate.engine import Engine, PromptPiece, ResponseStream
+from omni2_jax.generate.engine_config import EngineConfig
 from omni2_jax.generate.read_write import ReadWriteOutput
-from omni2_jax.generate.streaming_step import EngineConfig
 from omni2_jax.models.flow import context
 from omni2_jax.models.flow.context import Window
 from omni2_jax.models.model import SPEECH
@@ -37,9 +37,9 @@ console = rich.console.Console()
 class Bench:
     """An engine whose slots all talk without end."""
 
-    def __init__(self, config, graph, params, shape: EngineConfig):
-        self.config, self.shape = config, shape
-        self.engine = Engine(config, graph, params, shape)
+    def __init__(self, config, graph, params, engine_config: EngineConfig):
+        self.config, self.engine_config = config, engine_config
+        self.engine = Engine(config, graph, params, engine_config)
         positions = config.speech_encoder.frames // config.adapter.stride
         ids = np.array([1] * 30 + [SPEECH] * positions + [1] * 10, np.int32)
         self.piece = PromptPiece(
@@ -47,7 +47,7 @@ class Bench:
         )
         self.voice = jnp.ones(config.flow.speaker)
         # No text token ends the answer, so that every step reads R and writes W.
-        room = shape.llm - shape.prompt - 4 * config.read
+        room = engine_config.llm_capacity - engine_config.prefill_size - 4 * config.read
         self.request = read_write.request(config, text_eos=(), max_text=room, max_flush=1)
         self.engine.warm_up()
         streams = self.fill()
@@ -60,7 +60,7 @@ class Bench:
     def fill(self) -> list[ResponseStream]:
         streams = [
             self.engine.submit([self.piece], self.request, self.voice)
-            for _ in range(self.shape.slots)
+            for _ in range(self.engine_config.slots)
         ]
         self.engine.admit()
         jax.block_until_ready(self.engine.state)
@@ -69,7 +69,7 @@ class Bench:
     def step(self) -> tuple[float, float]:
         """One step by itself, read back: (seconds in all, seconds until the call returned)."""
         engine, start = self.engine, time.perf_counter()
-        engine.state, packed = engine._step(engine.params, engine.state)
+        engine.state, packed = engine.programs.step(engine.params, engine.state)
         called = time.perf_counter()
         np.asarray(packed)
         return time.perf_counter() - start, called - start
@@ -121,18 +121,18 @@ def sized(config, slots: int, chunks: int, **how) -> EngineConfig:
     prompt = positions + 84
     return EngineConfig(
         slots=slots,
-        prompt=prompt,
-        llm=prompt + (chunks + 8) * config.read,
-        speech=room + (chunks + 8) * config.read,
-        units=room,
+        prefill_size=prompt,
+        llm_capacity=prompt + (chunks + 8) * config.read,
+        speech_capacity=room + (chunks + 8) * config.read,
+        max_units=room,
         **how,
     )
 
 
-def stages(config, graph, params, shape: EngineConfig, bench: Bench) -> dict[str, float]:
+def stages(config, graph, params, engine_config: EngineConfig, bench: Bench) -> dict[str, float]:
     """Milliseconds of the parts of a step, each compiled by itself, and of what comes before the first step."""
     merge = lambda params: nnx.merge(graph, params)  # noqa: E731
-    slots = shape.slots
+    slots = engine_config.slots
     tokens = jnp.zeros((slots, config.read), jnp.int32)
     hiddens, no = (
         jnp.zeros((slots, config.read, config.llm.width), bench.engine.dtype),
@@ -148,11 +148,11 @@ def stages(config, graph, params, shape: EngineConfig, bench: Bench) -> dict[str
         "units": lambda params, state: dataclasses.replace(
             state,
             language=read_write.write(
-                merge(params), state.language, tokens, hiddens, no, shape.units_only
+                merge(params), state.language, tokens, hiddens, no, engine_config.units_only
             )[0],
         ),
         "flow and vocoder": lambda params, state: streaming_step.speak_step(
-            merge(params), shape, state, burst, no
+            merge(params), engine_config, state, burst, no
         )[0],
     }
     found, streams = {}, bench.fill()
@@ -213,8 +213,8 @@ def main(
     left_chunks: Annotated[
         int | None, typer.Option(help="Chunks that the flow sees before its own. [default: all]")
     ] = None,
-    memory: Annotated[
-        str, typer.Option(help="What the flow remembers is kept in: float32 or bfloat16.")
+    flow_cache_dtype: Annotated[
+        str, typer.Option(help="dtype of the flow's KV cache: float32 or bfloat16.")
     ] = "float32",
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write the figures here.")
@@ -223,19 +223,23 @@ def main(
     """Measure the streaming step: time to first audio, real-time factor, chunk cost, speakers, and the share of the roofline."""
     dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
     config, graph, params = load(size, checkpoint, dtype)
-    how = {"chunk": chunk, "left_chunks": left_chunks, "memory": memory}
-    shape = sized(config, 1, chunks, **how)
-    bench = Bench(config, graph, params, shape)
+    how = {
+        "flow_chunk": chunk,
+        "flow_left_chunks": left_chunks,
+        "flow_cache_dtype": flow_cache_dtype,
+    }
+    engine_config = sized(config, 1, chunks, **how)
+    bench = Bench(config, graph, params, engine_config)
     compiled, speech = bench.engine.compilations(), config.write / UNITS_PER_SECOND
     times, dispatch = growth(bench, chunks)
     median = statistics.median(times)
-    parts = stages(config, graph, params, shape, bench)
+    parts = stages(config, graph, params, engine_config, bench)
     figures = {
         "device": jax.devices()[0].device_kind,
         "size": str(checkpoint or size),
         "dtype": dtype.__name__,
         "batch": batch,
-        "shape": dataclasses.asdict(shape),
+        "engine_config": dataclasses.asdict(engine_config),
         "first_audio_ms": 1000 * bench.first_audio(),
         "rtf": median / speech,
         "chunk_ms": {str(c): around(times, c) for c in POINTS if c <= chunks},
@@ -254,7 +258,7 @@ def main(
         batch,
         speech,
     )
-    figures["roofline"] = against_roofline(config, params, shape, parts, dtype)
+    figures["roofline"] = against_roofline(config, params, engine_config, parts, dtype)
     compared = list(map(int, figures["chunk_ms"]))
     figures["growth"] = compare(bench, compared[0], compared[-1])
     report(figures)
@@ -283,10 +287,12 @@ def speakers(times: list[float], bench: Callable[[int], Bench], batch: int, spee
         times, _ = growth(bench(slots), steps)
 
 
-def against_roofline(config, params, shape: EngineConfig, parts: dict[str, float], dtype) -> dict:
+def against_roofline(
+    config, params, engine_config: EngineConfig, parts: dict[str, float], dtype
+) -> dict:
     bandwidth = device.copy_bandwidth()
     rates = {"text": device.matmul_rate(dtype), "decoder": device.matmul_rate(jnp.float32)}
-    work = roofline.step(config, params, shape)
+    work = roofline.step(config, params, engine_config)
     rows = {
         "text": ("text", "text"),
         "units": ("units", "text"),

@@ -138,9 +138,9 @@ def within(mesh: Mesh, function: Callable, rules: Rules | None = None) -> Callab
     """A function for jax.jit in which `constrain` acts, wherever it is called from."""
 
     @functools.wraps(function)
-    def traced(*args):
+    def traced(*args, **kwargs):
         with _by(rules), jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            return function(*args)
+            return function(*args, **kwargs)
 
     return traced
 

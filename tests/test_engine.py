@@ -79,10 +79,13 @@ def test_slots_read_flush_and_rest_in_the_same_step(text_engine, text_model, alo
 def test_next_step_is_dispatched_before_the_last_is_read(text_engine, text_model, monkeypatch):
     while text_engine.dispatched:
         text_engine.read_back()
-    events, step, read_back = [], text_engine._step, text_engine.read_back
-    monkeypatch.setattr(
-        text_engine, "_step", lambda *given: (events.append("dispatch"), step(*given))[1]
-    )
+    events, programs, read_back = [], text_engine.programs, text_engine.read_back
+
+    def step(*arguments):
+        events.append("dispatch")
+        return programs.step(*arguments)
+
+    monkeypatch.setattr(text_engine, "programs", dataclasses.replace(programs, step=step))
     monkeypatch.setattr(text_engine, "read_back", lambda: (events.append("read"), read_back())[1])
     chunks = list(submit(text_engine, text_model, "A"))
     assert events == ["dispatch"] + ["dispatch", "read"] * len(chunks)
@@ -132,14 +135,16 @@ def test_nan_ends_one_slot(text_engine, text_model, alone):
 
 
 def test_turn_that_cannot_start_disturbs_nobody(text_engine, text_model, alone, monkeypatch):
-    prefill, bad = text_engine._prefill, asked(text_model, "A")
+    programs, bad = text_engine.programs, asked(text_model, "A")
 
-    def out_of_memory(*given):
-        if any(leaf is bad for leaf in given):
+    def out_of_memory(*arguments, request, **piece):
+        if request is bad:
             raise RuntimeError("out of memory")
-        return prefill(*given)
+        return programs.prefill(*arguments, request=request, **piece)
 
-    monkeypatch.setattr(text_engine, "_prefill", out_of_memory)
+    monkeypatch.setattr(
+        text_engine, "programs", dataclasses.replace(programs, prefill=out_of_memory)
+    )
     beside = submit(text_engine, text_model, "C")
     failing = text_engine.submit(pieces(text_model, "A"), bad, None)
     behind = [submit(text_engine, text_model, name) for name in "EAB"]
@@ -156,11 +161,13 @@ def test_turn_that_does_not_fit_is_refused(text_engine, text_model):
         text_engine.submit([long], request, None)
     with pytest.raises(ValueError, match=r"these have \[\]"):
         text_engine.submit([], request, None)
-    with pytest.raises(ValueError, match=r"may take .* positions of Shape.llm"):
+    with pytest.raises(
+        ValueError, match=r"may need \d+ positions, but the engine's llm_capacity is 1280"
+    ):
         text_engine.submit([piece] * 20, request, None)
     endless = dataclasses.replace(request, max_flush=jnp.array([2000]))
     with pytest.raises(
-        ValueError, match=r"may take 2285 positions of Shape.speech, which has 1280"
+        ValueError, match=r"may need 2285 positions, but the engine's speech_capacity is 1280"
     ):
         text_engine.submit([piece], endless, None)
 
@@ -174,9 +181,9 @@ def test_step_touches_neither_host_nor_new_memory(engine, model):
     engine.admit()
     with jax.transfer_guard("disallow"):
         for _ in range(3):
-            engine.state, _ = engine._step(engine.params, engine.state)
+            engine.state, _ = engine.programs.step(engine.params, engine.state)
     stream.cancel()
-    compiled = engine._step.lower(engine.params, engine.state).compile()
+    compiled = engine.programs.step.lower(engine.params, engine.state).compile()
     assert compiled.memory_analysis().alias_size_in_bytes == sum(
         leaf.nbytes for leaf in jax.tree.leaves(engine.state)
     )

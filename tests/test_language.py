@@ -60,7 +60,8 @@ def programs(model):
     """The two compiled functions that generation is made of."""
     merge = functools.partial(nnx.merge, model.graph)
     prefill = jax.jit(
-        lambda params, *given: read_write.prefill(merge(params), *given), donate_argnums=1
+        lambda params, state, **turn: read_write.prefill(merge(params), state, **turn),
+        donate_argnums=1,
     )
     step = jax.jit(
         lambda params, state, units_only: read_write.read_write(merge(params), state, units_only),
@@ -82,7 +83,14 @@ def generate(model, prompts, requests):
     prefill, step = programs(model)
     state = ReadWriteState.empty(model.config, slots, 1024, 1024)
     lengths = jnp.array([len(row_ids) for row_ids, _ in prompts])
-    state = prefill(model.params, state, jnp.asarray(ids), lengths, jnp.asarray(features), requests)
+    state = prefill(
+        model.params,
+        state,
+        ids=jnp.asarray(ids),
+        lengths=lengths,
+        features=jnp.asarray(features),
+        request=requests,
+    )
     text, speech = [[] for _ in prompts], [[] for _ in prompts]
     for _ in range(100):
         state, burst = step(model.params, state, False)
@@ -240,10 +248,10 @@ def test_units_only_samples_nothing_else(model, cases, arrays, features):
     state = prefill(
         model.params,
         state,
-        jnp.asarray(ids)[None],
-        jnp.array([len(ids)]),
-        jnp.asarray(heard)[None],
-        asked,
+        ids=jnp.asarray(ids)[None],
+        lengths=jnp.array([len(ids)]),
+        features=jnp.asarray(heard)[None],
+        request=asked,
     )
     tokens, seen = model.config.tokens, set()
     while int(state.phase[0]) != IDLE:

@@ -109,7 +109,13 @@ def test_generation(sharded, alone):
         mesh.shape["replica"] * mesh.shape["fsdp"],
         2 if mesh.shape["tensor"] == 2 else 1,
     )  # 4 or 8 do not go into 2
-    assert keys.sharding.shard_shape(keys.shape) == (2, 8 // rows, engine.shape.llm, 2 // heads, 16)
+    assert keys.sharding.shard_shape(keys.shape) == (
+        2,
+        8 // rows,
+        engine.engine_config.llm_capacity,
+        2 // heads,
+        16,
+    )
 
 
 def test_speech(checkpoint_dir, engine, model):

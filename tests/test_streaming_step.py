@@ -9,11 +9,11 @@ import pytest
 from flax import nnx
 
 from omni2_jax.generate import streaming_step
+from omni2_jax.generate.engine_config import EngineConfig
 from omni2_jax.generate.omni2 import Omni2
 from omni2_jax.generate.read_write import IDLE, READING, ReadWriteOutput
 from omni2_jax.generate.streaming_step import (
     DecodeState,
-    EngineConfig,
     StepOutput,
     speak_step,
     units_of,
@@ -58,11 +58,11 @@ def test_released_streams(decoder, entry, monkeypatch):
         jnp.tile(noise[:, :samples], (2, 1, 1)),
     )  # noqa: E731
     monkeypatch.setattr(streaming_step, "draw", draws)
-    model, shape = (
+    model, engine_config = (
         nnx.merge(graph, params),
-        EngineConfig(slots=2, llm=1, speech=1, units=64, seamless=False),
+        EngineConfig(slots=2, llm_capacity=1, speech_capacity=1, max_units=64, seamless=False),
     )
-    state = DecodeState.empty(model, shape, 2)
+    state = DecodeState.empty(model, engine_config)
     state = dataclasses.replace(
         state, flow=state.flow.restart(jnp.ones(2, bool), jnp.tile(voice, (2, 1)))
     )
@@ -71,7 +71,11 @@ def test_released_streams(decoder, entry, monkeypatch):
     def step(params, state, units, final):
         speech = jnp.where(units < 0, -1, units + model.config.tokens.sep + 1)
         return speak_step(
-            nnx.merge(graph, params), shape, state, ReadWriteOutput(speech, speech, final), final
+            nnx.merge(graph, params),
+            engine_config,
+            state,
+            ReadWriteOutput(speech, speech, final),
+            final,
         )
 
     step, s1 = jax.jit(step, donate_argnums=1), np.load(DECODER / "stream_s1.npz")
@@ -143,12 +147,14 @@ def copied(tree):
     return jax.tree.map(jnp.copy, tree)
 
 
-def test_insert_and_release_touch_one_slot(engine, model):
+def test_insert_and_free_touch_one_slot(engine, model):
     lanes = lambda state: [
-        engine._release(copied(state), np.int32(slot), np.int32(5))[1] for slot in range(3)
+        engine.programs.free(copied(state), np.int32(slot), np.int32(5))[1] for slot in range(3)
     ]  # noqa: E731
-    state, prefix = scrambled(engine.state, 0), scrambled(engine._lane(), 1)
-    inserted = engine._insert(engine.params, copied(state), prefix, np.int32(1), model.voice(None))
+    state, prefix = scrambled(engine.state, 0), scrambled(engine.programs.empty_prefix(), 1)
+    inserted = engine.programs.insert(
+        engine.params, copied(state), prefix, np.int32(1), model.voice(None)
+    )
     before, after = lanes(state), lanes(inserted)
     assert tree_equal(before[0], after[0]) and tree_equal(before[2], after[2])
     assert tree_equal(
@@ -163,7 +169,7 @@ def test_insert_and_release_touch_one_slot(engine, model):
             others if old.shape[0] == 3 else slice(None)
         )  # the flow's memory, which the new stream cannot see, is not even touched
         np.testing.assert_array_equal(old[same], new[same])
-    released, _ = engine._release(copied(state), np.int32(2), np.int32(5))
+    released, _ = engine.programs.free(copied(state), np.int32(2), np.int32(5))
     language = dataclasses.replace(state.language, phase=state.language.phase.at[2].set(IDLE))
     assert tree_equal(released, dataclasses.replace(state, language=language))
 
@@ -176,7 +182,7 @@ def test_idle_slots_stay_as_they_are(engine):
             state.language, phase=jnp.zeros_like(engine.state.language.phase)
         ),
     )
-    after, packed = engine._step(engine.params, copied(state))
+    after, packed = engine.programs.step(engine.params, copied(state))
     assert tree_equal(state, after)
     for row in np.asarray(packed):
         chunk = StepOutput.of(row, engine.config)
@@ -236,7 +242,7 @@ def test_bfloat16(checkpoint_dir, decoder):
     )
     if decoder:
         assert engine.state.flow.past.memory.pairs.dtype == jnp.float32
-        after, _ = jax.eval_shape(engine._step, engine.params, engine.state)
+        after, _ = jax.eval_shape(engine.programs.step, engine.params, engine.state)
         assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(
             lambda x: (x.shape, x.dtype), engine.state
         )
@@ -245,6 +251,8 @@ def test_bfloat16(checkpoint_dir, decoder):
         assert answer.text and len(answer.units) >= 60
 
 
-def test_memory_of_another_dtype():
-    with pytest.raises(ValueError, match=r"Shape\.memory is 'int8', expected float32 or bfloat16"):
-        EngineConfig(memory="int8")
+def test_flow_cache_of_another_dtype():
+    with pytest.raises(
+        ValueError, match="flow_cache_dtype is 'int8', expected float32 or bfloat16"
+    ):
+        EngineConfig(flow_cache_dtype="int8")

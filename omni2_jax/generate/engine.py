@@ -6,7 +6,6 @@ dispatched before step n is read back, so the device never waits for the host.
 
 import collections
 import dataclasses
-import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -18,8 +17,9 @@ from flax import nnx
 from omni2_jax import sharding
 from omni2_jax.config import Omni2Config
 from omni2_jax.generate import streaming_step
+from omni2_jax.generate.engine_config import EngineConfig
 from omni2_jax.generate.read_write import FAILED, IDLE, ReadWriteState, Request, request
-from omni2_jax.generate.streaming_step import DecodeState, EngineConfig, StepOutput
+from omni2_jax.generate.streaming_step import DecodeState, StepOutput
 
 
 class QueueFullError(RuntimeError):
@@ -71,50 +71,74 @@ class ResponseStream:
         self.engine.cancel(self)
 
 
+def language_dtype(params: dict) -> jnp.dtype:
+    """The dtype of the two language models, and so of their caches."""
+    return params["llm"]["norm"]["scale"].dtype
+
+
 @dataclass(frozen=True)
 class Programs:
-    """The compiled calls. Every one leaves the state where it found it: otherwise the next one would be compiled again."""
+    """The compiled programs of an engine.
 
-    prefix: Callable  # () -> a lane without a conversation
-    empty: Callable  # (params) -> state
-    prefill: Callable
-    insert: Callable
-    step: Callable
-    release: Callable
+    The shardings of their outputs equal those of their inputs, so that no call after the first
+    one compiles anything.
+    """
+
+    empty_prefix: Callable  # () -> prefix, a conversation without a turn
+    empty_state: Callable  # (params) -> state, all slots idle
+    prefill: Callable  # (params, prefix, piece's arguments as keywords) -> prefix; donates prefix
+    insert: Callable  # (params, state, prefix, slot, voice) -> state; donates state
+    step: Callable  # (params, state) -> (state, packed step output); donates state
+    free: Callable  # (state, slot, length) -> (state, prefix); donates state
 
     @classmethod
     def of(
-        cls, config: Omni2Config, graph: nnx.GraphDef, params: dict, shape: EngineConfig
+        cls,
+        config: Omni2Config,
+        graph: nnx.GraphDef,
+        params: dict,
+        engine_config: EngineConfig,
     ) -> "Programs":
-        """For parameters that lie on a mesh, or for shapes that would."""
-        dtype, mesh, model = (
-            params["llm"]["norm"]["scale"].dtype,
-            sharding.mesh_of(params),
-            functools.partial(nnx.merge, graph),
-        )
-        language = lambda: ReadWriteState.empty(config, 1, shape.llm, shape.speech, dtype)  # noqa: E731
-        empty = lambda params: DecodeState.empty(model(params), shape, shape.slots, dtype)  # noqa: E731
-        step = lambda params, state: streaming_step.read_write_step(model(params), shape, state)  # noqa: E731
-        prefix, state = (
-            sharding.of_state(jax.eval_shape(*given), mesh)
-            for given in ((language,), (empty, params))
-        )
-        jit = lambda function, **given: jax.jit(sharding.within(mesh, function), **given)  # noqa: E731
+        """The programs for parameters on a mesh, which may be abstract (jax.ShapeDtypeStruct)."""
+        dtype, mesh = language_dtype(params), sharding.mesh_of(params)
+
+        def empty_prefix() -> ReadWriteState:
+            return ReadWriteState.empty(
+                config, 1, engine_config.llm_capacity, engine_config.speech_capacity, dtype
+            )
+
+        def empty_state(params: dict) -> DecodeState:
+            return DecodeState.empty(nnx.merge(graph, params), engine_config, dtype)
+
+        def prefill(params: dict, prefix: ReadWriteState, **piece) -> ReadWriteState:
+            return streaming_step.prefill(nnx.merge(graph, params), prefix, **piece)
+
+        def insert(params: dict, state: DecodeState, *arguments) -> DecodeState:
+            return streaming_step.insert(nnx.merge(graph, params), state, *arguments)
+
+        def step(params: dict, state: DecodeState) -> tuple[DecodeState, jax.Array]:
+            return streaming_step.read_write_step(nnx.merge(graph, params), engine_config, state)
+
+        def jit(function: Callable, **options) -> Callable:
+            return jax.jit(sharding.within(mesh, function), **options)
+
+        prefix_sharding = sharding.of_state(jax.eval_shape(empty_prefix), mesh)
+        state_sharding = sharding.of_state(jax.eval_shape(empty_state, params), mesh)
         return cls(
-            prefix=jit(language, out_shardings=prefix),
-            empty=jit(empty, out_shardings=state),
-            prefill=jit(
-                lambda params, *given: streaming_step.prefill(model(params), *given),
+            empty_prefix=jit(empty_prefix, out_shardings=prefix_sharding),
+            empty_state=jit(empty_state, out_shardings=state_sharding),
+            prefill=jit(prefill, donate_argnums=1, out_shardings=prefix_sharding),
+            insert=jit(insert, donate_argnums=1, out_shardings=state_sharding),
+            step=jit(
+                step,
                 donate_argnums=1,
-                out_shardings=prefix,
+                out_shardings=(state_sharding, sharding.replicated(mesh)),
             ),
-            insert=jit(
-                lambda params, *given: streaming_step.insert(model(params), *given),
-                donate_argnums=1,
-                out_shardings=state,
+            free=jit(
+                streaming_step.free,
+                donate_argnums=0,
+                out_shardings=(state_sharding, prefix_sharding),
             ),
-            step=jit(step, donate_argnums=1, out_shardings=(state, sharding.replicated(mesh))),
-            release=jit(streaming_step.release, donate_argnums=0, out_shardings=(state, prefix)),
         )
 
 
@@ -126,19 +150,16 @@ class Engine:
         config: Omni2Config,
         graph: nnx.GraphDef,
         params: dict,
-        shape: EngineConfig,
+        engine_config: EngineConfig,
         queue: int = 64,
     ):
-        self.config, self.params, self.shape, self.queue = config, params, shape, queue
-        self.dtype, self.home = (
-            params["llm"]["norm"]["scale"].dtype,
-            sharding.replicated(sharding.mesh_of(params)),
-        )
-        programs = Programs.of(config, graph, params, shape)
-        self._prefill, self._insert, self._step = programs.prefill, programs.insert, programs.step
-        self._release, self._lane = programs.release, programs.prefix
-        self.state = programs.empty(params)
-        self.slots: list[ResponseStream | None] = [None] * shape.slots
+        self.config, self.params = config, params
+        self.engine_config, self.queue = engine_config, queue
+        self.dtype = language_dtype(params)
+        self.home = sharding.replicated(sharding.mesh_of(params))
+        self.programs = Programs.of(config, graph, params, engine_config)
+        self.state = self.programs.empty_state(params)
+        self.slots: list[ResponseStream | None] = [None] * engine_config.slots
         self.waiting: collections.deque[ResponseStream] = collections.deque()
         self.dispatched: collections.deque[tuple[jax.Array, list[ResponseStream | None]]] = (
             collections.deque()
@@ -147,7 +168,7 @@ class Engine:
     def warm_up(self) -> None:
         """Compile everything there is to compile, so that no conversation has to wait for it."""
         width = self.config.llm.width
-        ids = np.zeros(self.shape.prompt, np.int32)
+        ids = np.zeros(self.engine_config.prefill_size, np.int32)
         features = jnp.zeros(
             (self.config.speech_encoder.frames // self.config.adapter.stride, width), self.dtype
         )
@@ -159,8 +180,8 @@ class Engine:
     def compilations(self) -> int:
         """Programs compiled so far."""
         return sum(
-            f._cache_size()
-            for f in (self._prefill, self._step, self._insert, self._release, self._lane)
+            getattr(self.programs, field.name)._cache_size()
+            for field in dataclasses.fields(self.programs)
         )
 
     def submit(
@@ -178,15 +199,17 @@ class Engine:
         """
         if len(self.waiting) >= self.queue:
             raise QueueFullError(
-                f"all {self.shape.slots} slots are taken and {self.queue} requests wait; try again later"
+                f"all {self.engine_config.slots} slots are taken and {self.queue} requests wait; try again later"
             )
         sizes = [len(piece.ids) for piece in pieces]
-        if not sizes or not 0 < min(sizes) <= max(sizes) <= self.shape.prompt:
+        if not sizes or not 0 < min(sizes) <= max(sizes) <= self.engine_config.prefill_size:
             raise ValueError(
-                f"a prompt comes in pieces of 1 to {self.shape.prompt} positions; these have {sizes}"
+                f"a prompt comes in pieces of 1 to {self.engine_config.prefill_size} positions; these have {sizes}"
             )
         length += sum(sizes)
-        self.shape.check(self.config, length, int(asked.max_text[0]), int(asked.max_flush[0]))
+        self.engine_config.check(
+            self.config, length, int(asked.max_text[0]), int(asked.max_flush[0])
+        )
         stream = ResponseStream(self, pieces, asked, voice, prefix, keep, length)
         self.waiting.append(stream)
         return stream
@@ -195,7 +218,7 @@ class Engine:
         """Admit who waits, dispatch a step if anybody speaks, and read back the step before it."""
         self.admit()
         if any(self.slots):
-            self.state, packed = self._step(self.params, self.state)
+            self.state, packed = self.programs.step(self.params, self.state)
             packed.copy_to_host_async()
             self.dispatched.append((packed, list(self.slots)))
         if len(self.dispatched) > 1 or not any(self.slots):
@@ -203,7 +226,7 @@ class Engine:
 
     def admit(self) -> None:
         """Give free slots to those who wait. A turn that cannot be started ends with its error, the others do not notice."""
-        for slot in range(self.shape.slots):
+        for slot in range(self.engine_config.slots):
             while self.slots[slot] is None and self.waiting:
                 stream = self.waiting.popleft()
                 try:
@@ -211,7 +234,7 @@ class Engine:
                 except Exception as error:
                     stream.error, stream.done = error, True
                     continue
-                self.state = self._insert(
+                self.state = self.programs.insert(
                     self.params, self.state, prefix, np.int32(slot), stream.voice
                 )
                 self.slots[slot], stream.slot = stream, slot
@@ -219,12 +242,19 @@ class Engine:
     def start(self, stream: ResponseStream) -> ReadWriteState:
         """A stream's lane with its prompt in it."""
         prefix, stream.prefix = stream.prefix, None  # donated: from here on it is nobody's
-        prefix = self._lane() if prefix is None else prefix
+        prefix = self.programs.empty_prefix() if prefix is None else prefix
         for piece in stream.pieces:
-            ids = np.pad(piece.ids, (0, self.shape.prompt - len(piece.ids)))
+            ids = np.pad(piece.ids, (0, self.engine_config.prefill_size - len(piece.ids)))
             features = jax.device_put(piece.features, self.home)
-            size, first = np.int32(len(piece.ids)), np.int32(piece.first)
-            prefix = self._prefill(self.params, prefix, ids, size, features, first, stream.request)
+            prefix = self.programs.prefill(
+                self.params,
+                prefix,
+                ids=ids,
+                length=np.int32(len(piece.ids)),
+                features=features,
+                first=np.int32(piece.first),
+                request=stream.request,
+            )
         return prefix
 
     def read_back(self) -> None:
@@ -249,7 +279,7 @@ class Engine:
         """Take a stream out of its slot; the lane goes back to it if it wants it."""
         stream.done = True
         self.slots[stream.slot] = None
-        self.state, prefix = self._release(self.state, np.int32(stream.slot), np.int32(heard))
+        self.state, prefix = self.programs.free(self.state, np.int32(stream.slot), np.int32(heard))
         stream.prefix = prefix if stream.keep and not stream.error else None
 
     def cancel(self, stream: ResponseStream) -> None:

@@ -25,11 +25,11 @@ from omni2_jax.checkpoint import parameters, voices
 from omni2_jax.checkpoint.tokenizer import Tokenizer
 from omni2_jax.config import LANGUAGE_PARTS, Omni2Config
 from omni2_jax.generate import read_write
-from omni2_jax.generate.engine import Engine
+from omni2_jax.generate.engine import Engine, language_dtype
+from omni2_jax.generate.engine_config import EngineConfig, longest_answer
 from omni2_jax.generate.read_write import Request
 from omni2_jax.generate.sampling import Sampling
 from omni2_jax.generate.session import Reply, Session, replies, split
-from omni2_jax.generate.streaming_step import EngineConfig, longest
 from omni2_jax.models.model import for_serving
 
 Sound = str | Path | np.ndarray  # a file, or samples [N] at 16 kHz
@@ -106,7 +106,7 @@ class Omni2:
     ):
         self.directory, self.config, self.graph, self.params = directory, config, graph, params
         self.tokenizer, self.defaults = tokenizer, defaults
-        self.dtype = params["llm"]["norm"]["scale"].dtype
+        self.dtype = language_dtype(params)
         self.engines: dict[EngineConfig, Engine] = {}
         self.voices: dict[str | None, jax.Array] = {}  # those asked for so far
         mesh = sharding.mesh_of(params)
@@ -205,20 +205,22 @@ class Omni2:
 
     def engine(self, options: Options, prompt: int, slots: int = 1) -> Engine:
         """The engine for prompts of up to `prompt` positions; one per shape, so that answers alike compile once."""
-        units, speech = longest(self.config, options.max_new_tokens, options.max_flush_units)
-        shape = EngineConfig(
+        units, speech = longest_answer(self.config, options.max_new_tokens, options.max_flush_units)
+        engine_config = EngineConfig(
             slots=slots,
-            prompt=self.tokenizer.positions + TEMPLATE,
-            llm=rounded(prompt + options.max_new_tokens),
-            speech=rounded(speech),
-            units=rounded(units),
-            chunk=options.chunk,
-            left_chunks=options.left_chunks,
+            prefill_size=self.tokenizer.positions + TEMPLATE,
+            llm_capacity=rounded(prompt + options.max_new_tokens),
+            speech_capacity=rounded(speech),
+            max_units=rounded(units),
+            flow_chunk=options.chunk,
+            flow_left_chunks=options.left_chunks,
             units_only=options.unit_vocabulary == "units",
         )
-        if shape not in self.engines:
-            self.engines[shape] = Engine(self.config, self.graph, self.params, shape)
-        return self.engines[shape]
+        if engine_config not in self.engines:
+            self.engines[engine_config] = Engine(
+                self.config, self.graph, self.params, engine_config
+            )
+        return self.engines[engine_config]
 
     def session(
         self,
@@ -300,7 +302,7 @@ class Omni2:
             prompts.append((ids, [clip for turn in heard[::2] for clip in turn]))
         engine = self.engine(options, max(len(ids) for ids, _ in prompts), slots or len(prompts))
         queued = [
-            engine.submit(split(ids, features, engine.shape.prompt), asked, x_vector)
+            engine.submit(split(ids, features, engine.engine_config.prefill_size), asked, x_vector)
             for ids, features in prompts
         ]
         return [replies(stream, self.tokenizer, []) for stream in queued]

@@ -144,11 +144,12 @@ def request(
 def prefill(
     model: Model,
     state: ReadWriteState,
+    *,
     ids: Array,
     lengths: Array,
     features: Array,
-    asked: Request,
     first: Array | int = 0,
+    request: Request,
 ) -> ReadWriteState:
     """Start a turn in every slot with lengths > 0, behind whatever its LLM cache holds already; the rest is left as it is.
 
@@ -172,7 +173,7 @@ def prefill(
         speech_length=pick(0, state.speech_length),
         pending=pick(-1, state.pending),
         flush_count=pick(0, state.flush_count),
-        request=jax.tree.map(pick, asked, state.request),
+        request=jax.tree.map(pick, request, state.request),
     )
 
 

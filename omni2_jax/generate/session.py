@@ -115,8 +115,8 @@ class Session:
     def admit(self, features: list[jax.Array]) -> tuple[list[PromptPiece], ReadWriteState | None]:
         """The prompt of a new turn: behind the lane if it fits, else (overflow "drop") from scratch behind the newest turns that fit."""
         room, size, past = (
-            self.engine.shape.llm - int(self.request.max_text[0]),
-            self.engine.shape.prompt,
+            self.engine.engine_config.llm_capacity - int(self.request.max_text[0]),
+            self.engine.engine_config.prefill_size,
             self.turns,
         )
         if self.prefix is not None:
@@ -133,8 +133,8 @@ class Session:
                     ids, [f for turn in turns for f in turn.features] + features, size
                 ), None
         raise ValueError(
-            f"the conversation takes {len(ids)} positions and {self.engine.shape.llm - room} more for the answer, "
-            f"but there are {self.engine.shape.llm}; start a new one, or let the oldest turns be dropped"
+            f"the conversation takes {len(ids)} positions and {self.engine.engine_config.llm_capacity - room} more for the answer, "
+            f"but there are {self.engine.engine_config.llm_capacity}; start a new one, or let the oldest turns be dropped"
         )
 
     def ended(self, turn: Turn) -> bool:

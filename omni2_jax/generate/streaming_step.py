@@ -14,6 +14,7 @@ import numpy as np
 
 from omni2_jax.config import Omni2Config
 from omni2_jax.generate import read_write
+from omni2_jax.generate.engine_config import EngineConfig
 from omni2_jax.generate.read_write import (
     FLUSHING,
     IDLE,
@@ -31,46 +32,6 @@ from omni2_jax.models.vocoder.hift_streaming import VocoderState, vocoder_step
 Array = jax.Array
 
 
-@dataclass(frozen=True)
-class EngineConfig:
-    """What is compiled in: capacities and rules that no request can change."""
-
-    slots: int = 1
-    prompt: int = 384  # prompt positions taken in one piece
-    llm: int = 2048  # LLM positions a conversation may take
-    speech: int = 2560  # speech-LM positions an answer may take
-    units: int = 1536  # units an answer may have, where the flow sees all of its past
-    chunk: int | None = None  # units that see one another in the flow; None = the checkpoint's
-    left_chunks: int | None = None  # chunks that the flow sees before its own; None = all
-    memory: str = "float32"  # dtype of what the flow remembers, most of a slot's bytes; bfloat16 halves them, close to the same mel
-    units_only: bool = True
-    seamless: bool = (
-        True  # join the pieces of the waveform without the small jumps that the released code makes
-    )
-
-    def __post_init__(self):
-        if self.memory not in ("float32", "bfloat16"):
-            raise ValueError(f"Shape.memory is {self.memory!r}, expected float32 or bfloat16")
-
-    def check(self, config: Omni2Config, prompt: int, text: int, flush: int) -> None:
-        """Raise ValueError unless there is room for an answer of at most `text` tokens and `flush` units behind a prompt."""
-        units, speech = longest(config, text, flush)
-        needs = {"llm": prompt + text, "speech": speech} | (
-            {"units": units} if config.flow and self.left_chunks is None else {}
-        )
-        for name, size in needs.items():
-            if size > getattr(self, name):
-                raise ValueError(
-                    f"prompt and answer may take {size} positions of Shape.{name}, which has {getattr(self, name)}"
-                )
-
-
-def longest(config: Omni2Config, text: int, flush: int) -> tuple[int, int]:
-    """The most units, and positions of the speech LM, that `text` tokens make with at most `flush` units after the last one."""
-    units = config.write * -(-text // config.read) + flush
-    return units, text + 1 + units
-
-
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class DecodeState:
@@ -82,46 +43,61 @@ class DecodeState:
     steps: Array  # [B] steps of this turn so far: what the vocoder's draws are folded with
 
     @classmethod
-    def empty(
-        cls, model: Model, shape: EngineConfig, slots: int, dtype=jnp.float32
-    ) -> "DecodeState":
-        """`slots` idle slots; the language side's caches in `dtype`."""
-        language = ReadWriteState.empty(model.config, slots, shape.llm, shape.speech, dtype)
+    def empty(cls, model: Model, engine_config: EngineConfig, dtype=jnp.float32) -> "DecodeState":
+        """All slots idle; the KV caches of the two language models in `dtype`."""
+        slots = engine_config.slots
+        language = ReadWriteState.empty(
+            model.config, slots, engine_config.llm_capacity, engine_config.speech_capacity, dtype
+        )
         if model.flow is None:
             return cls(language, None, None, jnp.zeros(slots, jnp.int32))
         config = model.config
         flow = FlowState.empty(
             model.flow,
             jnp.zeros((slots, config.flow.mels)),
-            plan_of(config, shape),
-            jnp.dtype(shape.memory),
+            plan_of(config, engine_config),
+            jnp.dtype(engine_config.flow_cache_dtype),
         )
         return cls(
             language, flow, VocoderState.empty(config.vocoder, slots), jnp.zeros(slots, jnp.int32)
         )
 
 
-def plan_of(config: Omni2Config, shape: EngineConfig) -> Plan:
+def plan_of(config: Omni2Config, engine_config: EngineConfig) -> Plan:
     """How the flow cuts what it is given."""
-    size = shape.chunk or config.flow.chunk
+    size = engine_config.flow_chunk or config.flow.chunk
     # Where a write fills a chunk, it completes one each time if the first is shorter by the look-ahead it has to wait for.
-    chunks = Chunks(size, shape.left_chunks, config.flow.lookahead if size == config.write else 0)
-    units = shape.units if shape.left_chunks is None else None
+    chunks = Chunks(
+        size, engine_config.flow_left_chunks, config.flow.lookahead if size == config.write else 0
+    )
+    units = engine_config.max_units if engine_config.flow_left_chunks is None else None
     # A ladder of sizes saves work for one speaker; among many, who are at different places of their chunks, the sizes would add up.
-    return Plan.of(config.flow, config.write, chunks, units, ladder=shape.slots == 1)
+    return Plan.of(config.flow, config.write, chunks, units, ladder=engine_config.slots == 1)
 
 
 def prefill(
     model: Model,
     prefix: ReadWriteState,
+    *,
     ids: Array,
     length: Array,
     features: Array,
     first: Array,
-    asked: Request,
+    request: Request,
 ) -> ReadWriteState:
-    """Take a piece of a turn's prompt, ids [P] of which `length` count, into a lane of one slot (see `readwrite.prefill`)."""
-    return read_write.prefill(model, prefix, ids[None], length[None], features[None], asked, first)
+    """Append one piece of a prompt to a prefix, a state with batch size 1.
+
+    ids: [P], of which the first `length` count. features: [F, D]. See `read_write.prefill`.
+    """
+    return read_write.prefill(
+        model,
+        prefix,
+        ids=ids[None],
+        lengths=length[None],
+        features=features[None],
+        first=first,
+        request=request,
+    )
 
 
 def insert(
@@ -138,34 +114,43 @@ def insert(
     return DecodeState(language, flow, state.vocoder.restart(here), jnp.where(here, 0, state.steps))
 
 
-def release(state: DecodeState, slot: Array, heard: Array) -> tuple[DecodeState, ReadWriteState]:
-    """Stop a slot at once -> (state with that slot idle, its lane). `heard`: the LLM positions to keep of its conversation."""
+def free(state: DecodeState, slot: Array, length: Array) -> tuple[DecodeState, ReadWriteState]:
+    """Stop a slot -> (state with that slot idle, the slot's prefix).
+
+    length: how many LLM positions of its conversation the prefix keeps.
+    """
     prefix = state.language.take(slot)
     prefix = dataclasses.replace(
-        prefix, phase=jnp.full_like(prefix.phase, IDLE), llm_length=heard[None]
+        prefix, phase=jnp.full_like(prefix.phase, IDLE), llm_length=length[None]
     )
     idle = dataclasses.replace(state.language, phase=state.language.phase.at[slot].set(IDLE))
     return dataclasses.replace(state, language=idle), prefix
 
 
 def read_write_step(
-    model: Model, shape: EngineConfig, state: DecodeState
+    model: Model, engine_config: EngineConfig, state: DecodeState
 ) -> tuple[DecodeState, Array]:
     """One step of every slot -> (state, packed chunk [B, ...] int32; see `Chunk`)."""
     active = (state.language.phase == READING) | (state.language.phase == FLUSHING)
-    language, burst = read_write.read_write(model, state.language, shape.units_only)
+    language, burst = read_write.read_write(model, state.language, engine_config.units_only)
     state = dataclasses.replace(state, language=language)
     if model.flow is None:
         return state, pack(language, burst, *silence(model.config, active.size))
     # A step that finds every slot idle (the one dispatched before the host has seen the end) must not pay for the audio.
-    speak = lambda state: speak_step(model, shape, state, burst, active & (language.phase == IDLE))  # noqa: E731
+    speak = lambda state: speak_step(
+        model, engine_config, state, burst, active & (language.phase == IDLE)
+    )  # noqa: E731
     rest = lambda state: (state, *silence(model.config, active.size))  # noqa: E731
     state, samples, heard = jax.lax.cond(jnp.any(active), speak, rest, state)
     return state, pack(language, burst, samples, heard)
 
 
 def speak_step(
-    model: Model, shape: EngineConfig, state: DecodeState, burst: ReadWriteOutput, final: Array
+    model: Model,
+    engine_config: EngineConfig,
+    state: DecodeState,
+    burst: ReadWriteOutput,
+    final: Array,
 ) -> tuple[DecodeState, Array, Array]:
     """The burst's units through flow and vocoder -> (state, samples [B, S], how many [B])."""
     units, counts = units_of(model.config, burst.speech)
@@ -173,7 +158,7 @@ def speak_step(
     keys = jax.vmap(jax.random.fold_in)(state.language.request.key, 2**31 - 1 - state.steps)
     draws = draw(model.config.vocoder, keys, samples_per_step(model.config))
     vocoder, samples, heard = vocoder_step(
-        model.vocoder, state.vocoder, mel, frames, final, *draws, shape.seamless
+        model.vocoder, state.vocoder, mel, frames, final, *draws, engine_config.seamless
     )
     return DecodeState(state.language, flow, vocoder, state.steps + 1), samples, heard
 
