@@ -2,11 +2,10 @@
 
 import atexit
 import dataclasses
-import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from pathlib import Path
 
 # Before jax is imported, and inherited by the command lines that the tests run.
@@ -25,7 +24,6 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
 from omni2_jax.configs import stage1b
@@ -33,21 +31,10 @@ from omni2_jax.convert import build
 from omni2_jax.generate import omni2
 from omni2_jax.generate.engine import Engine
 from omni2_jax.generate.omni2 import Omni2
-from omni2_jax.train.data import prepare
-from omni2_jax.train.settings import Bucket, OptimizerConfig, TrainConfig
+from omni2_jax.train.settings import TrainConfig
 from tests.support.conversations import GREEDY
-
-ROOT = Path(__file__).parent.parent
-GOLDENS = ROOT / "tests" / "goldens"
-TOY = {
-    "batch": 3,
-    "steps": 3,
-    "optimizer": OptimizerConfig(peak=5e-3),
-    "dtype": "float32",
-    "workers": 1,
-    "loss_block": 1024,
-}
-REPLIES = Bucket(0, 0, 64)
+from tests.support.paths import DECODER, EXAMPLES, GOLDENS, ROOT
+from tests.support.runs import prepared, toy_config
 
 omni2.BUCKET = 1280  # all conversations of the tests in one shape: compiling is most of their time
 
@@ -61,26 +48,9 @@ def goldens() -> Path:
 def checkpoint_dir(tmp_path_factory) -> Path:
     """The tiny release, language side and decoder, as a checkpoint with one voice."""
     out = tmp_path_factory.mktemp("tiny") / "ckpt"
-    release = build.combine(
-        [build.read_omni2(GOLDENS / "omni2"), build.read_decoder(GOLDENS / "cosy2_decoder")]
-    )
-    build.write(out, release, {"espeak": ROOT / "examples" / "voice.wav"})
+    release = build.combine([build.read_omni2(GOLDENS / "omni2"), build.read_decoder(DECODER)])
+    build.write(out, release, {"espeak": EXAMPLES / "voice.wav"})
     return out
-
-
-def prepared(folder: Path, names: Collection[str]) -> Path:
-    """Spoken dialogues of the examples as a data set; what their units are does not matter here."""
-    spoken, random = ROOT / "examples" / "training", np.random.default_rng(0)
-    dialogues = [json.loads(line) for line in (spoken / "data.jsonl").read_text().splitlines()]
-    kept = [dialogue for dialogue in dialogues if dialogue["id"] in names]
-    for dialogue in kept:
-        for turn in dialogue["turns"]:
-            turn["audio"] = str(spoken / turn["audio"])
-            if turn["role"] == "assistant":
-                turn["units"] = random.integers(0, 6561, 35).tolist()
-    (folder / "data.jsonl").write_text("".join(json.dumps(dialogue) + "\n" for dialogue in kept))
-    prepare.prepare(folder, folder / "data")
-    return folder / "data"
 
 
 @pytest.fixture(scope="session")
@@ -91,22 +61,21 @@ def talks(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def toy(checkpoint_dir, talks) -> Callable[..., TrainConfig]:
-    """Settings of a stage, 1b if nothing else is said: it is quick."""
+    """Settings of a toy run: (config, **changes). The default is stage 1b, the quickest to compile."""
 
     def toy(config: TrainConfig = stage1b.config, **changes) -> TrainConfig:
-        given = {"checkpoint": str(checkpoint_dir), "data": str(talks), "buckets": (REPLIES,)}
-        return dataclasses.replace(config, **(TOY | given | changes))
+        return toy_config(config, checkpoint_dir, talks, **changes)
 
     return toy
 
 
 @pytest.fixture
 def arguments(toy) -> Callable[..., list[str]]:
-    """The same as a command line's."""
+    """The arguments of `omni2 train` for a toy run of stage 1b: (out, **changes)."""
 
     def arguments(out: Path, **changes) -> list[str]:
-        told, given = dataclasses.asdict(stage1b.config), dataclasses.asdict(toy(**changes))
-        sets = [f"--set={key}={value}" for key, value in given.items() if value != told[key]]
+        default, values = dataclasses.asdict(stage1b.config), dataclasses.asdict(toy(**changes))
+        sets = [f"--set={key}={value}" for key, value in values.items() if value != default[key]]
         return ["--config", str(ROOT / "configs" / "stage1b.py"), "--out", str(out), *sets]
 
     return arguments

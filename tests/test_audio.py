@@ -2,32 +2,26 @@
 
 import json
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
 
 from omni2_jax.audio import features, recordings
+from tests.support.compare import close
+from tests.support.paths import AUDIO, EXAMPLES
 
-GOLDENS = Path(__file__).parent / "goldens" / "audio"
-EXAMPLES = Path(__file__).parents[1] / "examples"
 CLIPS = ("short_d", "speech_a")
 
 
 @pytest.fixture(scope="module")
 def golden():
-    return {clip: np.load(GOLDENS / f"{clip}.npz") for clip in CLIPS}
+    return {clip: np.load(AUDIO / f"{clip}.npz") for clip in CLIPS}
 
 
 @pytest.fixture(scope="module")
 def clips():
-    return [recordings.load(GOLDENS / f"{clip}.wav") for clip in CLIPS]
-
-
-def close(actual, expected, tolerance):
-    assert actual.shape == expected.shape
-    np.testing.assert_allclose(np.asarray(actual), expected, rtol=0, atol=tolerance)
+    return [recordings.load(AUDIO / f"{clip}.wav") for clip in CLIPS]
 
 
 def close_fbank(actual, expected, raw):

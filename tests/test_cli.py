@@ -1,9 +1,9 @@
 """The `omni2` command: what it writes and prints, and every foreseen failure as one line that leaves nothing behind."""
 
+import functools
 import json
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,21 +15,12 @@ from omni2_jax.audio import recordings
 from omni2_jax.cli.main import main
 from omni2_jax.generate import omni2 as omni2_module
 from omni2_jax.generate.omni2 import Omni2
+from tests.support.commands import assert_refused, chat, process
 from tests.support.conversations import CASES, GREEDY, clip
 from tests.support.releases import linked, replace
 
 SPEECH = clip("speech_a")
-QUICK = [
-    "--unit-temperature",
-    0,
-    "--unit-vocabulary",
-    "all",
-    "--chunk",
-    10,
-    "--left-chunks",
-    2,
-]  # the options of GREEDY
-QUICK += ["--max-new-tokens", 64, "--max-flush-units", 60]
+refused = functools.partial(assert_refused, allowed={"in.wav", "in.json", "ckpt"})
 
 
 @pytest.fixture
@@ -55,16 +46,12 @@ def loaded(monkeypatch, model, text_model):
     return "CKPT"
 
 
-def chat(checkpoint: Path, *args: object) -> list[object]:
-    return ["chat", "--checkpoint", checkpoint, *QUICK, *args]
-
-
 def write_questions(path: Path, *conversations: list) -> Path:
     """Items named q0, q1, ...; paths are the user's turns, texts the model's."""
     turns = lambda talk: [
         {"from": "gpt", "text": t} if isinstance(t, str) else {"from": "human", "speech": str(t)}
         for t in talk
-    ]  # noqa: E731
+    ]
     path.write_text(
         json.dumps(
             [{"id": f"q{i}", "conversation": turns(talk)} for i, talk in enumerate(conversations)]
@@ -154,7 +141,7 @@ def test_answer_without_speech(omni2, loaded, tmp_path, monkeypatch):
     silent = lambda replies, spoken: (
         list(replies),
         omni2_module.Answer("so", [], "", np.zeros(0, np.float32)),
-    )[1]  # noqa: E731
+    )[1]
     monkeypatch.setattr(omni2_module, "join", silent)
     code, _, err = omni2(*chat(loaded, SPEECH, "--out", tmp_path / "a.wav"))
     assert code == 0 and "no speech" in err and os.listdir(tmp_path) == []
@@ -199,14 +186,6 @@ def test_info(omni2, checkpoint_dir):
 # --- the real thing
 
 
-def process(*args: object) -> subprocess.CompletedProcess:
-    """The command in a process of its own, with the capacities of the tests: what was compiled here need not be compiled there."""
-    code = f"from omni2_jax.cli.main import main; from omni2_jax.generate import omni2; omni2.BUCKET = {omni2_module.BUCKET}; main()"
-    return subprocess.run(
-        [sys.executable, "-c", code, *map(str, args)], capture_output=True, timeout=300
-    )
-
-
 def test_raw_audio_on_stdout(checkpoint_dir, model):
     """Nothing but samples on stdout; the text goes to stderr."""
     done = process(*chat(checkpoint_dir, SPEECH, "--stream", "--out", "-"))
@@ -238,15 +217,6 @@ def test_failure_of_the_process(checkpoint_dir, tmp_path):
 
 
 # --- failures
-
-
-def refused(result, tmp_path: Path, *words: str) -> None:
-    """One line with these words, nothing on stdout, nothing new in the directory."""
-    line, out, _ = result
-    assert isinstance(line, str) and line.startswith("error: ") and "\n" not in line and out == ""
-    for word in words:
-        assert word in line
-    assert set(os.listdir(tmp_path)) <= {"in.wav", "in.json", "ckpt"}
 
 
 def wav(path: Path, samples, **how) -> None:

@@ -15,8 +15,8 @@ from safetensors.numpy import load_file
 from omni2_jax.checkpoint import parameters, tokenizer, voices
 from omni2_jax.config import LANGUAGE_PARTS, Omni2Config
 from omni2_jax.convert import build, export, formats, releases
+from tests.support.paths import GOLDENS
 from tests.support.releases import (
-    GOLDENS,
     convert,
     linked,
     manifest,

@@ -14,7 +14,8 @@ from safetensors.numpy import load_file, save_file
 from omni2_jax.convert import build, cosyvoice
 from omni2_jax.convert.formats import Tensor
 from omni2_jax.convert.plan import ConversionError, Rule, Table, plan
-from tests.support.releases import GOLDENS, convert, linked, replace
+from tests.support.paths import GOLDENS
+from tests.support.releases import convert, linked, replace
 
 OMNI2, DECODER, WHISPER = (
     GOLDENS / "omni2",

@@ -10,7 +10,7 @@ from benchmarks.convert_memory import measure
 from omni2_jax.checkpoint import lazy, parameters
 from omni2_jax.config import LANGUAGE_PARTS, Omni2Config
 from omni2_jax.convert import build
-from tests.support.releases import GOLDENS
+from tests.support.paths import GOLDENS
 
 
 def test_one_large_parameter_or_a_few_small_ones_at_a_time(tmp_path, monkeypatch):

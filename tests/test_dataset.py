@@ -19,29 +19,23 @@ from omni2_jax.train.data.dataset import (
     Writer,
     encode,
 )
+from tests.support.dialogues import pcm, spoken
 
 RANDOM = np.random.default_rng(0)
 
 
-def pcm(size: int) -> np.ndarray:
-    return RANDOM.integers(-32768, 32768, size, np.int16)
-
-
 def talk(name: str, *sizes: int) -> tuple[Dialogue, list[np.ndarray]]:
     """A dialogue of random units, and its turns' recordings of these sizes in 16-bit integers."""
-    clips = [pcm(size) for size in sizes]
+    clips = [pcm(RANDOM, size) for size in sizes]
     turns = [
-        Turn(
-            role,
+        (
             f"{name} sagt: {i} ü",
             RANDOM.integers(0, 6561, 7 + i, np.int32) if i % 2 else None,
-            samples=len(clip),
+            recording,
         )
-        for i, (role, clip) in enumerate(
-            zip(["user", "assistant"] * len(clips), clips, strict=False)
-        )
+        for i, recording in enumerate(clips)
     ]
-    return Dialogue(name, tuple(turns)), clips
+    return spoken(name, turns), clips
 
 
 TALKS = [
@@ -231,7 +225,7 @@ def test_a_bad_record(record, says, tmp_path):
 
 
 def test_a_bad_clip(tmp_path):
-    whole = encode(pcm(20000) / 32768, 16000)
+    whole = encode(pcm(RANDOM, 20000) / 32768, 16000)
     data = written(tmp_path, [packed(USER, REPLY)], [b"RIFF", whole[: len(whole) // 2], whole])
     for index in (0, 1):
         with pytest.raises(RecordError, match=rf"^{tmp_path}: clip {index} is damaged: .*FLAC"):

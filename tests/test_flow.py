@@ -1,16 +1,13 @@
 """Flow matching against CosyVoice2's numbers, and what its masks promise."""
 
 import dataclasses
-import functools
 import itertools
 import json
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 from omni2_jax.checkpoint.parameters import flatten
 from omni2_jax.config import FlowConfig
@@ -19,63 +16,19 @@ from omni2_jax.convert.plan import ConversionError, plan, unplan
 from omni2_jax.convert.tables import flow as tables
 from omni2_jax.models.flow.context import Chunks, Window
 from omni2_jax.models.flow.matching import Flow, Prompt, cosine
+from tests.support.compare import close
+from tests.support.networks import QUICK, abstract_model, full_pass, tiny_flow
+from tests.support.networks import TINY_FLOW as TINY
+from tests.support.networks import decoder_golden as golden
+from tests.support.paths import DECODER, GOLDENS
 
-GOLDENS = Path(__file__).parent / "goldens"
 RELEASED = Chunks(50)
-QUICK = {
-    "xla_backend_optimization_level": 1
-}  # these small models take longer to compile than to run
 LENGTHS = (13, 47, 60, 113)
-TINY = FlowConfig(
-    width=64,
-    heads=4,
-    hidden=128,
-    layers=2,
-    channels=48,
-    estimator_heads=4,
-    estimator_head_size=16,
-    blocks=1,
-    mid_blocks=2,
-    noise_frames=600,
-)
-
-
-def golden(name: str) -> dict[str, np.ndarray]:
-    return dict(np.load(GOLDENS / "cosy2_decoder" / f"{name}.npz"))
-
-
-def abstract(config: FlowConfig):
-    graph, state = nnx.split(nnx.eval_shape(lambda: Flow(config, nnx.Rngs(0))))
-    return graph, nnx.to_pure_dict(state)
-
-
-@functools.cache
-def tiny_flow() -> Flow:
-    """The tiny release, with the noise that its goldens were made with."""
-    path = GOLDENS / "cosy2_decoder" / "flow.pt"
-    graph, shapes = abstract(TINY)
-    params = plan(tables.table(), formats.torch_file(path), shapes, path.name)
-    params = jax.tree.map(lambda leaf: jnp.asarray(leaf.read()), params)
-    return nnx.merge(
-        graph, params | {"noise": jnp.asarray(golden("rand_noise")["rand_noise"][0].T)}
-    )
 
 
 @pytest.fixture(scope="module")
 def flow() -> Flow:
     return tiny_flow()
-
-
-@functools.cache
-def full_pass():
-    """Jitted `Flow.__call__` of the tiny release: (units, lengths, voice, final, prompt, chunks)."""
-    graph, params = nnx.split(tiny_flow())
-    run = jax.jit(
-        lambda params, *given: nnx.merge(graph, params)(*given),
-        static_argnums=6,
-        compiler_options=QUICK,
-    )
-    return functools.partial(run, params)
 
 
 def padded(rows: list[np.ndarray]) -> tuple[jax.Array, jax.Array]:
@@ -97,32 +50,36 @@ def windows(frames: int, lengths, chunks: Chunks = RELEASED) -> tuple[Window, Wi
     )
 
 
-def close(ours, theirs, tolerance: float):
-    np.testing.assert_allclose(np.asarray(ours), theirs, rtol=0, atol=tolerance)
-
-
 # --- conversion
 
 
 def test_table_fits_the_real_dimensions():
     keys = json.loads((GOLDENS / "manifests" / "flow.json").read_text())["keys"]
-    planned = plan(tables.table(), formats.abstract(keys), abstract(FlowConfig())[1], "flow.json")
+    planned = plan(
+        tables.table(), formats.abstract(keys), abstract_model(Flow, FlowConfig())[1], "flow.json"
+    )
     assert planned["noise"].shape == (15000, 80)
     keys.pop("encoder.up_encoders.3.norm_ff.bias")
     with pytest.raises(ConversionError, match=r"missing encoder.up_encoders.3.norm_ff.bias"):
-        plan(tables.table(), formats.abstract(keys), abstract(FlowConfig())[1], "flow.json")
+        plan(
+            tables.table(),
+            formats.abstract(keys),
+            abstract_model(Flow, FlowConfig())[1],
+            "flow.json",
+        )
 
 
 def test_conversion_round_trips_and_draws_the_noise_once():
-    source = formats.torch_file(GOLDENS / "cosy2_decoder" / "flow.pt")
+    source = formats.torch_file(DECODER / "flow.pt")
     params = jax.tree.map(
-        lambda leaf: leaf.read(), plan(tables.table(), source, abstract(TINY)[1], "flow.pt")
+        lambda leaf: leaf.read(),
+        plan(tables.table(), source, abstract_model(Flow, TINY)[1], "flow.pt"),
     )
     back = dict(unplan(tables.table(), flatten(params).__getitem__))
     assert back.keys() == source.keys()
     for name, tensor in back.items():
         np.testing.assert_array_equal(tensor, source[name].read(), name)
-    again = plan(tables.table(), source, abstract(TINY)[1], "flow.pt")["noise"].read()
+    again = plan(tables.table(), source, abstract_model(Flow, TINY)[1], "flow.pt")["noise"].read()
     np.testing.assert_array_equal(params["noise"], again)
     assert abs(params["noise"].std() - 1) < 0.01 and abs(params["noise"].mean()) < 0.01
 

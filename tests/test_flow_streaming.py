@@ -10,7 +10,10 @@ from flax import nnx
 
 from omni2_jax.models.flow.context import Chunks
 from omni2_jax.models.flow.streaming import FlowState, Plan, flow_step
-from tests.test_flow import QUICK, TINY, close, full_pass, golden, tiny_flow
+from tests.support.compare import close
+from tests.support.networks import QUICK, full_pass, tiny_flow
+from tests.support.networks import TINY_FLOW as TINY
+from tests.support.networks import decoder_golden as golden
 
 VOICES = jnp.asarray(np.random.default_rng(0).standard_normal((3, 80)), jnp.float32)
 

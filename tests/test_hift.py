@@ -1,13 +1,11 @@
 """HiFT against the released generator's outputs, and what batching, padding and conversion must not change."""
 
 import json
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 from omni2_jax.checkpoint.parameters import flatten
 from omni2_jax.config import HiftConfig
@@ -15,39 +13,20 @@ from omni2_jax.convert.formats import abstract, torch_file
 from omni2_jax.convert.plan import plan, unplan
 from omni2_jax.convert.tables.hift import plain_names, table
 from omni2_jax.models.vocoder.hift import Hift, change_speed, draw, stft
-
-GOLDENS = Path(__file__).parent / "goldens"
-DECODER = GOLDENS / "cosy2_decoder"
-TINY = HiftConfig(channels=64, f0_channels=32)
-
-
-def shapes(config: HiftConfig) -> dict:
-    return nnx.to_pure_dict(nnx.state(nnx.eval_shape(lambda: Hift(config, nnx.Rngs(0)))))
-
-
-def converted(source: dict) -> dict:
-    leaves = plan(table(TINY), source, shapes(TINY), "hift.pt")
-    return jax.tree.map(
-        lambda leaf: jnp.asarray(leaf.read()), leaves, is_leaf=lambda leaf: hasattr(leaf, "read")
-    )
-
-
-def released() -> dict:
-    return converted(plain_names(torch_file(DECODER / "hift.pt")))
+from tests.support.compare import assert_wav
+from tests.support.networks import TINY_HIFT as TINY
+from tests.support.networks import abstract_model, hift_params, stored_draws, tiny_hift
+from tests.support.paths import DECODER, GOLDENS
 
 
 @pytest.fixture(scope="module")
 def params():
-    return released()
-
-
-def vocoder(params: dict) -> Hift:
-    return nnx.merge(nnx.graphdef(nnx.eval_shape(lambda: Hift(TINY, nnx.Rngs(0)))), params)
+    return hift_params()
 
 
 @pytest.fixture(scope="module")
 def hift(params):
-    return vocoder(params)
+    return tiny_hift(params)
 
 
 @pytest.fixture(scope="module")
@@ -55,22 +34,9 @@ def golden():
     return np.load(DECODER / "hift.npz")
 
 
-def stored_draws() -> tuple[jax.Array, jax.Array]:
-    """The phase [1, H] and noise [1, T, H] that stand for the reference's random draws."""
-    stored = np.load(DECODER / "hift_noise.npz")
-    return jnp.asarray(stored["phase_vec"][..., 0]), jnp.asarray(
-        stored["noise_f16"].transpose(0, 2, 1), jnp.float32
-    )
-
-
 @pytest.fixture(scope="module")
 def draws():
     return stored_draws()
-
-
-def assert_wav(actual, expected, largest: float, rms: float):
-    error = np.abs(np.asarray(actual) - expected)
-    assert error.max() < largest and np.sqrt(np.square(error).mean()) < rms
 
 
 def test_f0(hift, golden):
@@ -113,7 +79,7 @@ def test_batch_of_different_lengths(hift, golden):
     longest = len(rows[0][0])
     pad = lambda x, size, junk: np.concatenate(
         [x, np.full((size - len(x), *x.shape[1:]), junk, np.float32)]
-    )  # noqa: E731
+    )
     mel = jnp.asarray(np.stack([pad(mel, longest, np.nan) for mel, _, _ in rows]))
     source = jnp.asarray(
         np.stack([pad(source, longest * TINY.samples_per_frame, 1e3) for _, source, _ in rows])
@@ -197,7 +163,9 @@ def test_compiles_once_for_all_lengths(hift, golden):
 
 def test_table_covers_the_released_model():
     manifest = json.loads((GOLDENS / "manifests" / "hift.json").read_text())["keys"]
-    plan(table(HiftConfig()), abstract(manifest), shapes(HiftConfig()), "hift.json")
+    plan(
+        table(HiftConfig()), abstract(manifest), abstract_model(Hift, HiftConfig())[1], "hift.json"
+    )
 
 
 def test_both_weight_norm_layouts(params):
@@ -211,7 +179,7 @@ def test_both_weight_norm_layouts(params):
         for name, value in names.items()
     }
     assert renamed.keys() != names.keys()
-    assert jax.tree.all(jax.tree.map(np.array_equal, converted(plain_names(renamed)), params))
+    assert jax.tree.all(jax.tree.map(np.array_equal, hift_params(plain_names(renamed)), params))
 
 
 def test_round_trip_is_bit_equal(params, tmp_path):
@@ -221,4 +189,4 @@ def test_round_trip_is_bit_equal(params, tmp_path):
     torch.save({name: torch.tensor(tensor) for name, tensor in written}, tmp_path / "hift.pt")
     back = torch_file(tmp_path / "hift.pt")
     assert set(back) == set(plain_names(torch_file(DECODER / "hift.pt")))
-    assert jax.tree.all(jax.tree.map(np.array_equal, converted(back), params))
+    assert jax.tree.all(jax.tree.map(np.array_equal, hift_params(back), params))

@@ -33,6 +33,7 @@ from omni2_jax.train.examples import CLIP, PAD, Examples
 from omni2_jax.train.layout import arrange
 from omni2_jax.train.losses import IGNORE
 from omni2_jax.train.settings import Bucket, TrainConfig
+from tests.support.dialogues import pcm, spoken
 
 RANDOM = np.random.default_rng(0)
 TEXTS = [
@@ -47,12 +48,8 @@ SHORT, LONG = Bucket(0, 0, 48), Bucket(0, 0, 96)
 TRAIN = TrainConfig(stage="1b", batch=4, steps=9, buckets=(SHORT, LONG), workers=2)
 
 
-def pcm(size: int) -> np.ndarray:
-    return RANDOM.integers(-32768, 32768, size, np.int16)
-
-
-QUESTIONS = [pcm(800 + i) for i in range(9)]
-REPLIES = [pcm(960 * 20) for _ in range(9)]
+QUESTIONS = [pcm(RANDOM, 800 + i) for i in range(9)]
+REPLIES = [pcm(RANDOM, 960 * 20) for _ in range(9)]
 
 
 def talk(name: str, *numbers: int) -> tuple[Dialogue, list[bytes]]:
@@ -63,12 +60,9 @@ def talk(name: str, *numbers: int) -> tuple[Dialogue, list[bytes]]:
             TEXTS[number % len(TEXTS)],
             RANDOM.integers(0, 6561, 10 + 5 * number, np.int32),
         )
-        turns += [
-            Turn("user", "hi", samples=800 + number),
-            Turn("assistant", text, units, samples=960 * 20),
-        ]
+        turns += [("hi", None, QUESTIONS[number]), (text, units, REPLIES[number])]
         clips += [encode(QUESTIONS[number] / 32768, 16000), encode(REPLIES[number] / 32768, 24000)]
-    return Dialogue(name, tuple(turns)), clips
+    return spoken(name, turns), clips
 
 
 @pytest.fixture(scope="module")
@@ -204,7 +198,7 @@ def test_local_rows():
     """Of the rows of devices: those of this process, whatever else the devices share."""
     held = lambda *slices: SimpleNamespace(
         addressable_devices_indices_map=lambda _: dict(enumerate((s,) for s in slices))
-    )  # noqa: E731
+    )
     assert local_rows(held(slice(4, 6), slice(6, 8)), 8) == slice(4, 8)
     assert local_rows(held(slice(0, 4), slice(0, 4)), 8) == slice(0, 4)
     assert local_rows(held(slice(None), slice(None)), 8) == slice(0, 8)
@@ -258,7 +252,7 @@ def test_empty_rows_carry_no_loss(made, checkpoint_dir, config):
     graph, params = parameters.load(checkpoint_dir, config.only("speech_lm"), jnp.float32)
     loss = lambda params, batch: stages.unit_loss(
         nnx.merge(graph, params), changed(dtype="float32"), batch, None
-    )  # noqa: E731
+    )
     compute = jax.jit(jax.value_and_grad(loss, has_aux=True))
     (total, terms), grads = compute(params, batch)
     (four, fourfold), _ = compute(

@@ -18,12 +18,14 @@ from omni2_jax.convert import build
 from omni2_jax.models import speech_tokenizer
 from omni2_jax.train.data import prepare, sources
 from omni2_jax.train.data.dataset import Dataset
-from tests.conftest import GOLDENS, ROOT
+from tests.support.networks import TINY_TOKENIZER as TINY
+from tests.support.networks import TOKENIZER_CLIPS as CLIPS
+from tests.support.networks import draw_tokenizer
+from tests.support.paths import AUDIO, GOLDENS, ROOT
 from tests.support.releases import convert
-from tests.test_speech_tokenizer import CLIPS, TINY, draw
 
 EXAMPLES = ROOT / "examples" / "training"
-SPEECH, WHISPER = GOLDENS / "audio", GOLDENS / "whisper" / "tiny.pt"
+SPEECH, WHISPER = AUDIO, GOLDENS / "whisper" / "tiny.pt"
 
 
 def run(*args: object) -> tuple[str | int | None, str]:
@@ -46,7 +48,7 @@ def prepared(source, out, *args: object) -> Dataset:
 @pytest.fixture(scope="module")
 def tokenizer_file(tmp_path_factory):
     path = tmp_path_factory.mktemp("units") / "s3.safetensors"
-    save_file(draw(), path)
+    save_file(draw_tokenizer(), path)
     return path
 
 
@@ -496,7 +498,7 @@ def test_tokenizer_alone(tokenizer, capsys, monkeypatch):
     assert (
         "speech_tokenizer" in told
         and "speech tokenizer" in told
-        and f"{sum(array.size for array in draw().values()):,}" in told
+        and f"{sum(array.size for array in draw_tokenizer().values()):,}" in told
     )
 
 
@@ -550,7 +552,7 @@ def test_tokenizer_beside_other_sources(tokenizer, tokenizer_file, tmp_path):
 
 def test_a_tokenizer_that_is_none(whole, tmp_path):
     before = content(whole)
-    state = draw()
+    state = draw_tokenizer()
     state["encoder.blocks.0.attn_ln.weight"] = state["encoder.blocks.0.attn_ln.weight"][:-1]
     save_file(state, tmp_path / "bad.safetensors")
     (tmp_path / "none.onnx").write_bytes(b"no onnx")

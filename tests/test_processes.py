@@ -18,12 +18,12 @@ import pytest
 from omni2_jax.checkpoint import parameters
 from omni2_jax.config import Omni2Config
 from omni2_jax.train.loop import Run
-from tests.conftest import prepared
-from tests.support.conversations import GREEDY, SHORT, clip, conversation, toy_run, tree_equal
+from tests.support.commands import chat, process
+from tests.support.compare import tree_equal
+from tests.support.conversations import GREEDY, SHORT, clip, conversation
+from tests.support.paths import ROOT
 from tests.support.releases import linked
-from tests.test_cli import chat, process
-
-ROOT = Path(__file__).parent.parent
+from tests.support.runs import losses, prepared, toy_run
 
 
 def free_port() -> int:
@@ -98,10 +98,6 @@ def test_saved_by_two_restored_by_one(out, checkpoint_dir):
     config = Omni2Config.load(checkpoint_dir / "config.json").only("llm")
     assert (out / "params" / "llm" / "ocdbt.process_1").is_dir()
     assert tree_equal(restored(out, config), restored(checkpoint_dir, config))
-
-
-def losses(run: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_training_of_two_processes_goes_on_in_one(out, checkpoint_dir, tmp_path):

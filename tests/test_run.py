@@ -26,9 +26,10 @@ from omni2_jax.train import loop, sampler, step, weights
 from omni2_jax.train.data.dataset import Dataset, encode
 from omni2_jax.train.loop import Run
 from omni2_jax.train.settings import Bucket, MeshConfig, OptimizerConfig, TrainConfig
-from tests.conftest import ROOT
-from tests.support.conversations import reported, tree_equal
+from tests.support.compare import tree_equal
+from tests.support.paths import ROOT
 from tests.support.releases import linked
+from tests.support.runs import reported
 
 
 def run(train: TrainConfig, out: Path) -> Run:

@@ -16,8 +16,8 @@ from omni2_jax.train import checkpoints, loop
 from omni2_jax.train.data.dataset import Dialogue, Turn, Writer
 from omni2_jax.train.loop import Run
 from omni2_jax.train.settings import Bucket, OptimizerConfig
-from tests.support.conversations import reported
 from tests.support.releases import linked, replace
+from tests.support.runs import reported
 
 COMPILED = []
 jax.monitoring.register_event_duration_secs_listener(

@@ -14,8 +14,8 @@ from omni2_jax.config import Omni2Config
 from omni2_jax.generate.omni2 import Omni2
 from omni2_jax.models.model import SPEECH, abstract_state
 from omni2_jax.sharding import Rules, make_mesh, mesh_of, parse_mesh
-from tests.support.conversations import CASES, GREEDY, SHORT, Said, submit, tree_equal
-from tests.test_hift import assert_wav
+from tests.support.compare import assert_wav, tree_equal
+from tests.support.conversations import CASES, GREEDY, SHORT, Said, submit
 
 MESHES = {
     "8x1": (1, 8, 1),

@@ -1,7 +1,6 @@
 """CAM++ against the released encoder's x-vectors, from the released ONNX file and from torch names."""
 
 import json
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -18,21 +17,19 @@ from omni2_jax.convert.tables.speaker import infer_config, table
 from omni2_jax.convert.tables.speaker_onnx import from_onnx
 from omni2_jax.models import speaker
 from omni2_jax.models.speaker import Speaker, embed
+from tests.support.compare import assert_same
+from tests.support.networks import abstract_model
+from tests.support.paths import AUDIO, DECODER, GOLDENS
 
-GOLDENS = Path(__file__).parent / "goldens"
-ONNX = GOLDENS / "cosy2_decoder" / "campplus.onnx"
+ONNX = DECODER / "campplus.onnx"
 CLIPS = ("short_d", "speech_a", "speech_b", "synth_c")
 TINY = SpeakerConfig(channels=32, growth=8, bottleneck=2)
 
 
-def abstract_model(config: SpeakerConfig) -> tuple[nnx.GraphDef, dict]:
-    graph, state = nnx.split(nnx.eval_shape(lambda: Speaker(config, nnx.Rngs(0))))
-    return graph, nnx.to_pure_dict(state)
-
-
 def converted(source) -> dict:
     return jax.tree.map(
-        lambda leaf: leaf.read(), plan(table(TINY), source, abstract_model(TINY)[1], "campplus")
+        lambda leaf: leaf.read(),
+        plan(table(TINY), source, abstract_model(Speaker, TINY)[1], "campplus"),
     )
 
 
@@ -41,10 +38,6 @@ def stored(tensors: dict[str, np.ndarray]) -> dict:
         name: Tensor(value.shape, value.dtype, lambda value=value: value)
         for name, value in tensors.items()
     }
-
-
-def assert_same(a, b, tolerance=0.0):
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=tolerance), a, b)
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +52,7 @@ def params(source):
 
 @pytest.fixture(scope="module")
 def encoder(params):
-    return nnx.merge(abstract_model(TINY)[0], params)
+    return nnx.merge(abstract_model(Speaker, TINY)[0], params)
 
 
 @pytest.fixture(scope="module")
@@ -70,9 +63,7 @@ def golden():
 @pytest.fixture(scope="module")
 def batch():
     """The four clips, of 0.6 to 2.7 s, padded with noise: [4, N] and their lengths."""
-    x, lengths = recordings.pad(
-        [recordings.load(GOLDENS / "audio" / f"{clip}.wav") for clip in CLIPS]
-    )
+    x, lengths = recordings.pad([recordings.load(AUDIO / f"{clip}.wav") for clip in CLIPS])
     noise = np.random.default_rng(0).uniform(-1, 1, x.shape).astype(np.float32)
     return np.where(np.arange(x.shape[1]) < lengths[:, None], x, noise), lengths
 
@@ -81,7 +72,7 @@ def batch():
 
 
 def test_one_clip_as_the_released_front_end(encoder, golden):
-    x_vector = embed(encoder, recordings.load(GOLDENS / "audio" / "speech_a.wav")[None])
+    x_vector = embed(encoder, recordings.load(AUDIO / "speech_a.wav")[None])
     np.testing.assert_allclose(x_vector, golden["frontend"][None], rtol=0, atol=1e-4)
 
 
@@ -129,7 +120,7 @@ def test_released_dimensions_fit():
     keys = abstract(json.loads((GOLDENS / "manifests" / "campplus.json").read_text())["keys"])
     config = infer_config(keys, "campplus.json")
     assert config == SpeakerConfig()
-    plan(table(config), keys, abstract_model(config)[1], "campplus.json")
+    plan(table(config), keys, abstract_model(Speaker, config)[1], "campplus.json")
 
 
 def test_config_of_the_onnx_file(source):
@@ -187,6 +178,11 @@ def test_a_file_that_is_no_speaker_encoder(tmp_path):
         assert "\n" not in str(error.value)
     short = dict(list(onnx_file(ONNX).items())[:400])
     with pytest.raises(ConversionError, match=r"some\.onnx"):
-        plan(table(TINY), from_onnx(short, "some.onnx"), abstract_model(TINY)[1], "some.onnx")
+        plan(
+            table(TINY),
+            from_onnx(short, "some.onnx"),
+            abstract_model(Speaker, TINY)[1],
+            "some.onnx",
+        )
     with pytest.raises(ConversionError, match="is not the graph of a CAM"):
         from_onnx({"0.MatMul.1": Tensor((2, 2), np.dtype(np.float32), lambda: None)}, "other.onnx")

@@ -1,9 +1,6 @@
 """The speech tokenizer against s3tokenizer 0.3.0, from its state dict and from the released ONNX layout."""
 
 import dataclasses
-import json
-import math
-import re
 from pathlib import Path
 
 import jax
@@ -23,54 +20,31 @@ from omni2_jax.convert.plan import ConversionError, plan, unplan
 from omni2_jax.convert.tables.speech_tokenizer import infer_config, read, table
 from omni2_jax.models import speech_tokenizer
 from omni2_jax.models.speech_tokenizer import SpeechTokenizer, tokenize
+from tests.support.compare import assert_same
+from tests.support.networks import TINY_TOKENIZER as TINY
+from tests.support.networks import TOKENIZER_CLIPS as CLIPS
+from tests.support.networks import abstract_model, draw_tokenizer, tokenizer_manifest
+from tests.support.paths import AUDIO, GOLDENS
 
-GOLDENS = Path(__file__).parent / "goldens"
 FOLDER = GOLDENS / "s3tokenizer"
-MANIFEST = json.loads((GOLDENS / "manifests" / "speech_tokenizer_v2.json").read_text())["keys"]
-CLIPS = ("speech_a", "synth_c")  # 67 and 63 units
-TINY = SpeechTokenizerConfig(width=128, layers=2, heads=2)
-SEED = 466  # of the weights behind the goldens, chosen so that no rounding is close
-
-
-def draw() -> dict[str, np.ndarray]:
-    """The weights behind the goldens, under torch names: two released layers at a tenth of the width."""
-    random = np.random.RandomState(
-        SEED
-    )  # its stream is frozen, and uniform draws take no libm: the same bits everywhere
-    state = {}
-    for name in sorted(
-        name for name in MANIFEST if not re.match(r"encoder\.blocks\.[2-5]\.", name)
-    ):
-        shape = [size // 10 if size >= 1280 else size for size in MANIFEST[name][0]]
-        scale = 0.1 if len(shape) == 1 else 2 / math.sqrt(math.prod(shape[1:]))
-        state[name] = (name.endswith("_ln.weight") + scale * random.uniform(-1, 1, shape)).astype(
-            np.float32
-        )
-    return state
-
-
-def abstract_model(config: SpeechTokenizerConfig) -> tuple[nnx.GraphDef, dict]:
-    graph, state = nnx.split(nnx.eval_shape(lambda: SpeechTokenizer(config, nnx.Rngs(0))))
-    return graph, nnx.to_pure_dict(state)
 
 
 def converted(source) -> dict:
     return jax.tree.map(
-        lambda leaf: leaf.read(), plan(table(), source, abstract_model(TINY)[1], "tiny")
+        lambda leaf: leaf.read(),
+        plan(table(), source, abstract_model(SpeechTokenizer, TINY)[1], "tiny"),
     )
 
 
 def model(params: dict, **changes) -> SpeechTokenizer:
-    return nnx.merge(abstract_model(dataclasses.replace(TINY, **changes))[0], params)
-
-
-def assert_same(a, b):
-    jax.tree.map(np.testing.assert_array_equal, a, b)
+    return nnx.merge(
+        abstract_model(SpeechTokenizer, dataclasses.replace(TINY, **changes))[0], params
+    )
 
 
 @pytest.fixture(scope="module")
 def state():
-    return draw()
+    return draw_tokenizer()
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +66,7 @@ def tokenizer(params):
 
 @pytest.fixture(scope="module")
 def clips():
-    return [recordings.load(GOLDENS / "audio" / f"{name}.wav") for name in (*CLIPS, "speech_b")]
+    return [recordings.load(AUDIO / f"{name}.wav") for name in (*CLIPS, "speech_b")]
 
 
 @pytest.fixture(scope="module")
@@ -197,10 +171,10 @@ def test_windows_lose_no_unit(params):
 
 
 def test_released_dimensions_fit():
-    keys = abstract(MANIFEST)
+    keys = abstract(tokenizer_manifest())
     config = infer_config(keys, "manifest")
     assert config == SpeechTokenizerConfig() and config.units == 6561
-    plan(table(), keys, abstract_model(config)[1], "manifest")
+    plan(table(), keys, abstract_model(SpeechTokenizer, config)[1], "manifest")
 
 
 def test_there_and_back(source, params, state):

@@ -20,7 +20,8 @@ from omni2_jax.configs import omni2_7b
 from omni2_jax.convert import build, formats, releases, start
 from omni2_jax.generate.omni2 import Omni2, Options
 from omni2_jax.models.model import abstract_model
-from tests.support.releases import GOLDENS, convert, linked, manifest, replace, settings
+from tests.support.paths import GOLDENS
+from tests.support.releases import convert, linked, manifest, replace, settings
 
 OMNI2, DECODER, WHISPER = (
     GOLDENS / "omni2",

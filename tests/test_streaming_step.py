@@ -19,10 +19,11 @@ from omni2_jax.generate.streaming_step import (
     units_of,
 )
 from omni2_jax.models.vocoder.hift import change_speed
-from tests.support.conversations import GOLDENS, GREEDY, clip, tree_equal
-from tests.test_hift import assert_wav, stored_draws
+from tests.support.compare import assert_wav, tree_equal
+from tests.support.conversations import GREEDY, clip
+from tests.support.networks import stored_draws
+from tests.support.paths import DECODER
 
-DECODER = GOLDENS / "cosy2_decoder"
 WRITE = 18  # a stream with hops of 15 units begins with 3 more
 
 
@@ -56,7 +57,7 @@ def test_released_streams(decoder, entry, monkeypatch):
     draws = lambda config, keys, samples: (
         jnp.tile(phase, (2, 1)),
         jnp.tile(noise[:, :samples], (2, 1, 1)),
-    )  # noqa: E731
+    )
     monkeypatch.setattr(streaming_step, "draw", draws)
     model, engine_config = (
         nnx.merge(graph, params),

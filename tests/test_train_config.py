@@ -14,7 +14,7 @@ from omni2_jax.train.settings import (
     OptimizerConfig,
     TrainConfig,
 )
-from tests.conftest import ROOT
+from tests.support.paths import ROOT
 
 STAGES = ("stage1a", "stage1b", "stage2", "flow")
 

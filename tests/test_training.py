@@ -1,7 +1,6 @@
 """Training on real spoken dialogues at toy size: it learns, resumes, and changes nothing that is frozen."""
 
 import dataclasses
-import json
 from pathlib import Path
 
 import jax
@@ -15,15 +14,8 @@ from omni2_jax.train import compute_hidden
 from omni2_jax.train.data.dataset import Dataset
 from omni2_jax.train.loop import Run
 from omni2_jax.train.settings import Bucket, OptimizerConfig, TrainConfig
-from tests.conftest import prepared
+from tests.support.runs import REPLIES, losses, prepared, toy_config
 
-TOY = {
-    "dtype": "float32",
-    "save_every": 1000,
-    "validate_every": 1000,
-    "workers": 1,
-    "loss_block": 1024,
-}
 GREEDY = Options(unit_temperature=0, max_new_tokens=24, max_flush_units=100)
 
 
@@ -31,22 +23,16 @@ def toy(
     config: TrainConfig, start: Path, data: Path, steps: int, peak: float, bucket: Bucket, **changes
 ) -> TrainConfig:
     """A stage as its config file has it, at toy size."""
-    sized = {
-        "checkpoint": str(start),
-        "data": str(data),
-        "steps": steps,
-        "batch": 4,
-        "buckets": (bucket,),
-        "optimizer": OptimizerConfig(peak=peak),
-    }
-    return dataclasses.replace(config, **(TOY | sized | changes))
+    sizes = {"steps": steps, "batch": 4, "buckets": (bucket,), "save_every": 1000}
+    schedule = {"validate_every": 1000, "optimizer": OptimizerConfig(peak=peak)}
+    return toy_config(config, start, data, **(sizes | schedule | changes))
 
 
 def run(train: TrainConfig, out: Path) -> None:
     Run(train, out, jax.devices()[:1]).go()
 
 
-SPOKEN_TURNS, REPLIES = Bucket(2, 760), Bucket(0, 0, 64)
+SPOKEN_TURNS = Bucket(2, 760)
 
 
 @pytest.fixture(scope="module")
@@ -72,10 +58,6 @@ def chain(checkpoint_dir, talks, tmp_path_factory) -> dict[str, Path]:
     return {"start": checkpoint_dir} | {
         stage: out / stage for stage in ("1a", "1b", "2", "2-computed")
     }
-
-
-def losses(run: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 def files(directory: Path, part: str) -> dict[str, bytes]:

@@ -1,7 +1,6 @@
 """Training over a mesh of 8 devices: the losses of one device, and a run that moves from one mesh to another."""
 
 import dataclasses
-import json
 import shutil
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import pytest
 
 from omni2_jax.train.loop import Run
 from omni2_jax.train.settings import MeshConfig, TrainConfig
-from tests.support.conversations import toy_run
+from tests.support.runs import losses, toy_run
 
 MESHES = {
     "8x1": (1, 8, 1),
@@ -32,10 +31,6 @@ def alone(settings, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("alone") / "run"
     Run(settings, out, jax.devices()[:1]).go()
     return out
-
-
-def losses(run: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.parametrize("mesh", MESHES)

@@ -7,7 +7,10 @@ import pytest
 
 from omni2_jax.models.vocoder.hift import Hift
 from omni2_jax.models.vocoder.hift_streaming import VocoderState, vocoder_step
-from tests.test_hift import DECODER, TINY, assert_wav, released, stored_draws, vocoder
+from tests.support.compare import assert_wav
+from tests.support.networks import TINY_HIFT as TINY
+from tests.support.networks import hift_params, stored_draws, tiny_hift
+from tests.support.paths import DECODER
 
 NEW = 20  # frames of a step at most
 INPUT_RATE, HOLD = TINY.samples_per_frame, TINY.overlap * TINY.samples_per_frame
@@ -17,7 +20,7 @@ STREAMS = ("s1", "s2", "s3")
 @pytest.fixture(scope="module")
 def step():
     """The compiled step of three slots with the reference's draws, its state donated."""
-    hift, (phase, noise) = vocoder(released()), stored_draws()
+    hift, (phase, noise) = tiny_hift(hift_params()), stored_draws()
     phase, noise = jnp.tile(phase, (3, 1)), jnp.tile(noise[:, : HOLD + NEW * INPUT_RATE], (3, 1, 1))
     return jax.jit(
         lambda state, *chunk: vocoder_step(hift, state, *chunk, phase, noise), donate_argnums=0
@@ -109,7 +112,7 @@ def tone_step():
     noise = jnp.zeros((1, HOLD + NEW * INPUT_RATE, TINY.harmonics + 1))
     run = lambda state, mel, frames, final, phase, seamless: vocoder_step(
         Tone(), state, mel, frames, final, phase, noise, seamless
-    )  # noqa: E731
+    )
     return jax.jit(run, static_argnums=5)
 
 

@@ -1,0 +1,1 @@
+"""What several test files share: paths, comparisons, tiny networks, released conversations and toy runs."""

@@ -1,4 +1,4 @@
-"""The released conversations of the goldens, how the tests of generation ask for them, and a run that is quickly trained."""
+"""The released conversations of the goldens, and how the tests of generation request them."""
 
 import dataclasses
 import functools
@@ -6,18 +6,15 @@ import itertools
 import json
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
-from omni2_jax.configs import stage1b
 from omni2_jax.generate.engine import Engine, PromptPiece, ResponseStream
 from omni2_jax.generate.omni2 import Omni2, Options
 from omni2_jax.generate.read_write import Request, request
 from omni2_jax.generate.session import split
-from omni2_jax.train.settings import Bucket, OptimizerConfig, TrainConfig
+from tests.support.paths import AUDIO, GOLDENS
 
-GOLDENS = Path(__file__).parents[1] / "goldens"
 CASES = json.loads((GOLDENS / "omni2" / "cases.json").read_text())["cases"]
 
 # As released, but for the small chunks of the flow: they are quick to compile and to run.
@@ -33,7 +30,7 @@ SHORT = {"max_new_tokens": 12, "max_flush_units": 15}  # where steps are slow
 
 
 def clip(name: str) -> Path:
-    return GOLDENS / "audio" / f"{name}.wav"
+    return AUDIO / f"{name}.wav"
 
 
 def conversation(name: str) -> list[Path | str]:
@@ -94,39 +91,3 @@ class Said:
 def broken(piece: PromptPiece) -> PromptPiece:
     """A prompt with one feature that is not a number."""
     return dataclasses.replace(piece, features=jnp.asarray(piece.features).at[7, 3].set(jnp.nan))
-
-
-def tree_equal(a, b) -> bool:
-    """Bit for bit, NaN included."""
-    raw = lambda x: np.asarray(
-        jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
-    )  # noqa: E731
-    return jax.tree.all(jax.tree.map(lambda x, y: raw(x).tobytes() == raw(y).tobytes(), a, b))
-
-
-def toy_run(checkpoint_dir: Path, data: Path, **changes) -> TrainConfig:
-    """Four steps of stage 1b, which compiles and steps fast, saved after every second one."""
-    given = {
-        "checkpoint": str(checkpoint_dir),
-        "data": str(data),
-        "steps": 4,
-        "batch": 8,
-        "buckets": (Bucket(0, 0, 64),),
-        "save_every": 2,
-    }
-    how = {
-        "dtype": "float32",
-        "loss_block": 64,
-        "workers": 1,
-        "keep": 9,
-        "optimizer": OptimizerConfig(peak=5e-3),
-    }
-    return dataclasses.replace(stage1b.config, **(given | how | changes))
-
-
-def reported(directory: Path, name: str = "loss") -> dict[int, float]:
-    """A number by step; every step has it once."""
-    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    found = {line["step"]: line[name] for line in lines if name in line}
-    assert len(found) == sum(name in line for line in lines)
-    return found

@@ -14,8 +14,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from omni2_jax.cli.main import main
-
-GOLDENS = Path(__file__).parents[1] / "goldens"
+from tests.support.paths import GOLDENS
 
 # real dimension -> tiny one, by the first prefix that a tensor's name has, in the 1.5B release, where no two collide
 TINY = {

@@ -14,7 +14,8 @@ from omni2_jax.generate.omni2 import Omni2
 from omni2_jax.sharding import make_mesh
 from omni2_jax.train.loop import Run
 from omni2_jax.train.settings import MeshConfig
-from tests.support.conversations import GREEDY, SHORT, conversation, toy_run
+from tests.support.conversations import GREEDY, SHORT, conversation
+from tests.support.runs import toy_run
 
 
 def answer(ckpt: Path, out: Path) -> None:
