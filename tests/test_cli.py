@@ -69,7 +69,7 @@ def test_answer_to_a_wav(omni2, loaded, model, tmp_path):
     samples, rate = soundfile.read(tmp_path / "answer.wav", dtype="int16")
     answer = model.answer(SPEECH, options=GREEDY)
     assert rate == 24000 and len(answer.waveform) == 960 * len(answer.units)
-    np.testing.assert_array_equal(samples, recordings.to_pcm(answer.waveform))
+    np.testing.assert_array_equal(samples, recordings.to_int16(answer.waveform, 32767))
     assert f"{len(answer.units)} units, {len(samples) / 24000:.2f} s of speech" in err
     assert os.listdir(tmp_path) == ["answer.wav"]
 
@@ -84,7 +84,8 @@ def test_conversation_and_streaming(omni2, loaded, model, tmp_path):
         replies = list(session.respond(wav))
         samples, _ = soundfile.read(tmp_path / f"a-{i + 1}.wav", dtype="int16")
         np.testing.assert_array_equal(
-            samples, np.concatenate([recordings.to_pcm(reply.samples) for reply in replies])
+            samples,
+            np.concatenate([recordings.to_int16(reply.samples, 32767) for reply in replies]),
         )
         assert "".join(reply.text for reply in replies) in out
     assert code == 0 and sorted(os.listdir(tmp_path)) == ["a-1.wav", "a-2.wav"]
@@ -192,7 +193,7 @@ def test_raw_audio_on_stdout(checkpoint_dir, model):
     answer = model.answer(SPEECH, options=GREEDY)
     assert (
         done.returncode == 0
-        and done.stdout == recordings.to_pcm(answer.waveform).astype("<i2").tobytes()
+        and done.stdout == recordings.to_int16(answer.waveform, 32767).astype("<i2").tobytes()
     )
     assert answer.text in done.stderr.decode()
 
@@ -344,7 +345,7 @@ BAD_QUESTIONS = [
     ("", "cannot read"),
     ("[{]", "cannot read"),
     ("\xff", "cannot read"),
-    ("[" * 100_000, "recursion"),
+    ("[" * 100_000, "nested too deeply"),
     ("{}", "holds no list"),
     ("[]", "holds no list"),
     (["question"], "item 0 has no id or no conversation"),

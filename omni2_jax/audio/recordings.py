@@ -1,52 +1,214 @@
-"""Sound files in and out, and spoken turns cut or padded to what the model hears. N samples."""
+"""Sound files in and out; spoken turns cut or padded to what the speech encoder reads at once.
 
-import io
+N samples, float32, mono. Files may be hostile: their length and rate are read from the header and
+refused there, and they are decoded block by block, so that neither time nor memory follows a
+header's claims.
+"""
+
+import contextlib
+import math
 import os
+import stat
 import sys
-from collections.abc import Sequence
+import wave
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Literal
+from types import TracebackType
 
 import numpy as np
 import soundfile
 import soxr
 
-INPUT_RATE = 16000  # what the speech encoder, the speech tokenizer and the speaker encoder hear
-OUTPUT_RATE = 24000  # what the vocoder speaks
+from omni2_jax import files
+
+INPUT_RATE = 16000  # Hz, of the speech encoder, the speech tokenizer and the speaker encoder
+OUTPUT_RATE = 24000  # Hz, of the vocoder
 TURN_SECONDS = 30  # Whisper's window
-ENDLESS = 0x7FFF0000  # a wav that was written to a pipe claims this many bytes or more
+TURN_SAMPLES = TURN_SECONDS * INPUT_RATE
+
+MIN_RATE, MAX_RATE = 2000, 192_000  # Hz, of a file
+MAX_SECONDS = 3600  # of a file: 230 MB as float32 at 16 kHz
+MAX_SAMPLES = 2**30  # of a file, all channels together: an hour of 6 channels at 48 kHz
+MAX_MAGNITUDE = 1e10  # of a sample; a power spectrum of larger ones comes near float32's 3e38
+BLOCK = 2**18  # samples decoded at once, all channels together
+# Seconds decoded behind the end of a cut, and thrown away: the resampler reads ahead by less.
+MARGIN = 1
+PIPED = 0x7FFF0000  # a wav that was written to a pipe claims this many bytes or more
+UNKNOWN = 2**62  # libsndfile's count of the samples of a file that does not state it is above
+
+NO_AUDIO = "is not audio that can be read (wav, flac or ogg)"
+# libsndfile decodes a damaged or shortened MP3 without an error, and prints to stderr.
+MP3 = "is an MP3, whose damage would not be noticed: convert it to wav, flac or ogg"
 
 
-def load(path: str | Path, rate: int = INPUT_RATE) -> np.ndarray:
-    """Read a wav, flac or ogg file of any rate and channel count -> float32 [N], mono (channels averaged), at `rate` Hz.
+# ---- reading ----
 
-    Raises ValueError, one line naming the file: missing, a directory, unreadable, not audio, cut short, empty, NaN or infinite.
+
+def load(
+    path: str | Path, rate: int = INPUT_RATE, seconds: float = MAX_SECONDS, over: str = "refuse"
+) -> np.ndarray:
+    """Read a wav, flac or ogg file of any rate and channel count: float32 [N] at `rate` Hz.
+
+    Channels are averaged. seconds: the length allowed. over: "refuse" a longer file, or "truncate"
+    it, which decodes no more than is kept.
+
+    Raises ValueError, one line naming the file, if it is missing, not a regular file, unreadable,
+    not audio, an MP3, cut short, empty, too long, of a rate outside MIN_RATE to MAX_RATE, or if a
+    sample is not finite or beyond MAX_MAGNITUDE.
     """
+    limit = round(seconds * rate)
+    with open_audio(path) as file:
+        check_header(file, path, seconds if over == "refuse" else None)
+        samples = decode(file, path, rate, math.ceil((seconds + MARGIN) * file.samplerate))
+    if len(samples) > limit and over == "refuse":
+        raise too_long(path, len(samples) / rate, seconds)
+    return check(samples[:limit], path)
+
+
+def load_turn(
+    path: str | Path, over: str = "refuse", window: int = TURN_SAMPLES
+) -> list[np.ndarray]:
+    """A spoken turn as clips of at most `window` samples at 16 kHz: `load`, then `fit`.
+
+    A file that is to be refused, or cut, is not decoded further than `window`. Raises ValueError as
+    these do.
+    """
+    if over == "split":
+        samples = load(path)
+    else:
+        samples = load(path, seconds=window / INPUT_RATE, over=over)
+    return fit(samples, over, window, path)
+
+
+@contextlib.contextmanager
+def open_audio(path: str | Path) -> Iterator[soundfile.SoundFile]:
+    """An open sound file. Raises ValueError naming it, also for what fails in the block."""
+    check_regular(path)
     try:
-        content = Path(path).read_bytes()
-        samples, source_rate = soundfile.read(io.BytesIO(content), dtype="float32", always_2d=True)
+        with open(path, "rb", buffering=0) as file:
+            size = os.fstat(file.fileno()).st_size
+            if not size:
+                raise ValueError(f"{path} {NO_AUDIO}: it is empty")
+            head = file.read(12)
+            claimed = 8 + int.from_bytes(head[4:8], "little")
+            if head.startswith(b"RIFF") and size < claimed < PIPED:
+                raise ValueError(
+                    f"{path} is cut short: its header claims {claimed} bytes, it has {size}"
+                )
+            if is_mp3(file, head):
+                raise ValueError(f"{path} {MP3}")
+            file.seek(0)
+            # By the file's number libsndfile reads it itself; threads need not wait for Python.
+            with soundfile.SoundFile(file.fileno(), closefd=False) as sound:
+                if sound.format == "MP3" or sound.subtype.startswith("MPEG"):
+                    raise ValueError(f"{path} {MP3}")
+                yield sound
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror or error}") from None
     except soundfile.SoundFileError as error:
+        reason = " ".join(str(getattr(error, "error_string", error)).split())
+        raise ValueError(f"{path} {NO_AUDIO}: {reason}") from None
+
+
+def check_regular(path: str | Path) -> None:
+    """Raise ValueError unless `path` is a regular file.
+
+    Opening a pipe can wait for ever; a device has no end.
+    """
+    try:
+        status = os.stat(path)
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror or error}") from None
+    except ValueError as error:  # a null byte, or half a character
+        raise ValueError(f"{str(path)!r} cannot be a file's name: {error}") from None
+    if stat.S_ISDIR(status.st_mode):
+        raise ValueError(f"{path}: Is a directory")
+    if not stat.S_ISREG(status.st_mode):
+        raise ValueError(f"{path} is not a regular file")
+
+
+def is_mp3(file, head: bytes) -> bool:
+    """Whether an open file whose first bytes are `head` is an MP3; an ID3 tag may precede it."""
+    if head.startswith(b"ID3") and len(head) >= 10:
+        size = 0
+        for byte in head[6:10]:  # 7 bits each
+            size = size << 7 | byte & 0x7F
+        file.seek(10 + size)
+        head = file.read(4)
+        return head != b"fLaC"
+    return len(head) > 1 and head[0] == 0xFF and head[1] & 0xE0 == 0xE0 and head[1] & 0x06 != 0
+
+
+def check_header(file: soundfile.SoundFile, path: str | Path, seconds: float | None) -> None:
+    """Raise ValueError if a file's rate or length is not allowed. seconds: None allows any."""
+    if not MIN_RATE <= file.samplerate <= MAX_RATE:
         raise ValueError(
-            f"{path} is not audio that can be read (wav, flac or ogg): {getattr(error, 'error_string', error)}"
-        ) from None
-    claimed = 8 + int.from_bytes(content[4:8], "little")
-    if content.startswith(b"RIFF") and len(content) < claimed < ENDLESS:
-        raise ValueError(
-            f"{path} is cut short: its header claims {claimed} bytes, it has {len(content)}"
+            f"{path} has {file.samplerate} samples a second; expected {MIN_RATE} to {MAX_RATE}"
         )
-    return check(resample(check(samples, path).mean(axis=1), source_rate, rate), path)
+    if file.frames >= UNKNOWN:
+        raise ValueError(f"{path} does not state how long it is, as if it was written to a pipe")
+    if seconds is None:
+        return
+    if file.frames > (seconds + MARGIN) * file.samplerate:
+        raise too_long(path, file.frames / file.samplerate, seconds)
+    if file.frames * file.channels > MAX_SAMPLES:
+        raise ValueError(
+            f"{path} holds {file.frames} samples in {file.channels} channels; at most "
+            f"{MAX_SAMPLES} in all are read"
+        )
+
+
+def decode(file: soundfile.SoundFile, path: str | Path, rate: int, frames: int) -> np.ndarray:
+    """At most the first `frames` samples of every channel: averaged, float32 [N] at `rate` Hz.
+
+    Raises ValueError naming `path` if a sample is not finite or beyond MAX_MAGNITUDE.
+    """
+    resampler = None
+    if file.samplerate != rate:
+        resampler = soxr.ResampleStream(file.samplerate, rate, 1, dtype="float32", quality="HQ")
+    blocks: list[np.ndarray] = []
+    total = bad = 0
+    peak = 0.0
+    size = max(1, BLOCK // file.channels)
+    while len(block := file.read(min(size, frames), dtype="float32", always_2d=True)):
+        frames -= len(block)
+        finite = np.isfinite(block)
+        total += block.size
+        bad += int(np.count_nonzero(~finite))
+        peak = max(peak, float(np.max(np.abs(block), where=finite, initial=0)))
+        mono = block.mean(axis=1)
+        blocks.append(resampler.resample_chunk(mono) if resampler else mono)
+    check_values(total, bad, peak, path)
+    if resampler:
+        blocks.append(resampler.resample_chunk(np.zeros(0, np.float32), last=True))
+    return np.concatenate(blocks)
 
 
 def check(samples: np.ndarray, name: str | Path) -> np.ndarray:
-    """The samples, if there are any and all are finite; otherwise ValueError."""
-    if not len(samples):
-        raise ValueError(f"{name} is empty: it holds no samples")
-    bad = np.count_nonzero(~np.isfinite(samples))
-    if bad:
-        raise ValueError(f"{name} holds {bad} NaN or infinite samples of {samples.size}")
+    """The samples [N] themselves.
+
+    Raises ValueError, beginning with `name`, if there are none, if they have another number of
+    dimensions, or if one is not finite or beyond MAX_MAGNITUDE.
+    """
+    if samples.ndim != 1:
+        raise ValueError(f"{name}: shape {list(samples.shape)}, expected one dimension")
+    finite = np.isfinite(samples)
+    peak = float(np.max(np.abs(samples), where=finite, initial=0))
+    check_values(samples.size, int(np.count_nonzero(~finite)), peak, name)
     return samples
+
+
+def check_values(total: int, bad: int, peak: float, name: str | Path) -> None:
+    """Raise ValueError for no samples, for `bad` ones of `total`, and for too large a `peak`."""
+    if not total:
+        raise ValueError(f"{name} is empty: it holds no samples")
+    if bad:
+        raise ValueError(f"{name} holds {bad} NaN or infinite samples of {total}")
+    if peak > MAX_MAGNITUDE:
+        raise ValueError(
+            f"{name} holds samples of up to {peak:.1e}; expected -1 to 1, and never beyond "
+            f"{MAX_MAGNITUDE:.0e}"
+        )
 
 
 def resample(samples: np.ndarray, source: int, target: int) -> np.ndarray:
@@ -54,98 +216,132 @@ def resample(samples: np.ndarray, source: int, target: int) -> np.ndarray:
     return samples if source == target else soxr.resample(samples, source, target, quality="HQ")
 
 
-def save(path: str | Path, samples: np.ndarray, rate: int = OUTPUT_RATE) -> None:
-    """Write samples [N] in [-1, 1] (clipped to it) as a 16-bit mono wav; the file appears whole or not at all.
+# ---- 16-bit samples ----
 
-    Raises ValueError, one line naming the file: not writable, empty, NaN or infinite.
+
+def to_int16(samples: np.ndarray, scale: int = 32768) -> np.ndarray:
+    """Samples in [-1, 1], and clipped to it, as int16. Those from `from_int16` come back exactly.
+
+    scale: the value of 1.0. With 32767 it is represented, as in the wav files written here.
     """
-    path = Path(path)
-    samples = to_pcm(check(np.asarray(samples, np.float32), path))
-    aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with open(aside, "wb") as file:
-            soundfile.write(file, samples, rate, format="WAV", subtype="PCM_16")
-        os.replace(aside, path)
-    except (OSError, soundfile.SoundFileError) as error:
-        aside.unlink(missing_ok=True)
-        raise ValueError(
-            f"cannot write {path}: {getattr(error, 'strerror', None) or error}"
-        ) from None
+    return np.clip(np.round(samples * scale), -scale, 32767).astype(np.int16)
 
 
-def to_pcm(samples: np.ndarray) -> np.ndarray:
-    """Samples in [-1, 1] (clipped to it) as 16-bit integers."""
-    return np.round(np.clip(samples, -1, 1) * 32767).astype(np.int16)
+def from_int16(values):
+    """Array of int16 (NumPy's or JAX's) -> float32 in [-1, 1)."""
+    return values.astype(np.float32) / 32768
 
 
-def writable(path: str | Path) -> None:
-    """Raise ValueError unless a file can be written at `path`: told before minutes are spent on what goes into it."""
+# ---- writing ----
+
+
+def save(path: str | Path, samples: np.ndarray, rate: int = OUTPUT_RATE) -> None:
+    """Write samples [N] in [-1, 1] (clipped to it) as a 16-bit mono wav.
+
+    The file appears whole or not at all. Raises ValueError, one line naming the file, if it cannot
+    be written or if the samples do not pass `check`.
+    """
+    samples = check(np.asarray(samples, np.float32), path)
+    with WavWriter(path, rate) as writer:
+        writer.write(samples)
+
+
+def check_writable(path: str | Path) -> None:
+    """Raise ValueError unless a file can be written at `path`.
+
+    For use before the minutes that its content takes. A file is created beside it for a moment.
+    """
     path = Path(path)
     if path.is_dir():
         raise ValueError(f"cannot write {path}: it is a directory")
-    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-        raise ValueError(
-            f"cannot write {path}: {path.parent} is not a directory that can be written to"
-        )
+    if not path.parent.is_dir():
+        raise ValueError(f"cannot write {path}: {path.parent} is not a directory")
+    probe = path.with_name(f".{path.name}.{os.getpid()}.partial")  # as `files.atomic_write` does
+    try:
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(f"cannot write {path}: {error.strerror or error}") from None
 
 
 class WavWriter:
-    """Samples to a 16-bit wav as they come, or as raw little-endian PCM to stdout for "-"; nowhere for None.
+    """Writes samples in [-1, 1] as they come: to a 16-bit mono wav at `path`; for "-" as raw 16-bit
+    little-endian PCM to stdout; for None nowhere.
 
-    A context manager. The wav appears under its name when the block ends well, and not at all otherwise.
+    A context manager. The wav appears under its name when the block ends without an error, and not
+    at all otherwise. Raises ValueError naming the file if it cannot be written.
     """
 
     def __init__(self, path: str | Path | None, rate: int = OUTPUT_RATE):
-        self.path, self.rate = path and Path(path), rate
-        self.aside = self.path and self.path.with_name(self.path.name + ".partial")
+        self.path, self.rate = path, rate
+        self.to_stdout = str(path) == "-"
+        self.wav: wave.Wave_write | None = None
 
     def __enter__(self) -> "WavWriter":
-        self.file = None
-        if self.path and str(self.path) != "-":
-            writable(self.path)
-            self.file = soundfile.SoundFile(self.aside, "w", self.rate, 1, "PCM_16", format="WAV")
+        with contextlib.ExitStack() as stack:
+            if self.path is not None and not self.to_stdout:
+                check_writable(self.path)
+                file = stack.enter_context(files.atomic_write(Path(self.path), "wb"))
+                self.wav = stack.enter_context(wave.open(file, "wb"))
+                self.wav.setparams((1, 2, self.rate, 0, "NONE", ""))
+            self.stack = stack.pop_all()
         return self
 
     def write(self, samples: np.ndarray) -> None:
-        if self.file:
-            self.file.write(to_pcm(samples))
-        elif self.path:
-            sys.stdout.buffer.write(to_pcm(samples).astype("<i2").tobytes())
+        """Append samples [N]."""
+        pcm = to_int16(samples, 32767).astype("<i2").tobytes()
+        if self.wav:
+            self.wav.writeframesraw(pcm)
+        elif self.to_stdout:
+            sys.stdout.buffer.write(pcm)
             sys.stdout.buffer.flush()
 
-    def __exit__(self, kind, *_) -> None:
-        if self.file:
-            self.file.close()
-            if kind is None:
-                self.aside.replace(self.path)
-            else:
-                self.aside.unlink()
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.stack.__exit__(kind, error, traceback)
+
+
+# ---- turns ----
 
 
 def fit(
     samples: np.ndarray,
-    seconds: float = TURN_SECONDS,
-    over: Literal["refuse", "truncate", "split"] = "refuse",
-    rate: int = INPUT_RATE,
+    over: str = "refuse",
+    window: int = TURN_SAMPLES,
     name: str | Path = "the turn",
 ) -> list[np.ndarray]:
-    """A clip [N] as clips of at most `seconds`: itself if it is short enough; else ValueError, its start, or consecutive pieces."""
-    limit = round(seconds * rate)
+    """Samples [N] at 16 kHz as clips of at most `window` samples.
+
+    over: what becomes of more samples: "refuse" raises ValueError, which begins with `name`;
+    "truncate" keeps the first `window`; "split" gives consecutive clips. Raises ValueError for
+    another `over`.
+    """
     if over not in ("refuse", "truncate", "split"):
         raise ValueError(f"over is {over!r}; expected 'refuse', 'truncate' or 'split'")
-    if len(samples) <= limit or over == "truncate":
-        return [samples[:limit]]
+    if len(samples) <= window or over == "truncate":
+        return [samples[:window]]
     if over == "refuse":
-        raise ValueError(
-            f"{name} is {len(samples) / rate:.2f} s long; at most {seconds:g} s fit: truncate it, or split it"
-        )
-    return [samples[start : start + limit] for start in range(0, len(samples), limit)]
+        raise too_long(name, len(samples) / INPUT_RATE, window / INPUT_RATE)
+    return [samples[start : start + window] for start in range(0, len(samples), window)]
+
+
+def too_long(name: str | Path, seconds: float, limit: float) -> ValueError:
+    """The error for a recording of `seconds` where at most `limit` are allowed."""
+    return ValueError(
+        f"{name} is {seconds:.2f} s long; at most {limit:g} s fit: truncate it, or split it"
+    )
 
 
 def pad(clips: Sequence[np.ndarray], size: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Clips of different lengths -> [B, size] with zeros behind them (default: the longest clip), and their lengths [B]."""
+    """Clips of any lengths -> float32 [B, size] with zeros behind them, and their lengths [B].
+
+    size: None is the length of the longest clip.
+    """
     lengths = np.array([len(clip) for clip in clips], np.int32)
     size = int(lengths.max()) if size is None else size
-    return np.stack([np.pad(clip, (0, size - len(clip))) for clip in clips]).astype(
-        np.float32
-    ), lengths
+    padded = np.stack([np.pad(clip, (0, size - len(clip))) for clip in clips])
+    return padded.astype(np.float32), lengths

@@ -65,6 +65,6 @@ def from_file(directory: Path, config: Omni2Config, path: Path) -> np.ndarray:
         raise ValueError(
             f"{directory} has no speaker encoder (campplus.onnx was not converted), so {path} cannot become a voice"
         )
-    (wav,) = recordings.fit(recordings.load(path), over="truncate")
+    (wav,) = recordings.load_turn(path, "truncate")
     graph, params = parameters.load(directory, config.only("speaker"), jnp.float32)
     return np.asarray(embed(nnx.merge(graph, params).speaker, jnp.asarray(wav)[None])[0])

@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import rich.console
 import rich.progress
@@ -15,6 +15,9 @@ import rich.table
 import typer
 
 from omni2_jax.cli.console import console
+
+if TYPE_CHECKING:
+    from omni2_jax.generate.questions import Question
 
 
 def chat(
@@ -158,9 +161,7 @@ def chat(
     from omni2_jax.audio import recordings
 
     # A bad file is told before minutes are spent on the others.
-    clips = sum(
-        len(recordings.fit(recordings.load(wav), over=options.long, name=wav)) for wav in wavs
-    )
+    clips = sum(len(recordings.load_turn(wav, options.long)) for wav in wavs)
     outs = targets(out, len(wavs))
     with console.status("loading"):
         model = load()
@@ -183,7 +184,7 @@ def targets(out: Path | None, turns: int) -> list[Path | None]:
         else [out.with_name(f"{out.stem}-{i + 1}{out.suffix}") for i in range(turns)]
     )
     for path in outs:
-        recordings.writable(path)
+        recordings.check_writable(path)
     return outs
 
 
@@ -266,7 +267,7 @@ def timings(
 
 def answer_questions(
     load: Callable,
-    items: list[dict],
+    items: "list[Question]",
     out_dir: Path,
     wav: bool,
     batch: int,
@@ -280,7 +281,7 @@ def answer_questions(
     answers = out_dir / "answers.jsonl"
     if answers.exists():
         raise ValueError(f"{answers} exists already; give a new --out-dir")
-    recordings.writable(
+    recordings.check_writable(
         next(parent for parent in answers.absolute().parents if parent.exists()) / answers.name
     )
     with console.status("loading"):
@@ -296,19 +297,19 @@ def answer_questions(
         task = progress.add_task("answering", total=len(items))
         for start in range(0, len(items), batch):
             group = items[start : start + batch]
-            streams = model.streams([item["turns"] for item in group], voice, options, slots=batch)
+            streams = model.streams([item.turns for item in group], voice, options, slots=batch)
             for item, replies in zip(group, streams, strict=True):
                 answer = join(replies, wav)
                 if wav:
-                    save_speech(out_dir / f"{item['id']}.wav", answer.waveform)
+                    save_speech(out_dir / f"{item.name}.wav", answer.waveform)
                 line = {
-                    "question_id": item["given"],
+                    "question_id": item.id,
                     "prediction": answer.text.strip(),
                     "prediction_units": answer.unit_text,
                 }
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
                 file.flush()
                 progress.console.print(
-                    f"{item['id']}: {answer.text.strip()}", markup=False, highlight=False
+                    f"{item.name}: {answer.text.strip()}", markup=False, highlight=False
                 )
                 progress.advance(task)

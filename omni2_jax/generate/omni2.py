@@ -163,15 +163,12 @@ class Omni2:
 
         over: what becomes of a turn over 30 s: "refuse" it, "truncate" it, or "split" it into several clips.
         """
-        samples = (
-            recordings.load(sound)
-            if isinstance(sound, str | Path)
-            else recordings.check(np.asarray(sound, np.float32), "the samples given")
-        )
-        clips = recordings.fit(
-            samples, over=over, name=sound if isinstance(sound, str | Path) else "the turn"
-        )
-        padded, _ = recordings.pad(clips, recordings.INPUT_RATE * recordings.TURN_SECONDS)
+        if isinstance(sound, str | Path):
+            clips = recordings.load_turn(sound, over)
+        else:
+            samples = recordings.check(np.asarray(sound, np.float32), "the samples given")
+            clips = recordings.fit(samples, over)
+        padded, _ = recordings.pad(clips, recordings.TURN_SAMPLES)
         return [self._hear(self.params, clip[None]) for clip in padded]
 
     def voice(self, name: str | None) -> jax.Array | None:
