@@ -1,6 +1,5 @@
 """Models to measure: dimensions by name, with random weights when there is no checkpoint."""
 
-import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from omni2_jax.config import (
     Omni2Config,
     SpeakerConfig,
     SpeechEncoderConfig,
+    TokenConfig,
 )
 from omni2_jax.configs import omni2_0_5b, omni2_1_5b, omni2_3b, omni2_7b, omni2_14b, omni2_32b
 from omni2_jax.models.model import abstract_model, for_serving
@@ -42,12 +42,10 @@ TINY = Omni2Config(
     ),
     vocoder=HiftConfig(channels=64, f0_channels=32),
     speaker=SpeakerConfig(head_channels=4, channels=16, growth=8, layers=(2, 2, 2)),
+    tokens=TokenConfig(speech=500, sep=500, unit_eos=499, text_eos=(498,)),
 )
 SIZES = {
-    "tiny": dataclasses.replace(
-        TINY,
-        tokens=dataclasses.replace(TINY.tokens, speech=500, sep=500, unit_eos=499, text_eos=(498,)),
-    ),
+    "tiny": TINY,
     "0.5b": omni2_0_5b.config,
     "1.5b": omni2_1_5b.config,
     "3b": omni2_3b.config,

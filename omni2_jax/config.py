@@ -1,173 +1,259 @@
-"""The dimensions of every part. Defaults are those of the released LLaMA-Omni2-0.5B and its CosyVoice2 decoder."""
+"""The dimensions of every part, and the range of each. Defaults: the released LLaMA-Omni2-0.5B with its CosyVoice2 decoder.
+
+Configurations are frozen dataclasses that pydantic checks when they are made, from a file or in
+Python: ranges by the types of the fields, relations between fields in `__post_init__`. The upper
+bounds lie far above any published model; they keep a damaged file from asking for all memory.
+"""
 
 import dataclasses
 import json
 import math
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import pydantic
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from omni2_jax.files import atomic_write
+from omni2_jax.validation import validated
 
 LANGUAGE_PARTS = ("speech_encoder", "adapter", "llm", "fusion", "speech_lm")
 DECODER_PARTS = ("flow", "vocoder", "speaker")
 PARTS = LANGUAGE_PARTS + DECODER_PARTS  # in the order of the data's path
 
+UNITS_PER_SECOND = 25  # of speech, fixed by the S3 tokenizer
+FRAMES_PER_UNIT = 2  # mel frames of the flow and the vocoder: 50 a second
 
-@dataclass(frozen=True)
+STRICT = pydantic.ConfigDict(extra="forbid")  # unknown names are errors: a typo, another program
+
+Size = Annotated[int, Field(ge=1, le=1 << 18)]  # widths, channels, kernels
+Count = Annotated[int, Field(ge=1, le=1000)]  # layers, heads
+Vocabulary = Annotated[int, Field(ge=1, le=10_000_000)]
+TokenId = Annotated[int, Field(ge=0, lt=10_000_000)]
+Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+Theta = Annotated[float, Field(ge=1, le=1e12, allow_inf_nan=False)]  # base of rotary positions
+Sizes = Annotated[tuple[Size, ...], Field(min_length=1, max_length=16)]
+Dilations = Annotated[tuple[Sizes, ...], Field(min_length=1, max_length=16)]
+
+
+def require(fits: object, message: str) -> None:
+    """Raise ValueError with `message` unless `fits`."""
+    if not fits:
+        raise ValueError(message)
+
+
+@dataclass(frozen=True, config=STRICT)
 class DecoderConfig:
     """A decoder-only language model: the LLM, and with a larger vocabulary the speech LM. The defaults are Qwen2.5-0.5B's."""
 
-    vocabulary: int = 151936
-    width: int = 896
-    layers: int = 24
-    heads: int = 14
-    kv_heads: int = 2
-    head_size: int = 0  # 0 is replaced by width // heads
-    hidden: int = 4864
-    rope_theta: float = 1e6
-    norm_eps: float = 1e-6
+    vocabulary: Vocabulary = 151936
+    width: Size = 896
+    layers: Count = 24
+    heads: Count = 14
+    kv_heads: Count = 2
+    head_size: Annotated[int, Field(ge=0, le=4096)] = 0  # 0 is replaced by width // heads
+    hidden: Size = 4864
+    rope_theta: Theta = 1e6
+    norm_eps: Annotated[float, Field(gt=0, le=0.1, allow_inf_nan=False)] = 1e-6
     tied: bool = True  # the embedding table is the output matrix as well
     qkv_bias: bool = True  # biases of queries, keys and values: Qwen2 has them, Qwen3 does not
     qk_norm: bool = False  # RMSNorm over each head of queries and keys, as in Qwen3
-    max_positions: int = 32768
-    rank: int = 0  # of low-rank updates (LoRA) beside every matrix, while they are trained
+    max_positions: Annotated[int, Field(ge=1, le=100_000_000)] = 32768  # kept for the export
+    rank: Annotated[int, Field(ge=0, le=4096)] = 0  # of LoRA updates while they are trained
 
     def __post_init__(self):
         if not self.head_size:
+            require(
+                self.width % self.heads == 0,
+                f"{self.heads} heads do not divide the width of {self.width};"
+                " expected heads that do, or a head_size",
+            )
             object.__setattr__(self, "head_size", self.width // self.heads)
+        require(
+            self.heads % self.kv_heads == 0,
+            f"kv_heads is {self.kv_heads}, expected a divisor of heads, which is {self.heads}",
+        )
+        require(self.head_size % 2 == 0, f"head_size is {self.head_size}, expected an even number")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class SpeechEncoderConfig:
     """Whisper-large-v3's encoder: 30 s of log-mel in, 1500 frames out."""
 
-    mels: int = 128
-    frames: int = 1500
-    width: int = 1280
-    layers: int = 32
-    heads: int = 20
-    hidden: int | None = None  # of the MLPs; None is OpenAI's 4 * width
+    mels: Size = 128
+    frames: Literal[1500] = 1500
+    width: Size = 1280
+    layers: Count = 32
+    heads: Count = 20
+    hidden: Size | None = None  # of the feed-forward networks; None is OpenAI's 4 * width
+
+    def __post_init__(self):
+        check_heads(self.heads, self.width)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class AdapterConfig:
     """Concatenate `stride` encoder frames, then a two-layer FFN to the LLM's width (paper section 2.1)."""
 
-    stride: int = 5
-    hidden: int = 2048
+    stride: Annotated[int, Field(ge=1, le=1500)] = 5
+    hidden: Size = 2048
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class FlowConfig:
     """Causal conditional flow matching of CosyVoice2: units to mel frames."""
 
-    units: int = 6561
-    width: int = 512
-    heads: int = 8
-    hidden: int = 2048
-    layers: int = 6
-    up_layers: int = 4
-    mels: int = 80
-    speaker: int = 192
-    upsample: int = 2
-    lookahead: int = 3
-    chunk: int = (
-        50  # units that see one another (100 mel frames); the masks stay on when finalizing
-    )
-    channels: int = 256
-    estimator_heads: int = 8
-    estimator_head_size: int = 64
-    blocks: int = 4  # transformer blocks behind each residual block
-    mid_blocks: int = 12
-    steps: int = 10
-    guidance: float = 0.7
-    guidance_dropout: float = 0.2
-    sigma_min: float = 1e-6
-    noise_frames: int = 15000  # 50 a second: 300 s at most
+    units: Vocabulary = 6561
+    width: Size = 512
+    heads: Count = 8
+    hidden: Size = 2048
+    layers: Count = 6
+    up_layers: Count = 4
+    mels: Annotated[int, Field(ge=1, le=1024)] = 80
+    speaker: Size = 192  # size of an x-vector
+    upsample: Literal[2] = FRAMES_PER_UNIT
+    lookahead: Annotated[int, Field(ge=1, le=100)] = 3  # units
+    chunk: Annotated[int, Field(ge=1, le=10_000)] = 50  # units that attend to one another
+    channels: Size = 256
+    estimator_heads: Count = 8
+    estimator_head_size: Annotated[int, Field(ge=1, le=4096)] = 64
+    blocks: Count = 4  # transformer blocks behind each residual block
+    mid_blocks: Count = 12
+    steps: Annotated[int, Field(ge=1, le=100)] = 10  # of Euler's method
+    guidance: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] = 0.7
+    guidance_dropout: Fraction = 0.2
+    sigma_min: Fraction = 1e-6
+    noise_frames: Annotated[int, Field(ge=1, le=1_000_000)] = 15000  # 50 a second: 300 s at most
+
+    def __post_init__(self):
+        check_heads(self.heads, self.width)
+        require(self.width % 2 == 0, f"width is {self.width}, expected an even number")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class HiftConfig:
     """HiFT vocoder: neural source filter and inverse STFT, 480 samples per mel frame."""
 
-    mels: int = 80
-    channels: int = 512
-    harmonics: int = 8
-    sample_rate: int = 24000
-    sine_amplitude: float = 0.1
-    noise_deviation: float = 0.003
-    voiced_threshold: float = 10.0
-    upsample: tuple[int, ...] = (8, 5, 3)
-    upsample_kernels: tuple[int, ...] = (16, 11, 7)
-    n_fft: int = 16
-    hop: int = 4
-    resblock_kernels: tuple[int, ...] = (3, 7, 11)
-    resblock_dilations: tuple[tuple[int, ...], ...] = ((1, 3, 5), (1, 3, 5), (1, 3, 5))
-    source_kernels: tuple[int, ...] = (7, 7, 11)
-    source_dilations: tuple[tuple[int, ...], ...] = ((1, 3, 5), (1, 3, 5), (1, 3, 5))
-    slope: float = 0.1
-    limit: float = 0.99
-    f0_channels: int = 512
-    overlap: int = 8  # mel frames that a stream's next chunk vocodes again; their samples are held back and cross-faded
+    mels: Annotated[int, Field(ge=1, le=1024)] = 80
+    channels: Size = 512
+    harmonics: Annotated[int, Field(ge=0, le=100)] = 8
+    sample_rate: Literal[24000] = 24000  # the rate of all audio that is written
+    sine_amplitude: Fraction = 0.1
+    noise_deviation: Fraction = 0.003
+    voiced_threshold: Annotated[float, Field(ge=0, le=1e4, allow_inf_nan=False)] = 10.0  # Hz
+    upsample: Sizes = (8, 5, 3)
+    upsample_kernels: Sizes = (16, 11, 7)
+    n_fft: Annotated[int, Field(ge=2, le=4096)] = 16
+    hop: Annotated[int, Field(ge=1, le=4096)] = 4
+    resblock_kernels: Sizes = (3, 7, 11)
+    resblock_dilations: Dilations = ((1, 3, 5), (1, 3, 5), (1, 3, 5))
+    source_kernels: Sizes = (7, 7, 11)
+    source_dilations: Dilations = ((1, 3, 5), (1, 3, 5), (1, 3, 5))
+    slope: Fraction = 0.1
+    limit: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] = 0.99
+    f0_channels: Size = 512
+    # Mel frames that a stream's next step vocodes again; their samples are held back and cross-faded.
+    overlap: Annotated[int, Field(ge=1, le=1000)] = 8
+
+    def __post_init__(self):
+        check_lengths(self, "upsample", "upsample_kernels", "source_kernels", "source_dilations")
+        check_lengths(self, "resblock_kernels", "resblock_dilations")
+        require(
+            self.samples_per_frame * UNITS_PER_SECOND * FRAMES_PER_UNIT == self.sample_rate,
+            f"upsample {list(self.upsample)} and hop {self.hop} make {self.samples_per_frame}"
+            " samples of a mel frame, expected 480 (24000 samples and 50 frames a second)",
+        )
+        require(
+            self.n_fft % (2 * self.hop) == 0,
+            f"n_fft is {self.n_fft}, expected a multiple of 2 * hop, which is {2 * self.hop}",
+        )
+        require(
+            self.channels % 2 ** len(self.upsample) == 0,
+            f"channels is {self.channels}, expected a multiple of {2 ** len(self.upsample)}:"
+            " each stage halves them",
+        )
+        for rate, kernel in zip(self.upsample, self.upsample_kernels, strict=True):
+            require(
+                kernel >= rate and (kernel - rate) % 2 == 0,
+                f"upsample_kernels has {kernel} for a rate of {rate},"
+                " expected at least the rate and an even difference",
+            )
+        for name in ("resblock_kernels", "source_kernels"):
+            kernels = getattr(self, name)
+            require(
+                all(kernel % 2 for kernel in kernels),
+                f"{name} is {list(kernels)}, expected odd numbers",
+            )
 
     @property
     def samples_per_frame(self) -> int:
+        """Samples that one mel frame becomes."""
         return math.prod(self.upsample) * self.hop
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class SpeakerConfig:
     """CAM++ speaker encoder: 80-bin fbank to an x-vector."""
 
-    mels: int = 80
-    embedding: int = 192
-    head_channels: int = 32
-    channels: int = 128
-    growth: int = 32
-    bottleneck: int = 4
-    layers: tuple[int, ...] = (12, 24, 16)
+    mels: Annotated[int, Field(ge=8, le=1024, multiple_of=8)] = 80
+    embedding: Size = 192
+    head_channels: Size = 32
+    channels: Annotated[Size, Field(multiple_of=2)] = 128
+    growth: Annotated[Size, Field(multiple_of=2)] = 32
+    bottleneck: Annotated[int, Field(ge=1, le=64)] = 4
+    layers: tuple[Count, Count, Count] = (12, 24, 16)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class SpeechTokenizerConfig:
     """S3 speech tokenizer v2: 100 mel frames to 25 units a second. It makes training data and is no part of the model."""
 
-    mels: int = 128
-    width: int = 1280
-    layers: int = 6
-    heads: int = 20
-    hidden: int | None = None  # of the MLPs; None is 4 * width
-    memory: int = 31  # taps of the FSMN memory, centred
-    rope_theta: float = 1e4
-    digits: int = 8  # of a unit, each 0, 1 or 2
-    window: int = 3000  # mel frames read at once (30 s); a longer clip is read in windows
-    overlap: int = (
-        400  # mel frames that neighbouring windows share; half of it is a whole number of units
-    )
+    mels: Size = 128
+    width: Size = 1280
+    layers: Count = 6
+    heads: Count = 20
+    hidden: Size | None = None  # of the feed-forward networks; None is 4 * width
+    fsmn_taps: Annotated[int, Field(ge=1, le=1000)] = 31  # of the FSMN convolution, centred
+    rope_theta: Theta = 1e4
+    digits: Annotated[int, Field(ge=1, le=12)] = 8  # of a unit, each 0, 1 or 2
+    # Mel frames read at once (30 s); a longer recording is read in windows that share `overlap`
+    # frames. Half the overlap is a whole number of units.
+    window: Annotated[int, Field(ge=8, le=100_000, multiple_of=4)] = 3000
+    overlap: Annotated[int, Field(ge=8, le=100_000, multiple_of=8)] = 400
+
+    def __post_init__(self):
+        check_heads(self.heads, self.width)
+        require(
+            self.width // self.heads % 2 == 0,
+            f"width {self.width} over {self.heads} heads is {self.width // self.heads},"
+            " expected an even head size",
+        )
+        require(
+            self.overlap < self.window,
+            f"overlap is {self.overlap}, expected less than the window of {self.window}",
+        )
 
     @property
     def units(self) -> int:
+        """Number of different units."""
         return 3**self.digits
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class TokenConfig:
     """Ids that the read/write rules need (tokenizers of the release)."""
 
-    speech: int = 151665  # <speech>: where the 300 speech features go
-    text_eos: tuple[int, ...] = (151645,)
-    sep: int = 151665  # <sep> in the speech LM's vocabulary; unit u is sep + 1 + u
-    unit_eos: int = 151643
+    speech: TokenId = 151665  # <speech>: where the 300 speech features go
+    text_eos: Annotated[tuple[TokenId, ...], Field(min_length=1, max_length=100)] = (151645,)
+    sep: TokenId = 151665  # <sep> in the speech LM's vocabulary; unit u is sep + 1 + u
+    unit_eos: TokenId = 151643
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class Omni2Config:
     """The whole model. A part that a checkpoint lacks is None."""
-
-    __pydantic_config__ = pydantic.ConfigDict(
-        extra="forbid"
-    )  # another program's config.json must not pass for ours
 
     llm: DecoderConfig | None = field(default_factory=DecoderConfig)
     speech_encoder: SpeechEncoderConfig | None = field(default_factory=SpeechEncoderConfig)
@@ -179,15 +265,61 @@ class Omni2Config:
     vocoder: HiftConfig | None = field(default_factory=HiftConfig)
     speaker: SpeakerConfig | None = field(default_factory=SpeakerConfig)
     tokens: TokenConfig = field(default_factory=TokenConfig)
-    mix: Literal["gate", "sum", "hidden", "text"] = (
-        "gate"  # what the speech LM hears of a text token (fusion.py); "text": the token alone
-    )
-    units: int = 6561
-    read: int = 3  # R: text tokens read before each write
-    write: int = 10  # W: speech units written after each read
-    max_prompt: int = 4096  # LLM positions a conversation may take (tokenizer_model_max_length)
+    # What the speech LM is given of a text token (fusion.py); "text": the token's embedding alone.
+    mix: Literal["gate", "sum", "hidden", "text"] = "gate"
+    units: Vocabulary = 6561
+    read: Count = 3  # R: text tokens read before each write
+    write: Count = 10  # W: speech units written after each read
+    # LLM positions of a conversation at most (tokenizer_model_max_length)
+    max_prompt: Annotated[int, Field(ge=1, le=10_000_000)] = 4096
+
+    def __post_init__(self):
+        self.check_tokens()
+        if self.speech_encoder and self.adapter:
+            require(
+                self.adapter.stride <= self.speech_encoder.frames,
+                f"adapter.stride is {self.adapter.stride},"
+                f" expected at most speech_encoder.frames, which is {self.speech_encoder.frames}",
+            )
+        if self.flow and self.vocoder:
+            check_equal("vocoder.mels", self.vocoder.mels, "flow.mels", self.flow.mels)
+        if self.flow and self.speaker:
+            check_equal(
+                "speaker.embedding", self.speaker.embedding, "flow.speaker", self.flow.speaker
+            )
+        if self.flow and self.speech_lm:
+            check_equal("flow.units", self.flow.units, "units", self.units)
+
+    def check_tokens(self) -> None:
+        """Raise ValueError if a token lies outside the vocabulary it belongs to."""
+        tokens = self.tokens
+        if self.llm:
+            require(
+                max(tokens.text_eos) < self.llm.vocabulary,
+                f"tokens.text_eos is {list(tokens.text_eos)},"
+                f" expected ids below llm.vocabulary, which is {self.llm.vocabulary}",
+            )
+        if self.speech_lm:
+            vocabulary = self.speech_lm.vocabulary
+            require(
+                tokens.sep + self.units < vocabulary,
+                f"{self.units} units follow <sep>, which is {tokens.sep},"
+                f" but the speech LM has only {vocabulary} tokens (speech_lm.vocabulary)",
+            )
+            require(
+                tokens.unit_eos < vocabulary,
+                f"tokens.unit_eos is {tokens.unit_eos},"
+                f" expected an id below speech_lm.vocabulary, which is {vocabulary}",
+            )
+
+    @property
+    def speech_positions(self) -> int:
+        """LLM positions that 30 s of speech take: 300. Needs the speech encoder and the adapter."""
+        assert self.speech_encoder and self.adapter
+        return self.speech_encoder.frames // self.adapter.stride
 
     def replace(self, **changes) -> "Omni2Config":
+        """A copy with other fields. Raises ValueError if the result is not valid."""
         return dataclasses.replace(self, **changes)
 
     def only(self, *parts: str) -> "Omni2Config":
@@ -195,27 +327,50 @@ class Omni2Config:
         fields = [f.name for f in dataclasses.fields(self) if f.name in PARTS]
         return self.replace(**{name: None for name in fields if name not in parts})
 
+    def need(self, path: Path, *parts: str) -> None:
+        """Raise ValueError naming the file `path` if the settings of one of `parts` are null."""
+        absent = [part for part in parts if getattr(self, part, True) is None]
+        require(not absent, f"{path}: {', '.join(absent)} is null, expected the part's settings")
+
     def save(self, path: Path) -> None:
         """Write config.json, whole or not at all."""
-        work = path.with_name(path.name + ".partial")
-        work.write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n")
-        work.replace(path)
+        with atomic_write(path) as file:
+            file.write(json.dumps(dataclasses.asdict(self), indent=1) + "\n")
 
     @classmethod
     def load(cls, path: Path) -> "Omni2Config":
-        """Read config.json; raises ValueError naming the file and every bad key."""
+        """Read config.json. Raises ValueError, one line, naming the file and every wrong setting."""
         try:
-            return pydantic.TypeAdapter(cls).validate_json(path.read_text())
+            content = path.read_bytes()
         except FileNotFoundError:
             raise ValueError(
                 f"{path.parent} is not an omni2-jax checkpoint: it has no {path.name}"
             ) from None
-        except (pydantic.ValidationError, UnicodeDecodeError) as error:
-            faults = error.errors() if isinstance(error, pydantic.ValidationError) else []
-            if any(e["loc"] == ("model_type",) for e in faults):
-                told = "is not an omni2-jax config but a Hugging Face one; convert its directory first (python -m convert)"
-                raise ValueError(f"{path} {told}") from None
-            detail = "; ".join(
-                f"{'.'.join(map(str, e['loc'])) or 'file'}: {e['msg']}" for e in faults
-            ) or str(error)
-            raise ValueError(f"{path} is not an omni2-jax config: {detail}") from None
+        return validated(cls, content, f"{path} is not an omni2-jax config", RENAMED)
+
+
+RENAMED = {  # former names of settings in config.json
+    "hift": "is called vocoder now; rename it, and the folder params/hift to params/vocoder",
+    "model_type": "is a setting of Hugging Face's; convert its directory first (omni2 convert)",
+}
+
+
+def check_heads(heads: int, width: int) -> None:
+    """Raise ValueError unless the heads divide the width."""
+    require(width % heads == 0, f"{heads} heads do not divide the width of {width}")
+
+
+def check_lengths(config: object, first: str, *others: str) -> None:
+    """Raise ValueError unless these fields of a configuration have as many entries as the first."""
+    count = len(getattr(config, first))
+    for name in others:
+        length = len(getattr(config, name))
+        require(
+            length == count,
+            f"{name} has {length} entries, expected {count}, as {first} has",
+        )
+
+
+def check_equal(name: str, value: int, other: str, expected: int) -> None:
+    """Raise ValueError unless two settings that two parts share are equal."""
+    require(value == expected, f"{name} is {value}, expected {expected}, as {other} is")

@@ -453,7 +453,7 @@ def test_other_bad_input(tmp_path, tokenizer):
         "csv",
         says="format 'csv'; expected one of questions, jsonl, instructs2s",
     )
-    no_tokenizer = f"{tmp_path}/other has no speech tokenizer (no speech_tokenizer.json); add one with python -m convert --speech-tokenizer"
+    no_tokenizer = f"{tmp_path}/other has no speech tokenizer (no speech_tokenizer.json); add one with omni2 convert --speech-tokenizer"
     assert_refused(
         tmp_path, "--source", EXAMPLES, "--speech-tokenizer", tmp_path / "other", says=no_tokenizer
     )

@@ -43,7 +43,7 @@ def infer_config(source: Mapping[str, Source], where: str) -> SpeechTokenizerCon
     """The dimensions, from the shapes of torch-named tensors."""
     try:
         width, mels, _ = source["encoder.conv1.weight"].shape
-        memory = source["encoder.blocks.0.attn.fsmn_block.weight"].shape[-1]
+        taps = source["encoder.blocks.0.attn.fsmn_block.weight"].shape[-1]
         digits = source[f"{QUANTIZER}.weight"].shape[0]
     except (KeyError, ValueError) as error:
         raise ConversionError(
@@ -55,6 +55,6 @@ def infer_config(source: Mapping[str, Source], where: str) -> SpeechTokenizerCon
         width=width,
         layers=layers,
         heads=width // HEAD_SIZE,
-        memory=memory,
+        fsmn_taps=taps,
         digits=digits,
     )

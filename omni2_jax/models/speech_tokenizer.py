@@ -13,23 +13,25 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pydantic
 from flax import nnx
 
 from omni2_jax.audio import features
 from omni2_jax.checkpoint import parameters
 from omni2_jax.config import SpeechTokenizerConfig
+from omni2_jax.files import atomic_write
 from omni2_jax.models import speech_encoder
 from omni2_jax.models.decoder import rope
 from omni2_jax.models.layers import Conv1d, Linear, attend, scan, stack
 from omni2_jax.models.speech_encoder import gelu
+from omni2_jax.validation import validated
 
 Array = jax.Array
 
 LEVELS = 3  # values of a digit
 STRIDE = 4  # mel frames per unit
 LIMIT = 0.999  # keeps a saturated tanh inside the outer levels
-FILE = "speech_tokenizer.json"  # a checkpoint's UnitsConfig, beside its config.json: the tokenizer is no part of the model
+FILE = "speech_tokenizer.json"  # holds a SpeechTokenizerConfig, beside a checkpoint's config.json
+RENAMED = {"memory": "is called fsmn_taps now; rename it"}  # former names of settings in FILE
 
 
 class Block(speech_encoder.Block):
@@ -37,7 +39,7 @@ class Block(speech_encoder.Block):
 
     def __init__(self, config: SpeechTokenizerConfig, rngs: nnx.Rngs):
         super().__init__(config, rngs)
-        taps, width = config.memory, config.width
+        taps, width = config.fsmn_taps, config.width
         self.theta = config.rope_theta
         self.memory = Conv1d(
             rngs, (taps, 1, width), padding=((taps - 1) // 2, taps // 2), groups=width, bias=False
@@ -190,26 +192,26 @@ def abstract(config: SpeechTokenizerConfig) -> tuple[nnx.GraphDef, dict]:
 
 
 def save_config(directory: Path, config: SpeechTokenizerConfig) -> None:
-    """Write FILE, whole or not at all."""
-    work = directory / f"{FILE}.partial"
-    work.write_text(json.dumps(dataclasses.asdict(config), indent=1) + "\n")
-    work.replace(directory / FILE)
+    """Write the configuration to FILE of a checkpoint, whole or not at all."""
+    with atomic_write(directory / FILE) as file:
+        file.write(json.dumps(dataclasses.asdict(config), indent=1) + "\n")
 
 
 def load_config(directory: Path) -> SpeechTokenizerConfig:
-    """Raises ValueError, one line naming the checkpoint, when it has no speech tokenizer or its FILE is damaged."""
+    """The configuration in FILE of a checkpoint.
+
+    Raises ValueError, one line naming the checkpoint, if it has no speech tokenizer or FILE is damaged.
+    """
     path = directory / FILE
     try:
-        return pydantic.TypeAdapter(SpeechTokenizerConfig).validate_json(path.read_bytes())
+        content = path.read_bytes()
     except OSError:
-        add = f"python -m convert --speech-tokenizer FILE --out {directory}"
+        add = f"omni2 convert --speech-tokenizer FILE --out {directory}"
         raise ValueError(
             f"{directory} has no speech tokenizer (no {FILE}); add one with {add}"
         ) from None
-    except pydantic.ValidationError as error:
-        raise ValueError(
-            f"{path} is not a speech tokenizer's configuration: {' '.join(str(error).split())}"
-        ) from None
+    context = f"{path} is not a speech tokenizer's configuration"
+    return validated(SpeechTokenizerConfig, content, context, RENAMED)
 
 
 def load(directory: Path) -> SpeechTokenizer:
