@@ -5,8 +5,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TypeVar
 
-import pydantic
-
 from omni2_jax.checkpoint import tokenizer
 from omni2_jax.config import (
     AdapterConfig,
@@ -17,6 +15,7 @@ from omni2_jax.config import (
 )
 from omni2_jax.convert.formats import reason, safetensors, torch_dims
 from omni2_jax.convert.plan import ConversionError, Source
+from omni2_jax.validation import validated
 
 OMNI2 = "omni2_speech2s_qwen2"
 HEADS = "speech_encoder_heads"  # in what we export, which has no Whisper file beside it
@@ -28,12 +27,9 @@ T = TypeVar("T")
 def checked(kind: type[T], where: Path | str, **fields) -> T:
     """A configuration whose fields have the types that they should have."""
     try:
-        return pydantic.TypeAdapter(kind).validate_python(fields)
-    except pydantic.ValidationError as error:
-        faults = [
-            f"{'.'.join(map(str, e['loc']))} is {e['input']!r} ({e['msg']})" for e in error.errors()
-        ]
-        raise ConversionError(f"{where}: {'; '.join(faults)}") from None
+        return validated(kind, fields, where)
+    except ValueError as error:
+        raise ConversionError(str(error)) from None
 
 
 def read_json(path: Path) -> dict:

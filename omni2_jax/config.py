@@ -25,6 +25,7 @@ PARTS = LANGUAGE_PARTS + DECODER_PARTS  # in the order of the data's path
 
 UNITS_PER_SECOND = 25  # of speech, fixed by the S3 tokenizer
 FRAMES_PER_UNIT = 2  # mel frames of the flow and the vocoder: 50 a second
+SEGMENT_FRAMES = 1500  # frames that the speech encoder makes of 30 s
 
 STRICT = pydantic.ConfigDict(extra="forbid")  # unknown names are errors: a typo, another program
 
@@ -83,7 +84,7 @@ class SpeechEncoderConfig:
     """Whisper-large-v3's encoder: 30 s of log-mel in, 1500 frames out."""
 
     mels: Size = 128
-    frames: Literal[1500] = 1500
+    frames: Annotated[int, Field(ge=1, le=100_000)] = SEGMENT_FRAMES
     width: Size = 1280
     layers: Count = 32
     heads: Count = 20
@@ -275,12 +276,6 @@ class Omni2Config:
 
     def __post_init__(self):
         self.check_tokens()
-        if self.speech_encoder and self.adapter:
-            require(
-                self.adapter.stride <= self.speech_encoder.frames,
-                f"adapter.stride is {self.adapter.stride},"
-                f" expected at most speech_encoder.frames, which is {self.speech_encoder.frames}",
-            )
         if self.flow and self.vocoder:
             check_equal("vocoder.mels", self.vocoder.mels, "flow.mels", self.flow.mels)
         if self.flow and self.speaker:
@@ -314,9 +309,21 @@ class Omni2Config:
 
     @property
     def speech_positions(self) -> int:
-        """LLM positions that 30 s of speech take: 300. Needs the speech encoder and the adapter."""
-        assert self.speech_encoder and self.adapter
-        return self.speech_encoder.frames // self.adapter.stride
+        """LLM positions that 30 s of speech take: 300 in the released models.
+
+        Raises ValueError without a speech encoder and an adapter, or if the encoder is not made for 30 s.
+        """
+        require(
+            self.speech_encoder and self.adapter,
+            "speech_encoder or adapter is null, but the LLM's speech positions depend on both",
+        )
+        assert self.speech_encoder and self.adapter  # for type checkers
+        frames = self.speech_encoder.frames
+        require(
+            frames == SEGMENT_FRAMES,
+            f"speech_encoder.frames is {frames}, expected {SEGMENT_FRAMES}: it gets 30 s at a time",
+        )
+        return frames // self.adapter.stride
 
     def replace(self, **changes) -> "Omni2Config":
         """A copy with other fields. Raises ValueError if the result is not valid."""

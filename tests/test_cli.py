@@ -267,7 +267,9 @@ def damaged(name: str, content: str):
 
 BAD_CHECKPOINT = {
     "has no config.json": without("config.json"),
-    "config.json is not an omni2-jax config: read is 'three', expected": damaged("config.json", '{"read": "three"}'),
+    "config.json is not an omni2-jax config: read is 'three', expected": damaged(
+        "config.json", '{"read": "three"}'
+    ),
     "tokenizer has no tokenizer: expected tokenizer.json": without("tokenizer"),
     "tts_tokenizer is not a readable tokenizer": damaged("tts_tokenizer/tokenizer.json", "{}"),
     "lacks vocoder: add it with python -m convert from a cosy2_decoder": without("params/vocoder"),

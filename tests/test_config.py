@@ -12,6 +12,7 @@ from omni2_jax.config import (
     FlowConfig,
     HiftConfig,
     Omni2Config,
+    SpeechEncoderConfig,
     SpeechTokenizerConfig,
 )
 from omni2_jax.models import speech_tokenizer
@@ -79,7 +80,10 @@ RELATIONS = [
     ({"llm.kv_heads": 3}, "llm: kv_heads is 3, expected a divisor of heads, which is 14"),
     ({"llm.head_size": 63}, "llm: head_size is 63, expected an even number"),
     ({"llm.vocabulary": 100}, "tokens.text_eos is [151645], expected ids below llm.vocabulary"),
-    ({"units": 6562}, "6562 units follow <sep>, which is 151665, but the speech LM has only 158227"),
+    (
+        {"units": 6562},
+        "6562 units follow <sep>, which is 151665, but the speech LM has only 158227",
+    ),
     ({"tokens.unit_eos": 158227}, "tokens.unit_eos is 158227, expected an id below"),
     ({"speech_encoder.heads": 19}, "speech_encoder: 19 heads do not divide the width of 1280"),
     ({"adapter.stride": 1501}, "adapter.stride is 1501, expected less than or equal to 1500"),
@@ -95,11 +99,17 @@ RELATIONS = [
     ({"vocoder.sample_rate": 16000}, "vocoder.sample_rate is 16000, expected 24000"),
     ({"vocoder.upsample_kernels": [16, 11]}, "vocoder: upsample_kernels has 2 entries, expected 3"),
     ({"vocoder.upsample_kernels": [16, 10, 7]}, "vocoder: upsample_kernels has 10 for a rate of 5"),
-    ({"vocoder.resblock_dilations": [[1]]}, "vocoder: resblock_dilations has 1 entries, expected 3"),
+    (
+        {"vocoder.resblock_dilations": [[1]]},
+        "vocoder: resblock_dilations has 1 entries, expected 3",
+    ),
     ({"vocoder.resblock_kernels": [3, 8, 11]}, "vocoder: resblock_kernels is [3, 8, 11], expected"),
     ({"speaker.layers": [12, 24]}, "speaker.layers.2 is missing"),
     ({"hift": {}, "vocoder": None}, "hift is called vocoder now; rename it"),
-    ({"model_type": "x", "architectures": []}, "model_type is a setting of Hugging Face's; convert"),
+    (
+        {"model_type": "x", "architectures": []},
+        "model_type is a setting of Hugging Face's; convert",
+    ),
     ({"llm.widht": 5}, "llm.widht is not the name of a setting"),
 ]
 
@@ -133,6 +143,16 @@ def test_a_part_without_settings():
     config.need(Path("config.json"), "speech_lm", "fusion")
     with pytest.raises(ValueError, match=r"^config.json: llm is null, expected the part's sett"):
         config.need(Path("config.json"), "speech_lm", "llm")
+
+
+def test_speech_positions():
+    assert Omni2Config().speech_positions == 300
+    for config, text in (
+        (Omni2Config(adapter=None), "speech_encoder or adapter is null"),
+        (Omni2Config(speech_encoder=SpeechEncoderConfig(frames=750)), "frames is 750, expected"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            _ = config.speech_positions
 
 
 def test_a_checkpoint_without_head_sizes(tmp_path):

@@ -23,7 +23,11 @@ class Part:
 def parts(directory: Path) -> list[Part]:
     """Every part of a checkpoint, in the order of the data's path. Raises ValueError when it is none or damaged."""
     config = Omni2Config.load(directory / "config.json")
-    return [part(directory, config, name) for name in parameters.parts(directory)]
+    names = parameters.parts(directory)
+    joined = {"adapter": ("speech_encoder", "llm"), "fusion": ("llm", "speech_lm")}
+    needed = dict.fromkeys(part for name in names for part in (name, *joined.get(name, ())))
+    config.need(directory / "config.json", *needed)
+    return [part(directory, config, name) for name in names]
 
 
 def part(directory: Path, config: Omni2Config, name: str) -> Part:

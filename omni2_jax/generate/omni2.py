@@ -142,9 +142,8 @@ class Omni2:
             raise ValueError(
                 f"{directory} lacks {', '.join(missing)}: add it with python -m convert from a {source}"
             )
-        tokenizer = Tokenizer(
-            directory, config, config.speech_encoder.frames // config.adapter.stride
-        )
+        config.need(directory / "config.json", *wanted)
+        tokenizer = Tokenizer(directory, config, config.speech_positions)
         defaults = generation_defaults(directory / "generation_config.json")
         dtype = dtype or (jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
         if mesh:
