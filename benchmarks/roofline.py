@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from omni2_jax.config import DecoderConfig, Omni2Config
 from omni2_jax.generate import streaming_step
 from omni2_jax.generate.engine_config import EngineConfig
-from omni2_jax.models.flow.streaming import Plan
+from omni2_jax.models.flow.streaming import StreamPlan
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ def flow_pass(config: Omni2Config, params: dict, engine_config: EngineConfig, wi
     return Work(moved, flops * engine_config.slots)
 
 
-def usual_windows(plan: Plan) -> dict[int, float]:
+def usual_windows(plan: StreamPlan) -> dict[int, float]:
     """The sizes of windows that steps of full writes compute, and how many of each a step does on average."""
     steps, found = 20 * plan.chunks.size, collections.Counter()
     start = given = 0
@@ -119,7 +119,7 @@ def usual_windows(plan: Plan) -> dict[int, float]:
         while given < ready:
             end = plan.chunks.end(start)
             given = min(ready, end)
-            found[next(width for width in plan.widths if width >= given - start)] += 1
+            found[next(width for width in plan.window_buckets if width >= given - start)] += 1
             start = end if given == end else start
     return {width: times / steps for width, times in found.items()}
 

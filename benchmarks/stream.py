@@ -24,8 +24,8 @@ from omni2_jax.generate import read_write, streaming_step
 from omni2_jax.generate.engine import Engine, PromptPiece, ResponseStream
 from omni2_jax.generate.engine_config import EngineConfig
 from omni2_jax.generate.read_write import ReadWriteOutput
-from omni2_jax.models.flow import context
-from omni2_jax.models.flow.context import Window
+from omni2_jax.models.flow.attention import cached_attention
+from omni2_jax.models.flow.mask import Window
 from omni2_jax.models.model import SPEECH
 
 UNITS_PER_SECOND = 25
@@ -52,7 +52,7 @@ class Bench:
         self.engine.warm_up()
         streams = self.fill()
         for _ in range(
-            -(-self.engine.state.flow.plan.room // config.write) + 1
+            -(-self.engine.state.flow.plan.max_open_units // config.write) + 1
         ):  # a window's every size, each of which is slow at first
             self.step()
         self.empty(streams)
@@ -83,12 +83,12 @@ class Bench:
         """As if every slot had spoken so many units, which its memory holds."""
         flow, start = self.engine.state.flow, self.opened(units)
         size, shift = flow.plan.capacity, flow.plan.chunks.shift
-        tenant = start - 1 - (start - 1 + shift - np.arange(size)) % size
+        cached_units = start - 1 - (start - 1 + shift - np.arange(size)) % size
         values = {
-            "count": units,
-            "given": units - flow.plan.lookahead,
-            "start": start,
-            "tenant": np.maximum(tenant, -1),
+            "num_units": units,
+            "num_delivered": units - flow.plan.lookahead,
+            "chunk_start": start,
+            "cached_units": np.maximum(cached_units, -1),
         }
         fill = lambda old, new: jax.device_put(
             np.broadcast_to(new, old.shape).astype(old.dtype), old.sharding
@@ -319,44 +319,45 @@ def against_roofline(
 def attention(bench: Bench) -> Callable[[int], float]:
     """How many seconds of a step that begins after so many units the estimator's attention takes: by itself, over the engine's memory."""
     plan, rate = bench.engine.state.flow.plan, bench.config.flow.upsample
-    layers, rows, heads, slots, size = bench.engine.state.flow.past.memory.pairs.shape
+    layers, rows, heads, places, size = bench.engine.state.flow.cache.estimator.kv.pairs.shape
 
-    @partial(jax.jit, donate_argnames="memory")
-    def run(memory, ones, bias, seen):
-        width, used = ones.shape[1], jnp.full(rows, seen)
+    @partial(jax.jit, donate_argnames="kv")
+    def run(kv, ones, bias, num_keys):
+        width, num_keys = ones.shape[1], jnp.full(rows, num_keys)
         window = Window(
             valid=jnp.ones((rows, width), bool),
             query=jnp.zeros((rows, width), jnp.int32),
-            key=jnp.zeros((rows, slots), jnp.int32),
+            key=jnp.zeros((rows, places), jnp.int32),
             bias=bias,
-            used=used,
-            slot=jnp.maximum(used - width, 0),
-            extents=tuple(rate * extent for extent in plan.extents),
+            num_keys=num_keys,
+            ring_start=jnp.maximum(num_keys - width, 0),
+            read_sizes=tuple(rate * size for size in plan.read_sizes),
         )
 
         def layer(carry, index):
-            q, memory = carry
-            return context.attend(q, q, ones, window.bias, window, memory, index), None
+            q, kv = carry
+            y, kv = cached_attention(q, q, ones, window.bias, window, kv.at(index))
+            return (y, kv.at(None)), None
 
-        return jax.lax.scan(layer, (ones, memory), jnp.arange(layers))[0]
+        return jax.lax.scan(layer, (ones, kv), jnp.arange(layers))[0]
 
     def seconds(units: int) -> float:
         flow = bench.engine.state.flow
         ready, opened = units + plan.write - plan.lookahead, bench.opened(units)
         needed = min(ready, plan.chunks.end(opened)) - opened
-        width = rate * next((w for w in plan.widths if w >= needed), plan.widths[-1])
-        given = (
+        width = rate * next(w for w in (*plan.window_buckets, needed) if w >= needed)
+        inputs = (
             jnp.ones((rows, width, heads, size // 2)),
-            jnp.zeros((rows, 1, width, slots)),
-            jnp.array(min(rate * ready, slots)),
+            jnp.zeros((rows, 1, width, places)),
+            jnp.array(min(rate * ready, places)),
         )
         start = time.perf_counter()
-        _, memory = jax.block_until_ready(run(flow.past.memory, *given))
+        _, kv = jax.block_until_ready(run(flow.cache.estimator.kv, *inputs))
         took = time.perf_counter() - start
-        past = dataclasses.replace(flow.past, memory=memory)
-        bench.engine.state = dataclasses.replace(
-            bench.engine.state, flow=dataclasses.replace(flow, past=past)
-        )
+        estimator = dataclasses.replace(flow.cache.estimator, kv=kv)
+        cache = dataclasses.replace(flow.cache, estimator=estimator)
+        flow = dataclasses.replace(flow, cache=cache)
+        bench.engine.state = dataclasses.replace(bench.engine.state, flow=flow)
         return took
 
     return seconds

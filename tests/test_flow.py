@@ -14,7 +14,7 @@ from omni2_jax.config import FlowConfig
 from omni2_jax.convert import formats
 from omni2_jax.convert.plan import ConversionError, plan, unplan
 from omni2_jax.convert.tables import flow as tables
-from omni2_jax.models.flow.context import Chunks, Window
+from omni2_jax.models.flow.mask import Chunks, Window
 from omni2_jax.models.flow.matching import Flow, Prompt, cosine
 from tests.support.compare import close
 from tests.support.networks import QUICK, abstract_model, full_pass, tiny_flow
@@ -91,7 +91,7 @@ def test_encoder(flow):
     want = golden("encoder")
     units, lengths = padded([want[f"L{n}_token"] for n in LENGTHS])
     seen = windows(units.shape[1], lengths)
-    h = jax.jit(lambda u: flow.encoder(flow.embed(u), *seen)[0], compiler_options=QUICK)(units)
+    h = jax.jit(lambda u: flow.encoder(flow.embed(u), *seen, None)[0], compiler_options=QUICK)(units)
     for row, n in zip(h, LENGTHS, strict=True):
         close(row[: 2 * n], want[f"L{n}_h"], 1e-4)
 
@@ -100,7 +100,7 @@ def test_encoder_stages(flow):
     want, encoder = golden("encoder"), flow.encoder
     x = encoder.embed(flow.embed(jnp.asarray(want["L13_token"])[None]))
     close(x[0], want["L0_embed"], 1e-4)
-    close(encoder.look_ahead(x, windows(13, [13])[0])[0][0], want["L0_prelook"], 1e-4)
+    close(encoder.look_ahead(x, windows(13, [13])[0], None)[0][0], want["L0_prelook"], 1e-4)
     blocks = jnp.asarray(want["L0_after_blocks"])[None]
     close(
         encoder.upsample(jnp.repeat(blocks, 2, axis=1), windows(13, [13])[1], None)[0][0],
@@ -115,7 +115,7 @@ def test_padding_of_a_reference_batch_reaches_its_last_units(flow):
     want = golden("encoder")
     units, (long, short) = jnp.asarray(want["B2_token"]), want["B2_len"]
     encode = jax.jit(
-        lambda x, seen, frames: flow.encoder(x, seen, frames)[0], compiler_options=QUICK
+        lambda x, seen, frames: flow.encoder(x, seen, frames, None)[0], compiler_options=QUICK
     )
     seen, frames = windows(units.shape[1], want["B2_len"])
     x = flow.embed(units) * seen.valid[..., None]
@@ -137,8 +137,8 @@ def test_estimator(flow):
     t = jnp.asarray(want["t"])
     close(flow.estimator.time(t), want["time_emb"], 1e-4)
     seen = Window.whole(frames, lengths, RELEASED, 2)
-    velocity, _, _ = jax.jit(flow.estimator, compiler_options=QUICK)(
-        channels_last(want["x"]), channels_last(given), t, seen
+    velocity, _ = jax.jit(flow.estimator, compiler_options=QUICK)(
+        channels_last(want["x"]), channels_last(given), t, seen, None
     )
     close(velocity, want["out"].swapaxes(1, 2), 1e-4)
 
@@ -209,12 +209,12 @@ def test_who_sees_whom(chunks):
     members = [range(a, b) for a, b in itertools.pairwise(borders)]
     chunk = {unit: c for c, units in enumerate(members) for unit in units}
     index = jnp.arange(24)[None]
-    drawn = chunks.sees(index, index, rate=2)[0]
+    drawn = chunks.visible(index, index, rate=2)[0]
     for i in range(24):
         for j in range(24):
             behind = chunk[i // 2] - chunk[j // 2]
             assert drawn[i, j] == (behind >= 0 and (chunks.left is None or behind <= chunks.left))
-    assert not chunks.sees(index, jnp.full((1, 3), -1), rate=2).any()
+    assert not chunks.visible(index, jnp.full((1, 3), -1), rate=2).any()
 
 
 CHUNKS = Chunks(10)  # with 30 units in 4 rows: one compilation for the three tests that follow

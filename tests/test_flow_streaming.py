@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from omni2_jax.models.flow.context import Chunks
-from omni2_jax.models.flow.streaming import FlowState, Plan, flow_step
+from omni2_jax.models.flow.mask import Chunks
+from omni2_jax.models.flow.streaming import FlowState, StreamPlan, flow_step
 from tests.support.compare import close
 from tests.support.networks import QUICK, full_pass, tiny_flow
 from tests.support.networks import TINY_FLOW as TINY
@@ -66,7 +66,7 @@ def test_released_sessions_side_by_side_and_again_in_a_used_slot():
     state = FlowState.empty(
         tiny_flow(),
         jnp.tile(released_voice(), (3, 1)),
-        Plan.of(TINY, 10, max_units=80, ladder=False),
+        StreamPlan.of(TINY, 10, max_units=80, bucketed=False),
     )
     for call in range(10):
         if call == 2:
@@ -78,17 +78,17 @@ def test_released_sessions_side_by_side_and_again_in_a_used_slot():
                 close(ours, theirs[call], 5e-4)
             else:
                 assert len(ours) == 0
-    np.testing.assert_array_equal(state.given, [53, 72, 72])
+    np.testing.assert_array_equal(state.num_delivered, [53, 72, 72])
 
 
 CASES = {
-    "everything before, in parts": Plan.of(TINY, 5, Chunks(5, shift=3), max_units=64),
-    "one chunk before": Plan.of(TINY, 5, Chunks(5, left=1), ladder=False),
-    "one chunk before, writes that complete chunks": Plan.of(
-        TINY, 5, Chunks(5, left=1, shift=3), ladder=False
+    "everything before, in parts": StreamPlan.of(TINY, 5, Chunks(5, shift=3), max_units=64),
+    "one chunk before": StreamPlan.of(TINY, 5, Chunks(5, left=1), bucketed=False),
+    "one chunk before, writes that complete chunks": StreamPlan.of(
+        TINY, 5, Chunks(5, left=1, shift=3), bucketed=False
     ),
-    "two chunks before": Plan.of(TINY, 5, Chunks(6, left=2, shift=1), ladder=False),
-    "chunks smaller than a write": Plan.of(TINY, 5, Chunks(4, left=2, shift=1)),
+    "two chunks before": StreamPlan.of(TINY, 5, Chunks(6, left=2, shift=1), bucketed=False),
+    "chunks smaller than a write": StreamPlan.of(TINY, 5, Chunks(4, left=2, shift=1)),
 }
 
 
@@ -153,11 +153,11 @@ def test_a_memory_in_half_precision_is_close():
 
 def test_plans_that_cannot_work_are_errors():
     with pytest.raises(ValueError, match="0 new units a step, expected at least 1"):
-        Plan.of(TINY, 0, Chunks(10, left=1))
+        StreamPlan.of(TINY, 0, Chunks(10, left=1))
     with pytest.raises(ValueError, match="needs max_units"):
-        Plan.of(TINY, 10)
+        StreamPlan.of(TINY, 10)
     with pytest.raises(ValueError, match="602 mel frames; the flow's noise has 600"):
-        Plan.of(TINY, 10, max_units=301)
+        StreamPlan.of(TINY, 10, max_units=301)
     with pytest.raises(ValueError, match="expected size >= 1"):
         Chunks(4, shift=4)
     state = FlowState.empty(tiny_flow(), VOICES, CASES["two chunks before"])
@@ -174,9 +174,9 @@ def test_plans_that_cannot_work_are_errors():
 def test_sizes_for_the_released_chunk():
     """The sizes that a pass after a write of 10 units can need, and no more: 7, 17 ... 47 units of a chunk, or all 50; a memory of
     what a chunk sees, and no more."""
-    plan = Plan.of(TINY, 10, max_units=300)
-    assert plan.widths == (7, 17, 27, 37, 47, 50) and plan.capacity == 300
-    plan = Plan.of(TINY, 10, Chunks(10, left=3, shift=3))
-    assert plan.widths == (10,) and plan.capacity == 40
-    assert Plan.of(TINY, 10, Chunks(10, left=3, shift=3), ladder=False).widths == (3, 10)
-    assert Plan.of(TINY, 10, Chunks(50, left=3), ladder=False).widths == (10, 50)
+    plan = StreamPlan.of(TINY, 10, max_units=300)
+    assert plan.window_buckets == (7, 17, 27, 37, 47, 50) and plan.capacity == 300
+    plan = StreamPlan.of(TINY, 10, Chunks(10, left=3, shift=3))
+    assert plan.window_buckets == (10,) and plan.capacity == 40
+    assert StreamPlan.of(TINY, 10, Chunks(10, left=3, shift=3), bucketed=False).window_buckets == (3, 10)
+    assert StreamPlan.of(TINY, 10, Chunks(50, left=3), bucketed=False).window_buckets == (10, 50)

@@ -123,7 +123,7 @@ def test_speech(checkpoint_dir, engine, model):
     mesh = make_mesh(fsdp=2, tensor=2, devices=jax.devices()[:4])
     sharded = Omni2.load(checkpoint_dir, dtype=jnp.float32, mesh=mesh)
     theirs = sharded.engine(GREEDY, 1000, slots=2)
-    memory = theirs.state.flow.past.memory.pairs  # of two branches
+    memory = theirs.state.flow.cache.estimator.kv.pairs  # of two branches
     layers, rows, heads, *rest = memory.shape
     assert memory.sharding.shard_shape(memory.shape) == (layers, rows // 2, heads // 2, *rest)
     streams = [

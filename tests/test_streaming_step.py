@@ -242,7 +242,7 @@ def test_bfloat16(checkpoint_dir, decoder):
         engine.state.language.llm.keys.dtype == engine.state.language.hidden.dtype == jnp.bfloat16
     )
     if decoder:
-        assert engine.state.flow.past.memory.pairs.dtype == jnp.float32
+        assert engine.state.flow.cache.estimator.kv.pairs.dtype == jnp.float32
         after, _ = jax.eval_shape(engine.programs.step, engine.params, engine.state)
         assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(
             lambda x: (x.shape, x.dtype), engine.state

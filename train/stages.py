@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from omni2_jax.audio import features, recordings
 from omni2_jax.models import speaker
-from omni2_jax.models.flow.context import Chunks
+from omni2_jax.models.flow.mask import Chunks
 from omni2_jax.models.model import Model
 from omni2_jax.sharding import constrain
 from omni2_jax.train.examples import UNITS_PER_SECOND

@@ -23,8 +23,8 @@ from omni2_jax.generate.read_write import (
     ReadWriteState,
     Request,
 )
-from omni2_jax.models.flow.context import Chunks
-from omni2_jax.models.flow.streaming import FlowState, Plan, flow_step
+from omni2_jax.models.flow.mask import Chunks
+from omni2_jax.models.flow.streaming import FlowState, StreamPlan, flow_step
 from omni2_jax.models.model import Model
 from omni2_jax.models.vocoder.hift import draw
 from omni2_jax.models.vocoder.hift_streaming import VocoderState, vocoder_step
@@ -63,16 +63,17 @@ class DecodeState:
         )
 
 
-def plan_of(config: Omni2Config, engine_config: EngineConfig) -> Plan:
-    """How the flow cuts what it is given."""
-    size = engine_config.flow_chunk or config.flow.chunk
-    # Where a write fills a chunk, it completes one each time if the first is shorter by the look-ahead it has to wait for.
-    chunks = Chunks(
-        size, engine_config.flow_left_chunks, config.flow.lookahead if size == config.write else 0
-    )
-    units = engine_config.max_units if engine_config.flow_left_chunks is None else None
-    # A ladder of sizes saves work for one speaker; among many, who are at different places of their chunks, the sizes would add up.
-    return Plan.of(config.flow, config.write, chunks, units, ladder=engine_config.slots == 1)
+def plan_of(config: Omni2Config, engine_config: EngineConfig) -> StreamPlan:
+    """The static sizes of the flow's streams."""
+    size, left_chunks = engine_config.flow_chunk or config.flow.chunk, engine_config.flow_left_chunks
+    # If one write is one chunk, the first chunk is shorter by the look-ahead; then every later
+    # write completes exactly one chunk.
+    chunks = Chunks(size, left_chunks, config.flow.lookahead if size == config.write else 0)
+    units = engine_config.max_units if left_chunks is None else None
+    # One slot uses the smallest window that fits. Many slots are at different offsets in their
+    # chunks, so nearly every size would run in every step: one or two are cheaper.
+    bucketed = engine_config.slots == 1
+    return StreamPlan.of(config.flow, config.write, chunks, units, bucketed)
 
 
 def prefill(

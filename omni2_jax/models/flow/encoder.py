@@ -1,7 +1,9 @@
-"""The flow's encoder: unit embeddings to mel-rate features. Look-ahead, conformer blocks, upsampling by 2, more blocks.
+"""The flow's encoder: unit embeddings to features at the mel's frame rate.
 
-B rows, T frames of the window, S frames that can be seen, D width, N heads, H head size. Conformer blocks here have neither a
-convolution nor a macaron half (CosyVoice2's settings), so a block is relative attention and a feed-forward layer.
+Look-ahead, conformer blocks, upsampling by 2, more conformer blocks. With CosyVoice2's settings a
+conformer block has neither a convolution nor a macaron half: it is relative attention and a
+feed-forward layer.
+B rows, T frames of the window, S keys, D width, N heads, H head size.
 """
 
 import math
@@ -12,24 +14,28 @@ import jax.numpy as jnp
 from flax import nnx
 
 from omni2_jax.config import FlowConfig
-from omni2_jax.models.flow.context import CausalConv, Memory, Window, attend, run_blocks
+from omni2_jax.models.flow.attention import cached_attention, run_blocks
+from omni2_jax.models.flow.cache import ConvCache, RingKVCache
+from omni2_jax.models.flow.conv import CausalConv
+from omni2_jax.models.flow.mask import Window
 from omni2_jax.models.layers import Conv1d, LayerNorm, Linear, param, stack
 
 Array = jax.Array
 
 
-def waves(index: Array, width: int) -> tuple[Array, Array]:
-    """Sine and cosine [B, T, width / 2] of the sinusoidal position code of frames `index` [B, T]."""
+def sinusoids(index: Array, width: int) -> tuple[Array, Array]:
+    """The sinusoidal position code of frames `index` [B, T]: sine and cosine [B, T, width / 2]."""
     frequency = jnp.exp(jnp.arange(0, width, 2) * (-math.log(10000.0) / width))
     angle = index[..., None].astype(jnp.float32) * frequency
     return jnp.sin(angle), jnp.cos(angle)
 
 
 class RelativeAttention(nnx.Module):
-    """Attention with Transformer-XL's relative positions (reference: RelPositionMultiHeadedAttention).
+    """Attention with Transformer-XL's relative positions.
 
-    The position score is (q + v) . W r(i - j), r being sinusoidal. By the angle sum formulas this is a rotation of
-    W'(q + v) by i against the plain code of j, so no [T, 2T - 1] table is built and keys may lie anywhere.
+    Reference: RelPositionMultiHeadedAttention. The score of a key at distance i - j is (q + v) . W r(i - j), where r is sinusoidal. By the
+    angle sum formulas this equals W'(q + v), rotated by i, times the plain position code of j. So
+    no table of [T, 2T - 1] distances is built, and the keys may be in any order.
     """
 
     def __init__(self, config: FlowConfig, rngs: nnx.Rngs):
@@ -46,35 +52,34 @@ class RelativeAttention(nnx.Module):
         self.position_bias = param(rngs, (n, h), ("heads", "head"))
 
     def position_scores(self, q: Array, window: Window) -> Array:
-        """Scaled queries [B, T, N, H] -> [B, N, T, S]."""
+        """Scaled queries [B, T, N, H] -> the position term of their scores, [B, N, T, S]."""
         sine, cosine = jnp.einsum("BTNH,DCNH->CBTND", q, self.position[...].astype(q.dtype))
-        width, origin = (
-            2 * self.position.shape[0],
-            window.query[:, :1],
-        )  # small angles are exact ones
+        width = 2 * self.position.shape[0]
+        origin = window.query[:, :1]  # float32 is more exact for small angles than for large ones
         sin_i, cos_i = (
-            wave[:, :, None, :].astype(q.dtype) for wave in waves(window.query - origin, width)
+            wave[:, :, None, :].astype(q.dtype) for wave in sinusoids(window.query - origin, width)
         )
-        turned = jnp.concatenate([cosine * sin_i - sine * cos_i, sine * sin_i + cosine * cos_i], -1)
-        return jnp.einsum(
-            "BTND,BSD->BNTS",
-            turned,
-            jnp.concatenate(waves(window.key - origin, width), -1).astype(q.dtype),
+        rotated = jnp.concatenate(
+            [cosine * sin_i - sine * cos_i, sine * sin_i + cosine * cos_i], -1
         )
+        code_j = jnp.concatenate(sinusoids(window.key - origin, width), -1).astype(q.dtype)
+        return jnp.einsum("BTND,BSD->BNTS", rotated, code_j)
 
     def __call__(
-        self, x: Array, window: Window, memory: Memory | None, layer: Array
-    ) -> tuple[Array, Memory | None]:
+        self, x: Array, window: Window, cache: RingKVCache | None
+    ) -> tuple[Array, RingKVCache | None]:
+        """x [B, T, D] -> ([B, T, D], cache)."""
         q, scale = self.query(x), self.query.kernel.shape[-1] ** -0.5
-        near = (q + self.content_bias[...].astype(x.dtype)) * scale
-        far = self.position_scores((q + self.position_bias[...].astype(x.dtype)) * scale, window)
-        y, memory = attend(
-            near, self.key(x), self.value(x), far + window.bias, window, memory, layer
-        )
-        return self.out(y), memory
+        content_q = (q + self.content_bias[...].astype(x.dtype)) * scale
+        position_q = (q + self.position_bias[...].astype(x.dtype)) * scale
+        bias = self.position_scores(position_q, window) + window.bias
+        y, cache = cached_attention(content_q, self.key(x), self.value(x), bias, window, cache)
+        return self.out(y), cache
 
 
 class Block(nnx.Module):
+    """Pre-norm relative attention and a feed-forward layer (reference: ConformerEncoderLayer)."""
+
     def __init__(self, config: FlowConfig, rngs: nnx.Rngs):
         d, f = config.width, config.hidden
         self.attention_norm = LayerNorm(d, eps=1e-12)
@@ -84,15 +89,16 @@ class Block(nnx.Module):
         self.down = Linear(rngs, (f, d), ("hidden", "embed"))
 
     def __call__(
-        self, x: Array, window: Window, memory: Memory | None, layer: Array
-    ) -> tuple[Array, Memory | None]:
-        y, memory = self.attention(self.attention_norm(x), window, memory, layer)
+        self, x: Array, window: Window, cache: RingKVCache | None
+    ) -> tuple[Array, RingKVCache | None]:
+        """x [B, T, D] -> ([B, T, D], cache)."""
+        y, cache = self.attention(self.attention_norm(x), window, cache)
         x = x + y
-        return x + self.down(jax.nn.silu(self.up(self.mlp_norm(x)))), memory
+        return x + self.down(jax.nn.silu(self.up(self.mlp_norm(x)))), cache
 
 
 class Embed(nnx.Module):
-    """Linear, layer norm and the Transformer's sqrt(D), before each of the two stacks of blocks."""
+    """Linear layer, layer norm and a factor of sqrt(D); there is one before each stack of blocks."""
 
     def __init__(self, config: FlowConfig, rngs: nnx.Rngs):
         self.scale = math.sqrt(config.width)
@@ -104,7 +110,10 @@ class Embed(nnx.Module):
 
 
 class LookAhead(nnx.Module):
-    """Each unit is mixed with the `lookahead` units behind it (zeros after the last) and two before it."""
+    """Mixes each unit with the `lookahead` units after it and the two before it.
+
+    There are zeros after the last unit (reference: PreLookaheadLayer).
+    """
 
     def __init__(self, config: FlowConfig, rngs: nnx.Rngs):
         d, ahead = config.width, config.lookahead
@@ -112,25 +121,26 @@ class LookAhead(nnx.Module):
         self.behind = CausalConv(rngs, 3, d, d)
 
     def __call__(
-        self, x: Array, window: Window, tail: Array | None = None
-    ) -> tuple[Array, Array | None]:
-        y, tail = self.behind(jax.nn.leaky_relu(self.ahead(x)), window, tail)
-        return x + y, tail
+        self, x: Array, window: Window, cache: ConvCache | None
+    ) -> tuple[Array, ConvCache | None]:
+        """x [B, T, D] -> ([B, T, D], cache)."""
+        y, cache = self.behind(jax.nn.leaky_relu(self.ahead(x)), window, cache)
+        return x + y, cache
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class EncoderPast:
-    """What is kept of finished chunks."""
+class EncoderCache:
+    """What the encoder keeps of finished units."""
 
-    look_ahead: Array  # [B, 2, D] tail
-    upsample: Array  # [B, 4, D] tail
-    units: Memory  # of the blocks before upsampling
-    frames: Memory  # and after
+    look_ahead: ConvCache  # inputs [B, 2, D]
+    upsample: ConvCache  # inputs [B, 4, D]
+    units: RingKVCache  # of the blocks before upsampling: one place a unit
+    frames: RingKVCache  # of the blocks after it: one place a mel frame
 
 
 class Encoder(nnx.Module):
-    """Reference: UpsampleConformerEncoder."""
+    """Unit embeddings to features at the mel's frame rate (reference: UpsampleConformerEncoder)."""
 
     def __init__(self, config: FlowConfig, rngs: nnx.Rngs):
         self.config = config
@@ -142,34 +152,39 @@ class Encoder(nnx.Module):
         self.up_blocks = stack(config.up_layers, lambda r: Block(config, r), rngs)
         self.norm = LayerNorm(config.width)
 
-    def past(self, batch: int, capacity: int, dtype) -> EncoderPast:
-        """Room for `capacity` units."""
+    def empty_cache(self, batch: int, capacity: int, dtype) -> EncoderCache:
+        """A cache of `capacity` units for each of `batch` rows."""
         c = self.config
-        heads = c.heads, c.width // c.heads
-        return EncoderPast(
-            self.look_ahead.behind.tail(batch, dtype),
-            self.upsample.tail(batch, dtype),
-            Memory.empty(c.layers, batch, capacity, *heads, dtype),
-            Memory.empty(c.up_layers, batch, c.upsample * capacity, *heads, dtype),
+        heads, head_size = c.heads, c.width // c.heads
+
+        def kv(layers: int, places: int) -> RingKVCache:
+            return RingKVCache.empty(layers, batch, places, heads, head_size, dtype)
+
+        return EncoderCache(
+            look_ahead=self.look_ahead.behind.empty_cache(batch, dtype),
+            upsample=self.upsample.empty_cache(batch, dtype),
+            units=kv(c.layers, capacity),
+            frames=kv(c.up_layers, c.upsample * capacity),
         )
 
     def __call__(
-        self, x: Array, units: Window, frames: Window, past: EncoderPast | None = None
-    ) -> tuple[Array, EncoderPast | None]:
-        """Unit embeddings [B, T, D] -> features [B, 2T, D]; `units` and `frames` are the window before and after upsampling.
+        self, x: Array, units: Window, frames: Window, cache: EncoderCache | None
+    ) -> tuple[Array, EncoderCache | None]:
+        """Unit embeddings x [B, T', D] -> (features [B, 2T, D], cache).
 
-        x and `units` may reach further, to what the last of the T units look ahead to.
+        `units` [B, T'] and `frames` [B, 2T] are the windows before and after upsampling. T' may be
+        larger than T: the last of the T units are mixed with the units after them (LookAhead).
         """
-        c, p = self.config, past or EncoderPast(None, None, None, None)
-        x = (
-            self.embed(x) * units.valid[..., None]
-        )  # units past the end must look like no units at all
-        x, look_ahead = self.look_ahead(x, units, p.look_ahead)
-        inside = frames.valid.shape[1] // c.upsample
-        x, units = x[:, :inside], units.first(inside)
-        x, unit_memory = run_blocks(self.blocks, x, units, p.units, jnp.arange(c.layers))
-        x, upsample = self.upsample(jnp.repeat(x, c.upsample, axis=1), frames, p.upsample)
-        x, frame_memory = run_blocks(
-            self.up_blocks, self.up_embed(x), frames, p.frames, jnp.arange(c.up_layers)
-        )
-        return self.norm(x), past and EncoderPast(look_ahead, upsample, unit_memory, frame_memory)
+        num_units = frames.valid.shape[1] // self.config.upsample
+        x = self.embed(x) * units.valid[..., None]  # like the zeros that follow the last unit
+        x, look_ahead = self.look_ahead(x, units, cache and cache.look_ahead)
+        x, units = x[:, :num_units], units.first(num_units)
+        x, unit_kv = run_blocks(self.blocks, x, units, cache and cache.units.at(jnp.int32(0)))
+        x = jnp.repeat(x, self.config.upsample, axis=1)
+        x, upsample = self.upsample(x, frames, cache and cache.upsample)
+        x = self.up_embed(x)
+        x, frame_kv = run_blocks(self.up_blocks, x, frames, cache and cache.frames.at(jnp.int32(0)))
+        x = self.norm(x)
+        if cache is None:
+            return x, None
+        return x, EncoderCache(look_ahead, upsample, unit_kv.at(None), frame_kv.at(None))

@@ -1,26 +1,32 @@
-"""The flow's estimator: where a noisy mel is heading at time t. A causal UNet whose blocks are convolutions and transformers.
+"""The flow's estimator: the velocity of a noisy mel at time t.
 
-B rows, T frames of the window, S frames that can be seen, M mel bins, C channels, N heads, H head size. The UNet of CosyVoice2 has one
-level and never changes the frame rate: down, middle and up are stages in a row, with one skip connection.
+The UNet of CosyVoice2 has one level and never changes the frame rate: down, middle and up are
+stages in a row, with one skip connection. Each stage is two causal convolutions and transformers.
+B rows, T frames of the window, S keys, M mel bins, C channels, N heads, H head size.
 """
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from omni2_jax.config import FlowConfig
-from omni2_jax.models.flow.context import CausalConv, Memory, Window, attend, run_blocks
+from omni2_jax.models.flow.attention import cached_attention, run_blocks
+from omni2_jax.models.flow.cache import ConvCache, RingKVCache
+from omni2_jax.models.flow.conv import CausalConv
+from omni2_jax.models.flow.mask import Window
 from omni2_jax.models.layers import LayerNorm, Linear, scan, stack
 
 Array = jax.Array
 
 
 class TimeEmbedding(nnx.Module):
-    """Time in [0, 1], [B] -> [B, 4C]. References: Matcha-TTS's SinusoidalPosEmb (scale 1000) and TimestepEmbedding."""
+    """Time in [0, 1], [B] -> [B, 4C].
+
+    References: Matcha-TTS's SinusoidalPosEmb (scale 1000) and TimestepEmbedding.
+    """
 
     def __init__(self, config: FlowConfig, rngs: nnx.Rngs):
         self.width = 4 * config.mels  # that of the estimator's input
@@ -36,19 +42,27 @@ class TimeEmbedding(nnx.Module):
 
 
 class ConvBlock(nnx.Module):
-    """Causal convolution, layer norm, Mish; padding goes in and comes out as zeros (reference: CausalBlock1D)."""
+    """Causal convolution, layer norm, Mish (reference: CausalBlock1D).
+
+    Padded frames are set to zero before and after it.
+    """
 
     def __init__(self, c_in: int, c_out: int, rngs: nnx.Rngs):
         self.conv = CausalConv(rngs, 3, c_in, c_out)
         self.norm = LayerNorm(c_out)
 
-    def __call__(self, x: Array, window: Window, tail: Array | None) -> tuple[Array, Array | None]:
+    def __call__(
+        self, x: Array, window: Window, cache: ConvCache | None
+    ) -> tuple[Array, ConvCache | None]:
+        """x [B, T, C] -> ([B, T, C'], cache)."""
         valid = window.valid[..., None]
-        y, tail = self.conv(x * valid, window, tail)
-        return jax.nn.mish(self.norm(y)) * valid, tail
+        y, cache = self.conv(x * valid, window, cache)
+        return jax.nn.mish(self.norm(y)) * valid, cache
 
 
 class Attention(nnx.Module):
+    """Multi-head self-attention without positions."""
+
     def __init__(self, config: FlowConfig, rngs: nnx.Rngs):
         c, n, h = config.channels, config.estimator_heads, config.estimator_head_size
         self.query = Linear(rngs, (c, n, h), ("embed", "heads", "head"), bias=False)
@@ -57,15 +71,16 @@ class Attention(nnx.Module):
         self.out = Linear(rngs, (n, h, c), ("heads", "head", "embed"), in_dims=2)
 
     def __call__(
-        self, x: Array, window: Window, memory: Memory | None, layer: Array
-    ) -> tuple[Array, Memory | None]:
+        self, x: Array, window: Window, cache: RingKVCache | None
+    ) -> tuple[Array, RingKVCache | None]:
+        """x [B, T, C] -> ([B, T, C], cache)."""
         q = self.query(x) * self.query.kernel.shape[-1] ** -0.5
-        y, memory = attend(q, self.key(x), self.value(x), window.bias, window, memory, layer)
-        return self.out(y), memory
+        y, cache = cached_attention(q, self.key(x), self.value(x), window.bias, window, cache)
+        return self.out(y), cache
 
 
 class Block(nnx.Module):
-    """Pre-norm self-attention and GELU feed-forward, without positions (reference: BasicTransformerBlock)."""
+    """Pre-norm self-attention and a GELU feed-forward layer (reference: BasicTransformerBlock)."""
 
     def __init__(self, config: FlowConfig, rngs: nnx.Rngs):
         c = config.channels
@@ -76,15 +91,37 @@ class Block(nnx.Module):
         self.down = Linear(rngs, (4 * c, c), ("hidden", "embed"))
 
     def __call__(
-        self, x: Array, window: Window, memory: Memory | None, layer: Array
-    ) -> tuple[Array, Memory | None]:
-        y, memory = self.attention(self.attention_norm(x), window, memory, layer)
+        self, x: Array, window: Window, cache: RingKVCache | None
+    ) -> tuple[Array, RingKVCache | None]:
+        """x [B, T, C] -> ([B, T, C], cache)."""
+        y, cache = self.attention(self.attention_norm(x), window, cache)
         x = x + y
-        return x + self.down(jax.nn.gelu(self.up(self.mlp_norm(x)), approximate=False)), memory
+        return x + self.down(jax.nn.gelu(self.up(self.mlp_norm(x)), approximate=False)), cache
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class StageConvs:
+    """The caches of a stage's two convolutions."""
+
+    conv1: ConvCache
+    conv2: ConvCache
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class StageCache:
+    """What a stage keeps of finished frames."""
+
+    convs: StageConvs
+    kv: RingKVCache  # the whole estimator's, at this stage's first layer
 
 
 class Stage(nnx.Module):
-    """A residual pair of convolutions that is told the time (reference: CausalResnetBlock1D), then transformer blocks."""
+    """A residual pair of convolutions with the time added, then transformer blocks.
+
+    Reference: CausalResnetBlock1D and the BasicTransformerBlocks after it.
+    """
 
     def __init__(self, config: FlowConfig, c_in: int, rngs: nnx.Rngs):
         c = config.channels
@@ -94,31 +131,50 @@ class Stage(nnx.Module):
         self.skip = Linear(rngs, (c_in, c), (None, "embed"))
         self.blocks = stack(config.blocks, lambda r: Block(config, r), rngs)
 
-    def tails(self, batch: int, dtype) -> tuple[Array, Array]:
-        return self.conv1.conv.tail(batch, dtype), self.conv2.conv.tail(batch, dtype)
+    def empty_convs(self, batch: int, dtype) -> StageConvs:
+        """The caches of the convolutions before an utterance's first window."""
+        return StageConvs(
+            self.conv1.conv.empty_cache(batch, dtype), self.conv2.conv.empty_cache(batch, dtype)
+        )
 
     def __call__(
-        self, x: Array, time: Array, window: Window, tails, memory: Memory | None, layers: Array
-    ):
-        """x [B, T, C_in], time [B or 1, 4C] -> ([B, T, C], memory), tails; `layers`: where the memory has the blocks."""
-        y, tail1 = self.conv1(x, window, tails[0])
-        y, tail2 = self.conv2(y + self.time(jax.nn.mish(time))[:, None], window, tails[1])
-        x = y + self.skip(x * window.valid[..., None])
-        return run_blocks(self.blocks, x, window, memory, layers), (tail1, tail2)
+        self, x: Array, time: Array, window: Window, cache: StageCache | None
+    ) -> tuple[Array, StageCache | None]:
+        """x [B, T, C_in], time [B or 1, 4C] -> ([B, T, C], cache)."""
+        y, conv1 = self.conv1(x, window, cache and cache.convs.conv1)
+        y = y + self.time(jax.nn.mish(time))[:, None]
+        y, conv2 = self.conv2(y, window, cache and cache.convs.conv2)
+        y = y + self.skip(x * window.valid[..., None])
+        y, kv = run_blocks(self.blocks, y, window, cache and cache.kv)
+        if cache is None:
+            return y, None
+        return y, StageCache(StageConvs(conv1, conv2), kv)
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Tails:
-    """The inputs [B, 2, C] of every convolution before the window; of a stage, those of its two convolutions."""
+class EstimatorConvs:
+    """The caches of all convolutions of the estimator, of one Euler step or (axis 0) of all."""
 
-    axes: ClassVar = ("batch", None, None)  # of each Euler step and stage
-    down: tuple = (None, None)
-    down_conv: Array | None = None
-    middle: tuple = (None, None)
-    up: tuple = (None, None)
-    up_conv: Array | None = None
-    final: Array | None = None
+    down: StageConvs
+    down_conv: ConvCache
+    middle: StageConvs  # with an axis of stages
+    up: StageConvs
+    up_conv: ConvCache
+    final: ConvCache
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class EstimatorCache:
+    """What the estimator keeps of finished frames.
+
+    Each Euler step is a network pass of its own and has its own share of both caches. Rows 0 to
+    B - 1 are the guided branch, rows B to 2B - 1 the free one.
+    """
+
+    convs: EstimatorConvs
+    kv: RingKVCache  # the layers of step 0, then those of step 1, ...
 
 
 class Estimator(nnx.Module):
@@ -126,7 +182,8 @@ class Estimator(nnx.Module):
 
     def __init__(self, config: FlowConfig, rngs: nnx.Rngs):
         c = config.channels
-        self.layers = config.mid_blocks + 2, config.blocks
+        self.config = config
+        self.layers = (config.mid_blocks + 2) * config.blocks  # attention layers of all stages
         self.time = TimeEmbedding(config, rngs)
         self.down = Stage(config, 4 * config.mels, rngs)
         self.down_conv = CausalConv(rngs, 3, c, c)
@@ -136,50 +193,63 @@ class Estimator(nnx.Module):
         self.final = ConvBlock(c, c, rngs)
         self.out = Linear(rngs, (c, config.mels), ("embed", None))
 
-    def tails(self, batch: int, dtype) -> Tails:
-        """Before an utterance's first window."""
-        _, middle = scan(
-            self.middle, lambda stage, carry, _: (carry, stage.tails(batch, dtype)), None
+    def empty_cache(self, batch: int, capacity: int, dtype) -> EstimatorCache:
+        """A cache of `capacity` mel frames for each of `batch` rows and each Euler step."""
+        c = self.config
+
+        def middle(stage: Stage, carry, _):
+            return carry, stage.empty_convs(batch, dtype)
+
+        convs = EstimatorConvs(
+            down=self.down.empty_convs(batch, dtype),
+            down_conv=self.down_conv.empty_cache(batch, dtype),
+            middle=scan(self.middle, middle, None)[1],
+            up=self.up.empty_convs(batch, dtype),
+            up_conv=self.up_conv.empty_cache(batch, dtype),
+            final=self.final.conv.empty_cache(batch, dtype),
         )
-        return Tails(
-            self.down.tails(batch, dtype),
-            self.down_conv.tail(batch, dtype),
-            middle,
-            self.up.tails(batch, dtype),
-            self.up_conv.tail(batch, dtype),
-            self.final.conv.tail(batch, dtype),
+        layers, heads, head_size = c.steps * self.layers, c.estimator_heads, c.estimator_head_size
+        return EstimatorCache(
+            convs=jax.tree.map(lambda leaf: jnp.zeros((c.steps, *leaf.shape), dtype), convs),
+            kv=RingKVCache.empty(layers, batch, capacity, heads, head_size, dtype),
         )
 
     def __call__(
         self,
         x: Array,
-        given: Array,
+        cond: Array,
         t: Array,
         window: Window,
-        past: Tails | None = None,
-        memory: Memory | None = None,
-        first: Array | int = 0,
-    ) -> tuple[Array, Tails, Memory | None]:
-        """Mel x [B, T, M] at time t [B or 1] and what is given for it [B, T, 3M] (mu, speaker, prompt) -> dx/dt [B, T, M].
+        cache: EstimatorCache | None,
+    ) -> tuple[Array, EstimatorCache | None]:
+        """Mel x [B, T, M] at time t [B or 1] and its conditions -> (dx/dt [B, T, M], cache).
 
-        A window with a past has tails and a memory, from whose layer `first` on the blocks lie; both come back for the next one.
+        cond [B, T, 3M]: the encoder's mel, the speaker, the prompt's mel. The cache is that of one
+        Euler step: its convolutions, and the key/value cache at the step's first layer, from where
+        it advances by one with every block.
         """
-        past, time, valid = past or Tails(), self.time(t), window.valid[..., None]
-        layers = first + jnp.arange(math.prod(self.layers)).reshape(self.layers)
-        (skip, memory), down = self.down(
-            jnp.concatenate([x, given], -1), time, window, past.down, memory, layers[0]
+        valid, time = window.valid[..., None], self.time(t)
+        convs, kv = (None, None) if cache is None else (cache.convs, cache.kv)
+
+        def run(stage: Stage, carry, convs: StageConvs | None):
+            """One stage: ((x, kv), its convolutions) -> the same after it."""
+            x, kv = carry
+            if convs is None or kv is None:
+                return (stage(x, time, window, None)[0], None), None
+            x, cache = stage(x, time, window, StageCache(convs, kv))
+            return (x, cache.kv), cache.convs
+
+        x = jnp.concatenate([x, cond], -1)
+        (skip, kv), down = run(self.down, (x, kv), convs and convs.down)
+        x, down_conv = self.down_conv(skip * valid, window, convs and convs.down_conv)
+        (x, kv), middle = scan(self.middle, run, (x, kv), convs and convs.middle)
+        x = jnp.concatenate([x, skip], -1)
+        (x, kv), up = run(self.up, (x, kv), convs and convs.up)
+        x, up_conv = self.up_conv(x * valid, window, convs and convs.up_conv)
+        x, final = self.final(x, window, convs and convs.final)
+        velocity = self.out(x) * valid
+        if cache is None:
+            return velocity, None
+        return velocity, EstimatorCache(
+            EstimatorConvs(down, down_conv, middle, up, up_conv, final), kv
         )
-        x, down_conv = self.down_conv(skip * valid, window, past.down_conv)
-        stages = past.middle, layers[1:-1]
-        (x, memory), middle = scan(
-            self.middle,
-            lambda stage, c, xs: stage(c[0], time, window, xs[0], c[1], xs[1]),
-            (x, memory),
-            stages,
-        )
-        (x, memory), up = self.up(
-            jnp.concatenate([x, skip], -1), time, window, past.up, memory, layers[-1]
-        )
-        x, up_conv = self.up_conv(x * valid, window, past.up_conv)
-        x, final = self.final(x, window, past.final)
-        return self.out(x) * valid, Tails(down, down_conv, middle, up, up_conv, final), memory

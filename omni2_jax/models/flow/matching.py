@@ -1,9 +1,10 @@
-"""Flow matching: units to mel, by integrating the estimator's velocity from noise. CosyVoice2's CausalMaskedDiffWithXvec.
+"""Flow matching: units to mel, by integrating the estimator's velocity from noise.
 
+Port of CosyVoice2's CausalMaskedDiffWithXvec. Here are the passes over whole utterances and the
+training loss; streaming.py computes the same mel chunk by chunk.
 B rows, n units, T = 2n mel frames (50 a second), M mel bins, D width.
 """
 
-import math
 from dataclasses import dataclass
 
 import jax
@@ -12,9 +13,9 @@ import numpy as np
 from flax import nnx
 
 from omni2_jax.config import FlowConfig
-from omni2_jax.models.flow.context import Chunks, Memory, Window
-from omni2_jax.models.flow.encoder import Encoder, EncoderPast
-from omni2_jax.models.flow.estimator import Estimator, Tails
+from omni2_jax.models.flow.encoder import Encoder, EncoderCache
+from omni2_jax.models.flow.estimator import Estimator, EstimatorCache
+from omni2_jax.models.flow.mask import Chunks, Window
 from omni2_jax.models.layers import Embedding, Linear, param
 
 Array = jax.Array
@@ -23,36 +24,45 @@ Array = jax.Array
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Prompt:
-    """Speech to go on from, right-padded."""
+    """Speech that the generated mel continues, right-padded (CosyVoice2's zero-shot prompt)."""
 
     units: Array  # [B, p] int32
     mel: Array  # [B, 2p, M]
     lengths: Array  # [B] units
 
+    def followed_by(self, units: Array) -> Array:
+        """The prompt's units, then `units` [B, n] -> [B, p + n], all padding at the end.
+
+        In:  prompt 1 2 - -   units 7 8 9 -
+        Out: 1 2 7 8 9 - - -
+        """
+        index = jnp.arange(self.units.shape[1] + units.shape[1]) - self.lengths[:, None]
+        moved = jnp.take_along_axis(units, jnp.clip(index, 0, units.shape[1] - 1), 1)
+        return jnp.where(index < 0, jnp.pad(self.units, ((0, 0), (0, units.shape[1]))), moved)
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class FlowPast:
-    """What is kept of finished chunks. The estimator's rows are those of the guided branch, then those of the free one."""
+class FlowCache:
+    """What the flow keeps of finished chunks."""
 
-    encoder: EncoderPast
-    tails: Tails  # with a leading axis of Euler steps
-    memory: Memory  # its layers are the estimator's blocks, step after step
+    encoder: EncoderCache
+    estimator: EstimatorCache
 
 
 def cosine(t):
-    """The schedule of training and sampling: uniform t in [0, 1] -> time, slow at the noisy end."""
+    """The time schedule: uniform t in [0, 1] -> time in [0, 1], with small steps near the noise."""
     return 1 - jnp.cos(t * (0.5 * np.pi))
 
 
-def joined(prompt: Prompt, units: Array) -> Array:
-    """Prompt and units [B, p + n], the padding of both at the end."""
-    index = jnp.arange(prompt.units.shape[1] + units.shape[1]) - prompt.lengths[:, None]
-    ours = jnp.take_along_axis(units, jnp.clip(index, 0, units.shape[1] - 1), 1)
-    return jnp.where(index < 0, jnp.pad(prompt.units, ((0, 0), (0, units.shape[1]))), ours)
-
-
 class Flow(nnx.Module):
+    """Units and a voice to mel frames.
+
+    The encoder turns units into a first guess of the mel, `mu`. The estimator gives the velocity
+    dx/dt of a noisy mel x under the conditions mu and voice; `solve` integrates it from noise.
+    Calling the flow gives the mel of whole utterances (`flow_step` in streaming.py: of parts).
+    """
+
     def __init__(self, config: FlowConfig, rngs: nnx.Rngs):
         self.config = config
         self.embed = Embedding(rngs, config.units, config.width)
@@ -60,39 +70,29 @@ class Flow(nnx.Module):
         self.encoder = Encoder(config, rngs)
         self.project = Linear(rngs, (config.width, config.mels), ("embed", None))
         self.estimator = Estimator(config, rngs)
-        # The noise that sampling starts from, always the same: what a frame becomes must not depend on how it was cut into chunks.
+        # Sampling always starts from the same noise, so that a frame's mel does not depend on the
+        # chunk in which it was computed.
         self.noise = param(rngs, (config.noise_frames, config.mels), (None, None), fan_in=1)
 
     def voice(self, xvector: Array) -> Array:
         """CAM++ x-vector [B, 192] -> speaker condition [B, M]."""
-        return self.speaker(
-            xvector / jnp.maximum(jnp.linalg.norm(xvector, axis=-1, keepdims=True), 1e-12)
-        )
+        norm = jnp.maximum(jnp.linalg.norm(xvector, axis=-1, keepdims=True), 1e-12)
+        return self.speaker(xvector / norm)
 
     def mu(self, units: Array, lengths: Array, chunks: Chunks) -> Array:
-        """Units [B, n] -> the encoder's guess of the mel [B, 2n, M]."""
+        """Right-padded units [B, n] of `lengths` [B] -> the encoder's guess of mel [B, T, M]."""
         n, rate = units.shape[1], self.config.upsample
-        seen = (
-            Window.whole(n, lengths, chunks, 1),
-            Window.whole(rate * n, rate * lengths, chunks, rate),
-        )
-        return self.project(self.encoder(self.embed(units), *seen)[0])
+        unit_window = Window.whole(n, lengths, chunks, 1)
+        frame_window = Window.whole(rate * n, rate * lengths, chunks, rate)
+        features, _ = self.encoder(self.embed(units), unit_window, frame_window, None)
+        return self.project(features)
 
-    def past(self, batch: int, capacity: int, dtype) -> FlowPast:
-        """Room for `capacity` units of `batch` streams."""
-        c, stages = self.config, self.estimator.layers
-        tails = self.estimator.tails(2 * batch, dtype)
-        return FlowPast(
-            self.encoder.past(batch, capacity, dtype),
-            jax.tree.map(lambda tail: jnp.zeros((c.steps, *tail.shape), dtype), tails),
-            Memory.empty(
-                c.steps * math.prod(stages),
-                2 * batch,
-                c.upsample * capacity,
-                c.estimator_heads,
-                c.estimator_head_size,
-                dtype,
-            ),
+    def empty_cache(self, batch: int, capacity: int, dtype) -> FlowCache:
+        """A cache of `capacity` units for each of `batch` streams; each branch has a row of it."""
+        frames = self.config.upsample * capacity
+        return FlowCache(
+            encoder=self.encoder.empty_cache(batch, capacity, dtype),
+            estimator=self.estimator.empty_cache(2 * batch, frames, dtype),
         )
 
     def solve(
@@ -102,35 +102,36 @@ class Flow(nnx.Module):
         cond: Array,
         z: Array,
         window: Window,
-        tails: Tails | None = None,
-        memory: Memory | None = None,
-    ) -> tuple[Array, Tails, Memory | None]:
-        """Euler steps from noise z to mel [B, T, M], with classifier-free guidance; both branches are one batch.
+        cache: EstimatorCache | None,
+    ) -> tuple[Array, EstimatorCache | None]:
+        """Integrate from noise z [B, T, M] to mel -> (mel [B, T, M], cache).
 
-        Where there is a past, `tails` have a leading axis of steps, and the memory's layers are those of all steps.
+        Euler's method with classifier-free guidance under the conditions mu [B, T, M], voice
+        [B, M] and cond [B, T, M], the prompt's mel. Reference: ConditionalCFM.solve_euler.
         """
         config = self.config
-        given = jnp.concatenate([mu, jnp.broadcast_to(voice[:, None], mu.shape), cond], -1)
-        given = jnp.concatenate([given, jnp.zeros_like(given)])
-        both = jax.tree.map(lambda a: jnp.concatenate([a, a]), window)
+        conditions = jnp.concatenate([mu, jnp.broadcast_to(voice[:, None], mu.shape), cond], -1)
+        # Both branches are one batch: guided rows, then free ones, whose conditions are zero.
+        conditions = jnp.concatenate([conditions, jnp.zeros_like(conditions)])
+        both = jax.tree.map(lambda leaf: jnp.concatenate([leaf, leaf]), window)
         times = cosine(jnp.linspace(0.0, 1.0, config.steps + 1))
-        firsts = jnp.arange(config.steps) * math.prod(self.estimator.layers)
+        first_layers = jnp.arange(config.steps) * self.estimator.layers
 
         def step(carry, xs):
-            (x, memory), (t, dt, first, tails) = carry, xs
-            velocity, tails, memory = self.estimator(
-                jnp.concatenate([x, x]), given, t[None], both, tails, memory, first
-            )
+            (x, kv), (t, dt, first_layer, convs) = carry, xs
+            step_cache = None if kv is None else EstimatorCache(convs, kv.at(first_layer))
+            twice = jnp.concatenate([x, x])
+            velocity, step_cache = self.estimator(twice, conditions, t[None], both, step_cache)
             guided, free = jnp.split(velocity, 2)
-            return (
-                x + dt * ((1 + config.guidance) * guided - config.guidance * free),
-                memory,
-            ), tails
+            x = x + dt * ((1 + config.guidance) * guided - config.guidance * free)
+            if step_cache is None:
+                return (x, None), None
+            return (x, step_cache.kv.at(None)), step_cache.convs
 
-        (mel, memory), tails = jax.lax.scan(
-            step, (z, memory), (times[:-1], jnp.diff(times), firsts, tails)
-        )
-        return mel, tails, memory
+        convs, kv = (None, None) if cache is None else (cache.convs, cache.kv)
+        steps = times[:-1], jnp.diff(times), first_layers, convs
+        (mel, kv), convs = jax.lax.scan(step, (z, kv), steps)
+        return mel, None if cache is None else EstimatorCache(convs, kv)
 
     def __call__(
         self,
@@ -141,35 +142,39 @@ class Flow(nnx.Module):
         prompt: Prompt | None = None,
         chunks: Chunks | None = None,
     ) -> tuple[Array, Array]:
-        """Right-padded units [B, n] of `lengths` [B], and a voice [B, M] -> mel [B, 2n, M] (zeros past the end) and its lengths [B].
+        """The mel of whole utterances, in one pass -> (mel [B, T, M], zero-padded; frames [B]).
 
-        final [B] or scalar: without it more units are to come, and the frames that lack their look-ahead are left out.
-        chunks: what a unit sees; by default the config's chunk and everything before it.
-        Raises ValueError where prompt and units are longer than the noise. Reference: CausalMaskedDiffWithXvec.inference.
+        units [B, n]: right-padded, of `lengths` [B]; voice [B, M]; final [B] or scalar: whether the
+        units are complete. If not, the last `lookahead` units, whose look-ahead is missing, give no
+        frames. prompt: speech to continue. chunks: which units a unit attends to, by default the
+        config's chunk and all chunks before it.
+        Raises ValueError if prompt and units together are longer than the noise.
+        Reference: CausalMaskedDiffWithXvec.inference.
         """
         config, rate, before = self.config, self.config.upsample, jnp.zeros_like(lengths)
         chunks, n = chunks or Chunks(config.chunk), units.shape[1]
         if prompt is not None:
-            units, before = joined(prompt, units), prompt.lengths
+            units, before = prompt.followed_by(units), prompt.lengths
         frames = rate * units.shape[1]
         if frames > config.noise_frames:
             raise ValueError(
-                f"{units.shape[1]} units make {frames} mel frames; the flow's noise has {config.noise_frames}"
+                f"{units.shape[1]} units make {frames} mel frames; "
+                f"the flow's noise has {config.noise_frames}"
             )
         mu = self.mu(units, before + lengths, chunks)
         available = before + lengths - jnp.where(final, 0, config.lookahead)
         window = Window.whole(frames, rate * available, chunks, rate)
         cond = jnp.zeros_like(mu)
         if prompt is not None:
-            cond = (
-                cond.at[:, : prompt.mel.shape[1]].set(prompt.mel)
-                * (window.query < rate * before[:, None])[..., None]
-            )
+            cond = cond.at[:, : prompt.mel.shape[1]].set(prompt.mel)
+            cond = cond * (window.query < rate * before[:, None])[..., None]
         z = jnp.broadcast_to(self.noise[:frames].astype(mu.dtype), mu.shape)
-        mel = self.solve(mu, voice, cond, z, window)[0] * window.valid[..., None]
-        mel = jax.vmap(lambda row, start: jax.lax.dynamic_slice_in_dim(row, start, rate * n))(
-            mel, rate * before
-        )
+        mel, _ = self.solve(mu, voice, cond, z, window, None)
+
+        def without_prompt(row: Array, start: Array) -> Array:
+            return jax.lax.dynamic_slice_in_dim(row, start, rate * n)
+
+        mel = jax.vmap(without_prompt)(mel * window.valid[..., None], rate * before)
         return mel, rate * jnp.maximum(available - before, 0)
 
     def compute_loss(
@@ -181,25 +186,22 @@ class Flow(nnx.Module):
         cond: Array,
         t: Array,
         z: Array,
-        kept: Array,
+        conditioned: Array,
         chunks: Chunks | None = None,
     ) -> tuple[Array, Array]:
-        """Conditional flow matching loss of mel [B, T, M] of `lengths` [B] frames given mu, cond [B, T, M] and voice [B, M]: the sum of
-        squared errors, and of how many numbers.
+        """Conditional flow matching loss -> (sum of squared errors, number of terms).
 
-        Random draws: t [B] uniform in [0, 1], z [B, T, M] normal, kept [B] bool: a row without its conditions trains the
-        free branch of the guidance (chance `guidance_dropout`). chunks: as for the call. Reference: ConditionalCFM.compute_loss.
+        mel [B, T, M]: targets of `lengths` [B] frames; mu, cond [B, T, M] and voice [B, M]: their
+        conditions. Random draws: t [B] uniform in [0, 1]; z [B, T, M] normal; conditioned [B] bool:
+        a row without its conditions trains the free branch of the guidance (its probability is
+        `guidance_dropout`). chunks: as in `__call__`. Reference: ConditionalCFM.compute_loss.
         """
-        t, still = cosine(t), 1 - self.config.sigma_min
-        window = Window.whole(
-            mel.shape[1], lengths, chunks or Chunks(self.config.chunk), self.config.upsample
-        )
-        x = (1 - still * t[:, None, None]) * z + t[:, None, None] * mel
-        given = (
-            jnp.concatenate([mu, jnp.broadcast_to(voice[:, None], mu.shape), cond], -1)
-            * kept[:, None, None]
-        )
-        error = (self.estimator(x, given, t, window)[0] - (mel - still * z)) * window.valid[
-            ..., None
-        ]
+        t, noise_share = cosine(t), 1 - self.config.sigma_min
+        chunks = chunks or Chunks(self.config.chunk)
+        window = Window.whole(mel.shape[1], lengths, chunks, self.config.upsample)
+        x = (1 - noise_share * t[:, None, None]) * z + t[:, None, None] * mel
+        conditions = jnp.concatenate([mu, jnp.broadcast_to(voice[:, None], mu.shape), cond], -1)
+        conditions = conditions * conditioned[:, None, None]
+        velocity, _ = self.estimator(x, conditions, t, window, None)
+        error = (velocity - (mel - noise_share * z)) * window.valid[..., None]
         return jnp.square(error).sum(), window.valid.sum() * mel.shape[-1]

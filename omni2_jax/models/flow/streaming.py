@@ -1,10 +1,14 @@
-"""The flow in chunks: every step takes a few new units of each stream and gives the mel frames that became available.
+"""The flow chunk by chunk: each step takes a few new units per stream and returns the new mel.
 
-A chunk is finished when the look-ahead behind its last unit has arrived; nothing in it changes any more. Its keys and values (of each
-layer, Euler step and guidance branch) stay in memory and only the open chunk is computed again: the same mel as the full pass over
-everything so far, at a cost that does not grow. A pass computes one chunk of each stream, so that the memory is no larger than what a
-chunk sees; a step that finishes a chunk and begins the next one takes two. B streams, W new units of a step at most, U units that wait
-at most, S units in memory, M mel bins, F mel frames of a step at most.
+A chunk is finished once the look-ahead after its last unit has arrived: nothing in it changes any
+more. Its keys and values (for each layer, Euler step and guidance branch) stay in a ring cache, and
+only the open chunk is computed again. The mel equals that of the full pass over all units so far,
+at a cost that does not grow. One pass computes one chunk of each stream, so the cache holds only
+what a chunk attends to; a step that finishes a chunk and begins the next one runs two passes.
+
+docs/streaming.md works through the numbers.
+B streams, W new units a step at most, U units of the open chunk and after it at most, S units in
+the cache, M mel bins, F mel frames a step at most.
 """
 
 import dataclasses
@@ -15,21 +19,21 @@ import jax
 import jax.numpy as jnp
 
 from omni2_jax.config import FlowConfig
-from omni2_jax.models.flow.context import Chunks, Window
-from omni2_jax.models.flow.matching import Flow, FlowPast
+from omni2_jax.models.flow.mask import Chunks, Window
+from omni2_jax.models.flow.matching import Flow, FlowCache
 
 Array = jax.Array
 
 
 @dataclass(frozen=True)
-class Plan:
-    """The sizes of a stream, in units; made by `of`."""
+class StreamPlan:
+    """The static sizes of a stream, in units. Made by `of`."""
 
     chunks: Chunks
-    write: int  # new units a step takes at most
+    write: int  # W: new units a step at most
     lookahead: int
-    capacity: int  # the memory is a ring of whole chunks, so long in all
-    ladder: bool
+    capacity: int  # S: length of the ring, a whole number of chunks
+    bucketed: bool
 
     @classmethod
     def of(
@@ -38,225 +42,262 @@ class Plan:
         write: int,
         chunks: Chunks | None = None,
         max_units: int | None = None,
-        ladder: bool = True,
-    ) -> "Plan":
-        """chunks: by default the config's chunk, and everything before it.
+        bucketed: bool = True,
+    ) -> "StreamPlan":
+        """The sizes for writes of at most `write` units.
 
-        The memory holds a chunk and the `chunks.left` before it but no more than `max_units`: what is older is forgotten. With
-        `ladder`, a pass that has less to compute or to see costs less. Without, there are one or two sizes, quicker to compile and as
-        good for a batch that fills them anyway. Raises ValueError for no write at all, a memory without bounds, or one that outlasts
-        the noise.
+        chunks: by default the config's chunk size and all chunks before. max_units: the longest
+        answer; the cache holds a chunk and the `chunks.left` before it, but never more than this.
+        bucketed: compile several window sizes, so that a pass with fewer units to compute costs
+        less; otherwise one or two sizes, which compile faster.
+        Raises ValueError if write < 1, if the cache would have no bound, or if the units need more
+        noise than the model has.
         """
         chunks = chunks or Chunks(config.chunk)
         if write < 1:
             raise ValueError(f"{write} new units a step, expected at least 1")
         if chunks.left is None and not max_units:
             raise ValueError("a flow that sees the whole past needs max_units")
-        if chunks.left is None and config.upsample * max_units > config.noise_frames:
+        frames = config.upsample * (max_units or 0)
+        if chunks.left is None and frames > config.noise_frames:
             raise ValueError(
-                f"{max_units} units make {config.upsample * max_units} mel frames; the flow's noise has {config.noise_frames}"
+                f"{max_units} units make {frames} mel frames; "
+                f"the flow's noise has {config.noise_frames}"
             )
-        needs = [] if chunks.left is None else [chunks.left + 1]
-        needs += [-(-(max_units + chunks.shift) // chunks.size)] if max_units else []
-        return cls(chunks, write, config.lookahead, min(needs) * chunks.size, ladder)
+        num_chunks = [] if chunks.left is None else [chunks.left + 1]
+        if max_units:
+            num_chunks.append(-(-(max_units + chunks.shift) // chunks.size))
+        capacity = min(num_chunks) * chunks.size
+        return cls(chunks, write, config.lookahead, capacity, bucketed)
 
     @property
-    def room(self) -> int:
-        """The most units that an open chunk and what has arrived behind it can be."""
+    def max_open_units(self) -> int:
+        """U: units of the open chunk and of what has arrived after it, at most."""
         return self.chunks.size + self.write + self.lookahead - 1
 
     @property
-    def widths(self) -> tuple[int, ...]:
-        """Units of a window: of these, a stream's pass computes the least that holds its work. Full writes fit exactly, unless tiny."""
+    def window_buckets(self) -> tuple[int, ...]:
+        """Window sizes to compile, ascending. A pass uses the smallest that holds its units.
+
+        A window begins at the chunk's first unit, so it grows while its chunk fills up. With writes
+        of 10, a look-ahead of 3 and chunks of 50, the frames of units 0-6 are due after the first
+        write, those of units 0-16 after the second, and so on:
+
+            In:  bucketed, write 10, look-ahead 3, chunk 50      Out: 7 17 27 37 47 50
+                 not bucketed                                    Out: 10 50
+        """
         size = self.chunks.size
-        if not self.ladder:  # what begins a chunk, or is left of the last one where each write completes one, need not cost a whole one
-            rest = self.write if self.write < size else self.lookahead
-            return (rest, size) if 0 < rest < size else (size,)
-        late = (
-            self.lookahead - self.chunks.shift
-        ) % self.write  # units wanting when the write arrives that a chunk ends in
-        stride = self.write * -(-size // (6 * self.write))  # each rung is compiled on its own
-        return (*range(self.write - late, size, stride), size)
+        if not self.bucketed:
+            # A short window serves the first units of a chunk, or the tail after the last one.
+            short = self.write if self.write < size else self.lookahead
+            return (short, size) if 0 < short < size else (size,)
+        # How many units of a write cannot be computed yet, counted from the start of a chunk.
+        missing = (self.lookahead - self.chunks.shift) % self.write
+        # At most about six sizes: each is a program of its own within the step.
+        stride = self.write * -(-size // (6 * self.write))
+        return (*range(self.write - missing, size, stride), size)
 
     @property
-    def extents(self) -> tuple[int, ...]:
-        """Slots of the memory: attention reads the least of these that holds what it sees."""
-        parts = 4 if self.ladder and self.chunks.left is None else 1
+    def read_sizes(self) -> tuple[int, ...]:
+        """How much of the ring attention may read: the smallest that holds all visible keys."""
+        parts = 4 if self.bucketed and self.chunks.left is None else 1
         return tuple(-(-self.capacity * part // parts) for part in range(1, parts + 1))
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class FlowState:
-    """Everything between two steps; donate it to the next one."""
+    """State carried from one step to the next. Its buffers are donated."""
 
     voice: Array  # [B, M]
-    units: Array  # [B, U] units from `start` on
-    count: Array  # [B] units that have arrived
-    start: Array  # [B] the first unit of the open chunk
-    given: Array  # [B] units whose mel has been given out
-    tenant: Array  # [B, S] the unit whose keys lie in each slot of the memory, -1 where none
-    past: FlowPast
-    plan: Plan = field(metadata={"static": True})
+    open_units: Array  # [B, U] units from `chunk_start` on
+    num_units: Array  # [B] units that have arrived
+    chunk_start: Array  # [B] first unit of the open chunk
+    num_delivered: Array  # [B] units whose mel has been returned
+    cached_units: Array  # [B, S] which unit each place of the ring holds, -1 if empty
+    cache: FlowCache
+    plan: StreamPlan = field(metadata={"static": True})
 
     @classmethod
-    def empty(cls, flow: Flow, voice: Array, plan: Plan, dtype=jnp.float32) -> "FlowState":
-        """Streams that speak with `voice` [B, M], before their first units; `dtype` is that of the memory."""
+    def empty(cls, flow: Flow, voice: Array, plan: StreamPlan, dtype=jnp.float32) -> "FlowState":
+        """Streams with `voice` [B, M] before their first units. dtype: that of the cache."""
         batch = len(voice)
-        zeros = lambda: jnp.zeros(batch, jnp.int32)  # noqa: E731 (a buffer each, and a copy of the voice: all are donated)
+        # Each field has its own buffer, the voice too, since all of them are donated.
         return cls(
             voice=jnp.array(voice),
-            units=jnp.zeros((batch, plan.room), jnp.int32),
-            count=zeros(),
-            start=zeros(),
-            given=zeros(),
-            tenant=jnp.full((batch, plan.capacity), -1, jnp.int32),
-            past=flow.past(batch, plan.capacity, dtype),
+            open_units=jnp.zeros((batch, plan.max_open_units), jnp.int32),
+            num_units=jnp.zeros(batch, jnp.int32),
+            chunk_start=jnp.zeros(batch, jnp.int32),
+            num_delivered=jnp.zeros(batch, jnp.int32),
+            cached_units=jnp.full((batch, plan.capacity), -1, jnp.int32),
+            cache=flow.empty_cache(batch, plan.capacity, dtype),
             plan=plan,
         )
 
-    def restart(self, streams: Array, voice: Array) -> "FlowState":
-        """New streams, with voices [B, M], where `streams` [B] is True."""
-        fresh = {
-            name: jnp.where(streams, 0, getattr(self, name)) for name in ("count", "start", "given")
-        }
-        tenant, voice = (
-            jnp.where(streams[:, None], -1, self.tenant),
-            jnp.where(streams[:, None], voice, self.voice),
+    def restart(self, slots: Array, voice: Array) -> "FlowState":
+        """Begin new streams with voices [B, M] where `slots` [B] is True.
+
+        The cache is not cleared: no frame attends to a place that `cached_units` calls empty.
+        """
+        return dataclasses.replace(
+            self,
+            voice=jnp.where(slots[:, None], voice, self.voice),
+            num_units=jnp.where(slots, 0, self.num_units),
+            chunk_start=jnp.where(slots, 0, self.chunk_start),
+            num_delivered=jnp.where(slots, 0, self.num_delivered),
+            cached_units=jnp.where(slots[:, None], -1, self.cached_units),
         )
-        return dataclasses.replace(self, **fresh, tenant=tenant, voice=voice)
 
     def append(self, new: Array, counts: Array) -> "FlowState":
-        """The first counts[b] of the units new[b] arrive."""
-        index = jnp.arange(self.plan.room) - (self.count - self.start)[:, None]
-        arrived = jnp.take_along_axis(new, jnp.clip(index, 0, new.shape[1] - 1), 1)
-        units = jnp.where((index >= 0) & (index < counts[:, None]), arrived, self.units)
-        return dataclasses.replace(self, units=units, count=self.count + counts)
+        """Add the first counts[b] units of new[b] to stream b.
 
-    def slot(self) -> Array:
-        """Where in the memory the open chunk begins, [B]."""
+        In:  open_units 4 5 - - - -   new 6 7 8   count 2
+        Out: open_units 4 5 6 7 - -
+        """
+        index = jnp.arange(self.plan.max_open_units) - (self.num_units - self.chunk_start)[:, None]
+        added = jnp.take_along_axis(new, jnp.clip(index, 0, new.shape[1] - 1), 1)
+        units = jnp.where((index >= 0) & (index < counts[:, None]), added, self.open_units)
+        return dataclasses.replace(self, open_units=units, num_units=self.num_units + counts)
+
+    def finish(self, counts: Array) -> "FlowState":
+        """Close the open chunk of each stream b with counts[b] > 0, its number of units.
+
+        In:  chunk_start 47   open_units of 47 48 49 ... 98   count 50
+        Out: chunk_start 97   open_units of 97 98
+        """
+        index = jnp.arange(self.plan.max_open_units) + counts[:, None]
+        index = jnp.minimum(index, self.plan.max_open_units - 1)
+        return dataclasses.replace(
+            self,
+            open_units=jnp.take_along_axis(self.open_units, index, 1),
+            chunk_start=self.chunk_start + counts,
+            cached_units=self.cached_units_with(counts[:, None]),
+        )
+
+    def ring_start(self) -> Array:
+        """The place in the ring where the open chunk begins, [B]."""
         size = self.plan.chunks.size
-        return (self.start + self.plan.chunks.shift) // size * size % self.plan.capacity
+        return (self.chunk_start + self.plan.chunks.shift) // size * size % self.plan.capacity
 
-    def tenants(self, width: Array | int) -> Array:
-        """`tenant` while the first `width` units of the open chunk lie there, [B, S]; the rest of its place is void."""
-        at = jnp.arange(self.plan.capacity) - self.slot()[:, None]
-        outside = (at < 0) | (at >= self.plan.chunks.size)
-        return jnp.where(outside, self.tenant, jnp.where(at < width, self.start[:, None] + at, -1))
+    def cached_units_with(self, width: Array | int) -> Array:
+        """`cached_units` after the first `width` units of the open chunk are written, [B, S].
+
+        The other places of the open chunk are empty. Example: chunks of 3, capacity 6.
+
+            In:  cached_units 0 1 2 . . .   chunk_start 3   width 2
+            Out:              0 1 2 3 4 .
+        """
+        index = jnp.arange(self.plan.capacity) - self.ring_start()[:, None]
+        outside = (index < 0) | (index >= self.plan.chunks.size)
+        chunk = jnp.where(index < width, self.chunk_start[:, None] + index, -1)
+        return jnp.where(outside, self.cached_units, chunk)
 
 
 def frames_of(units: Array, rate: int) -> Array:
-    """Indices of the frames of units [B, n] -> [B, rate * n]; -1 stays -1."""
+    """Frame indices of unit indices [B, n] -> [B, rate * n]; all frames of unit -1 are -1.
+
+    In:  units 3 4 -1, rate 2
+    Out: 6 7 8 9 -1 -1
+    """
     frames = jnp.where(units[..., None] < 0, -1, rate * units[..., None] + jnp.arange(rate))
     return frames.reshape(len(units), -1)
 
 
 def compute(
-    flow: Flow, state: FlowState, upto: Array, finished: Array, mine: Array, width: int
-) -> tuple[Array, FlowPast]:
-    """Mel [B, 2 width, M] of the open chunk's first `width` units, of which those before `upto` [B] exist.
+    flow: Flow, state: FlowState, target: Array, finished: Array, active: Array, width: int
+) -> tuple[Array, FlowCache]:
+    """Mel [B, 2 width, M] of the open chunk's first `width` units, and the cache after it.
 
-    finished [B]: how many of the chunk's units become past; mine [B] bool: the streams whose past this is, the rest keep theirs.
+    target [B]: the first unit whose mel is not due; finished [B]: how many units of the chunk will
+    not change again; active [B] bool: streams of this pass; the caches of the others do not change.
     """
-    config, plan, rate, past = flow.config, state.plan, flow.config.upsample, state.past
-    wide = min(
-        width + config.lookahead, plan.chunks.size
-    )  # the encoder sees units that still wait for their mel,
-    ahead = min(
-        wide + config.lookahead, plan.room
-    )  # and what it looks ahead to may belong to the next chunk
-    slot = jnp.where(mine, state.slot(), plan.capacity)  # outside of the memory nothing is written
+    config, plan, rate = flow.config, state.plan, flow.config.upsample
+    # The encoder takes the units whose mel is due and their look-ahead, which also has keys, ...
+    encoded = min(width + config.lookahead, plan.chunks.size)
+    # ... and mixes each of them with the units after it, which may belong to the next chunk.
+    mixed = min(encoded + config.lookahead, plan.max_open_units)
+    # Behind the ring's end nothing is written.
+    ring_start = jnp.where(active, state.ring_start(), plan.capacity)
 
-    def window(queries: int, keys: int, length: Array, rate: int) -> Window:
-        query, key = (
-            frames_of(state.start[:, None] + jnp.arange(queries), rate),
-            frames_of(state.tenants(keys), rate),
-        )
-        extents = tuple(rate * extent for extent in plan.extents)
-        return Window.over(
-            query,
-            key,
-            rate * length,
-            plan.chunks,
-            rate,
-            slot=rate * slot,
-            kept=rate * finished,
-            extents=extents,
+    def window(queries: int, keys: int, num_units: Array, rate: int) -> Window:
+        query = frames_of(state.chunk_start[:, None] + jnp.arange(queries), rate)
+        key = frames_of(state.cached_units_with(keys), rate)
+        return dataclasses.replace(
+            Window.build(query, key, rate * num_units, plan.chunks, rate),
+            ring_start=rate * ring_start,
+            num_finished=rate * finished,
+            read_sizes=tuple(rate * size for size in plan.read_sizes),
         )
 
-    units, frames = window(ahead, wide, state.count, 1), window(wide, wide, state.count, rate)
-    features, encoder = flow.encoder(
-        flow.embed(state.units[:, :ahead]), units, frames, past.encoder
-    )
-    mu, frames = flow.project(features[:, : rate * width]), window(width, width, upto, rate)
+    units = window(mixed, encoded, state.num_units, 1)
+    frames = window(encoded, encoded, state.num_units, rate)
+    embedded = flow.embed(state.open_units[:, :mixed])
+    features, encoder = flow.encoder(embedded, units, frames, state.cache.encoder)
+    mu = flow.project(features[:, : rate * width])
+    frames = window(width, width, target, rate)
     z = jnp.take(flow.noise[...].astype(mu.dtype), frames.query % config.noise_frames, axis=0)
-    mel, tails, memory = flow.solve(
-        mu, state.voice, jnp.zeros_like(mu), z, frames, past.tails, past.memory
-    )
-    return mel, FlowPast(encoder, tails, memory)
+    cond = jnp.zeros_like(mu)  # no prompt
+    mel, estimator = flow.solve(mu, state.voice, cond, z, frames, state.cache.estimator)
+    return mel, FlowCache(encoder, estimator)
 
 
 def flow_step(
     flow: Flow, state: FlowState, new: Array, counts: Array, final: Array
 ) -> tuple[FlowState, Array, Array]:
-    """One step of all streams -> (state, mel [B, F, M], mel frame counts [B]), F = 2 (W + lookahead).
+    """One step of all streams -> (state, mel [B, F, M], frame counts [B]), F = 2 (W + lookahead).
 
-    new [B, W]: units, of which the first counts [B] are new; final [B] bool: no more will come, so what lacks its look-ahead is
-    given out, too. A stream without new units gives nothing, and after its end only `restart` makes it speak again.
-    Reference: SpeechDecoder.token2wav, which runs everything again and keeps the mel from 2 * token_offset on.
+    new [B, W]: units, of which the first counts [B] are new; final [B] bool: no more units will
+    come, so the frames of the last units are returned without their look-ahead. A stream without
+    new units returns nothing. After `final`, call `restart` before the slot is used again.
+    Raises ValueError if W is not the plan's.
+    Reference: SpeechDecoder.token2wav, which computes all units again in every call.
     """
     plan, rate = state.plan, flow.config.upsample
     if new.shape[1] != plan.write:
         raise ValueError(f"{new.shape[1]} new units a step; the state was made for {plan.write}")
     state = state.append(new, counts)
-    ready = jnp.where(final, state.count, jnp.maximum(state.count - plan.lookahead, state.given))
-    frame = rate * state.given[:, None] + jnp.arange(rate * (plan.write + plan.lookahead))
-    frames = rate * (ready - state.given)
+    known = jnp.maximum(state.num_units - plan.lookahead, state.num_delivered)
+    ready = jnp.where(final, state.num_units, known)
+    frame = rate * state.num_delivered[:, None] + jnp.arange(rate * (plan.write + plan.lookahead))
+    frames = rate * (ready - state.num_delivered)
 
-    def advance(_, carry, mine: Array, upto: Array, width: int):
-        """A pass of the streams `mine`, to the unit `upto`."""
+    def advance(_, carry, active: Array, target: Array, width: int):
+        """One pass of the `active` streams, up to the unit `target`."""
         state, out = carry
-        finished = jnp.where(mine & (upto == plan.chunks.end(state.start)), upto - state.start, 0)
-        mel, past = compute(flow, state, upto, finished, mine, width)
-        at = jnp.clip(frame - rate * state.start[:, None], 0, rate * width - 1)
-        fresh = (
-            mine[:, None] & (frame >= rate * state.given[:, None]) & (frame < rate * upto[:, None])
-        )
-        out = jnp.where(fresh[..., None], jnp.take_along_axis(mel, at[..., None], 1), out)
+        finished = active & (target == plan.chunks.end(state.chunk_start))
+        finished = jnp.where(finished, target - state.chunk_start, 0)
+        mel, cache = compute(flow, state, target, finished, active, width)
+        index = jnp.clip(frame - rate * state.chunk_start[:, None], 0, rate * width - 1)
+        is_new = (frame >= rate * state.num_delivered[:, None]) & (frame < rate * target[:, None])
+        is_new = active[:, None] & is_new
+        out = jnp.where(is_new[..., None], jnp.take_along_axis(mel, index[..., None], 1), out)
+        num_delivered = jnp.where(active, target, state.num_delivered)
         state = dataclasses.replace(
-            state,
-            units=jnp.take_along_axis(
-                state.units,
-                jnp.minimum(jnp.arange(plan.room) + finished[:, None], plan.room - 1),
-                1,
-            ),
-            start=state.start + finished,
-            given=jnp.where(mine, upto, state.given),
-            tenant=state.tenants(finished[:, None]),
-            past=past,
+            state.finish(finished), num_delivered=num_delivered, cache=cache
         )
         return state, out
 
-    def sweep(carry):
-        """What is left of an open chunk, then what there is of the next one: mostly that takes a smaller window."""
-        for width, below in zip(
-            reversed(plan.widths), (*reversed(plan.widths[:-1]), 0), strict=True
-        ):
+    def advance_all(carry):
+        """Advance every stream by one chunk at most.
+
+        Window sizes are tried from the largest: finishing a chunk mostly takes a larger window than
+        beginning the next one, so both may happen in one round.
+        """
+        buckets = plan.window_buckets
+        for smaller, width in reversed(list(zip((0, *buckets[:-1]), buckets, strict=True))):
             state, _ = carry
-            upto = jnp.minimum(ready, plan.chunks.end(state.start))
-            needed = jnp.where(upto > state.given, upto - state.start, 0)
-            mine = (below < needed) & (needed <= width)
-            # A loop that runs once or not at all: unlike a switch, it works on the past in place.
-            carry = jax.lax.fori_loop(
-                0,
-                jnp.any(mine).astype(jnp.int32),
-                partial(advance, mine=mine, upto=upto, width=width),
-                carry,
-            )
+            target = jnp.minimum(ready, plan.chunks.end(state.chunk_start))
+            needed = jnp.where(target > state.num_delivered, target - state.chunk_start, 0)
+            active = (smaller < needed) & (needed <= width)
+            # A loop of one or no iteration: unlike a conditional, it updates the cache in place.
+            iterations = jnp.any(active).astype(jnp.int32)
+            body = partial(advance, active=active, target=target, width=width)
+            carry = jax.lax.fori_loop(0, iterations, body, carry)
         return carry
 
+    def unfinished(carry) -> Array:
+        return jnp.any(carry[0].num_delivered < ready)
+
     mel = jnp.zeros((*frame.shape, flow.config.mels))
-    state, mel = jax.lax.while_loop(
-        lambda carry: jnp.any(carry[0].given < ready), sweep, (state, mel)
-    )
+    state, mel = jax.lax.while_loop(unfinished, advance_all, (state, mel))
     return state, mel, frames

@@ -1,0 +1,68 @@
+"""Attention over a window's own frames or over a RingKVCache, and the loop over stacked blocks.
+
+B rows, T frames of the window, S keys, N heads, H head size, C channels.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from omni2_jax.models.flow.cache import RingKVCache
+from omni2_jax.models.flow.mask import Window
+from omni2_jax.models.layers import scan
+from omni2_jax.sharding import constrain
+
+Array = jax.Array
+
+
+def cached_attention(
+    q: Array, k: Array, v: Array, bias: Array, window: Window, cache: RingKVCache | None
+) -> tuple[Array, RingKVCache | None]:
+    """Softmax attention of scaled q over k and v, each [B, T, N, H] -> ([B, T, N, H], cache).
+
+    With a cache, k and v are written to the layer that the cache is `at`, and q attends to all of
+    that layer. bias broadcasts to [B, N, T, S]. Of the S places only the first few are read that
+    hold every visible key: the smallest of window.read_sizes that does.
+    """
+    if cache is None:
+        return softmax_attention(q, k.swapaxes(1, 2), v.swapaxes(1, 2), bias), None
+    cache = cache.write(window.ring_start, k, v)
+
+    def attend_first(size: int) -> Array:
+        return softmax_attention(q, *cache.read(size, q.dtype), bias)
+
+    smallest = jnp.sum(window.num_keys.max() > jnp.array(window.read_sizes[:-1]))
+    branches = [functools.partial(attend_first, size) for size in window.read_sizes]
+    return jax.lax.switch(smallest, branches), cache
+
+
+def softmax_attention(q: Array, keys: Array, values: Array, bias: Array) -> Array:
+    """q [B, T, N, H] over keys and values [B, N, S, H] -> [B, T, N, H].
+
+    The bias may have more than S columns; the first S are used. Heads come before time in keys and
+    values, since what is read often is read head by head.
+    """
+    scores = jnp.einsum("BTNH,BNSH->BNTS", q, keys) + bias[..., : keys.shape[2]]
+    weights = jax.nn.softmax(scores, -1)
+    # Heads go behind time only at the end: as the einsum's output it doubles the time on a CPU.
+    return jnp.einsum("BNTS,BNSH->BNTH", weights, values).swapaxes(1, 2)
+
+
+def run_blocks(
+    blocks: nnx.Module, x: Array, window: Window, cache: RingKVCache | None
+) -> tuple[Array, RingKVCache | None]:
+    """x [B, T, C] through stacked transformer blocks -> ([B, T, C], cache).
+
+    The cache is at the layer of the first block, and comes back at the layer after the last one.
+    """
+
+    def body(block, carry, _):
+        x, cache = block(carry[0], window, carry[1])
+        x = constrain(x, "batch", None, None)
+        return (x, None if cache is None else cache.next_layer()), None
+
+    # Without a cache (training), attention is computed again in the backward pass: saving all of
+    # its activations takes 115 GB for 16 replies of 20 s.
+    return scan(blocks, body, (x, cache), remat="full" if cache is None else "none")[0]

@@ -1,0 +1,83 @@
+"""What the flow keeps of finished frames: keys and values for attention, inputs for convolutions.
+
+One convention in this package: a module is called with (x, ..., window, cache) and returns
+(y, cache). Without a cache (a whole utterance at once; training) both are None.
+B rows, T frames of the window, S places of the ring, N heads, H head size, C channels, L layers.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class RingKVCache:
+    """Keys and values of the last S frames, for all layers at once.
+
+    The places 0 to S - 1 form a ring: new frames overwrite the oldest ones. The caller chooses the
+    place of each frame (Window.ring_start) and knows which frame is where (FlowState.cached_units).
+
+    Key and value are side by side in one array, since a TPU pads the last axis to 128: keys of 64
+    alone would take twice the space, or be kept in another order and copied in every call.
+    """
+
+    axes: ClassVar = ("batch", "heads", None, None)  # logical axes of one layer
+    pairs: Array  # [L, B, N, S, 2H]
+    layer: Array | None = None  # [] the layer that `write` and `read` use; None between steps
+
+    @classmethod
+    def empty(
+        cls, layers: int, batch: int, capacity: int, heads: int, head_size: int, dtype
+    ) -> "RingKVCache":
+        """A cache of `capacity` frames."""
+        return cls(jnp.zeros((layers, batch, heads, capacity, 2 * head_size), dtype))
+
+    def at(self, layer: Array | None) -> "RingKVCache":
+        """The same cache, of which `write` and `read` use this layer."""
+        return dataclasses.replace(self, layer=layer)
+
+    def next_layer(self) -> "RingKVCache":
+        """The same cache at the layer after this one."""
+        assert self.layer is not None
+        return self.at(self.layer + 1)
+
+    def write(self, start: Array, k: Array, v: Array) -> "RingKVCache":
+        """Put k and v [B, T, N, H] at places start[b], start[b] + 1, ...
+
+        A row whose places would reach beyond S is not written at all.
+        """
+        pairs = jnp.concatenate([k, v], -1).swapaxes(1, 2).astype(self.pairs.dtype)
+        indices = jnp.stack([jnp.full_like(start, self.layer), jnp.arange(len(start)), start], -1)
+        # Scatter one contiguous window per row. A scatter frame by frame would force a layout with
+        # heads behind time, which attention reads slowly.
+        window = jax.lax.ScatterDimensionNumbers(
+            (1, 2, 3), inserted_window_dims=(0, 1), scatter_dims_to_operand_dims=(0, 1, 3)
+        )
+        drop = jax.lax.GatherScatterMode.FILL_OR_DROP
+        pairs = jax.lax.scatter(self.pairs, indices, pairs, window, unique_indices=True, mode=drop)
+        return dataclasses.replace(self, pairs=pairs)
+
+    def read(self, size: int, dtype) -> tuple[Array, Array]:
+        """Keys and values of the first `size` places, each [B, N, size, H]."""
+        batch, heads, _, width = self.pairs.shape[1:]
+
+        def half(first: int) -> Array:
+            start, shape = (self.layer, 0, 0, 0, first), (1, batch, heads, size, width // 2)
+            return jax.lax.dynamic_slice(self.pairs, start, shape)[0].astype(dtype)
+
+        return half(0), half(width // 2)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class ConvCache:
+    """The inputs of a causal convolution of kernel size K that lie before its next window."""
+
+    axes: ClassVar = ("batch", None, None)  # axes before these are layers and Euler steps
+    inputs: Array  # [..., B, K - 1, C]
