@@ -345,7 +345,7 @@ def attention(bench: Bench) -> Callable[[int], float]:
         flow = bench.engine.state.flow
         ready, opened = units + plan.write - plan.lookahead, bench.opened(units)
         needed = min(ready, plan.chunks.end(opened)) - opened
-        width = rate * next(w for w in (*plan.window_buckets, needed) if w >= needed)
+        width = rate * next(w for w in plan.window_buckets if w >= needed)
         inputs = (
             jnp.ones((rows, width, heads, size // 2)),
             jnp.zeros((rows, 1, width, places)),

@@ -91,7 +91,9 @@ def test_encoder(flow):
     want = golden("encoder")
     units, lengths = padded([want[f"L{n}_token"] for n in LENGTHS])
     seen = windows(units.shape[1], lengths)
-    h = jax.jit(lambda u: flow.encoder(flow.embed(u), *seen, None)[0], compiler_options=QUICK)(units)
+    h = jax.jit(lambda u: flow.encoder(flow.embed(u), *seen, None)[0], compiler_options=QUICK)(
+        units
+    )
     for row, n in zip(h, LENGTHS, strict=True):
         close(row[: 2 * n], want[f"L{n}_h"], 1e-4)
 

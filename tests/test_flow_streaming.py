@@ -178,5 +178,8 @@ def test_sizes_for_the_released_chunk():
     assert plan.window_buckets == (7, 17, 27, 37, 47, 50) and plan.capacity == 300
     plan = StreamPlan.of(TINY, 10, Chunks(10, left=3, shift=3))
     assert plan.window_buckets == (10,) and plan.capacity == 40
-    assert StreamPlan.of(TINY, 10, Chunks(10, left=3, shift=3), bucketed=False).window_buckets == (3, 10)
+    assert StreamPlan.of(TINY, 10, Chunks(10, left=3, shift=3), bucketed=False).window_buckets == (
+        3,
+        10,
+    )
     assert StreamPlan.of(TINY, 10, Chunks(50, left=3), bucketed=False).window_buckets == (10, 50)

@@ -65,7 +65,10 @@ class DecodeState:
 
 def plan_of(config: Omni2Config, engine_config: EngineConfig) -> StreamPlan:
     """The static sizes of the flow's streams."""
-    size, left_chunks = engine_config.flow_chunk or config.flow.chunk, engine_config.flow_left_chunks
+    size, left_chunks = (
+        engine_config.flow_chunk or config.flow.chunk,
+        engine_config.flow_left_chunks,
+    )
     # If one write is one chunk, the first chunk is shorter by the look-ahead; then every later
     # write completes exactly one chunk.
     chunks = Chunks(size, left_chunks, config.flow.lookahead if size == config.write else 0)
