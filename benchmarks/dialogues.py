@@ -9,7 +9,8 @@ import numpy as np
 from omni2_jax.audio import recordings
 from omni2_jax.config import Omni2Config
 from omni2_jax.models.model import SPEECH
-from omni2_jax.train.data.dataset import RATES, Dialogue, Turn, Writer, encode
+from omni2_jax.train.data.records import RATES, Dialogue, Turn, encode_clip
+from omni2_jax.train.data.writer import Writer
 from omni2_jax.train.examples import UNITS_PER_SECOND
 from omni2_jax.train.settings import TrainConfig
 
@@ -86,5 +87,5 @@ def write(path: Path, train: TrainConfig, config: Omni2Config, count: int) -> No
                             samples=0 if sound is None else len(sound),
                         )
                     )
-                    clips.append(None if sound is None else encode(sound, RATES[role]))
+                    clips.append(None if sound is None else encode_clip(sound, RATES[role]))
             writer.add(Dialogue(str(number), tuple(turns)), clips)

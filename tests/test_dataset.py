@@ -9,16 +9,10 @@ import msgpack
 import numpy as np
 import pytest
 
-from omni2_jax.train.data import dataset
-from omni2_jax.train.data.dataset import (
-    Dataset,
-    Dialogue,
-    RecordError,
-    Shards,
-    Turn,
-    Writer,
-    encode,
-)
+from omni2_jax.train.data import records
+from omni2_jax.train.data.dataset import Dataset, RecordError
+from omni2_jax.train.data.records import Dialogue, Turn, encode_clip
+from omni2_jax.train.data.writer import Shards, Writer
 from tests.support.dialogues import pcm, spoken
 
 RANDOM = np.random.default_rng(0)
@@ -55,7 +49,7 @@ def path(tmp_path_factory):
             rates = [16000, 24000] * len(clips)
             writer.add(
                 dialogue,
-                [encode(clip / 32768, rate) for clip, rate in zip(clips, rates, strict=False)],
+                [encode_clip(clip / 32768, rate) for clip, rate in zip(clips, rates, strict=False)],
             )
         writer.add(SILENT)
     return path
@@ -131,7 +125,7 @@ def test_any_thread_may_read_and_so_may_a_copy(path):
 
 def test_what_does_not_fit_into_16_bits_is_clipped():
     np.testing.assert_array_equal(
-        dataset.decode(encode(np.array([-1.5, -1, 0.5, 1, 2]), 24000)) * 32768,
+        records.decode_clip(encode_clip(np.array([-1.5, -1, 0.5, 1, 2]), 24000)) * 32768,
         [-32768, -32768, 16384, 32767, 32767],
     )
 
@@ -225,7 +219,7 @@ def test_a_bad_record(record, says, tmp_path):
 
 
 def test_a_bad_clip(tmp_path):
-    whole = encode(pcm(RANDOM, 20000) / 32768, 16000)
+    whole = encode_clip(pcm(RANDOM, 20000) / 32768, 16000)
     data = written(tmp_path, [packed(USER, REPLY)], [b"RIFF", whole[: len(whole) // 2], whole])
     for index in (0, 1):
         with pytest.raises(RecordError, match=rf"^{tmp_path}: clip {index} is damaged: .*FLAC"):
@@ -290,7 +284,7 @@ def test_opening(damage, says, copy):
 
 def test_a_cut_leaves_nothing_behind(tmp_path):
     with pytest.raises(KeyboardInterrupt), Writer(tmp_path / "set") as writer:
-        writer.add(TALKS[0][0], [encode(np.zeros(9), 16000), None])
+        writer.add(TALKS[0][0], [encode_clip(np.zeros(9), 16000), None])
         raise KeyboardInterrupt
     assert list(tmp_path.iterdir()) == []
 

@@ -19,7 +19,7 @@ from omni2_jax.checkpoint.tokenizer import Tokenizer
 from omni2_jax.config import Omni2Config
 from omni2_jax.models.model import SPEECH
 from omni2_jax.train import stages
-from omni2_jax.train.data.dataset import Dataset, Dialogue, RecordError, Turn, Writer, encode
+from omni2_jax.train.data.dataset import Dataset, RecordError
 from omni2_jax.train.data.loader import (
     EMPTY_ROW,
     Loader,
@@ -29,6 +29,8 @@ from omni2_jax.train.data.loader import (
     local_rows,
     schedule,
 )
+from omni2_jax.train.data.records import Dialogue, Turn, encode_clip
+from omni2_jax.train.data.writer import Writer
 from omni2_jax.train.examples import CLIP, PAD, Examples
 from omni2_jax.train.layout import arrange
 from omni2_jax.train.losses import IGNORE
@@ -61,7 +63,10 @@ def talk(name: str, *numbers: int) -> tuple[Dialogue, list[bytes]]:
             RANDOM.integers(0, 6561, 10 + 5 * number, np.int32),
         )
         turns += [("hi", None, QUESTIONS[number]), (text, units, REPLIES[number])]
-        clips += [encode(QUESTIONS[number] / 32768, 16000), encode(REPLIES[number] / 32768, 24000)]
+        clips += [
+            encode_clip(QUESTIONS[number] / 32768, 16000),
+            encode_clip(REPLIES[number] / 32768, 24000),
+        ]
     return spoken(name, turns), clips
 
 
@@ -326,7 +331,7 @@ def damaged(path, tmp_path) -> Path:
     """The data set with a byte of the question of dialogue 3 changed, and one of dialogue 5."""
     copy = shutil.copytree(path, tmp_path / "damaged")
     for file, where in (
-        (min(copy.glob("clips-*")), encode(QUESTIONS[3] / 32768, 16000)[200:240]),
+        (min(copy.glob("clips-*")), encode_clip(QUESTIONS[3] / 32768, 16000)[200:240]),
         (min(copy.glob("dialogues-*")), b"d5"),
     ):
         content = bytearray(file.read_bytes())
@@ -479,7 +484,7 @@ def test_a_question_over_30_seconds(made, tokenizer, tmp_path):
             Turn("user", "hi", samples=len(samples)),
             Turn("assistant", "No.", np.arange(5, dtype=np.int32)),
         )
-        writer.add(Dialogue("long", turns), [encode(samples / 32768, 16000), None])
+        writer.add(Dialogue("long", turns), [encode_clip(samples / 32768, 16000), None])
     row = row_of(made, "1a", 0, Bucket(2, 800), tmp_path / "long")
     np.testing.assert_array_equal(
         row["audio"].ravel(), np.pad(samples, (0, 2 * CLIP - len(samples)))

@@ -23,7 +23,8 @@ from omni2_jax.configs import stage1a, stage2
 from omni2_jax.generate.omni2 import Answer, Omni2, Options
 from omni2_jax.models.layers import LORA_SCALE
 from omni2_jax.train import loop, sampler, step, weights
-from omni2_jax.train.data.dataset import Dataset, encode
+from omni2_jax.train.data.dataset import Dataset
+from omni2_jax.train.data.records import encode_clip
 from omni2_jax.train.loop import Run
 from omni2_jax.train.settings import Bucket, MeshConfig, OptimizerConfig, TrainConfig
 from tests.support.compare import tree_equal
@@ -340,7 +341,7 @@ def test_spoken_samples(toy, talks, tmp_path, monkeypatch):
     # The second question cannot be read, which is no reason to stop.
     damaged, data = shutil.copytree(talks, tmp_path / "damaged"), Dataset(talks)
     file = min(damaged.glob("clips-*"))
-    second = encode(data.clip(data.dialogue(1).turns[0].clip), recordings.INPUT_RATE)
+    second = encode_clip(data.clip(data.dialogue(1).turns[0].clip), recordings.INPUT_RATE)
     file.write_bytes(file.read_bytes().replace(second[-100:], b"damaged" + second[-93:]))
     out = tmp_path / "run"
     run(toy(validation=str(damaged), validate_every=2), out)

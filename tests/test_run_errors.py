@@ -13,7 +13,8 @@ import pytest
 
 from omni2_jax.cli.main import main
 from omni2_jax.train import checkpoints, loop
-from omni2_jax.train.data.dataset import Dialogue, Turn, Writer
+from omni2_jax.train.data.records import Dialogue, Turn
+from omni2_jax.train.data.writer import Writer
 from omni2_jax.train.loop import Run
 from omni2_jax.train.settings import Bucket, OptimizerConfig
 from tests.support.releases import linked, replace

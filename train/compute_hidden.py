@@ -15,7 +15,7 @@ import rich.progress
 
 from omni2_jax import files, sharding
 from omni2_jax.train import stages, weights
-from omni2_jax.train.data.dataset import SHARD_BYTES, Shards
+from omni2_jax.train.data.writer import SHARD_BYTES, Shards
 from omni2_jax.train.hidden_states import identity
 from omni2_jax.train.loop import Data, Run
 from omni2_jax.train.settings import TrainConfig

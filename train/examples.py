@@ -13,7 +13,8 @@ import numpy as np
 from omni2_jax.audio import recordings
 from omni2_jax.checkpoint.tokenizer import Tokenizer
 from omni2_jax.config import Omni2Config
-from omni2_jax.train.data.dataset import Dataset, Dialogue, RecordError, Turn
+from omni2_jax.train.data.dataset import Dataset, RecordError
+from omni2_jax.train.data.records import Dialogue, Turn
 from omni2_jax.train.hidden_states import States
 from omni2_jax.train.layout import arrange
 from omni2_jax.train.losses import IGNORE
@@ -150,7 +151,7 @@ class Examples:
                 f"{self.data.path}: dialogue {dialogue.id!r} has {len(clips)} clips, its turns tell of {sum(talk.clips)}"
             )
         for i, clip in enumerate(clips):
-            put_at(row["audio"], (i,), pcm(clip))
+            put_at(row["audio"], (i,), recordings.to_int16(clip))
         put(row, {"ids": talk.ids})
 
     def fill_replies(self, row: Row, dialogue: Dialogue, talk: Conversation) -> None:
@@ -178,8 +179,8 @@ class Examples:
             row,
             {
                 "units": units,
-                "speech": pcm(speech),
-                "heard": pcm(
+                "speech": recordings.to_int16(speech),
+                "heard": recordings.to_int16(
                     recordings.resample(speech, recordings.OUTPUT_RATE, recordings.INPUT_RATE)
                 ),
             },
@@ -214,10 +215,6 @@ class Examples:
 
 
 UNITS_PER_SECOND = 25
-
-
-def pcm(samples: np.ndarray) -> np.ndarray:
-    return np.clip(np.round(samples * 32768), -32768, 32767).astype(np.int16)
 
 
 def put(row: Row, values: dict[str, np.ndarray]) -> None:

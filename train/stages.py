@@ -76,7 +76,7 @@ def hear(model: Model, train: TrainConfig, batch: dict[str, Array]) -> Array:
     """Recordings [B, C, N] int16 -> what the frozen speech encoder makes of them, [B * C, T, E]."""
     rows, clips, samples = batch["audio"].shape
     wav = constrain(
-        batch["audio"].reshape(rows * clips, samples).astype(jnp.float32) / 32768, "batch", None
+        recordings.from_int16(batch["audio"].reshape(rows * clips, samples)), "batch", None
     )
     return jax.lax.stop_gradient(model.speech_encoder(features.log_mel(wav).astype(train.dtype)))
 
@@ -131,7 +131,7 @@ def speak(model: Model, train: TrainConfig, x: Array, tokens: Array, targets: Ar
 def listen(model: Model, train: TrainConfig, batch: dict[str, Array]) -> tuple[Array, Array]:
     """Replies of U units -> mel [B, T, M] of their recordings at 24 kHz, and x-vectors [B, E] of the same at 16 kHz."""
     lengths = jnp.sum(batch["units"] != -1, 1)
-    speech, heard = (batch[name].astype(jnp.float32) / 32768 for name in ("speech", "heard"))
+    speech, heard = (recordings.from_int16(batch[name]) for name in ("speech", "heard"))
     mel = features.mel24k(
         speech, lengths * (recordings.OUTPUT_RATE // UNITS_PER_SECOND), model.flow.config.mels
     )

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from omni2_jax.train.data.dataset import Dialogue, Turn
+from omni2_jax.train.data.records import Dialogue, Turn
 
 
 def pcm(random: np.random.Generator, size: int) -> np.ndarray:

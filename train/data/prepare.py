@@ -24,9 +24,11 @@ from omni2_jax.audio import recordings
 from omni2_jax.cli.console import console, progress_bar
 from omni2_jax.models.speech_tokenizer import SpeechTokenizer, fingerprint, tokenize
 from omni2_jax.models.speech_tokenizer import load as load_speech_tokenizer
-from omni2_jax.train.data import dataset, sources
-from omni2_jax.train.data.dataset import RATES, Dialogue, Info, Writer, encode
+from omni2_jax.train.data import sources
+from omni2_jax.train.data.dataset import Info
+from omni2_jax.train.data.records import RATES, Dialogue, encode_clip
 from omni2_jax.train.data.sources import Entry, SourceError
+from omni2_jax.train.data.writer import SHARD_BYTES, Writer
 
 SECONDS = (
     3,
@@ -48,7 +50,7 @@ def prepare(
     format: str | None = None,
     speech_tokenizer: Path | None = None,
     strict: bool = False,
-    shard_mb: int = dataset.SHARD_BYTES // 2**20,
+    shard_mb: int = SHARD_BYTES // 2**20,
     batch: int = 16,
 ) -> None:
     """Make a data set of spoken dialogues; the parameters are those of `omni2 prepare`."""
@@ -136,7 +138,7 @@ def load(entry: Entry, hear: bool) -> Prepared | SourceError:
             zip(source.dialogue.turns, source.sounds, strict=True)
         ):
             samples = np.zeros(0) if path is None else sound(path, RATES[turn.role], index)
-            clips.append(encode(samples, RATES[turn.role]) if len(samples) else None)
+            clips.append(encode_clip(samples, RATES[turn.role]) if len(samples) else None)
             turns.append(dataclasses.replace(turn, samples=len(samples)))
             if hear and path is not None and turn.role == "assistant" and turn.units is None:
                 unheard[index] = sound(path, recordings.INPUT_RATE, index)

@@ -22,7 +22,7 @@ from typing import TextIO
 import numpy as np
 
 from omni2_jax.generate.questions import sound_path
-from omni2_jax.train.data.dataset import UNITS, Dialogue, Turn, check
+from omni2_jax.train.data.records import UNITS, Dialogue, Turn, check
 
 ROLES = {"human": "user", "gpt": "assistant"}
 UNIT_TEXT = re.compile(r"(?:<\d{1,9}>)+|\d{1,9}(?:[\s,]+\d{1,9})*")
