@@ -195,9 +195,9 @@ RECORDS = {
 
 def written(directory, dialogues: list[bytes], clips: list[bytes]):
     """A data set of records as they are given."""
-    for name, records in (("dialogues", dialogues), ("clips", clips)):
+    for name, contents in (("dialogues", dialogues), ("clips", clips)):
         shards = Shards(directory, name, 10**6)
-        for record in records:
+        for record in contents:
             shards.add(record)
         shards.close()
     (directory / "dataset.json").write_text(

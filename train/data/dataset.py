@@ -97,8 +97,8 @@ class Dataset:
         size = 0 if source is None else len(source)
         if size != count:
             raise ValueError(
-                f"{self.path} is damaged: its dataset.json tells of {count} {name}, its shards hold "
-                f"{size}"
+                f"{self.path} is damaged: its dataset.json tells of {count} {name}, its shards "
+                f"hold {size}"
             )
         return source
 

@@ -15,6 +15,7 @@ encoder, assistant turns at 24 kHz for the flow.
 import io
 import itertools
 from dataclasses import dataclass
+from typing import cast
 
 import msgpack
 import numpy as np
@@ -91,7 +92,7 @@ def short(value: object) -> str:
 def pack(dialogue: Dialogue) -> bytes:
     """A dialogue as a record."""
     turns = [vars(turn) | {"units": pack_units(turn.units)} for turn in dialogue.turns]
-    return msgpack.packb({"id": dialogue.id, "turns": turns})
+    return cast(bytes, msgpack.packb({"id": dialogue.id, "turns": turns}))
 
 
 def unpack(record: bytes) -> Dialogue:

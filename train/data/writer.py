@@ -32,11 +32,13 @@ class Shards:
 
     def add(self, record: bytes) -> int:
         """Write a record and return its index. Raises RuntimeError if the file system refuses."""
-        if self.writer is None or self.size + len(record) > self.limit:
+        writer = self.writer
+        if writer is None or self.size + len(record) > self.limit:
             self.finish_shard()
             self.paths.append(self.directory / f"{self.name}-{len(self.paths):05d}")
-            self.writer, self.size = ArrayRecordWriter(str(self.paths[-1]), OPTIONS), 0
-        self.writer.write(record)
+            writer = self.writer = ArrayRecordWriter(str(self.paths[-1]), OPTIONS)
+            self.size = 0
+        writer.write(record)
         self.size += len(record)
         self.count += 1
         return self.count - 1
