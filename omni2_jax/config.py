@@ -10,7 +10,7 @@ import json
 import math
 from dataclasses import field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, Optional, TypeVar
 
 import pydantic
 from pydantic import Field
@@ -26,6 +26,14 @@ PARTS = LANGUAGE_PARTS + DECODER_PARTS  # in the order of the data's path
 UNITS_PER_SECOND = 25  # of speech, fixed by the S3 tokenizer
 FRAMES_PER_UNIT = 2  # mel frames of the flow and the vocoder: 50 a second
 SEGMENT_FRAMES = 1500  # frames that the speech encoder makes of 30 s
+
+T = TypeVar("T")
+if TYPE_CHECKING:
+    # A part is `Optional`, but a type checker takes it as present: code that runs a part is called
+    # for checkpoints that have it, and would otherwise have to test for None in every line.
+    Part = Annotated[T, "or None"]
+else:
+    Part = Optional
 
 STRICT = pydantic.ConfigDict(extra="forbid")  # unknown names are errors: a typo, another program
 
@@ -256,15 +264,13 @@ class TokenConfig:
 class Omni2Config:
     """The whole model. A part that a checkpoint lacks is None."""
 
-    llm: DecoderConfig | None = field(default_factory=DecoderConfig)
-    speech_encoder: SpeechEncoderConfig | None = field(default_factory=SpeechEncoderConfig)
-    adapter: AdapterConfig | None = field(default_factory=AdapterConfig)
-    speech_lm: DecoderConfig | None = field(
-        default_factory=lambda: DecoderConfig(vocabulary=158227)
-    )
-    flow: FlowConfig | None = field(default_factory=FlowConfig)
-    vocoder: HiftConfig | None = field(default_factory=HiftConfig)
-    speaker: SpeakerConfig | None = field(default_factory=SpeakerConfig)
+    llm: Part[DecoderConfig] = field(default_factory=DecoderConfig)
+    speech_encoder: Part[SpeechEncoderConfig] = field(default_factory=SpeechEncoderConfig)
+    adapter: Part[AdapterConfig] = field(default_factory=AdapterConfig)
+    speech_lm: Part[DecoderConfig] = field(default_factory=lambda: DecoderConfig(vocabulary=158227))
+    flow: Part[FlowConfig] = field(default_factory=FlowConfig)
+    vocoder: Part[HiftConfig] = field(default_factory=HiftConfig)
+    speaker: Part[SpeakerConfig] = field(default_factory=SpeakerConfig)
     tokens: TokenConfig = field(default_factory=TokenConfig)
     # What the speech LM is given of a text token (fusion.py); "text": the token's embedding alone.
     mix: Literal["gate", "sum", "hidden", "text"] = "gate"
