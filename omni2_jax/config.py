@@ -1,8 +1,9 @@
 """The dimensions of every part, and the range of each. Defaults: the released LLaMA-Omni2-0.5B with its CosyVoice2 decoder.
 
 Configurations are frozen dataclasses that pydantic checks when they are made, from a file or in
-Python: ranges by the types of the fields, relations between fields in `__post_init__`. The upper
-bounds lie far above any published model; they keep a damaged file from asking for all memory.
+Python: ranges by the types of the fields, relations within a part in `__post_init__`, those between
+parts by `Omni2Config.check`. The upper bounds lie far above any published model; they keep a
+damaged file from asking for all memory.
 """
 
 import dataclasses
@@ -280,7 +281,11 @@ class Omni2Config:
     # LLM positions of a conversation at most (tokenizer_model_max_length)
     max_prompt: Annotated[int, Field(ge=1, le=10_000_000)] = 4096
 
-    def __post_init__(self):
+    def check(self) -> None:
+        """Raise ValueError, one line, if settings of different parts do not fit one another.
+
+        It runs when a configuration is loaded or saved: the converter replaces one part at a time.
+        """
         self.check_tokens()
         if self.flow and self.vocoder:
             check_equal("vocoder.mels", self.vocoder.mels, "flow.mels", self.flow.mels)
@@ -346,7 +351,8 @@ class Omni2Config:
         require(not absent, f"{path}: {', '.join(absent)} is null, expected the part's settings")
 
     def save(self, path: Path) -> None:
-        """Write config.json, whole or not at all."""
+        """Write config.json, whole or not at all. Raises ValueError if the parts do not fit (`check`)."""
+        self.check()
         with atomic_write(path) as file:
             file.write(json.dumps(dataclasses.asdict(self), indent=1) + "\n")
 
@@ -359,7 +365,12 @@ class Omni2Config:
             raise ValueError(
                 f"{path.parent} is not an omni2-jax checkpoint: it has no {path.name}"
             ) from None
-        return validated(cls, content, f"{path} is not an omni2-jax config", RENAMED)
+        config = validated(cls, content, f"{path} is not an omni2-jax config", RENAMED)
+        try:
+            config.check()
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+        return config
 
 
 RENAMED = {  # former names of settings in config.json
