@@ -1,10 +1,11 @@
-"""The `omni2` command: one application, one file for each of its subcommands."""
+"""The `omni2` command. Each of its subcommands is one file of this folder."""
 
 import logging
 import os
 import sys
 import threading
 from pathlib import Path
+from types import TracebackType
 from typing import Annotated
 
 import typer
@@ -12,20 +13,22 @@ import typer
 from omni2_jax import __version__
 from omni2_jax.cli import chat, console, convert, hidden, info, prepare, train
 
-app = console.new_app(no_args_is_help=True)
-for subcommand in (
+SUBCOMMANDS = (
     chat.chat,
     convert.convert,
     prepare.prepare,
     train.train,
     hidden.hidden,
     info.info,
-):
+)
+
+app = console.new_app()
+for subcommand in SUBCOMMANDS:
     app.command()(subcommand)
 
 
-def show_version(wanted: bool) -> None:
-    if wanted:
+def show_version(requested: bool) -> None:
+    if requested:
         print(f"omni2-jax {__version__}")
         raise typer.Exit()
 
@@ -37,26 +40,39 @@ def omni2(
         typer.Option("--version", callback=show_version, is_eager=True, help="Print the version."),
     ] = False,
 ) -> None:
-    """LLaMA-Omni2 in JAX: a language model that hears a spoken question and answers in text and in speech at once."""
+    """LLaMA-Omni2 in JAX: a language model that answers speech in text and speech."""
 
 
-def excepthook(kind, value, trace) -> None:
-    """Show only the main thread's exception: when one parameter cannot be read, the threads that read the others fail too."""
+def show_exception(
+    kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
+    """Print the traceback of the main thread only.
+
+    When one parameter cannot be read, the threads that read the others fail as a consequence.
+    """
     if threading.current_thread() is threading.main_thread():
-        sys.__excepthook__(kind, value, trace)
+        sys.__excepthook__(kind, error, trace)
+
+
+def silence(_: object) -> None:
+    """An exception hook that prints nothing."""
 
 
 def main(*arguments: str) -> None:
-    """The entry point of `omni2`; `python -m convert` and `python -m train` call it with their subcommand in `arguments`."""
-    # A run finds what an earlier one has compiled. JAX reads this when it is first imported, which is later.
+    """Run `omni2` with `arguments`, then those of the process, and exit.
+
+    `python -m convert` and `python -m train` pass the name of their subcommand. Without any
+    argument the help is printed.
+    """
+    # A process reuses what an earlier one has compiled. JAX reads this variable when it is first
+    # imported, and the subcommands import it only when they run.
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path.home() / ".cache" / "omni2-jax"))
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # else it advises to install PyTorch
-    sys.excepthook = excepthook
-    sys.unraisablehook = threading.excepthook = lambda _: None
-    logging.getLogger("asyncio").setLevel(
-        logging.CRITICAL
-    )  # reads that were given up log their failures
-    console.run(app, [*arguments, *sys.argv[1:]])
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # no advice to install PyTorch
+    sys.excepthook = show_exception
+    sys.unraisablehook = threading.excepthook = silence
+    # asyncio logs the failure of reads that were cancelled because another one failed.
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    console.run(app, [*arguments, *sys.argv[1:]] or ["--help"], program="omni2")
 
 
 if __name__ == "__main__":
