@@ -271,7 +271,7 @@ def test_a_json_array_is_read_a_piece_at_a_time(tmp_path, monkeypatch):
             encoding="utf-8",
         )
         for chunk in (1, 7, 1000, 10**6):
-            monkeypatch.setattr(sources, "CHUNK", chunk)
+            monkeypatch.setattr(sources, "BLOCK", chunk)
             read = list(sources.json_array(tmp_path / "x.json"))
             assert [item for item, _ in read[:-2]] == items[:-2]
             done = [share for _, share in read]
@@ -298,7 +298,7 @@ DAMAGED = {
         {"turns": turns_but(0, audio="gone.wav")},
         "turn 0: {}/gone.wav does not exist",
     ),
-    "audio a folder": ({"turns": turns_but(0, audio=".")}, "turn 0: {} does not exist"),
+    "audio a folder": ({"turns": turns_but(0, audio=".")}, "turn 0: {}: Is a directory"),
     "audio unreadable": (
         {"turns": turns_but(1, audio="data.jsonl")},
         "turn 1: {}/data.jsonl is not audio that can be read",
@@ -371,7 +371,8 @@ def test_damaged_dialogues_are_counted_and_named(folder):
     data = Dataset(folder / "out")
     assert [data.dialogue(i).id for i in range(len(data))] == ["good"]
     counts = {
-        "audio missing": 2,
+        "audio missing": 1,
+        "audio unreadable": 2,
         "no text": 3,
         "unit out of range": 3,
         "roles not in turn": 2,

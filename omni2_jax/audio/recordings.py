@@ -74,9 +74,8 @@ def load_turn(
     these do.
     """
     if over == "split":
-        samples = load(path)
-    else:
-        samples = load(path, seconds=window / INPUT_RATE, over=over)
+        return fit(load(path), over, window, path)
+    samples = load(path, seconds=window / INPUT_RATE, over=over)
     return fit(samples, over, window, path)
 
 

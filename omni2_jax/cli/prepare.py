@@ -1,4 +1,4 @@
-"""`omni2 prepare`: recorded dialogues, however they are kept, become a data set to train on."""
+"""`omni2 prepare`: makes a data set to train on from recorded dialogues."""
 
 from pathlib import Path
 from typing import Annotated
@@ -10,29 +10,40 @@ def prepare(
     source: Annotated[
         Path,
         typer.Option(
-            help="A questions.json, a .jsonl or a folder with data.jsonl, or InstructS2S-200K's JSON."
+            help="A questions.json, a .jsonl, a folder with data.jsonl, or InstructS2S-200K's JSON."
         ),
     ],
     out: Annotated[Path, typer.Option(help="The data set to make: a new directory.")],
     format: Annotated[
         str | None,
-        typer.Option(help="questions, jsonl or instructs2s; inferred from the file otherwise."),
+        typer.Option(help="questions, jsonl or instructs2s. [default: inferred from the file]"),
     ] = None,
     speech_tokenizer: Annotated[
         Path | None,
         typer.Option(
-            help="A checkpoint with a speech tokenizer, for replies without units.", metavar="CKPT"
+            help="A checkpoint with a speech tokenizer, which makes units of recorded replies "
+            "that bring none.",
+            metavar="CKPT",
         ),
     ] = None,
     strict: Annotated[
-        bool, typer.Option("--strict", help="End at the first dialogue that cannot be used.")
+        bool,
+        typer.Option(
+            "--strict",
+            help="Fail at the first dialogue that cannot be used, instead of leaving it out.",
+        ),
     ] = False,
-    shard_mb: Annotated[int, typer.Option(min=1, help="Size of the data set's files.")] = 512,
+    shard_mb: Annotated[
+        int, typer.Option(min=1, help="Approximate size of the data set's files, in MB.")
+    ] = 512,
     batch: Annotated[
-        int, typer.Option(min=1, help="Recordings that the speech tokenizer hears at once.")
+        int, typer.Option(min=1, help="Recordings that the speech tokenizer processes at once.")
     ] = 16,
+    max_seconds: Annotated[
+        float, typer.Option(help="Leave out dialogues with a longer recording.")
+    ] = 600,
 ) -> None:
-    """Make a data set of spoken dialogues."""
+    """Make a data set of spoken dialogues. Dialogues that cannot be used are left out and named."""
     from omni2_jax.train.data import prepare
 
-    prepare.prepare(source, out, format, speech_tokenizer, strict, shard_mb, batch)
+    prepare.prepare(source, out, format, speech_tokenizer, strict, shard_mb, batch, max_seconds)

@@ -1,24 +1,26 @@
-"""Recorded dialogues, however they are kept, become a data set that `omni2 train` reads.
+"""Recorded dialogues of a source become a data set that `omni2 train` reads.
 
-Recordings are resampled and stored, and replies that bring a recording but no units get theirs from the speech tokenizer,
-which hears a batch of one of a few fixed lengths at a time. What cannot be used is counted, named and left out. A user's turn
-over 30 s is kept whole: it becomes several clips when a training example is made of it.
+Recordings are resampled and stored. Replies that bring a recording but no units get them from the
+speech tokenizer, in batches of a few fixed lengths. Dialogues that cannot be used are counted,
+named and left out. A user's turn over 30 s is kept whole: training examples cut it into clips.
 """
 
 import contextlib
 import dataclasses
 import itertools
 import os
-from collections import defaultdict, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter, defaultdict, deque
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
+import jax.numpy as jnp
 import numpy as np
-import rich.console
 import rich.progress
 import rich.table
+import rich.text
 
 from omni2_jax.audio import recordings
 from omni2_jax.cli.console import console, progress_bar
@@ -30,18 +32,13 @@ from omni2_jax.train.data.records import RATES, Dialogue, encode_clip
 from omni2_jax.train.data.sources import Entry, SourceError
 from omni2_jax.train.data.writer import SHARD_BYTES, Writer
 
-SECONDS = (
-    3,
-    6,
-    10,
-    15,
-    20,
-    30,
-)  # a batch of recordings is padded to one of these; over 30 s to 60, 120, 240 ...
-WINDOW = (
-    4  # batches of dialogues that are read at once, so that neighbours in length can share a batch
-)
-MAX_NAMED = 3  # of the dialogues left out for a reason, so many are named
+# Seconds that a batch of recordings is padded to; over 30 s to 60, 120, 240 and so on.
+BATCH_SECONDS = (3, 6, 10, 15, 20, 30)
+# Batches of dialogues that are read at once, so that recordings of like length share a batch.
+GROUP_BATCHES = 4
+MAX_NAMED = 3  # dialogues left out that are named for each kind of fault
+
+Item = TypeVar("Item")
 
 
 def prepare(
@@ -52,42 +49,45 @@ def prepare(
     strict: bool = False,
     shard_mb: int = SHARD_BYTES // 2**20,
     batch: int = 16,
+    max_seconds: float = 600,
 ) -> None:
-    """Make a data set of spoken dialogues; the parameters are those of `omni2 prepare`."""
+    """Make a data set; the parameters are those of `omni2 prepare`.
+
+    Raises ValueError if `source` cannot be read, `out` exists or cannot be written to, no dialogue
+    can be used or, when strict, one cannot. Then `out` is not there.
+    """
+    if not 0 < max_seconds <= recordings.MAX_SECONDS:
+        raise ValueError(
+            f"at most {max_seconds:g} s of a recording; expected more than 0, up to "
+            f"{recordings.MAX_SECONDS}"
+        )
     entries = sources.read(source, format)
     if out.exists():
         raise ValueError(f"{out} exists already; give a new directory")
-    tokenizer = None if speech_tokenizer is None else load_speech_tokenizer(speech_tokenizer)
-    made_by = (
-        {}
-        if tokenizer is None
-        else {
-            "tokenizer": str(speech_tokenizer),
-            "fingerprint": fingerprint(tokenizer),
-        }
-    )
-    damaged: dict[str, list[str]] = defaultdict(list)
-    reading = contextlib.closing(loaded(entries, tokenizer is not None, WINDOW * batch))
+    tokenizer, origin = None, {}
+    if speech_tokenizer is not None:
+        tokenizer = load_speech_tokenizer(speech_tokenizer)
+        origin = {"tokenizer": str(speech_tokenizer), "fingerprint": fingerprint(tokenizer)}
+    damaged = Damaged()
+    reading = read_groups(entries, tokenizer is not None, GROUP_BATCHES * batch, max_seconds)
     with (
-        Writer(out, shard_mb * 2**20, **made_by) as writer,
+        Writer(out, shard_mb * 2**20, **origin) as writer,
         progress_bar(rich.progress.TaskProgressColumn()) as progress,
-        reading as windows,
+        contextlib.closing(reading) as groups,
     ):
         task = progress.add_task("preparing", total=1.0)
-        for entry, result in tokenized(windows, tokenizer, batch):
+        for entry, result in tokenized(groups, tokenizer, batch):
             if isinstance(result, Prepared):
                 writer.add(result.dialogue, result.clips)
             elif strict:
-                raise ValueError(f"{source}: {entry.where}: {result}")
+                raise ValueError(f"{source}: {entry.context}: {result}")
             else:
-                damaged[result.kind].append(f"{entry.where}: {result}")
-            progress.update(
-                task, completed=entry.done, description=f"{writer.info.dialogues} dialogues"
-            )
+                damaged.add(result.kind, f"{entry.context}: {result}")
+            description = f"{writer.info.dialogues} dialogues"
+            progress.update(task, completed=entry.done, description=description)
         if not writer.info.dialogues:
-            raise ValueError(
-                f"nothing of {source} can be used: {summary(damaged) or 'it holds no dialogue'}"
-            )
+            reason = damaged.summary() or "it holds no dialogue"
+            raise ValueError(f"nothing of {source} can be used: {reason}")
     report(out, writer.info, damaged)
 
 
@@ -96,72 +96,90 @@ def prepare(
 
 @dataclass(frozen=True)
 class Prepared:
-    """A dialogue with its recordings as FLAC, one or None a turn, and by turn what the speech tokenizer has to hear, at 16 kHz."""
+    """A dialogue to be written.
+
+    clips: each turn's recording from `encode_clip`, or None. untokenized: by the index of the turn,
+    recordings [N] at 16 kHz of the replies that still lack units.
+    """
 
     dialogue: Dialogue
     clips: tuple[bytes | None, ...]
-    unheard: dict[int, np.ndarray]
+    untokenized: dict[int, np.ndarray]
 
-    def with_units(self, made: dict[int, np.ndarray]) -> "Prepared":
+    def with_units(self, units: dict[int, np.ndarray]) -> "Prepared":
+        """The same with units [U] of turns, by their index."""
         turns = [
-            dataclasses.replace(turn, units=made.get(i, turn.units))
-            for i, turn in enumerate(self.dialogue.turns)
+            dataclasses.replace(turn, units=units.get(index, turn.units))
+            for index, turn in enumerate(self.dialogue.turns)
         ]
         return Prepared(dataclasses.replace(self.dialogue, turns=tuple(turns)), self.clips, {})
 
 
-def loaded(
-    entries: Iterator[Entry], hear: bool, size: int
-) -> Iterator[list[tuple[Entry, Prepared | SourceError]]]:
-    """The dialogues in groups of `size`, each read in threads while the one before it is at work. hear: replies may need units."""
-    pool, ahead = ThreadPoolExecutor(os.cpu_count()), deque[list[tuple[Entry, Future]]]()
+Group = list[tuple[Entry, Prepared | SourceError]]
+
+
+def read_groups(
+    entries: Iterator[Entry], tokenize: bool, size: int, max_seconds: float
+) -> Generator[Group, None, None]:
+    """The dialogues in groups of `size`. Threads read a group while the one before it is in use.
+
+    tokenize: whether replies without units are to get them.
+    """
+    pool = ThreadPoolExecutor(os.cpu_count())
+    ahead: deque[list[tuple[Entry, Future[Prepared | SourceError]]]] = deque()
     try:
-        for group in itertools.chain(groups(entries, size), ([],)):
-            ahead.append([(entry, pool.submit(load, entry, hear)) for entry in group])
+        for group in itertools.chain(batches(entries, size), ([],)):
+            ahead.append(
+                [(entry, pool.submit(prepared, entry, tokenize, max_seconds)) for entry in group]
+            )
             if len(ahead) > 1:
                 yield [(entry, future.result()) for entry, future in ahead.popleft()]
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def groups(items: Iterable, size: int) -> Iterator[list]:
-    items = iter(items)
-    return iter(lambda: list(itertools.islice(items, size)), [])
+def batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
+    """Consecutive items in lists of `size`; the last may be shorter."""
+    iterator = iter(items)
+    while batch := list(itertools.islice(iterator, size)):
+        yield batch
 
 
-def load(entry: Entry, hear: bool) -> Prepared | SourceError:
-    """Read an entry's recordings; what is wrong with it, if it cannot be used."""
+def prepared(entry: Entry, tokenize: bool, max_seconds: float) -> Prepared | SourceError:
+    """An entry with its recordings, or what is wrong with it. tokenize: see `read_groups`."""
     try:
         source = entry.read()
-        clips, turns, unheard = [], [], {}
-        for index, (turn, path) in enumerate(
-            zip(source.dialogue.turns, source.sounds, strict=True)
-        ):
-            samples = np.zeros(0) if path is None else sound(path, RATES[turn.role], index)
-            clips.append(encode_clip(samples, RATES[turn.role]) if len(samples) else None)
-            turns.append(dataclasses.replace(turn, samples=len(samples)))
-            if hear and path is not None and turn.role == "assistant" and turn.units is None:
-                unheard[index] = sound(path, recordings.INPUT_RATE, index)
-        return Prepared(
-            dataclasses.replace(source.dialogue, turns=tuple(turns)), tuple(clips), unheard
-        )
-    except SourceError as damaged:
-        return damaged
+        clips, turns, untokenized = [], [], {}
+        turns_and_paths = zip(source.dialogue.turns, source.sounds, strict=True)
+        for index, (turn, path) in enumerate(turns_and_paths):
+            clip, count = None, 0
+            if path is not None:
+                samples = load(path, RATES[turn.role], index, max_seconds)
+                clip, count = encode_clip(samples, RATES[turn.role]), len(samples)
+                if tokenize and turn.role == "assistant" and turn.units is None:
+                    untokenized[index] = load(path, recordings.INPUT_RATE, index, max_seconds)
+            clips.append(clip)
+            turns.append(dataclasses.replace(turn, samples=count))
+        dialogue = dataclasses.replace(source.dialogue, turns=tuple(turns))
+        return Prepared(dialogue, tuple(clips), untokenized)
+    except SourceError as error:
+        return error
 
 
-def sound(path: Path, rate: int, turn: int) -> np.ndarray:
-    """A recording [N] at `rate` Hz. Raises SourceError."""
-    if not path.is_file():
+def load(path: Path, rate: int, turn: int, max_seconds: float) -> np.ndarray:
+    """The recording [N] of a turn, at `rate` Hz.
+
+    Raises SourceError if it is missing, unreadable, or not between 10 ms and `max_seconds` long.
+    """
+    if not os.path.exists(path):
         raise SourceError("audio missing", f"turn {turn}: {path} does not exist")
     try:
-        samples = recordings.load(path, rate)
+        samples = recordings.load(path, rate, max_seconds)
     except ValueError as error:
         raise SourceError("audio unreadable", f"turn {turn}: {error}") from None
     if len(samples) * 100 < rate:
-        raise SourceError(
-            "audio too short",
-            f"turn {turn}: {path} has {len(samples)} samples at {rate} Hz, less than 10 ms",
-        )
+        message = f"turn {turn}: {path} has {len(samples)} samples at {rate} Hz, less than 10 ms"
+        raise SourceError("audio too short", message)
     return samples
 
 
@@ -169,96 +187,116 @@ def sound(path: Path, rate: int, turn: int) -> np.ndarray:
 
 
 def tokenized(
-    windows: Iterable[list[tuple[Entry, Prepared | SourceError]]],
-    tokenizer: SpeechTokenizer | None,
-    batch: int,
+    groups: Iterable[Group], tokenizer: SpeechTokenizer | None, batch: int
 ) -> Iterator[tuple[Entry, Prepared | SourceError]]:
-    """Every dialogue in order, with the units of the replies that the tokenizer had to hear."""
-    for window in windows:
-        heard = [
-            (i, turn, wav)
-            for i, (_, item) in enumerate(window)
-            if isinstance(item, Prepared)
-            for turn, wav in item.unheard.items()
-        ]
-        made: dict[int, dict[int, np.ndarray]] = defaultdict(dict)
-        for (i, turn, _), row in zip(
-            heard, batched_units(tokenizer, [wav for *_, wav in heard], batch), strict=True
-        ):
-            made[i][turn] = row
-        for i, (entry, item) in enumerate(window):
-            yield entry, item.with_units(made[i]) if isinstance(item, Prepared) else item
+    """Every dialogue in order, with units for the replies that lacked them."""
+    for group in groups:
+        places, wavs = [], []
+        for number, (_, result) in enumerate(group):
+            if isinstance(result, Prepared):
+                for turn, wav in result.untokenized.items():
+                    places.append((number, turn))
+                    wavs.append(wav)
+        units: dict[int, dict[int, np.ndarray]] = defaultdict(dict)
+        if tokenizer is not None:
+            rows = batched_units(tokenizer, wavs, batch)
+            for (number, turn), row in zip(places, rows, strict=True):
+                units[number][turn] = row
+        for number, (entry, result) in enumerate(group):
+            if isinstance(result, Prepared):
+                result = result.with_units(units[number])
+            yield entry, result
 
 
 def batched_units(
-    tokenizer: SpeechTokenizer | None, wavs: Sequence[np.ndarray], batch: int
+    tokenizer: SpeechTokenizer, wavs: Sequence[np.ndarray], batch: int
 ) -> list[np.ndarray]:
-    """The units int32 [U] of recordings [N] at 16 kHz, those of similar length in a batch of one of a few shapes."""
-    order = sorted(range(len(wavs)), key=lambda i: len(wavs[i]))
+    """The units int32 [U] of each recording [N] at 16 kHz.
+
+    Recordings of like length share a batch, and batches have one of a few shapes.
+    """
+    order = sorted(range(len(wavs)), key=lambda index: len(wavs[index]))
     running = []
-    for some in groups(order, batch):
-        wav, lengths = recordings.pad([wavs[i] for i in some], fixed_length(len(wavs[some[-1]])))
-        rows = (0, batch - len(some))
-        running.append(
-            (some, tokenize(tokenizer, np.pad(wav, (rows, (0, 0))), np.pad(lengths, rows)))
-        )
-    made = {}
-    for some, (codes, counts) in running:  # fetched when all are under way
-        made |= {
-            i: row[:count]
-            for i, row, count in zip(some, np.asarray(codes), np.asarray(counts), strict=False)
-        }
-    return [made[i] for i in range(len(wavs))]
+    for indices in batches(order, batch):
+        size = fixed_length(len(wavs[indices[-1]]))
+        padded, lengths = recordings.pad([wavs[index] for index in indices], size)
+        empty = (0, batch - len(indices))
+        padded = jnp.asarray(np.pad(padded, (empty, (0, 0))))
+        codes = tokenize(tokenizer, padded, jnp.asarray(np.pad(lengths, empty)))
+        running.append((indices, codes))
+    units: dict[int, np.ndarray] = {}
+    for indices, (codes, counts) in running:  # fetched when all are dispatched
+        codes, counts = np.asarray(codes), np.asarray(counts)
+        units |= {index: codes[row, : counts[row]] for row, index in enumerate(indices)}
+    return [units[index] for index in range(len(wavs))]
 
 
 def fixed_length(samples: int) -> int:
-    """The samples that a batch is padded to."""
-    lengths = itertools.chain(SECONDS, (SECONDS[-1] * 2**i for i in itertools.count(1)))
-    return next(
-        seconds * recordings.INPUT_RATE
-        for seconds in lengths
-        if seconds * recordings.INPUT_RATE >= samples
-    )
+    """The samples that a batch is padded to whose longest recording has `samples`."""
+    for seconds in BATCH_SECONDS:
+        if samples <= seconds * recordings.INPUT_RATE:
+            return seconds * recordings.INPUT_RATE
+    size = BATCH_SECONDS[-1] * recordings.INPUT_RATE
+    while size < samples:
+        size *= 2
+    return size
 
 
-# ---- telling ----
+# ---- the closing report ----
 
 
-def summary(damaged: dict[str, list[str]]) -> str:
-    return "; ".join(
-        f"{len(names)} x {kind} (first: {names[0]})" for kind, names in damaged.items()
-    )
+@dataclass
+class Damaged:
+    """Dialogues left out: how many for each kind of fault, and what is said of the first ones."""
 
+    counts: Counter[str] = field(default_factory=Counter)
+    messages: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
 
-def report(out: Path, info: Info, damaged: dict[str, list[str]]) -> None:
-    """A closing table."""
-    table, replies = rich.table.Table(show_header=False, title=str(out)), info.turns // 2
-    table.add_row("dialogues", f"{info.dialogues:,}")
-    table.add_row("turns", f"{info.turns:,}")
-    table.add_row(
-        "questions recorded", f"{info.user_clips:,} of {replies:,}: {duration(info.user_seconds)}"
-    )
-    table.add_row(
-        "replies recorded",
-        f"{info.assistant_clips:,} of {replies:,}: {duration(info.assistant_seconds)}",
-    )
-    table.add_row(
-        "replies with units", f"{info.replies_with_units:,} of {replies:,}: {info.units:,} units"
-    )
-    if info.tokenizer:
-        table.add_row("speech tokenizer", f"{info.tokenizer} ({info.fingerprint})")
-    for kind, names in damaged.items():
-        more = ["..."] if len(names) > MAX_NAMED else []
-        table.add_row(
-            f"left out: {kind}", "\n".join([f"{len(names):,}", *names[:MAX_NAMED], *more])
+    def add(self, kind: str, message: str) -> None:
+        """Count a dialogue."""
+        self.counts[kind] += 1
+        if self.counts[kind] <= MAX_NAMED:
+            self.messages[kind].append(message)
+
+    def summary(self) -> str:
+        """All kinds in one line, each with its first message."""
+        return "; ".join(
+            f"{count} x {kind} (first: {self.messages[kind][0]})"
+            for kind, count in self.counts.items()
         )
-    console.print(table, markup=False)
+
+
+def report(out: Path, info: Info, damaged: Damaged) -> None:
+    """Print what the data set at `out` holds, and what was left out."""
+    replies = info.turns // 2
+    rows = {
+        "dialogues": f"{info.dialogues:,}",
+        "turns": f"{info.turns:,}",
+        "questions recorded": (
+            f"{info.user_clips:,} of {replies:,}: {duration(info.user_seconds)}"
+        ),
+        "replies recorded": (
+            f"{info.assistant_clips:,} of {replies:,}: {duration(info.assistant_seconds)}"
+        ),
+        "replies with units": (f"{info.replies_with_units:,} of {replies:,}: {info.units:,} units"),
+    }
+    if info.tokenizer:
+        rows["speech tokenizer"] = f"{info.tokenizer} ({info.fingerprint})"
+    for kind, count in damaged.counts.items():
+        more = ["..."] if count > MAX_NAMED else []
+        rows[f"left out: {kind}"] = "\n".join([f"{count:,}", *damaged.messages[kind], *more])
+    table = rich.table.Table(show_header=False, title=rich.text.Text(str(out)))
+    for name, value in rows.items():
+        table.add_row(rich.text.Text(name), rich.text.Text(value))
+    console.print(table)
     if info.replies_with_units < replies and not info.tokenizer:
         console.print(
-            "replies without units are of use to stage I(a) only; --speech-tokenizer makes units of recordings",
+            "replies without units are of use to stage I(a) only; --speech-tokenizer makes units "
+            "of recordings",
             soft_wrap=True,
         )
 
 
 def duration(seconds: float) -> str:
+    """Seconds for the report."""
     return f"{seconds / 3600:,.1f} h" if seconds >= 3600 else f"{seconds:.1f} s"

@@ -1,38 +1,51 @@
-"""Where dialogues come from: three ways in which people keep them, read one dialogue at a time.
+"""Sources of dialogues: three formats of JSON files, read one dialogue at a time.
 
-questions    a JSON array, the released example format: {"id", "conversation": [{"from": "human" | "gpt", "text", "speech", "units"}]},
-             `speech` relative to the file (a reply may bring it, and `units`, which the released examples lack)
-jsonl        a .jsonl file, or a folder with data.jsonl: a line {"id", "turns": [{"role": "user" | "assistant", "text", "audio", "units"}]},
-             `audio` relative to the file
-instructs2s  instruct_en_200k_data_cosy2.json of the Hugging Face data set ICTNLP/InstructS2S-200K: as `questions`, but the units
-             (CosyVoice 2's) are called `unit`; `speech` is sought where the archives unpack beside it, en/wav/DIR/NAME.wav
+questions    a JSON array, the released example format:
+             {"id", "conversation": [{"from": "human" | "gpt", "text", "speech", "units"}]}
+             `speech` is relative to the file, or else to the working directory. A reply may bring
+             it, and `units`, which the released examples lack.
+jsonl        a .jsonl file, or a folder with data.jsonl. Each line is
+             {"id", "turns": [{"role": "user" | "assistant", "text", "audio", "units"}]}
+             `audio` is relative to the file.
+instructs2s  instruct_en_200k_data_cosy2.json of the Hugging Face data set ICTNLP/InstructS2S-200K:
+             as `questions`, but the units (CosyVoice 2's) are called `unit`; `speech` is sought
+             where the archives unpack beside the file, en/wav/DIR/NAME.wav
 
-Units are a list of numbers, or a string: "<12><6560>" or "12 6560". What a turn does not have it may leave out or give as null.
+Units are a list of numbers, or a text: "<12><6560>" or "12 6560". What a turn lacks may be left out
+or be null; of recordings and units it may also be empty.
 """
 
+import contextlib
 import functools
+import io
 import itertools
 import json
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
+from typing import BinaryIO, TextIO
 
 import numpy as np
 
-from omni2_jax.generate.questions import sound_path
-from omni2_jax.train.data.records import UNITS, Dialogue, Turn, check
+from omni2_jax.audio.recordings import check_regular
+from omni2_jax.generate.questions import is_unicode, sound_path
+from omni2_jax.train.data.records import UNITS, Dialogue, Turn, check, short
 
 ROLES = {"human": "user", "gpt": "assistant"}
 UNIT_TEXT = re.compile(r"(?:<\d{1,9}>)+|\d{1,9}(?:[\s,]+\d{1,9})*")
-CHUNK = 2**20  # characters read at a time
-LARGEST = 2**26  # characters of one dialogue, at most
+BLOCK = 2**20  # characters read at a time
+MAX_DIALOGUE = 2**26  # characters of a dialogue
+MAX_ID = 1000  # characters of an id
+MAX_PATH = 4096  # characters of a path; Linux takes no longer ones
 DECODER = json.JSONDecoder()
+# A text of JSON, which may be cut off by the end of what was read; or a bracket.
+JSON_TOKEN = re.compile(r'"(?:[^"\\]|\\.)*+(?:"|\Z)|[\[\]{}]', re.DOTALL)
 
 
 class SourceError(ValueError):
-    """A dialogue that cannot be used. kind: what is wrong in a few words, to be counted by; the message says it in full."""
+    """A dialogue that cannot be used. kind: the fault in a few words, for counting."""
 
     def __init__(self, kind: str, message: str):
         super().__init__(message)
@@ -41,7 +54,7 @@ class SourceError(ValueError):
 
 @dataclass(frozen=True)
 class SourceDialogue:
-    """A checked dialogue, with the path of each turn's recording, or None."""
+    """A dialogue that keeps the rules, with the path of each turn's recording, or None."""
 
     dialogue: Dialogue
     sounds: tuple[Path | None, ...]
@@ -49,29 +62,39 @@ class SourceDialogue:
 
 @dataclass(frozen=True)
 class Entry:
-    """A dialogue not looked at yet. where: for messages; read: may raise SourceError; done: how much of the source is read, 0 to 1."""
+    """A dialogue that is not parsed yet.
 
-    where: str
+    context: names it in messages. read: parses it; raises SourceError if it cannot be used.
+    done: the share of the source that was read, 0 to 1.
+    """
+
+    context: str
     read: Callable[[], SourceDialogue]
     done: float
 
 
 @dataclass(frozen=True)
 class Format:
-    """How a source keeps its dialogues: what yields them, what it calls things, how it states a recording's place."""
+    """How a source keeps its dialogues.
+
+    items: yields each dialogue's JSON value (or a SourceError for what is none) and `Entry.done`.
+    turns, role, sound, units: the keys of these. resolve: the path of a recording, from the path
+    of the source and the stated one.
+    """
 
     items: Callable[[Path], Iterator[tuple[object, float]]]
     turns: str
     role: str
     sound: str
     units: str
-    place: Callable[[Path, str], Path]
+    resolve: Callable[[Path, str], Path]
 
 
 def read(path: Path, kind: str | None = None) -> Iterator[Entry]:
-    """Every dialogue of a source. kind: a key of FORMATS; None is inferred.
+    """All dialogues of a source. kind: a key of FORMATS; None is inferred from the file.
 
-    Raises ValueError, one line naming the file, for one that cannot be read as such; a damaged dialogue raises when its entry is read.
+    Raises ValueError, one line naming the file, if it cannot be read in this format: partly when
+    the iterator arrives at the fault. A dialogue that cannot be used raises when its entry is read.
     """
     if kind is not None and kind not in FORMATS:
         raise ValueError(f"format {kind!r}; expected one of {', '.join(FORMATS)}")
@@ -80,165 +103,218 @@ def read(path: Path, kind: str | None = None) -> Iterator[Entry]:
     file = path / "data.jsonl" if path.is_dir() else path
     if not file.exists():
         raise ValueError(f"{path} has no data.jsonl")
+    check_regular(file)
     return entries(file, FORMATS[kind or infer(file)])
 
 
 def entries(file: Path, form: Format) -> Iterator[Entry]:
+    """The dialogues of a file, numbered from 0; one without an id is called by its number."""
     for number, (item, done) in enumerate(form.items(file)):
-        name = item.get("id") if isinstance(item, Mapping) else None
-        name = (
-            "" if name is None else str(name).encode(errors="replace").decode()
-        )  # a lone surrogate is no text
-        where = f"{name} (dialogue {number})" if name else f"dialogue {number}"
-        yield Entry(where, functools.partial(parse, item, form, file, name or str(number)), done)
+        id = item.get("id") if isinstance(item, Mapping) else None
+        name = ""
+        if isinstance(id, str | int | float):
+            name = str(id).encode(errors="replace").decode()  # JSON can spell half a character
+        context = f"{name[:80]} (dialogue {number})" if name else f"dialogue {number}"
+        yield Entry(context, functools.partial(parse, item, form, file, name or str(number)), done)
 
 
 def infer(file: Path) -> str:
-    """The format of a file, by its ending and by what its first dialogue has."""
+    """The format of a file, by its suffix and by the keys of its first dialogue."""
     if file.suffix == ".jsonl":
         return "jsonl"
     first, _ = next(json_array(file), (None, 0))
     turns = first.get("conversation") if isinstance(first, Mapping) else None
-    named = (
-        [turn for turn in turns if isinstance(turn, Mapping) and "unit" in turn]
-        if isinstance(turns, list)
-        else []
-    )
-    return "instructs2s" if named else "questions"
+    if isinstance(turns, list):
+        for turn in turns:
+            if isinstance(turn, Mapping) and "unit" in turn:
+                return "instructs2s"
+    return "questions"
 
 
 # ---- one dialogue ----
 
 
 def parse(item: object, form: Format, file: Path, name: str) -> SourceDialogue:
-    """A dialogue as its source gives it, checked but for its recordings. Raises SourceError."""
+    """The dialogue of a JSON value; its recordings are not looked at. Raises SourceError."""
     if isinstance(item, SourceError):
         raise item
+    if len(name) > MAX_ID:
+        raise SourceError("id too long", f"its id has {len(name)} characters, at most {MAX_ID} fit")
     if not isinstance(item, Mapping) or not isinstance(item.get(form.turns), list):
         raise SourceError("no turns", f"there is no list {form.turns!r}")
     turns, sounds = [], []
     for index, fields in enumerate(item[form.turns]):
-        where = f"turn {index}"
+        context = f"turn {index}"
         if not isinstance(fields, Mapping):
-            raise SourceError("no turns", f"{where} is {fields!r:.40}, expected an object")
-        role, sound = str(fields.get(form.role)), fields.get(form.sound)
-        if not isinstance(sound, str | None):
-            raise SourceError(
-                "no audio", f"{where}: {form.sound!r} is {sound!r:.40}, expected a path"
-            )
-        units = (
-            parse_units(fields.get(form.units), where) if index % 2 else None
-        )  # the user's are of no use
-        turns.append(Turn(ROLES.get(role, role), parse_text(fields.get("text"), where), units))
-        sounds.append(form.place(file, sound) if sound else None)
+            raise SourceError("no turns", f"{context} is {short(fields)}, expected an object")
+        sounds.append(parse_sound(fields.get(form.sound), form, file, context))
+        # Units of the user's turns are not used.
+        units = parse_units(fields.get(form.units), context) if index % 2 else None
+        role = str(fields.get(form.role))
+        turns.append(Turn(ROLES.get(role, role), parse_text(fields.get("text"), context), units))
     try:
         return SourceDialogue(check(Dialogue(name, tuple(turns))), tuple(sounds))
     except ValueError as error:
         raise SourceError("roles not in turn", str(error)) from None
 
 
-def parse_text(text: object, where: str) -> str:
-    try:
-        text = text.strip()
-        text.encode()
-    except (AttributeError, UnicodeEncodeError):
-        text = ""
-    if not text:
-        raise SourceError("no text", f"{where} has no text")
-    return text
+def parse_sound(value: object, form: Format, file: Path, context: str) -> Path | None:
+    """The path of a turn's recording; None for a turn without one. Raises SourceError."""
+    if value is None or value == "":
+        return None
+    if not isinstance(value, str) or "\0" in value or not is_unicode(value):
+        message = f"{context}: {form.sound!r} is {short(value)}, expected a path"
+        raise SourceError("no audio", message)
+    if len(value) > MAX_PATH:
+        message = f"{context}: {form.sound!r} has {len(value)} characters, at most {MAX_PATH} fit"
+        raise SourceError("no audio", message)
+    return form.resolve(file, value)
 
 
-def parse_units(value: object, where: str) -> np.ndarray | None:
-    """The units of a reply, int32 [U]; None if it brings none. Raises SourceError for what is no list of units."""
+def parse_text(value: object, context: str) -> str:
+    """A turn's text without white space around it. Raises SourceError if nothing is left."""
+    if not isinstance(value, str) or not value.strip():
+        raise SourceError("no text", f"{context} has no text")
+    if not is_unicode(value):
+        raise SourceError("no text", f"{context} has no text: {short(value)} cannot be encoded")
+    return value.strip()
+
+
+def parse_units(value: object, context: str) -> np.ndarray | None:
+    """The units of a reply, int32 [U]; None if it brings none. Raises SourceError."""
     if value is None or value == "" or value == []:
         return None
-    if isinstance(value, str):
-        value = (
-            list(map(int, re.findall(r"\d+", value)))
-            if UNIT_TEXT.fullmatch(value.strip())
-            else None
-        )
+    if isinstance(value, str) and UNIT_TEXT.fullmatch(value.strip()):
+        value = [int(digits) for digits in re.findall(r"\d+", value)]
     if not isinstance(value, list) or not all(type(unit) is int for unit in value):
-        raise SourceError("units unreadable", f"{where}: its units are no list of whole numbers")
-    bad = [unit for unit in value if not 0 <= unit < UNITS]
-    if bad:
-        raise SourceError(
-            "unit out of range", f"{where} has the unit {bad[0]}, expected 0 to {UNITS - 1}"
-        )
+        message = f"{context}: its units are no list of whole numbers"
+        raise SourceError("units unreadable", message)
+    outside = [unit for unit in value if not 0 <= unit < UNITS]
+    if outside:
+        message = f"{context} has the unit {short(outside[0])}, expected 0 to {UNITS - 1}"
+        raise SourceError("unit out of range", message)
     return np.array(value, np.int32)
 
 
 def beside(file: Path, sound: str) -> Path:
+    """A recording of a .jsonl."""
     return file.parent / sound
 
 
 def unpacked(file: Path, sound: str) -> Path:
-    """A recording of the released archives: the longest tail of its stated path that is there, beside the file or in en/wav."""
+    """A recording of the released archives: the longest end of its stated path that exists, beside
+    the file or in en/wav."""
     parts = Path(sound).parts
     roots = (file.parent, file.parent / "en" / "wav")
-    tails = (
-        root.joinpath(*parts[start:]) for start, root in itertools.product(range(len(parts)), roots)
-    )
-    return next((path for path in tails if path.exists()), file.parent / sound)
+    for start, root in itertools.product(range(len(parts)), roots):
+        path = root.joinpath(*parts[start:])
+        if os.path.exists(path):
+            return path
+    return file.parent / sound
 
 
 # ---- files of dialogues ----
 
 
 def json_lines(file: Path) -> Iterator[tuple[object, float]]:
-    """The object in each line; SourceError for a line that is none."""
-    size, read = max(1, file.stat().st_size), 0
+    """The JSON value of each line that is not empty; SourceError for a line that is no JSON."""
+    size, done = max(1, file.stat().st_size), 0
     with open(file, "rb") as lines:
-        for number, line in enumerate(lines, 1):
-            read += len(line)
-            if line.strip():
-                try:
-                    yield json.loads(line), read / size
-                except ValueError:
-                    yield SourceError("no JSON", f"line {number} of {file} is no JSON"), read / size
+        for number in itertools.count(1):
+            line = lines.readline(MAX_DIALOGUE)
+            done += len(line)
+            if not line:
+                return
+            item: object = SourceError("no JSON", f"line {number} of {file} is no JSON")
+            if len(line) == MAX_DIALOGUE and not line.endswith(b"\n"):
+                done += skip_line(lines)
+            elif not line.strip():
+                continue
+            else:
+                # ValueError includes Python's limit for the digits of an integer.
+                with contextlib.suppress(ValueError, RecursionError):
+                    item = json.loads(line)
+            yield item, done / size
+
+
+def skip_line(lines: BinaryIO) -> int:
+    """Read to the end of a line; the number of bytes."""
+    size = 0
+    while line := lines.readline(BLOCK):
+        size += len(line)
+        if line.endswith(b"\n"):
+            break
+    return size
 
 
 def json_array(file: Path) -> Iterator[tuple[object, float]]:
-    """The elements of a JSON array, of which one at a time is in memory (the released one has 1 GB). Raises ValueError."""
+    """The elements of a JSON array, one at a time in memory (the released file has 1 GB).
+
+    SourceError for an element beyond Python's limits. Raises ValueError naming the file if it is no
+    JSON array, or no text in UTF-8.
+    """
     size, expected = max(1, file.stat().st_size), "["
-    with open(file, encoding="utf-8-sig") as text:
-        ahead = refilled("", text, file)
+    with open(file, "rb") as raw, io.TextIOWrapper(raw, encoding="utf-8-sig") as text:
+        buffer = refill("", text, file)
         while True:
-            mark, ahead = ahead[:1], refilled(ahead[1:], text, file)
+            mark, buffer = buffer[:1], refill(buffer[1:], text, file)
             if mark != expected and (mark != "]" or expected == "["):
                 raise ValueError(
-                    f"{file} is no JSON array of dialogues, or is cut short: {mark!r} where {expected!r} is expected"
+                    f"{file} is no JSON array of dialogues, or is cut short: {mark!r} where "
+                    f"{expected!r} is expected"
                 )
-            if mark == "]" or (mark == "[" and ahead.startswith("]")):
+            if mark == "]" or (mark == "[" and buffer.startswith("]")):
                 return
-            element, ahead = json_element(ahead, text, file)
-            yield element, text.buffer.tell() / size
-            expected, ahead = ",", refilled(ahead, text, file)
+            element, buffer = json_element(buffer, text, file)
+            yield element, raw.tell() / size
+            expected, buffer = ",", refill(buffer, text, file)
 
 
-def json_element(ahead: str, text: TextIO, file: Path) -> tuple[object, str]:
-    """The JSON value at the start of what was read, and what was read behind it."""
+def json_element(buffer: str, text: TextIO, file: Path) -> tuple[object, str]:
+    """The JSON value that begins with `buffer`, and the characters that were read behind it.
+
+    SourceError for a value that Python refuses: nested too deeply, or an integer of too many
+    digits. Raises ValueError for what is no JSON, and for more than MAX_DIALOGUE characters.
+    """
     while True:
         try:
-            element, end = DECODER.raw_decode(ahead)
-            return element, ahead[end:]
+            element, end = DECODER.raw_decode(buffer)
+            return element, buffer[end:]
         except json.JSONDecodeError as error:
-            more = read_on(text, max(CHUNK, len(ahead)), file) if len(ahead) < LARGEST else ""
-            if not more:
-                raise ValueError(
-                    f"{file} is no JSON, or is cut short: {error.msg} at {ahead[error.pos :][:40]!r}"
-                ) from None
-            ahead += more
+            reason = f"{error.msg} at {buffer[error.pos :][:40]!r}"
+        except (RecursionError, ValueError):
+            reason = "it is nested too deeply, or holds a number of too many digits"
+            if end := element_end(buffer):
+                return SourceError("no JSON", reason), buffer[end:]
+        more = read_on(text, max(BLOCK, len(buffer)), file) if len(buffer) < MAX_DIALOGUE else ""
+        if not more:
+            raise ValueError(f"{file} is no JSON, or is cut short: {reason}")
+        buffer += more
 
 
-def refilled(ahead: str, text: TextIO, file: Path) -> str:
-    """What was read and not used, without white space in front; more of it if nothing is left."""
-    while not (ahead := ahead.lstrip()) and (more := read_on(text, CHUNK, file)):
-        ahead = more
-    return ahead
+def element_end(buffer: str) -> int | None:
+    """The index behind the object or array that `buffer` begins with, found by its brackets alone;
+    None if it does not end in `buffer`."""
+    depth = 0
+    for token in JSON_TOKEN.finditer(buffer):
+        if token[0] in ("[", "{"):
+            depth += 1
+        elif token[0] in ("]", "}"):
+            depth -= 1
+            if depth == 0:
+                return token.end()
+    return None
+
+
+def refill(buffer: str, text: TextIO, file: Path) -> str:
+    """The buffer without white space at its start; if nothing is left, the next characters."""
+    while not (buffer := buffer.lstrip()) and (more := read_on(text, BLOCK, file)):
+        buffer = more
+    return buffer
 
 
 def read_on(text: TextIO, size: int, file: Path) -> str:
+    """The next `size` characters. Raises ValueError for what is no UTF-8."""
     try:
         return text.read(size)
     except UnicodeDecodeError as error:
