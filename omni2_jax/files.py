@@ -13,8 +13,8 @@ from typing import IO, Any
 def atomic_write(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
     """An open file that becomes `path` when the block ends without an error.
 
-    Otherwise `path` stays what it was and nothing is left beside it. A process that is killed leaves
-    its unfinished file behind (see `is_partial`).
+    Otherwise `path` stays what it was and nothing is left beside it. A process that is killed
+    leaves its unfinished file behind (see `is_partial`).
 
         with atomic_write(directory / "config.json") as file:
             json.dump(config, file)

@@ -4,24 +4,34 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from omni2_jax.checkpoint import parameters, voices
-from omni2_jax.config import Omni2Config
+import numpy as np
+
+from omni2_jax.checkpoint import checksums, parameters, voices
+from omni2_jax.config import DecoderConfig, Omni2Config
 from omni2_jax.models import speech_tokenizer
 
 
 @dataclass(frozen=True)
 class Part:
-    """A part's dimensions in words, its parameter count, the types it is stored in, its bytes."""
+    """A part of a checkpoint.
+
+    dimensions: in words. parameters: their number. dtype: the types they are stored in. bytes: in
+    memory, in these types. checksums: whether all arrays have them.
+    """
 
     name: str
     dimensions: str
     parameters: int
     dtype: str
     bytes: int
+    checksums: bool
 
 
 def parts(directory: Path) -> list[Part]:
-    """Every part of a checkpoint, in the order of the data's path. Raises ValueError when it is none or damaged."""
+    """Every part of a checkpoint, in the order of the data's path.
+
+    Raises ValueError if the directory is no checkpoint, or is damaged.
+    """
     config = Omni2Config.load(directory / "config.json")
     names = parameters.parts(directory)
     joined = {"adapter": ("speech_encoder", "llm"), "fusion": ("llm", "speech_lm")}
@@ -31,55 +41,66 @@ def parts(directory: Path) -> list[Part]:
 
 
 def part(directory: Path, config: Omni2Config, name: str) -> Part:
-    stored = parameters.metadata(directory, name).values()
-    counts = [math.prod(leaf.shape) for leaf in stored]
-    size = sum(count * leaf.dtype.itemsize for count, leaf in zip(counts, stored, strict=True))
-    dimensioned = (
-        describe_speech_tokenizer(directory)
-        if name == "speech_tokenizer"
-        else dimensions(config, name)
-    )
+    """One part of a checkpoint. Raises ValueError if its files are damaged."""
+    arrays = parameters.metadata(directory, name).values()
+    dtypes = [np.dtype(array.dtype) for array in arrays]
+    counts = [math.prod(array.shape) for array in arrays]
     return Part(
-        name,
-        dimensioned,
-        sum(counts),
-        ", ".join(sorted({leaf.dtype.name for leaf in stored})),
-        size,
+        name=name,
+        dimensions=dimensions(directory, config, name),
+        parameters=sum(counts),
+        dtype=", ".join(sorted({dtype.name for dtype in dtypes})),
+        bytes=sum(count * dtype.itemsize for count, dtype in zip(counts, dtypes, strict=True)),
+        checksums=all(checksums.has_checksums(array) for array in arrays),
     )
 
 
-def dimensions(config: Omni2Config, name: str) -> str:
-    c = getattr(config, name, None)
-    if name in ("llm", "speech_lm"):
-        return f"decoder: {c.layers} layers, width {c.width}, {c.heads} heads ({c.kv_heads} kv), vocabulary {c.vocabulary}"
+def dimensions(directory: Path, config: Omni2Config, name: str) -> str:
+    """The sizes of a part in words."""
+    if name == "speech_tokenizer":
+        c = speech_tokenizer.load_config(directory)
+        return f"{c.layers} layers, width {c.width}, {c.units} units"
+    c = getattr(config, name)
+    if c is None:
+        return "not described by config.json"
+    if isinstance(c, DecoderConfig):
+        family = "Qwen3" if c.qk_norm else "Qwen2"
+        return (
+            f"{family}: {c.layers} layers, width {c.width}, {c.heads} heads ({c.kv_heads} kv), "
+            f"vocabulary {c.vocabulary}"
+        )
     if name == "speech_encoder":
         return f"Whisper: {c.layers} layers, width {c.width}, {c.heads} heads"
     if name == "adapter":
-        return f"{c.stride} frames to one position, {config.speech_encoder.width} -> {config.llm.width}"
+        return f"{c.stride} frames to one position, {width(config, 'speech_encoder', 'llm')}"
     if name == "fusion":
-        return f"gate, {config.llm.width} -> {config.speech_lm.width}"
+        return f"gate, {width(config, 'llm', 'speech_lm')}"
     if name == "flow":
-        return f"width {c.width}, {c.layers} + {c.up_layers} layers, {c.mid_blocks} middle blocks, chunk {c.chunk} units"
+        return (
+            f"width {c.width}, {c.layers} + {c.up_layers} layers, {c.mid_blocks} middle blocks, "
+            f"chunk {c.chunk} units"
+        )
     if name == "vocoder":
         return f"{c.channels} channels, {c.harmonics} harmonics, {c.sample_rate} Hz"
     return f"CAM++: layers {c.layers}, x-vector {c.embedding}"
 
 
-def describe_speech_tokenizer(directory: Path) -> str:
-    c = speech_tokenizer.load_config(directory)
-    return f"speech tokenizer: {c.layers} layers, width {c.width}, {c.units} units"
+def width(config: Omni2Config, *names: str) -> str:
+    """The widths of two parts, "1280 -> 896"; "?" for a part that config.json does not describe."""
+    described = [getattr(config, name) for name in names]
+    return " -> ".join(str(part.width) if part else "?" for part in described)
 
 
 def facts(directory: Path) -> dict[str, str]:
-    """The rest that a user asks for."""
+    """Rules, limits and voices of a checkpoint, by name."""
     config = Omni2Config.load(directory / "config.json")
-    found = {}
+    lines = {}
     if config.speech_lm:
-        found["read/write"] = (
+        lines["read/write"] = (
             f"R = {config.read} text tokens, W = {config.write} units ({config.units} of them)"
         )
     if config.llm:
-        found["prompt"] = f"at most {config.max_prompt} positions"
-        found["text ends at"] = ", ".join(map(str, config.tokens.text_eos))
-    found["voices"] = ", ".join(voices.names(directory)) or "none"
-    return found
+        lines["prompt"] = f"at most {config.max_prompt} positions"
+        lines["text ends at"] = ", ".join(map(str, config.tokens.text_eos))
+    lines["voices"] = ", ".join(voices.names(directory)) or "none"
+    return lines

@@ -1,20 +1,22 @@
-"""Parameters that are read only while they are being written, so that one of them is in memory at a time."""
+"""Parameters that are read only while they are being written, one at a time."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
 CHUNK_BYTES = 8 * 2**20  # tensorstore's unit of reading and writing
-FILE_BYTES = 4 * CHUNK_BYTES  # tensorstore holds compressed chunks in memory until they fill a file
+# tensorstore holds compressed chunks in memory until they fill a file.
+FILE_BYTES = 4 * CHUNK_BYTES
 
 
 @dataclass(frozen=True)
 class LazyArray:
-    """A parameter that is read only while it is being written: its shape and dtype are known."""
+    """A parameter in a file: its shape and dtype are known, `read` returns its values."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -26,7 +28,10 @@ class LazyArray:
 
 
 class LazyArrayHandler(ocp.type_handlers.NumpyHandler):
-    """Saves `LazyArray` leaves one after the other, so that one large parameter, or a few small ones, are in memory at a time."""
+    """Saves `LazyArray` leaves in batches of one large parameter, or of a few small ones.
+
+    No more than one batch is in memory. written: called after each parameter that was written.
+    """
 
     def __init__(self, written: Callable[[LazyArray], None]):
         super().__init__(deepcopy_host_arrays=False)
@@ -34,39 +39,49 @@ class LazyArrayHandler(ocp.type_handlers.NumpyHandler):
         self.failures: list[Exception] = []
 
     async def serialize(self, values, infos, args=None):
-        for some in batches(values):
-            await super()._background_serialize(
-                [value.read() for value in values[some]], infos[some], args[some]
-            )
+        leaves = cast(Sequence[LazyArray], values)
+        for batch in batches(leaves):
+            arrays = [leaf.read() for leaf in leaves[batch]]
+            await super()._background_serialize(arrays, infos[batch], args and args[batch])
             if self.failures:
                 raise self.failures[0]
-            for value in values[some]:
-                self.written(value)
-        return []  # nothing is left to a background thread, so what goes wrong is raised here
+            for leaf in leaves[batch]:
+                self.written(leaf)
+        return []  # nothing is left to a background thread, so that errors are raised here
 
     async def _open_and_write(self, value, tspec, ts_context):
-        # Orbax cuts axes into divisors only, and the 158227 tokens of the speech LM, a prime, into single rows.
-        tspec["metadata"]["chunks"] = chunk_shape(value.shape, value.dtype.itemsize)
+        # Orbax cuts axes into divisors only. The vocabulary of the speech LM, 158227, is a prime
+        # and would be cut into single rows.
+        grid = tspec["metadata"]["chunk_grid"]["configuration"]
+        grid["chunk_shape"] = chunk_shape(value.shape, value.dtype.itemsize)
         try:
             await super()._open_and_write(value, tspec, ts_context)
         except (
             Exception
-        ) as error:  # of many kinds; the writes beside this one have to end before it is raised
+        ) as error:  # raised by `serialize`, when the batch's other writes have ended
             self.failures.append(error)
 
 
 def chunk_shape(shape: Sequence[int], itemsize: int) -> list[int]:
-    """Contiguous pieces of an array, of CHUNK_BYTES at most: the first axes are cut, the last ones whole."""
+    """The shape of contiguous pieces of an array, of CHUNK_BYTES at most.
+
+    The first axes are cut and the last ones are whole.
+    """
     chunk = []
     for axis, size in enumerate(shape):
-        most = max(1, min(size, CHUNK_BYTES // max(1, itemsize * math.prod(shape[axis + 1 :]))))
-        # Pieces that go into the axis evenly are compressed without a copy.
-        chunk.append(next((even for even in range(most, most // 2, -1) if size % even == 0), most))
+        row_bytes = itemsize * math.prod(shape[axis + 1 :])
+        limit = max(1, min(size, CHUNK_BYTES // max(1, row_bytes)))
+        # Pieces of equal size are compressed without a copy.
+        divisors = (number for number in range(limit, limit // 2, -1) if size % number == 0)
+        chunk.append(next(divisors, limit))
     return chunk
 
 
 def batches(leaves: Sequence[LazyArray]) -> Iterator[slice]:
-    """Slices of CHUNK_BYTES together at most, or of one larger leaf. Each is a commit, and a commit of tiny leaves is mostly overhead."""
+    """Slices of at most CHUNK_BYTES together, or of one larger leaf.
+
+    Each slice is committed at once: a commit of tiny leaves is mostly overhead.
+    """
     start, size = 0, 0
     for i, leaf in enumerate(leaves):
         if i > start and size + leaf.nbytes > CHUNK_BYTES:
@@ -77,7 +92,12 @@ def batches(leaves: Sequence[LazyArray]) -> Iterator[slice]:
 
 
 def as_lazy(leaf: LazyArray | np.ndarray | jax.Array) -> LazyArray | jax.Array:
-    """An array that this process holds whole as one to be copied to the host when its turn comes; others Orbax writes in shards."""
-    if isinstance(leaf, LazyArray) or not getattr(leaf, "is_fully_addressable", True):
+    """An array that this process holds whole as a `LazyArray`, copied to the host when it is read.
+
+    Arrays that are sharded over several processes stay what they are.
+    """
+    if isinstance(leaf, LazyArray):
+        return leaf
+    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
         return leaf
     return LazyArray(leaf.shape, np.dtype(leaf.dtype), lambda: np.asarray(leaf))

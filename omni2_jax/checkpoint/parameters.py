@@ -1,28 +1,38 @@
-"""A checkpoint directory: the configuration, tokenizers, voices, and one Orbax (tensorstore) tree per part, each restorable alone.
+"""The parameters of a checkpoint: one Orbax (tensorstore) tree per part, each restorable alone.
 
-CKPT/config.json  generation_config.json  tokenizer/  tts_tokenizer/  voices/NAME.npy  assets/  params/PART/
+CKPT/config.json  generation_config.json  tokenizer/  tts_tokenizer/  voices/NAME.npy  assets/
+CKPT/params/PART/
 
-A speech tokenizer, which makes training data, may lie in it as one more part, `speech_tokenizer`, with a speech_tokenizer.json (see models/speech_tokenizer.py).
+A speech tokenizer, which makes training data, may be one more part, `speech_tokenizer`, with a
+speech_tokenizer.json (see models/speech_tokenizer.py).
+
+Every chunk of an array has a checksum, which is checked whenever it is read (see checksums.py).
 """
 
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 from flax import nnx
 from jax.sharding import Mesh
 
 from omni2_jax import sharding
+from omni2_jax.checkpoint import checksums
 from omni2_jax.checkpoint.lazy import FILE_BYTES, LazyArray, LazyArrayHandler, as_lazy
 from omni2_jax.config import DECODER_PARTS, PARTS, Omni2Config
 from omni2_jax.files import first_line
 from omni2_jax.models.model import abstract_state
 
+MAX_NAMED = 10  # parameters that one message names
 
-def flatten(tree: Mapping) -> dict[str, object]:
+
+def flatten(tree: Mapping) -> dict[str, Any]:
     """A nested parameter dict as {"a.b.0.c": leaf}."""
     return {
         jax.tree_util.keystr(path, simple=True, separator="."): leaf
@@ -30,28 +40,41 @@ def flatten(tree: Mapping) -> dict[str, object]:
     }
 
 
+def ignore(_: LazyArray) -> None:
+    """The default of `save_part`'s `written`."""
+
+
 def save_part(
     directory: Path,
     part: str,
     params: Mapping,
-    written: Callable[[LazyArray], None] = lambda _: None,
+    written: Callable[[LazyArray], None] = ignore,
 ) -> None:
-    """Write one part's parameters: a nested dict of `LazyArray` leaves, numpy or JAX arrays."""
+    """Write one part's parameters, with checksums.
+
+    params: nested dict of `LazyArray` leaves, numpy or JAX arrays; JAX arrays that are sharded over
+    several processes are written by all of them. written: called after each array that this process
+    has written alone.
+    """
     leaves = {path: as_lazy(leaf) for path, leaf in flatten(params).items()}
-    registry = ocp.type_handlers.create_type_handler_registry(
-        (LazyArray, LazyArrayHandler(written)), (jax.Array, ocp.type_handlers.ArrayHandler())
-    )
-    with ocp.Checkpointer(
-        ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
-    ) as checkpointer:
+    handler = checksums.tree_handler((LazyArray, LazyArrayHandler(written)))
+    with ocp.Checkpointer(handler) as checkpointer:
         checkpointer.save(
-            directory.absolute() / "params" / part,
+            part_directory(directory, part),
             args=ocp.args.PyTreeSave(leaves, ocdbt_target_data_file_size=FILE_BYTES),
         )
 
 
+def part_directory(directory: Path, part: str) -> epath.Path:
+    """The absolute path of a part's files, as Orbax wants it."""
+    return epath.Path(directory).resolve() / "params" / part
+
+
 def parts(directory: Path) -> list[str]:
-    """The parts that a checkpoint holds, in the order of the data's path, and last the speech tokenizer, "speech_tokenizer"."""
+    """The parts that a checkpoint holds, in the order of the data's path.
+
+    The speech tokenizer, "speech_tokenizer", is last.
+    """
     return [
         part
         for part in (*PARTS, "speech_tokenizer")
@@ -60,29 +83,33 @@ def parts(directory: Path) -> list[str]:
 
 
 def metadata(directory: Path, part: str) -> dict[str, ocp.metadata.ArrayMetadata]:
-    """Shapes and dtypes of a part's parameters by path. Raises ValueError when its files are damaged."""
-    where = (directory / "params" / part).absolute()
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        try:
-            found = checkpointer.metadata(where).item_metadata
-            if found is None:
-                raise ValueError("the list of its parameters cannot be read")
-            return found.tree
-        except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:
-            raise ValueError(
-                f"{where} cannot be read, its files are damaged or missing: {first_line(error)}"
-            ) from None
+    """Shapes and dtypes of a part's parameters by path.
+
+    Raises ValueError naming the part if its files are damaged or missing.
+    """
+    path = part_directory(directory, part)
+    handler = checksums.tree_handler()
+    try:
+        return dict(handler.metadata(path).tree)
+    except Exception as error:  # damaged files raise many kinds
+        raise ValueError(damage(path, error)) from None
+    finally:
+        handler.close()
 
 
 def load_part(
-    directory: Path, part: str, shapes: Mapping, dtype: jnp.dtype | None = None, sharding=None
+    directory: Path,
+    part: str,
+    shapes: Mapping,
+    dtype: jnp.dtype | None = None,
+    sharding: jax.sharding.Sharding | Mapping | None = None,
 ) -> dict:
-    """Restore one part as a nested dict of arrays, every device its own piece of each.
+    """Restore one part as a nested dict of arrays; each device reads its own shard of each.
 
-    shapes: nested dict of ShapeDtypeStruct. dtype: of the floating parameters, None = as stored. sharding: one for all
-    leaves, or a tree like `shapes`; default the first device. Raises ValueError naming the part and what is wrong with it.
+    shapes: nested dict of ShapeDtypeStruct. dtype: of the floating parameters, None = as stored.
+    sharding: one for all leaves, or a tree like `shapes`; default the first device. Raises
+    ValueError naming the part if its files are damaged or it does not have these shapes.
     """
-    where = directory / "params" / part
     expected, treedef = flatten(shapes), jax.tree.structure(shapes)
     sharding = sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     shardings = (
@@ -91,18 +118,17 @@ def load_part(
         else flatten(sharding)
     )
     args = {path: ocp.ArrayRestoreArgs(dtype=dtype, sharding=shardings[path]) for path in expected}
-    check(
-        where,
-        {path: tuple(leaf.shape) for path, leaf in metadata(directory, part).items()},
-        expected,
-    )
-    leaves = restore(where, ocp.args.PyTreeRestore(restore_args=args))
+    check(directory, part, expected)
+    leaves = restore(part_directory(directory, part), ocp.args.PyTreeRestore(restore_args=args))
     return jax.tree.unflatten(treedef, [leaves[path] for path in expected])
 
 
 def stored(directory: Path, part: str) -> dict[str, LazyArray]:
-    """A part's parameters by path, as stored, each to be read without the rest."""
-    where = (directory / "params" / part).absolute()
+    """A part's parameters by path, as stored. Each can be read without the rest.
+
+    Raises ValueError naming the part if its files are damaged; so does reading a parameter.
+    """
+    part_path = part_directory(directory, part)
 
     def reader(path: str) -> Callable[[], np.ndarray]:
         args = ocp.args.PyTreeRestore(
@@ -110,7 +136,7 @@ def stored(directory: Path, part: str) -> dict[str, LazyArray]:
             restore_args={path: ocp.RestoreArgs(restore_type=np.ndarray)},
             partial_restore=True,
         )
-        return lambda: restore(where, args)[path]
+        return lambda: restore(part_path, args)[path]
 
     return {
         path: LazyArray(tuple(leaf.shape), np.dtype(leaf.dtype), reader(path))
@@ -118,49 +144,73 @@ def stored(directory: Path, part: str) -> dict[str, LazyArray]:
     }
 
 
-def restore(where: Path, args: ocp.args.PyTreeRestore) -> dict:
-    """What Orbax restores. Raises ValueError naming the part and, on one line, what keeps it from being restored."""
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        try:
-            return checkpointer.restore(where.absolute(), args=args)
-        except Exception as error:  # damaged files raise many kinds, a bare Exception around tensorstore's own error among them
-            raise ValueError(
-                f"{where} cannot be restored, are its files damaged? {first_line(error.__cause__ or error)}"
-            ) from None
+def restore(path: epath.Path, args: ocp.args.PyTreeRestore) -> dict:
+    """The arrays of the part at `path` that `args` ask for.
+
+    Raises ValueError naming the part, and the parameter where one is damaged.
+    """
+    handler = checksums.tree_handler()
+    try:
+        return handler.restore(path, args=args)
+    except Exception as error:  # among them a bare Exception around tensorstore's own error
+        raise ValueError(damage(path, error.__cause__ or error)) from None
+    finally:
+        handler.close()
 
 
-def check(where: Path, stored: Mapping[str, tuple], expected: Mapping) -> None:
-    """Raise ValueError unless the stored parameters are those of the configuration."""
-    faults = [f"{path} is missing" for path in expected if path not in stored]
-    faults += [f"{path} is not part of the model" for path in stored if path not in expected]
+def damage(path: epath.Path, error: BaseException) -> str:
+    """The line that tells the user what Orbax or tensorstore could not read."""
+    reason = first_line(error).partition(" [tensorstore_spec=")[0]
+    # Chunks of arrays are stored as "PARAMETER/c/0/3", in Zarr 2 as "PARAMETER/0.3".
+    chunk = re.search(r'Error reading "([^"]+?)/(?:c[/"]|\d)[^:]*?: (.*)', reason)
+    if isinstance(error, KeyError):
+        reason = f"its _METADATA lacks {error}"
+    if chunk:
+        return f"{path} is damaged: its parameter {chunk[1]} cannot be read: {chunk[2]}"
+    return f"{path} cannot be read, its files are damaged or missing: {reason}"
+
+
+def check(directory: Path, part: str, expected: Mapping[str, Any]) -> None:
+    """Raise ValueError unless the stored parameters are those of the configuration.
+
+    expected: by path, something that has a shape.
+    """
+    shapes = {path: tuple(leaf.shape) for path, leaf in metadata(directory, part).items()}
+    faults = [f"{path} is missing" for path in expected if path not in shapes]
+    faults += [f"{path} is not part of the model" for path in shapes if path not in expected]
     faults += [
-        f"{path} has shape {list(stored[path])}, expected {list(leaf.shape)}"
+        f"{path} has shape {list(shapes[path])}, expected {list(leaf.shape)}"
         for path, leaf in expected.items()
-        if path in stored and stored[path] != tuple(leaf.shape)
+        if path in shapes and shapes[path] != tuple(leaf.shape)
     ]
     if faults:
         raise ValueError(
-            f"{where} does not fit the checkpoint's configuration: {'; '.join(faults[:10])}"
+            f"{part_directory(directory, part)} does not fit the checkpoint's configuration: "
+            f"{'; '.join(faults[:MAX_NAMED])}"
         )
 
 
 def load(
     directory: Path, config: Omni2Config, dtype: jnp.dtype, mesh: Mesh | None = None
 ) -> tuple[nnx.GraphDef, dict]:
-    """Graph and parameters of the parts that `config` has: the language side in `dtype`, the decoder in float32 (its solver needs it).
+    """Graph and parameters of the parts that `config` has.
 
-    mesh: where they go, each cut as its logical axes say; default this process's first device.
+    The language side is in `dtype`, the decoder in float32, which its ODE solver needs. mesh: the
+    devices that hold them, each parameter cut as its logical axes say; default this process's first
+    device. Raises ValueError if the checkpoint lacks a part, is damaged or does not fit `config`.
     """
     graph, state = abstract_state(config)
     shapes = nnx.to_pure_dict(state)
     absent = [part for part in shapes if part not in parts(directory)]
     if absent:
         raise ValueError(
-            f"{directory} lacks the parameters of {', '.join(absent)}, which its config.json describes"
+            f"{directory} lacks the parameters of {', '.join(absent)}, which its config.json "
+            "describes"
         )
     dtypes = {part: jnp.float32 if part in DECODER_PARTS else dtype for part in shapes}
-    places = sharding.of_params(state, mesh or sharding.make_mesh(devices=jax.local_devices()[:1]))
+    mesh = mesh or sharding.make_mesh(devices=jax.local_devices()[:1])
+    shardings = sharding.of_params(state, mesh)
     return graph, {
-        part: load_part(directory, part, shapes[part], dtypes[part], places[part])
+        part: load_part(directory, part, shapes[part], dtypes[part], shardings[part])
         for part in shapes
     }

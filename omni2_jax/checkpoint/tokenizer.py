@@ -1,10 +1,12 @@
-"""Tokenizers of a checkpoint: chat prompts with speech in them, text back, and units as the released scripts spell them."""
+"""Tokenizers of a checkpoint: turns -> prompt ids, answer ids -> text, units <-> text."""
 
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from omni2_jax.config import Omni2Config
+from omni2_jax.files import first_line
 from omni2_jax.models.model import SPEECH
 
 FILES = (
@@ -17,10 +19,11 @@ FILES = (
     "chat_template.jinja",
 )
 SPEECH_TEXT = "<speech>"
+ANSWER_MARKER = "\0"  # an answer that no template changes, to find its place in a prompt
 
 
-def load(directory: Path):
-    """A Hugging Face tokenizer from local files only; raises ValueError naming the directory."""
+def load(directory: Path) -> Any:
+    """A Hugging Face tokenizer, from local files only. Raises ValueError naming the directory."""
     import transformers
 
     if not (directory / "tokenizer.json").exists() and not all(
@@ -32,57 +35,85 @@ def load(directory: Path):
     transformers.logging.set_verbosity_error()
     try:
         return transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True)
-    except Exception as error:  # transformers, tokenizers and jinja raise many kinds, all meaning: these files are no tokenizer
-        raise ValueError(
-            f"{directory} is not a readable tokenizer: {(str(error).splitlines() or [type(error).__name__])[0]}"
-        ) from None
+    except Exception as error:  # transformers, tokenizers and jinja raise many kinds
+        raise ValueError(f"{directory} is not a readable tokenizer: {first_line(error)}") from None
 
 
 class Tokenizer:
-    """Prompts in, text out. `positions` is how many LLM positions a clip of 30 s takes (300)."""
+    """Turns to prompt ids, and answers to text.
+
+    positions: how many LLM positions 30 s of speech take (300). Raises ValueError naming the
+    directory if a tokenizer or its chat template cannot be used.
+    """
 
     def __init__(self, directory: Path, config: Omni2Config, positions: int):
-        self.text = load(directory / "tokenizer")
+        self.directory = directory / "tokenizer"
+        self.text = load(self.directory)
         self.speech = load(directory / "tts_tokenizer") if config.speech_lm else None
         self.config = config
         self.positions = positions
+        self.check_template()
 
     def prompt(self, turns: Sequence[str | int]) -> list[int]:
-        """Turns in order, the user's first: how many clips of speech it has, or its text -> prompt ids, speech expanded.
+        """Turns, the user's first -> prompt ids with SPEECH at the positions of speech features.
 
-        The same chat template as the released code (Qwen2.5's, with its default system line).
+        A spoken turn is its number of clips, another turn is its text. The chat template is that of
+        the released code (Qwen2.5's, with its default system line).
         """
         return self.expand(self.text.encode(self.render(turns), add_special_tokens=False))
 
     def continuation(self, clips: int, ended: bool) -> list[int]:
-        """What follows an answer in the cache: its end token unless it is there (`ended`), and a spoken turn of so many clips."""
-        marker = "\0"
-        ids = self.text.encode(
-            self.render([1, marker, clips]).split(marker, 1)[1], add_special_tokens=False
-        )
+        """The prompt ids that follow an answer in the cache: a spoken turn of so many clips.
+
+        ended: whether the cache holds the answer's end token already; otherwise it comes first.
+        """
+        rendered = self.render([1, ANSWER_MARKER, clips])
+        after_answer = rendered.split(ANSWER_MARKER, 1)[1]
+        ids = self.text.encode(after_answer, add_special_tokens=False)
         return self.expand(ids[1:] if ended else ids)
 
     def render(self, turns: Sequence[str | int]) -> str:
+        """Turns as the chat template spells them, SPEECH_TEXT for a clip of speech.
+
+        Raises ValueError naming the tokenizer's directory if the template cannot be used.
+        """
         content = [turn if isinstance(turn, str) else SPEECH_TEXT * turn for turn in turns]
         messages = [
             {"role": "assistant" if i % 2 else "user", "content": text}
             for i, text in enumerate(content)
         ]
-        return self.text.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        try:
+            return self.text.apply_chat_template(
+                messages, add_generation_prompt=True, tokenize=False
+            )
+        except Exception as error:  # jinja raises many kinds, a template may raise any
+            raise ValueError(
+                f"the chat template of {self.directory} cannot be used: {first_line(error)}"
+            ) from None
+
+    def check_template(self) -> None:
+        """Raise ValueError unless the chat template puts each turn once into the prompt."""
+        rendered = self.render([1, ANSWER_MARKER, 1])
+        parts = rendered.split(ANSWER_MARKER)
+        if len(parts) != 2 or any(part.count(SPEECH_TEXT) != 1 for part in parts):
+            raise ValueError(
+                f"the chat template of {self.directory} does not put each turn once into the prompt"
+            )
 
     def expand(self, ids: Sequence[int]) -> list[int]:
-        """<speech> becomes as many SPEECH ids as a clip has features."""
+        """Token ids with each <speech> replaced by as many SPEECH ids as a clip has positions."""
+        speech = self.config.tokens.speech
         return [
-            i
-            for token in ids
-            for i in ([SPEECH] * self.positions if token == self.config.tokens.speech else [token])
+            i for token in ids for i in ([SPEECH] * self.positions if token == speech else [token])
         ]
 
     def decode(self, ids: Sequence[int]) -> str:
+        """LLM tokens as text, without special tokens."""
         return self.text.decode(list(ids), skip_special_tokens=True).strip()
 
     def unit_text(self, speech: Sequence[int]) -> str:
         """Speech-LM tokens as the string of the released answers, "<12><6560>..."."""
+        assert self.speech is not None, "the configuration has no speech LM"
         return self.speech.decode(list(speech), skip_special_tokens=True)
 
 

@@ -1,5 +1,9 @@
-"""Voices of a checkpoint: x-vectors [192] by name, made from a few seconds of somebody's speech, which the flow speaks like."""
+"""Voices of a checkpoint: x-vectors [192] by name, CKPT/voices/NAME.npy.
 
+An x-vector is made from a few seconds of speech. The flow speaks in the voice that it describes.
+"""
+
+import math
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -9,7 +13,7 @@ from flax import nnx
 from omni2_jax.audio import recordings
 from omni2_jax.checkpoint import parameters
 from omni2_jax.config import Omni2Config, SpeakerConfig
-from omni2_jax.files import atomic_write
+from omni2_jax.files import atomic_write, first_line
 from omni2_jax.models.speaker import embed
 
 
@@ -19,7 +23,7 @@ def names(directory: Path) -> list[str]:
 
 
 def save(directory: Path, name: str, x_vector: np.ndarray) -> None:
-    """Store a voice, whole or not at all."""
+    """Store a voice. Raises ValueError if it cannot be written."""
     folder = directory / "voices"
     folder.mkdir(exist_ok=True)
     with atomic_write(folder / f"{name}.npy", "wb") as file:
@@ -27,44 +31,78 @@ def save(directory: Path, name: str, x_vector: np.ndarray) -> None:
 
 
 def resolve(directory: Path, config: Omni2Config, voice: str | None) -> np.ndarray:
-    """The x-vector of a stored voice's name, a prompt file, or (None) the first stored one. Raises ValueError saying what there is."""
+    """The x-vector [192] of a stored voice's name, of a prompt file, or (None) of the first voice.
+
+    Raises ValueError if there is none, or its file is damaged.
+    """
     stored = names(directory)
     if voice is None and stored:
         voice = stored[0]
     if voice in stored:
-        return np.load(directory / "voices" / f"{voice}.npy")
+        return load(directory / "voices" / f"{voice}.npy", config)
     if voice is not None and Path(voice).is_file():
         return from_file(directory, config, Path(voice))
     known = (
         f"it has {', '.join(stored)}"
         if stored
-        else "it has none (add one with: python -m convert --voice NAME=prompt.wav --out CKPT)"
+        else "it has none (add one with: omni2 convert --voice NAME=prompt.wav --out CKPT)"
     )
-    asked = (
-        f"voice {voice!r} is neither a file nor a voice of {directory}"
-        if voice
-        else f"{directory} has no voice"
-    )
-    raise ValueError(f"{asked}; {known}" if voice else f"{directory} needs a voice; {known}")
+    if voice:
+        raise ValueError(f"voice {voice!r} is neither a file nor a voice of {directory}; {known}")
+    raise ValueError(f"{directory} needs a voice; {known}")
 
 
 def from_file(directory: Path, config: Omni2Config, path: Path) -> np.ndarray:
-    """The x-vector of a prompt: a .npy that holds one, or a sound file, embedded by the checkpoint's speaker encoder."""
+    """The x-vector [192] of a .npy that holds one, or of a sound file.
+
+    The checkpoint's speaker encoder embeds the first 30 s of a sound. Raises ValueError naming the
+    file if it is neither, or the checkpoint if it has no speaker encoder.
+    """
     if path.suffix == ".npy":
-        size = (config.flow.speaker if config.flow else SpeakerConfig.embedding,)
-        try:
-            x_vector = np.load(path, allow_pickle=False).reshape(-1)
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{path} is not a numpy array file: {error}") from None
-        if x_vector.shape != size or not np.isfinite(x_vector).all():
-            raise ValueError(
-                f"{path} holds an array of {x_vector.size} numbers, expected an x-vector of {size[0]} finite ones"
-            )
-        return x_vector.astype(np.float32)
+        return load(path, config)
     if config.speaker is None:
         raise ValueError(
-            f"{directory} has no speaker encoder (campplus.onnx was not converted), so {path} cannot become a voice"
+            f"{directory} has no speaker encoder (campplus.onnx was not converted), "
+            f"so {path} cannot become a voice"
         )
     (wav,) = recordings.load_turn(path, "truncate")
     graph, params = parameters.load(directory, config.only("speaker"), jnp.float32)
     return np.asarray(embed(nnx.merge(graph, params).speaker, jnp.asarray(wav)[None])[0])
+
+
+def load(path: Path, config: Omni2Config) -> np.ndarray:
+    """Read an x-vector from a .npy file -> float32 [192], or the size that `config.flow` states.
+
+    Raises ValueError naming the file unless it holds so many finite numbers. The header is checked
+    before the values are read, because it may promise more than fits into memory.
+    """
+    size = config.flow.speaker if config.flow else SpeakerConfig.embedding
+    try:
+        with open(path, "rb") as file:
+            shape, dtype = read_header(file)
+            if math.prod(shape) != size or dtype.kind not in "fiu":
+                raise ValueError(f"an array of shape {list(shape)} and type {dtype}")
+            file.seek(0)
+            x_vector = np.load(file, allow_pickle=False).reshape(-1).astype(np.float32)
+        if not np.isfinite(x_vector).all():
+            raise ValueError("an array with NaN or infinite numbers")
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror or error}") from None
+    except Exception as error:  # a damaged header raises many kinds
+        raise ValueError(
+            f"{path} is not an x-vector of {size} finite numbers: it holds {first_line(error)}"
+        ) from None
+    return x_vector
+
+
+def read_header(file) -> tuple[tuple[int, ...], np.dtype]:
+    """Shape and dtype of an open .npy file. Raises ValueError if it is none."""
+    version = np.lib.format.read_magic(file)
+    readers = {
+        (1, 0): np.lib.format.read_array_header_1_0,
+        (2, 0): np.lib.format.read_array_header_2_0,
+    }
+    if version not in readers:
+        raise ValueError(f"an array file of version {version[0]}.{version[1]}")
+    shape, _, dtype = readers[version](file)
+    return shape, dtype
