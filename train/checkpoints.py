@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 import orbax.checkpoint as ocp
 
+from omni2_jax.checkpoint import checksums
 from omni2_jax.files import first_line
 from omni2_jax.train.settings import MUTABLE_SETTINGS, flat
 from omni2_jax.train.step import State
@@ -58,6 +59,7 @@ class Checkpoints:
         self.directory = run.absolute() / "steps"
         self.manager = ocp.CheckpointManager(
             self.directory,
+            item_handlers=checksums.tree_handler(),
             options=ocp.CheckpointManagerOptions(
                 max_to_keep=keep, enable_async_checkpointing=True, create=True
             ),
@@ -69,23 +71,23 @@ class Checkpoints:
 
     def save(self, state: State, step: int) -> None:
         if step not in self.manager.all_steps():
-            self.manager.save(step, args=ocp.args.StandardSave(fields(state)))
+            self.manager.save(step, args=ocp.args.PyTreeSave(fields(state)))
 
     def restore(self, step: int, shapes: State, shardings: State) -> State:
         """The state of a step, cut as `shardings` say. Raises ValueError if it is damaged or of another model."""
         target = jax.tree.map(
-            lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+            lambda leaf, cut: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=cut),
             shapes,
             shardings,
         )
+        item = fields(target)
+        args = ocp.args.PyTreeRestore(item, ocp.checkpoint_utils.construct_restore_args(item))
         try:
-            return State(
-                **self.manager.restore(step, args=ocp.args.StandardRestore(fields(target)))
-            )
+            return State(**self.manager.restore(step, args=args))
         except Exception as error:  # Orbax and tensorstore raise many kinds
-            where = self.directory / str(step)
+            path, cause = self.directory / str(step), first_line(error.__cause__ or error)
             raise ValueError(
-                f"{where} cannot be restored, is it damaged or of another run? {first_line(error)}"
+                f"{path} cannot be restored, is it damaged or of another run? {cause}"
             ) from None
 
     def close(self) -> None:

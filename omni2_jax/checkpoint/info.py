@@ -60,6 +60,8 @@ def dimensions(directory: Path, config: Omni2Config, name: str) -> str:
     if name == "speech_tokenizer":
         c = speech_tokenizer.load_config(directory)
         return f"{c.layers} layers, width {c.width}, {c.units} units"
+    if name == "fusion":  # its sizes are those of its neighbours
+        return f"gate, {width(config, 'llm', 'speech_lm')}"
     c = getattr(config, name)
     if c is None:
         return "not described by config.json"
@@ -73,8 +75,6 @@ def dimensions(directory: Path, config: Omni2Config, name: str) -> str:
         return f"Whisper: {c.layers} layers, width {c.width}, {c.heads} heads"
     if name == "adapter":
         return f"{c.stride} frames to one position, {width(config, 'speech_encoder', 'llm')}"
-    if name == "fusion":
-        return f"gate, {width(config, 'llm', 'speech_lm')}"
     if name == "flow":
         return (
             f"width {c.width}, {c.layers} + {c.up_layers} layers, {c.mid_blocks} middle blocks, "

@@ -41,8 +41,10 @@ class LazyArrayHandler(ocp.type_handlers.NumpyHandler):
     async def serialize(self, values, infos, args=None):
         leaves = cast(Sequence[LazyArray], values)
         for batch in batches(leaves):
-            arrays = [leaf.read() for leaf in leaves[batch]]
-            await super()._background_serialize(arrays, infos[batch], args and args[batch])
+            # No name for the arrays: it would keep them while the next batch is read.
+            await super()._background_serialize(
+                [leaf.read() for leaf in leaves[batch]], infos[batch], args and args[batch]
+            )
             if self.failures:
                 raise self.failures[0]
             for leaf in leaves[batch]:
