@@ -1,134 +1,170 @@
-"""Batches in a fixed order: which rows a step sees follows from the seed and the step alone, for any number of processes.
+"""Batches in a fixed order: the rows of a step follow from the seed and the step alone.
 
-Examples are shuffled anew every epoch and gathered in buckets, so that every batch has one of a few static shapes; a bucket that is
-full is a batch. Grain reads ahead in threads; where a run stands in its data is the number of the next batch, and nothing else.
+Neither the number of processes nor that of devices changes them. Examples are shuffled anew every
+epoch and gathered by bucket, so that every batch has one of a few static shapes; a bucket that is
+full becomes a batch. Grain reads ahead in threads. The position of a run in its data is the number
+of the next batch, and nothing else.
 """
 
+import itertools
 import math
 import threading
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import grain
 import jax
 import numpy as np
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, PartitionSpec
 
 from omni2_jax.files import first_line
 from omni2_jax.train.data.dataset import RecordError
 from omni2_jax.train.examples import Examples, Item, Row
 from omni2_jax.train.settings import Bucket, TrainConfig
 
-EMPTY_ROW = -1  # a row that no example fills, in the last batches
+EMPTY_ROW = -1  # stands for an example in rows of the last batches that have none
 
 
-@dataclass(frozen=True)
-class Batch:
-    """Which items a step sees."""
-
-    bucket: Bucket
-    rows: np.ndarray  # [batch] into the list of items
+# ---- which rows a step has ----
 
 
 @dataclass
 class Catalogue:
-    """What a data set gives: items by bucket, and what was left out and why."""
+    """The examples of a data set, and the dialogues that were left out.
+
+    buckets: for each item the index of its bucket. skipped: reason by dialogue.
+    """
 
     items: list[Item] = field(default_factory=list)
-    buckets: list[int] = field(default_factory=list)  # of each item
-    skipped: dict[str, str] = field(default_factory=dict)  # reason by dialogue
+    buckets: list[int] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
 
     def reasons(self, most: int) -> list[str]:
-        """The most common reasons, each with one dialogue that it holds for; what differs between these stands in brackets."""
-        alike = defaultdict(list)
+        """The most common reasons, each with its number of dialogues and the first of them.
+
+        Details in brackets ("too long (2 clips)") do not make two reasons different.
+        """
+        by_reason = defaultdict(list)
         for name, reason in self.skipped.items():
-            alike[reason.partition(" (")[0]].append(f"{name}: {reason}")
-        return [
-            f"{len(some)} x {some[0]}"
-            for some in sorted(alike.values(), key=len, reverse=True)[:most]
-        ]
+            by_reason[reason.partition(" (")[0]].append(f"{name}: {reason}")
+        common = sorted(by_reason.values(), key=len, reverse=True)[:most]
+        return [f"{len(dialogues)} x {dialogues[0]}" for dialogues in common]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The examples of a step. rows: [batch], indices of items in the catalogue, or EMPTY_ROW."""
+
+    bucket: Bucket
+    rows: np.ndarray
 
 
 def catalogue(
     examples: Examples, dialogues: Iterable[int], buckets: Sequence[Bucket], strict: bool
 ) -> Catalogue:
-    """Measure every example. Raises ValueError if there is none, or, when strict, for the first that cannot be used."""
-    found = Catalogue()
+    """Measure the examples of all dialogues.
+
+    Raises ValueError naming the data set if there is no example, or, when strict, for the first
+    dialogue that cannot be used.
+    """
+    result = Catalogue()
     for index in dialogues:
         try:
             items = examples.items(index)
-            places = [place(item.size, buckets) for item in items]
+            item_buckets = [bucket_index(item.size, buckets) for item in items]
         except ValueError as error:
             if strict:
                 raise ValueError(f"{examples.data.path}: dialogue {index}: {error}") from None
-            found.skipped[f"dialogue {index}"] = str(error)
+            result.skipped[f"dialogue {index}"] = str(error)
             continue
-        found.items += items
-        found.buckets += places
-    if not found.items:
-        why = "; ".join(found.reasons(3))
+        result.items += items
+        result.buckets += item_buckets
+    if not result.items:
         raise ValueError(
-            f"{examples.data.path} has nothing to train stage {examples.train.stage} on: {why}"
+            f"{examples.data.path} has nothing to train stage {examples.train.stage} on: "
+            + "; ".join(result.reasons(3))
         )
-    return found
+    return result
 
 
-def place(size: Bucket, buckets: Sequence[Bucket]) -> int:
-    """The first bucket that holds an example of this size."""
-    for i, bucket in enumerate(buckets):
+def bucket_index(size: Bucket, buckets: Sequence[Bucket]) -> int:
+    """The first bucket that holds an example of this size. Raises ValueError if none does."""
+    for index, bucket in enumerate(buckets):
         if (
             size.clips <= bucket.clips
             and size.positions <= bucket.positions
             and size.tokens <= bucket.tokens
         ):
-            return i
+            return index
     raise ValueError(
-        f"too long for every bucket ({size.clips} clips, {size.positions} positions, {size.tokens} tokens)"
+        f"too long for every bucket ({size.clips} clips, {size.positions} positions, "
+        f"{size.tokens} tokens)"
     )
 
 
-def schedule(found: Catalogue, train: TrainConfig) -> list[Batch]:
-    """All batches of a run in order. In the last ones rows may be EMPTY."""
-    epochs, waiting, batches, epoch = train.epochs, defaultdict(list), [], 0
-    while train.steps or epoch < epochs:
-        order = np.random.default_rng((train.seed, epoch)).permutation(len(found.items))
-        if not train.steps and epochs - epoch < 1:
-            order = order[: math.ceil(len(order) * (epochs - epoch))]
-        for item in order:
-            row = waiting[found.buckets[item]]
-            row.append(item)
-            if len(row) == train.batch:
-                batches.append(Batch(train.buckets[found.buckets[item]], np.array(row)))
-                row.clear()
-                if len(batches) == train.steps:
-                    return batches
-        epoch += 1
+def schedule(catalogue: Catalogue, train: TrainConfig) -> list[Batch]:
+    """All batches of a run, in order. The last batch of a bucket may have EMPTY_ROW in it."""
+    waiting: dict[int, list[int]] = defaultdict(list)  # by bucket
+    batches: list[Batch] = []
+    for item in example_order(len(catalogue.items), train):
+        bucket = catalogue.buckets[item]
+        waiting[bucket].append(item)
+        if len(waiting[bucket]) == train.batch:
+            batches.append(Batch(train.buckets[bucket], np.array(waiting.pop(bucket))))
+            if len(batches) == train.steps:
+                return batches
     for bucket, rows in sorted(waiting.items()):
-        if rows:
-            batches.append(
-                Batch(
-                    train.buckets[bucket], np.array(rows + [EMPTY_ROW] * (train.batch - len(rows)))
-                )
-            )
+        rows += [EMPTY_ROW] * (train.batch - len(rows))
+        batches.append(Batch(train.buckets[bucket], np.array(rows)))
     return batches
 
 
-def filled(found: Catalogue, batches: Sequence[Batch]) -> float:
-    """The share of the positions and tokens computed that hold something; the rest is padding."""
-    extent = lambda bucket: bucket.positions + max(bucket.clips, 1) * bucket.tokens  # noqa: E731
+def example_order(count: int, train: TrainConfig) -> Iterator[int]:
+    """Indices of `count` examples, shuffled by (seed, epoch) for each epoch.
+
+    Endless if `train.steps` is set; otherwise for `train.epochs`, which may be a fraction.
+    """
+    for epoch in itertools.count():
+        remaining = math.inf if train.steps else (train.epochs or 0) - epoch
+        if remaining <= 0:
+            return
+        order = np.random.default_rng((train.seed, epoch)).permutation(count)
+        yield from order[: math.ceil(count * min(remaining, 1))].tolist()
+
+
+def filled(catalogue: Catalogue, batches: Sequence[Batch]) -> float:
+    """The share of the computed positions and tokens that is not padding."""
+
+    def extent(bucket: Bucket) -> int:
+        return bucket.positions + max(bucket.clips, 1) * bucket.tokens
+
     used = sum(
-        extent(found.items[row].size) for batch in batches for row in batch.rows if row != EMPTY_ROW
+        extent(catalogue.items[row].size)
+        for batch in batches
+        for row in batch.rows
+        if row != EMPTY_ROW
     )
     return used / sum(extent(batch.bucket) * len(batch.rows) for batch in batches)
 
 
-class Source:
-    """For grain: item i is this process's share of batch i, {name: [microbatches, rows, ...]}."""
+# ---- their arrays ----
 
-    def __init__(self, examples: Examples, found: Catalogue, batches: Sequence[Batch], rows: slice):
-        self.examples, self.found, self.batches, self.rows = examples, found, batches, rows
-        self.damaged: dict[str, str] = {}  # records met so far that could not be read, and why
+
+class Source:
+    """For Grain: item i holds the rows of batch i for this process.
+
+    An item is {name: array [microbatches, rows, ...]}. rows: the part of a microbatch. `damaged`
+    collects the dialogues that could not be read, with the reason.
+    """
+
+    def __init__(
+        self, examples: Examples, catalogue: Catalogue, batches: Sequence[Batch], rows: slice
+    ):
+        self.examples, self.catalogue, self.batches = examples, catalogue, batches
+        self.rows = rows
+        self.damaged: dict[str, str] = {}
         self.lock = threading.Lock()
 
     def __len__(self) -> int:
@@ -136,18 +172,22 @@ class Source:
 
     def __getitem__(self, index: int) -> Row:
         batch = self.batches[index]
-        rows = batch.rows.reshape(self.examples.train.microbatches, -1)[:, self.rows]
-        made = [self.row(row, batch.bucket) for row in rows.ravel()]
+        numbers = batch.rows.reshape(self.examples.train.microbatches, -1)[:, self.rows]
+        rows = [self.row(number, batch.bucket) for number in numbers.ravel()]
         return {
-            name: np.stack([row[name] for row in made]).reshape(*rows.shape, *made[0][name].shape)
-            for name in made[0]
+            name: np.stack([row[name] for row in rows]).reshape(*numbers.shape, *value.shape)
+            for name, value in rows[0].items()
         }
 
     def row(self, number: int, bucket: Bucket) -> Row:
-        """An example's arrays; those of nothing for a damaged one, so that what the other rows hold does not change."""
+        """The arrays of an example; for EMPTY_ROW and damaged records those of an empty row.
+
+        An empty row keeps the content of all other rows as it is. Raises RecordError for a damaged
+        record if the run is strict.
+        """
         if number == EMPTY_ROW:
             return self.examples.empty(bucket)
-        item = self.found.items[number]
+        item = self.catalogue.items[number]
         try:
             return self.examples.row(item, bucket)
         except RecordError as error:
@@ -159,66 +199,61 @@ class Source:
 
 
 def local_rows(sharding: NamedSharding, count: int) -> slice:
-    """Which of `count` rows the devices of this process hold."""
-    parts = [
-        index[0].indices(count)
-        for index in sharding.addressable_devices_indices_map((count,)).values()
-    ]
+    """The part of `count` rows that the devices of this process hold."""
+    indices = sharding.addressable_devices_indices_map((count,)).values()
+    parts = [index[0].indices(count) for index in indices if index is not None]
     return slice(min(start for start, _, _ in parts), max(stop for _, stop, _ in parts))
 
 
 class Loader:
-    """Batches on the devices, from step `start` on.
+    """Batches on the devices, from any step on.
 
-    sharding: of a microbatch's rows. Iterating gives (batch on the devices, the same on the host).
+    sharding: of the rows [B] of a microbatch. Raises ValueError if the devices do not divide them.
     """
 
     def __init__(
         self,
         examples: Examples,
-        found: Catalogue,
+        catalogue: Catalogue,
         batches: Sequence[Batch],
         sharding: NamedSharding,
     ):
-        train = examples.train
-        self.size = train.batch // train.microbatches
-        cut = math.prod(sharding.mesh.shape[axis] for axis in axes_of(sharding))
-        if self.size % cut:
+        train, mesh = examples.train, sharding.mesh
+        self.size = train.batch // train.microbatches  # rows of a microbatch
+        shards = math.prod(mesh.shape[axis] for axis in sharding.spec[0])
+        if self.size % shards:
+            fitting = shards * train.microbatches * math.ceil(self.size / shards)
             raise ValueError(
-                f"{self.size} rows (batch {train.batch} in {train.microbatches} microbatches) cannot be cut over the {cut} devices "
-                f"of the mesh's replica and fsdp axes; a batch of {cut * train.microbatches * -(-self.size // cut)} can"
+                f"{self.size} rows (batch {train.batch} in {train.microbatches} microbatches) "
+                f"cannot be cut over the {shards} devices of the mesh's replica and fsdp axes; "
+                f"a batch of {fitting} can"
             )
         self.rows = local_rows(sharding, self.size)
-        self.sharding = NamedSharding(
-            sharding.mesh, jax.sharding.PartitionSpec(None, *sharding.spec)
-        )
-        self.source = Source(examples, found, batches, self.rows)
+        self.sharding = NamedSharding(mesh, PartitionSpec(None, *sharding.spec))
+        self.source = Source(examples, catalogue, batches, self.rows)
         self.options = grain.ReadOptions(
             num_threads=train.workers, prefetch_buffer_size=2 * train.workers
         )
 
     def start(self, step: int) -> Iterator[tuple[dict[str, jax.Array], Row]]:
+        """(batch on the devices, the same of this process on the host) of `step` and those after.
+
+        Raises RecordError at a damaged record if the run is strict.
+        """
         iterator = iter(grain.MapDataset.source(self.source).to_iter_dataset(self.options))
         iterator.set_state({"next_index": step})
         try:
             for batch in iterator:
-                yield {name: self.place(value) for name, value in batch.items()}, batch
-        except RecordError as error:  # Grain adds to the message what it did to the traceback
+                yield {name: self.to_devices(value) for name, value in batch.items()}, batch
+        except RecordError as error:  # Grain appends its own explanation to the message
             raise RecordError(first_line(error)) from None
 
-    def place(self, value: np.ndarray) -> jax.Array:
-        """This process's rows as part of the array of all."""
+    def to_devices(self, value: np.ndarray) -> jax.Array:
+        """Rows [microbatches, rows, ...] of this process as a part of the array of all."""
 
-        def rows_of(index: tuple[slice, ...]) -> np.ndarray:
+        def rows_of(index: Any) -> np.ndarray:
             start, stop, _ = index[1].indices(self.size)
             return value[:, start - self.rows.start : stop - self.rows.start]
 
-        return jax.make_array_from_callback(
-            (value.shape[0], self.size, *value.shape[2:]), self.sharding, rows_of
-        )
-
-
-def axes_of(sharding: NamedSharding) -> tuple[str, ...]:
-    """The mesh axes over which the first dimension is cut."""
-    axes = sharding.spec[0] if sharding.spec else None
-    return () if axes is None else (axes,) if isinstance(axes, str) else tuple(axes)
+        shape = (value.shape[0], self.size, *value.shape[2:])
+        return jax.make_array_from_callback(shape, self.sharding, rows_of)
