@@ -175,7 +175,8 @@ def decode(file: soundfile.SoundFile, path: str | Path, rate: int, frames: int) 
         total += block.size
         bad += int(np.count_nonzero(~finite))
         peak = max(peak, float(np.max(np.abs(block), where=finite, initial=0)))
-        mono = block.mean(axis=1)
+        with np.errstate(invalid="ignore", over="ignore"):  # `bad` tells of these
+            mono = block.mean(axis=1)
         blocks.append(resampler.resample_chunk(mono) if resampler else mono)
     check_values(total, bad, peak, path)
     if resampler:

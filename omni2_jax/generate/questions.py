@@ -13,6 +13,7 @@ from pathlib import Path
 
 from omni2_jax.audio import recordings
 
+MAX_PATH = 4096  # characters of a path; Linux takes no longer ones
 MAX_NAME = 200  # bytes of an id; a file's name has 255, of which suffixes take some
 
 
@@ -95,7 +96,7 @@ def parse_turns(path: Path, conversation: Sequence, context: str) -> tuple[Path 
         value = turn.get(key) if isinstance(turn, dict) else None
         if not isinstance(value, str):
             raise ValueError(f"{context}: turn {index} has no {key!r}")
-        if not is_unicode(value) or (key == "speech" and not value):
+        if not (is_path(value) if key == "speech" else is_unicode(value)):
             raise ValueError(f"{context}: turn {index}: {key!r} cannot be {short(value)}")
         turns.append(value if index % 2 else sound_path(path, value))
     return tuple(turns)
@@ -120,6 +121,11 @@ def is_unicode(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+def is_path(text: str) -> bool:
+    """Whether a text can be the path of a file."""
+    return 0 < len(text) <= MAX_PATH and "\0" not in text and is_unicode(text)
 
 
 def short(text: str) -> str:

@@ -30,7 +30,7 @@ from typing import BinaryIO, TextIO
 import numpy as np
 
 from omni2_jax.audio.recordings import check_regular
-from omni2_jax.generate.questions import is_unicode, sound_path
+from omni2_jax.generate.questions import is_path, is_unicode, sound_path
 from omni2_jax.train.data.records import UNITS, Dialogue, Turn, check, short
 
 ROLES = {"human": "user", "gpt": "assistant"}
@@ -38,7 +38,6 @@ UNIT_TEXT = re.compile(r"(?:<\d{1,9}>)+|\d{1,9}(?:[\s,]+\d{1,9})*")
 BLOCK = 2**20  # characters read at a time
 MAX_DIALOGUE = 2**26  # characters of a dialogue
 MAX_ID = 1000  # characters of an id
-MAX_PATH = 4096  # characters of a path; Linux takes no longer ones
 DECODER = json.JSONDecoder()
 # A text of JSON, which may be cut off by the end of what was read; or a bracket.
 JSON_TOKEN = re.compile(r'"(?:[^"\\]|\\.)*+(?:"|\Z)|[\[\]{}]', re.DOTALL)
@@ -162,11 +161,8 @@ def parse_sound(value: object, form: Format, file: Path, context: str) -> Path |
     """The path of a turn's recording; None for a turn without one. Raises SourceError."""
     if value is None or value == "":
         return None
-    if not isinstance(value, str) or "\0" in value or not is_unicode(value):
+    if not isinstance(value, str) or not is_path(value):
         message = f"{context}: {form.sound!r} is {short(value)}, expected a path"
-        raise SourceError("no audio", message)
-    if len(value) > MAX_PATH:
-        message = f"{context}: {form.sound!r} has {len(value)} characters, at most {MAX_PATH} fit"
         raise SourceError("no audio", message)
     return form.resolve(file, value)
 
