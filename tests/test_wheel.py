@@ -1,0 +1,123 @@
+"""The installed package: what the wheel of an sdist holds, and all commands in an empty directory."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.support.paths import AUDIO, DECODER, EXAMPLES, GOLDENS, ROOT
+
+SOURCES = ("omni2_jax", "convert", "train", "configs")
+
+
+def modules(folder: Path) -> set[str]:
+    """The Python files below a folder, links followed."""
+    found = (
+        Path(path, name).relative_to(folder)
+        for path, _, names in os.walk(folder, followlinks=True)
+        for name in names
+    )
+    return {str(path) for path in found if path.suffix == ".py"}
+
+
+def checked(command: list[object], cwd: Path, **variables: str) -> subprocess.CompletedProcess:
+    done = subprocess.run(
+        list(map(str, command)),
+        cwd=cwd,
+        env=os.environ | variables,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory) -> Path:
+    """The folder that the package is installed into: sources -> sdist -> wheel -> folder."""
+    work = tmp_path_factory.mktemp("wheel")
+    source, target = work / "source", work / "site-packages"
+    source.mkdir()
+    for name in SOURCES:
+        ignored = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=ignored)
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source / name)
+    build = "import sys; from setuptools import build_meta; build_meta.build_sdist(sys.argv[1])"
+    checked([sys.executable, "-c", build, work], source)
+    (sdist,) = work.glob("*.tar.gz")
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation"]
+    checked([*pip, "--target", target, sdist], work)
+    return target
+
+
+def test_the_wheel_holds_one_package_with_every_module(installed):
+    names = {path.name for path in installed.iterdir() if not path.name.endswith(".dist-info")}
+    assert names == {"omni2_jax", "bin"}
+    assert modules(installed / "omni2_jax") == modules(ROOT / "omni2_jax")
+    assert (installed / "omni2_jax" / "py.typed").is_file()
+
+
+@pytest.mark.parametrize("name", ["convert", "train"])
+def test_modules_of_a_checkout_are_commands(name):
+    done = checked([sys.executable, "-m", name, "--help"], ROOT)
+    assert done.stdout.startswith(f"Usage: omni2 {name} ")
+
+
+@pytest.fixture(scope="module")
+def omni2(installed, tmp_path_factory) -> Callable[..., str]:
+    """Run the installed command in an empty directory: (*arguments) -> what it writes to stdout."""
+    directory = tmp_path_factory.mktemp("empty")
+    variables = {"PYTHONPATH": str(installed)}
+    code = "import omni2_jax.train.settings as module; print(module.__file__)"
+    loaded = checked([sys.executable, "-c", code], directory, **variables).stdout.strip()
+    assert Path(loaded).is_relative_to(installed)
+
+    def run(*arguments: object) -> str:
+        command = [installed / "bin" / "omni2", *arguments]
+        return checked(command, directory, **variables).stdout
+
+    return run
+
+
+def write_dialogues(folder: Path) -> None:
+    """The first dialogue of the examples, with made-up units for its reply."""
+    spoken = EXAMPLES / "training"
+    dialogue = json.loads((spoken / "data.jsonl").read_text().splitlines()[0])
+    for turn in dialogue["turns"]:
+        turn["audio"] = str(spoken / turn["audio"])
+        if turn["role"] == "assistant":
+            turn["units"] = list(range(35))
+    (folder / "data.jsonl").write_text(json.dumps(dialogue) + "\n")
+
+
+@pytest.mark.slow
+def test_all_commands_in_an_empty_directory(omni2, tmp_path):
+    release = ["--omni2", GOLDENS / "omni2", "--decoder", DECODER]
+    omni2("convert", *release, "--voice", f"espeak={EXAMPLES / 'voice.wav'}", "--out", "tiny")
+    assert "voices: espeak" in omni2("info", "tiny")
+    write_dialogues(tmp_path)
+    omni2("prepare", "--source", tmp_path, "--out", "dialogues")
+    settings = {
+        "checkpoint": "tiny",
+        "data": "dialogues",
+        "dtype": "float32",
+        "batch": 1,
+        "steps": 1,
+        "workers": 1,
+        "optimizer.warmup": 0,
+    }
+    changes = [f"--set={key}={value}" for key, value in settings.items()]
+    size = "--set=buckets=({'clips': 1, 'positions': 400, 'tokens': 64},)"
+    omni2("hidden", "--config", "stage2", *changes, size, "--out", "states")
+    changes += [size, "--set=hidden=states"]
+    omni2("train", "--config", "stage2", *changes, "--out", "run")
+    short = ("--max-new-tokens", 3, "--max-flush-units", 10, "--chunk", 10)
+    omni2("chat", "--checkpoint", "run/final", AUDIO / "short_d.wav", "--out", "a.wav", *short)
+    omni2("convert", "--to-torch", "run/final", "--out", "release")
