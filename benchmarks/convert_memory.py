@@ -1,8 +1,9 @@
-"""Host memory of a conversion: a made-up release of a released size is converted by a process that watches its own memory.
+"""Host memory of a conversion, measured by the process that converts a made-up release.
 
-python -m benchmarks.convert_memory --size 0_5b
+python -m benchmarks.convert_memory --size 0.5b    (--size tiny takes seconds)
 
-The file is memory mapped, so its pages come and go as the kernel likes; what counts is the anonymous memory above the start.
+The source is memory mapped, and the kernel evicts its pages as it likes; so the anonymous memory
+is measured, as the growth over its size at the start.
 """
 
 import json
@@ -25,7 +26,8 @@ from benchmarks.sizes import SIZES
 from omni2_jax.checkpoint import parameters, tokenizer
 from omni2_jax.cli.console import run_function
 from omni2_jax.config import LANGUAGE_PARTS, Omni2Config
-from omni2_jax.convert import build, releases
+from omni2_jax.convert import read, write
+from omni2_jax.convert.export import release_json
 from omni2_jax.convert.plan import indices, source_shapes
 from omni2_jax.convert.tables import omni2
 from omni2_jax.models.model import abstract_model
@@ -34,7 +36,10 @@ TOKENIZERS = Path(__file__).parent.parent / "tests" / "goldens" / "omni2"
 
 
 def tensors(config: Omni2Config) -> Iterator[tuple[tuple[str, ...], tuple[int, ...]]]:
-    """Names and shape of every tensor of a release with these dimensions; a tied head is a second name."""
+    """Names and shape of every tensor of a release with these dimensions.
+
+    A tied head is a second name of the embedding.
+    """
     table, leaves = omni2.table(config), parameters.flatten(abstract_model(config)[1])
     copies = {original: alias for alias, original in table.aliases.items()}
     for rule in table.rules:
@@ -45,7 +50,10 @@ def tensors(config: Omni2Config) -> Iterator[tuple[tuple[str, ...], tuple[int, .
 
 
 def write_release(directory: Path, config: Omni2Config) -> None:
-    """A release in one safetensors file of random bfloat16 numbers, which compress as little as real ones."""
+    """A release in one safetensors file of random bfloat16 numbers.
+
+    They compress as little as real ones.
+    """
     directory.mkdir()
     for source, target in (
         (TOKENIZERS, directory),
@@ -54,7 +62,7 @@ def write_release(directory: Path, config: Omni2Config) -> None:
         target.mkdir(exist_ok=True)
         for name in filter(lambda name: (source / name).exists(), tokenizer.FILES):
             shutil.copyfile(source / name, target / name)
-    (directory / "config.json").write_text(json.dumps(releases.omni2_json(config, "bfloat16")))
+    (directory / "config.json").write_text(json.dumps(release_json(config, "bfloat16")))
     entries, sizes, end = {}, [], 0
     for names, shape in tensors(config):
         sizes.append((len(names), math.prod(shape)))
@@ -82,8 +90,12 @@ def anonymous() -> int:
 
 
 def watched(release: Path, out: Path) -> dict[str, int]:
-    """Convert; bytes before the first tensor is read, at the peak, of the largest parameter and of all of them."""
-    planned = build.read_omni2(release)
+    """Convert a release and measure, in bytes, the anonymous memory of this process.
+
+    Returns its size "before" the first tensor is read, its "peak", and the size of the "largest"
+    parameter and of "all" of them.
+    """
+    planned = read.read_omni2(release)
     sizes = [leaf.nbytes for leaf in parameters.flatten(planned.params).values()]
     before, seen, over = anonymous(), [0], threading.Event()
 
@@ -93,14 +105,14 @@ def watched(release: Path, out: Path) -> dict[str, int]:
 
     watcher = threading.Thread(target=sample)
     watcher.start()
-    build.write(out, planned, {})
+    write.write(out, planned, {})
     over.set()
     watcher.join()
     return {"before": before, "peak": max(seen), "largest": max(sizes), "all": sum(sizes)}
 
 
 def measure(config: Omni2Config) -> dict[str, int]:
-    """What `watched` says in a process of its own."""
+    """`watched`, called in a new process, on a release of these dimensions."""
     with tempfile.TemporaryDirectory() as directory:
         release, out = Path(directory) / "release", Path(directory) / "checkpoint"
         write_release(release, config)
@@ -115,9 +127,8 @@ def main(
     found = measure(sizes.of(size).only(*LANGUAGE_PARTS))
     for name, count in (found | {"above": found["peak"] - found["before"]}).items():
         print(f"{name:8} {count / 1e6:9.1f} MB")
-    print(
-        f"peak above the start / largest parameter: {(found['peak'] - found['before']) / found['largest']:.2f}"
-    )
+    ratio = (found["peak"] - found["before"]) / found["largest"]
+    print(f"peak above the start / largest parameter: {ratio:.2f}")
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder
 from benchmarks.sizes import load
 from omni2_jax.cli.console import run_function
 from omni2_jax.config import Omni2Config, SpeechEncoderConfig
-from omni2_jax.convert.releases import hugging_face
+from omni2_jax.convert.families import qwen2
 from omni2_jax.generate import read_write
 from omni2_jax.generate.read_write import READING, ReadWriteState
 
@@ -75,7 +75,7 @@ def theirs(config: Omni2Config, bursts: int, cached: bool, repeats: int) -> floa
     """Seconds of transformers' Qwen2 for the same bursts: one cache for all of them, or a fresh prefill for each."""
     lm = config.speech_lm
     model = transformers.Qwen2ForCausalLM(
-        transformers.Qwen2Config(**hugging_face(lm, config.tokens.unit_eos))
+        transformers.Qwen2Config(**qwen2.write_config(lm), eos_token_id=config.tokens.unit_eos)
     ).eval()
     embed, rows = model.get_input_embeddings(), torch.zeros(1, config.read, lm.width)
 

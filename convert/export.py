@@ -1,10 +1,15 @@
-"""A checkpoint -> the released PyTorch layout: OUT/LLaMA-Omni2 (safetensors, tokenizers) and OUT/cosy2_decoder (flow.pt, hift.pt)."""
+"""A checkpoint -> the released PyTorch layout.
+
+OUT/LLaMA-Omni2: safetensors, tokenizers, config.json. OUT/cosy2_decoder: flow.pt, the vocoder's
+file, spk2info.pt and the yaml.
+"""
 
 import contextlib
 import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import rich.progress
@@ -13,34 +18,60 @@ from safetensors.numpy import save_file
 
 from omni2_jax import files
 from omni2_jax.checkpoint import parameters, voices
-from omni2_jax.config import LANGUAGE_PARTS, Omni2Config
-from omni2_jax.convert import releases
+from omni2_jax.config import LANGUAGE_PARTS, DecoderConfig, Omni2Config
+from omni2_jax.convert import families, json_files, vocoders
+from omni2_jax.convert.families import qwen2
 from omni2_jax.convert.formats import reason
+from omni2_jax.convert.hugging_face import HEADS, OMNI2
 from omni2_jax.convert.plan import ConversionError, Table, unplan
-from omni2_jax.convert.tables import flow, hift, omni2
+from omni2_jax.convert.tables import flow, omni2
 
 SHARD_BYTES = 2 * 2**30  # also bounds the host memory of an export
 
 
 def write(directory: Path, out: Path, progress: rich.progress.Progress) -> None:
-    """Write `out` whole or not at all. Raises ConversionError when the checkpoint holds neither a language side nor a decoder."""
-    config, there = Omni2Config.load(directory / "config.json"), parameters.parts(directory)
-    language = all(part in there for part in LANGUAGE_PARTS)
-    if not language and "flow" not in there:
+    """Write the checkpoint `directory` in the released layout as `out`, whole or not at all.
+
+    Raises ConversionError if it holds neither a whole language side nor a decoder, if the released
+    layout cannot hold one of its parts, or if it is damaged; ValueError if `out` cannot be written.
+    """
+    config, present = Omni2Config.load(directory / "config.json"), parameters.parts(directory)
+    language = all(part in present for part in LANGUAGE_PARTS)
+    if not language and "flow" not in present:
         raise ConversionError(
-            f"{directory} holds {', '.join(there) or 'no parameters'}: neither a whole LLaMA-Omni2 nor its decoder"
+            f"{directory} holds {', '.join(present) or 'no parameters'}: "
+            "neither a whole LLaMA-Omni2 nor its decoder"
         )
-    with files.atomic_directory(out) as work:
+    if language:
+        check_families(directory, config)
+    with files.atomic_directory(out) as partial:
         if language:
-            write_omni2(directory, config, work / "LLaMA-Omni2", progress)
-        if "flow" in there:
-            write_decoder(directory, config, work / "cosy2_decoder", progress)
+            write_omni2(directory, config, partial / "LLaMA-Omni2", progress)
+        if "flow" in present:
+            write_decoder(directory, config, partial / "cosy2_decoder", progress)
+
+
+def check_families(directory: Path, config: Omni2Config) -> None:
+    """Raise ConversionError unless both language models are Qwen2, all that a release can be."""
+    for part in ("llm", "speech_lm"):
+        lm: DecoderConfig = getattr(config, part)
+        derived = lm.qkv_bias and lm.head_size * lm.heads == lm.width
+        if families.of_decoder(lm) is not qwen2 or not derived:
+            name = families.of_decoder(lm).NAME
+            raise ConversionError(
+                f"{directory}: its {part} is a {name}, but the released layout and code hold "
+                "Qwen2.5 only, so this checkpoint cannot be written with --to-torch"
+            )
 
 
 def tensors(
     directory: Path, table: Table, progress: rich.progress.Progress, label: str
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """The source tensors of a table, one parameter in memory at a time; its targets start with the part's name."""
+    """The source tensors of a table; one parameter is in memory at a time.
+
+    The table's targets start with the part's name. Raises ConversionError if the checkpoint lacks
+    one of them.
+    """
     parts = dict.fromkeys(rule.target.partition(".")[0] for rule in table.rules)
     leaves = {
         f"{part}.{path}": leaf
@@ -62,30 +93,40 @@ def tensors(
     yield from unplan(table, read)
 
 
-class Shards:
-    """safetensors files of at most SHARD_BYTES, named as Hugging Face names them once their number is known."""
+class SafetensorsWriter:
+    """Writes tensors into safetensors files of at most SHARD_BYTES, named as Hugging Face does.
+
+    `add` every tensor, then `close`: the names have the number of files in them, so the files get
+    them last. Both raise ConversionError if a file cannot be written.
+    """
 
     def __init__(self, directory: Path):
-        self.directory, self.waiting, self.size, self.total = directory, {}, 0, 0
-        self.names: list[list[str]] = []
+        self.directory = directory
+        self.waiting: dict[str, np.ndarray] = {}  # tensors of the next file
+        self.waiting_bytes = 0
+        self.total_bytes = 0
+        self.names: list[list[str]] = []  # tensors of every file
         self.dtypes: set[str] = set()
 
     def add(self, name: str, tensor: np.ndarray) -> None:
-        if self.waiting and self.size + tensor.nbytes > SHARD_BYTES:
+        """Keep a tensor, and write a file when it is full."""
+        if self.waiting and self.waiting_bytes + tensor.nbytes > SHARD_BYTES:
             self.flush()
         self.waiting[name] = tensor
-        self.size += tensor.nbytes
-        self.total += tensor.nbytes
+        self.waiting_bytes += tensor.nbytes
+        self.total_bytes += tensor.nbytes
         self.dtypes.add(tensor.dtype.name)
 
     def flush(self) -> None:
+        """Write the tensors that wait as one file."""
         self.names.append(list(self.waiting))
         file = self.directory / f"shard-{len(self.names)}"
         with writing(file):
             save_file(self.waiting, file, metadata={"format": "pt"})
-        self.waiting, self.size = {}, 0
+        self.waiting, self.waiting_bytes = {}, 0
 
     def close(self) -> None:
+        """Write the rest, name the files, and write their index if there are several."""
         self.flush()
         count = len(self.names)
         if count == 1:
@@ -96,29 +137,30 @@ class Shards:
             file = f"model-{i:05d}-of-{count:05d}.safetensors"
             (self.directory / f"shard-{i}").rename(self.directory / file)
             weight_map |= dict.fromkeys(names, file)
-        index = {"metadata": {"total_size": self.total}, "weight_map": weight_map}
-        (self.directory / "model.safetensors.index.json").write_text(
-            json.dumps(index, indent=1) + "\n"
-        )
+        index = {"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map}
+        write_json(self.directory / "model.safetensors.index.json", index)
+
+
+def write_json(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, indent=1) + "\n")
 
 
 def write_omni2(
     directory: Path, config: Omni2Config, out: Path, progress: rich.progress.Progress
 ) -> None:
+    """Write the language side into the new directory `out`. Raises ConversionError as `write`."""
     out.mkdir()
-    shards = Shards(out)
+    writer = SafetensorsWriter(out)
     for name, tensor in tensors(directory, omni2.table(config), progress, "language side"):
-        shards.add(name, tensor)
-    shards.close()
-    generated = releases.omni2_json(
-        config, shards.dtypes.pop() if len(shards.dtypes) == 1 else "float32"
-    )
-    original = (
-        directory / "assets" / "config.json"
-    )  # keeps what we do not need, the Whisper file's path for one
-    stated = releases.read_json(original) if original.exists() else {}
-    content = {**generated, **stated, "stream_params": generated["stream_params"]}
-    (out / "config.json").write_text(json.dumps(content, indent=1) + "\n")
+        writer.add(name, tensor)
+    writer.close()
+    dtype = writer.dtypes.pop() if len(writer.dtypes) == 1 else "float32"
+    generated = release_json(config, dtype)
+    # The release's own file keeps what we do not need, such as the Whisper file's path.
+    original = directory / "assets" / "config.json"
+    stated = json_files.read(original) if original.exists() else {}
+    stream_params = {"stream_params": generated["stream_params"]}
+    write_json(out / "config.json", generated | stated | stream_params)
     for source, target in {"tokenizer": out, "tts_tokenizer": out / "tts_tokenizer"}.items():
         target.mkdir(exist_ok=True)
         for file in (directory / source).iterdir():
@@ -127,22 +169,58 @@ def write_omni2(
         shutil.copyfile(directory / "generation_config.json", out / "generation_config.json")
 
 
+def release_json(config: Omni2Config, dtype: str) -> dict[str, Any]:
+    """The config.json of a LLaMA-Omni2 release; `config` must have the language side."""
+    llm, speech_lm = config.llm, config.speech_lm
+    encoder, adapter = config.speech_encoder, config.adapter
+    assert llm and speech_lm and encoder and adapter
+    eos = config.tokens.text_eos
+    generator = {
+        "architectures": [qwen2.ARCHITECTURE],
+        "model_type": "qwen2",
+        "torch_dtype": dtype,
+        "bos_token_id": config.tokens.unit_eos,
+        "eos_token_id": config.tokens.unit_eos,
+    }
+    return qwen2.write_config(llm) | {
+        "architectures": ["Omni2Speech2SQwen2ForCausalLM"],
+        "model_type": OMNI2,
+        "torch_dtype": dtype,
+        "eos_token_id": eos[0] if len(eos) == 1 else list(eos),
+        "speech_encoder": "models/speech_encoder/large-v3.pt",
+        "speech_encoder_type": "whisper",
+        "speech_encoder_hidden_size": encoder.width,
+        HEADS: encoder.heads,
+        "speech_encoder_ds_rate": adapter.stride,
+        "speech_projector_type": "linear",
+        "stream_params": f"({config.read},{config.write})",
+        "unit_vocab_size": config.units,
+        "tokenizer_model_max_length": config.max_prompt,
+        "tokenizer_padding_side": "right",
+        "speech_generator": generator | qwen2.write_config(speech_lm),
+    }
+
+
 def write_decoder(
     directory: Path, config: Omni2Config, out: Path, progress: rich.progress.Progress
 ) -> None:
+    """Write flow, vocoder and voices into the new directory `out`. Raises as `write`."""
     import torch
 
+    assert config.vocoder is not None
     out.mkdir()
-    for part, table in {
-        "flow": flow.table().at("", "flow."),
-        "hift": hift.table(config.vocoder).at("", "vocoder."),
-    }.items():
+    vocoder = vocoders.of_config(config.vocoder)
+    tables = {
+        "flow.pt": flow.table().at("", "flow."),
+        vocoder.FILE: vocoder.table(config.vocoder).at("", "vocoder."),
+    }
+    for name, table in tables.items():
         state = {
-            name: torch.from_numpy(tensor)
-            for name, tensor in tensors(directory, table, progress, part)
+            tensor_name: torch.from_numpy(tensor)
+            for tensor_name, tensor in tensors(directory, table, progress, name)
         }
-        with writing(out / f"{part}.pt"):
-            torch.save(state, out / f"{part}.pt")
+        with writing(out / name):
+            torch.save(state, out / name)
     for asset in (directory / "assets").iterdir():
         if asset.name != "config.json":
             shutil.copyfile(asset, out / asset.name)
@@ -156,7 +234,10 @@ def write_decoder(
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """safetensors and torch have their own kinds of error for a file that cannot be written."""
+    """Raise ConversionError where safetensors or torch cannot write `path`.
+
+    They have their own kinds of error for it.
+    """
     try:
         yield
     except (SafetensorError, RuntimeError) as error:

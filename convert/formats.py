@@ -1,112 +1,63 @@
-"""LazyArray tensors of the file formats that weights come in: safetensors, torch .pt, ONNX, and shape lists for dry runs."""
+"""Lazy tensors of torch .pt files, of ONNX files, and of shape lists for dry runs."""
 
-import json
-import math
 import zipfile
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 
-from omni2_jax.convert.plan import ConversionError, Source
-
-DTYPES = {
-    "F32": np.float32,
-    "F16": np.float16,
-    "BF16": ml_dtypes.bfloat16,
-    "F64": np.float64,
-    "I64": np.int64,
-}
+from omni2_jax.checkpoint.lazy import LazyArray
+from omni2_jax.convert.json_files import regular_file
+from omni2_jax.convert.plan import ConversionError
 
 
-@dataclass(frozen=True)
-class Tensor:
-    """A tensor in a file: shape and dtype are known, `read` brings the numbers (None for a shape list)."""
+def abstract(keys: Mapping[str, tuple[list[int], str]]) -> dict[str, LazyArray]:
+    """Sources from a list of name -> (shape, dtype name); their `read` returns None."""
 
-    shape: tuple[int, ...]
-    dtype: np.dtype
-    read: Callable[[], np.ndarray | None]
+    def no_numbers() -> Any:
+        return None
 
-
-def abstract(keys: dict[str, tuple[list[int], str]]) -> dict[str, Source]:
-    """Sources from a list of name -> (shape, dtype name), without numbers."""
     return {
-        name: Tensor(tuple(shape), np.dtype(getattr(ml_dtypes, dtype, dtype)), lambda: None)
+        name: LazyArray(tuple(shape), np.dtype(getattr(ml_dtypes, dtype, dtype)), no_numbers)
         for name, (shape, dtype) in keys.items()
     }
 
 
-def safetensors(path: Path) -> dict[str, Source]:
-    """Every tensor of a .safetensors file, read through a memory map."""
-    try:
-        with open(path, "rb") as file:
-            size, total = int.from_bytes(file.read(8), "little"), path.stat().st_size
-            if size > total - 8:
-                raise ConversionError(
-                    f"{path} is no safetensors file or is cut short: its header should be {size} bytes, the file is {total}"
-                )
-            header = json.loads(file.read(size))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ConversionError(f"cannot read {path}: {reason(error)}") from None
-    if not isinstance(header, dict):
-        raise ConversionError(
-            f"{path} is no safetensors file: its header is a {type(header).__name__}"
-        )
-    header.pop("__metadata__", None)
-    return {name: located(path, name, entry, 8 + size, total) for name, entry in header.items()}
+def reason(error: BaseException) -> str:
+    """Why a file could not be read or written, without its name, which the message has already."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def located(path: Path, name: str, entry: dict, start: int, total: int) -> Source:
-    """The tensor that an entry of a safetensors header describes; `start` is where the data begins, `total` the file's size."""
-    try:
-        shape, (begin, end), dtype = (
-            tuple(entry["shape"]),
-            entry["data_offsets"],
-            np.dtype(DTYPES[entry["dtype"]]),
-        )
-        fits = begin >= 0 and end - begin == dtype.itemsize * math.prod(shape)
-    except (KeyError, TypeError, ValueError):
-        fits = False
-    if not fits:
-        raise ConversionError(
-            f"{path} is corrupt, or its type is none of {', '.join(DTYPES)}: it describes {name} as {entry}"
-        )
-    if start + end > total:
-        raise ConversionError(
-            f"{path} is cut short: {name} ends at byte {start + end}, the file has {total}"
-        )
-    return Tensor(shape, dtype, mapped(path, dtype, start + begin, shape))
+# ---- torch ----
 
 
-def mapped(
-    path: Path, dtype: np.dtype, offset: int, shape: tuple[int, ...]
-) -> Callable[[], np.ndarray]:
-    """A reader of one tensor through its own memory map, which is unmapped when the array is dropped."""
-    return lambda: (
-        np.memmap(path, dtype, "r", offset, shape)
-        if shape
-        else np.fromfile(path, dtype, 1, offset=offset).reshape(())
-    )
+def torch_object(path: Path) -> Any:
+    """The content of a torch .pt file, memory mapped. No code in it is run (weights only).
 
-
-def torch_object(path: Path):
-    """What a torch .pt file holds (weights only, memory mapped)."""
+    Raises ConversionError if the file is missing, damaged, or holds more than weights.
+    """
     import torch
 
+    regular_file(path)
     try:
         return torch.load(
             path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
         )
-    except Exception as error:  # torch, pickle and zipfile raise a dozen kinds, all meaning: this is no weights file
+    except Exception as error:  # torch, pickle and zipfile raise a dozen kinds
         raise ConversionError(
             f"cannot read {path} as a torch weights file: {reason(error)}"
         ) from None
 
 
-def torch_file(path: Path, *keys: str) -> dict[str, Source]:
-    """Every tensor of a torch .pt file; `keys` lead to the state dict inside it."""
+def torch_file(path: Path, *keys: str) -> dict[str, LazyArray]:
+    """Every tensor of a torch .pt file, by name; `keys` lead to the state dict inside it.
+
+    Raises ConversionError if the file cannot be read or has no such state dict.
+    """
     state = torch_object(path)
     for key in keys:
         if not isinstance(state, dict) or key not in state:
@@ -114,74 +65,98 @@ def torch_file(path: Path, *keys: str) -> dict[str, Source]:
         state = state[key]
     if not isinstance(state, dict):
         raise ConversionError(f"{path} holds a {type(state).__name__}, expected tensors by name")
-    return {name: torch_tensor(value) for name, value in state.items() if hasattr(value, "dtype")}
+    if strange := [name for name in state if not isinstance(name, str)]:
+        raise ConversionError(f"{path} holds {strange[0]!r} as a name, expected a text")
+    return {
+        name: torch_tensor(value, f"{path}: {name}")
+        for name, value in state.items()
+        if hasattr(value, "dtype")
+    }
 
 
-def torch_dims(path: Path) -> dict[str, int]:
-    """The `dims` of an OpenAI Whisper .pt file."""
+def torch_dims(path: Path) -> dict[str, Any]:
+    """The `dims` of an OpenAI Whisper .pt file. Raises ConversionError if it has none."""
     content = torch_object(path)
-    if not isinstance(content, dict) or "dims" not in content:
+    if not isinstance(content, dict) or not isinstance(content.get("dims"), dict):
         raise ConversionError(f"{path} is not an OpenAI Whisper file: it has no 'dims'")
     return content["dims"]
 
 
-def reason(error: BaseException) -> str:
-    """Why, without the file's name, which the message has already."""
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+def torch_tensor(value: Any, context: str) -> LazyArray:
+    """A lazy view of a torch tensor; bfloat16 goes through its bits, as numpy has no such type.
 
-
-def torch_tensor(value) -> Source:
-    """An unread view of a torch tensor; bfloat16 goes through its bit pattern, as numpy has no such type."""
+    Raises ConversionError, which starts with `context`, if numpy has nothing like the tensor.
+    """
     import torch
 
     name = str(value.dtype).removeprefix("torch.")
-    dtype = np.dtype(getattr(ml_dtypes, name, name))
-    if value.dtype == torch.bfloat16:
-        return Tensor(
-            tuple(value.shape),
-            dtype,
-            lambda: value.contiguous().view(torch.int16).numpy().view(dtype),
-        )
-    return Tensor(tuple(value.shape), dtype, lambda: value.contiguous().numpy())
+    try:
+        dtype = np.dtype(getattr(ml_dtypes, name, name))
+    except TypeError:
+        raise ConversionError(f"{context} has type {name}, expected numbers") from None
+    if value.layout != torch.strided:
+        raise ConversionError(f"{context} is a {value.layout} tensor, expected a dense one")
+
+    def read() -> np.ndarray:
+        dense = value.contiguous()
+        if value.dtype == torch.bfloat16:
+            return dense.view(torch.int16).numpy().view(dtype)
+        return dense.numpy()
+
+    return LazyArray(tuple(value.shape), dtype, read)
 
 
-def onnx_file(path: Path) -> dict[str, Source]:
-    """Every constant input of an ONNX graph's nodes, named by its use as "<node>.<operator>.<input>", in topological order.
+# ---- ONNX ----
 
-    The names in the file are no guide: exporters number them, fold them and store some as nodes.
+
+def onnx_file(path: Path) -> dict[str, LazyArray]:
+    """Every constant input of an ONNX graph's nodes, in topological order.
+
+    They are named by their use as "<node>.<operator>.<input>"; the names in the file are no guide,
+    as exporters number them, fold them and store some as nodes.
+    Raises ConversionError if the file cannot be read or its graph is damaged.
     """
     import onnx
     from google.protobuf.message import DecodeError
 
     try:
-        graph = onnx.load(path, load_external_data=False).graph
+        graph = onnx.load(regular_file(path), load_external_data=False).graph
     except (OSError, DecodeError) as error:
         raise ConversionError(f"cannot read {path} as an ONNX model: {reason(error)}") from None
-    constants, sources = {tensor.name: tensor for tensor in graph.initializer}, {}
+    try:
+        return {use: onnx_tensor(tensor, path) for use, tensor in constant_inputs(graph)}
+    except (IndexError, KeyError, TypeError) as error:
+        raise ConversionError(f"the graph in {path} is damaged: {error!r}") from None
+
+
+def constant_inputs(graph: Any) -> Iterator[tuple[str, Any]]:
+    """Use and tensor (protobuf) of every constant input of a graph's nodes."""
+    constants = {tensor.name: tensor for tensor in graph.initializer}
     for position, node in enumerate(graph.node):
         if node.op_type == "Constant":
-            constants.update(
-                (node.output[0], attribute.t)
-                for attribute in node.attribute
-                if attribute.name == "value"
-            )
+            for attribute in node.attribute:
+                if attribute.name == "value":
+                    constants[node.output[0]] = attribute.t
         elif node.op_type == "Identity" and node.input[0] in constants:
             constants[node.output[0]] = constants[node.input[0]]
         else:
-            uses = {
-                f"{position}.{node.op_type}.{slot}": constants[name]
-                for slot, name in enumerate(node.input)
-                if name in constants
-            }
-            sources.update((use, onnx_tensor(tensor)) for use, tensor in uses.items())
-    return sources
+            for place, name in enumerate(node.input):
+                if name in constants:
+                    yield f"{position}.{node.op_type}.{place}", constants[name]
 
 
-def onnx_tensor(tensor) -> Source:
-    """An unread view of an ONNX tensor."""
+def onnx_tensor(tensor: Any, path: Path) -> LazyArray:
+    """A lazy view of an ONNX tensor. Raises ConversionError if its data is not in the file."""
     import onnx
 
+    if tensor.data_location == onnx.TensorProto.EXTERNAL:
+        raise ConversionError(f"{path} keeps {tensor.name!r} in another file, expected all in one")
     dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type))
-    return Tensor(tuple(tensor.dims), dtype, lambda: onnx.numpy_helper.to_array(tensor))
+
+    def read() -> np.ndarray:
+        try:
+            return onnx.numpy_helper.to_array(tensor)
+        except ValueError as error:
+            raise ConversionError(f"{path}: {tensor.name!r} is damaged: {error}") from None
+
+    return LazyArray(tuple(tensor.dims), dtype, read)

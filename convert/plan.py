@@ -1,45 +1,41 @@
 """The one converter: a table of rules maps source tensors to our stacked parameters, and back.
 
-A rule names one target parameter and the source tensors it is made of. `{i}` and `{j}` in a source name run over the
-leading (layer) axes of the target. The plan is made from shapes alone and is loud: a source tensor nobody uses, a target
-nobody sets and every wrong shape are collected and reported at once, before a single number is read.
+A rule names one target parameter and the source tensors it is made of. `{i}` and `{j}` in a source
+name run over the leading (layer) axes of the target. All names and shapes are checked before any
+data is read: unused, missing and misshapen tensors are reported together.
 """
 
 import itertools
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from omni2_jax.checkpoint.lazy import LazyArray
 from omni2_jax.checkpoint.parameters import flatten
 
+LAYER_LETTERS = "ij"  # in the names of sources; no part has more than two layer axes
+
 
 class ConversionError(ValueError):
-    """The source does not fit the table; the message lists every complaint."""
-
-
-class Source(Protocol):
-    """A tensor that is not read yet: its shape and dtype are known, `read` brings the numbers."""
-
-    shape: tuple[int, ...]
-    dtype: np.dtype
-
-    def read(self) -> np.ndarray: ...
+    """The source cannot be converted; the message names the file and says what is wrong."""
 
 
 @dataclass(frozen=True)
 class Transform:
-    """`forward(*sources, shape)` gives one layer's target of that shape; `backward(target)` gives its sources back.
+    """How the source tensors of one layer become its parameter, and back.
 
-    Both use only `reshape`, `transpose` and arithmetic, so they run on arrays and on abstract shapes alike.
+    `forward(*sources, shape)` returns the parameter, which has that shape.
+    `backward(parameter)` returns the tuple of sources. Both use only `reshape`, `transpose` and
+    arithmetic, so they run on arrays and on abstract shapes alike.
     """
 
     forward: Callable[..., np.ndarray]
-    backward: Callable[[np.ndarray], tuple]
+    backward: Callable[[Any], tuple]
 
 
 same = Transform(lambda x, shape: x, lambda y: (y,))
@@ -47,7 +43,7 @@ flat = Transform(lambda x, shape: x.reshape(shape), lambda y: (y.reshape(-1),))
 
 
 def kernel(in_dims: int = 1) -> Transform:
-    """torch Linear weight [out, in] <-> kernel [in..., out...], the first `in_dims` axes being inputs."""
+    """torch Linear weight [out, in] <-> kernel [in..., out...]; the first `in_dims` axes are in."""
 
     def backward(y):
         rows = int(np.prod(y.shape[:in_dims]))
@@ -62,25 +58,38 @@ conv = Transform(lambda x, shape: x.transpose(2, 1, 0), lambda y: (y.transpose(2
 
 @dataclass(frozen=True)
 class Rule:
-    """`target` (dotted path) is made of `sources` (name templates) by `transform`; without sources it is generated."""
+    """`target` (dotted path) is made of `sources` (name templates) by `transform`.
+
+    A rule without sources generates its target.
+    """
 
     sources: tuple[str, ...] | str
     target: str
     transform: Transform = same
 
+    @property
+    def templates(self) -> tuple[str, ...]:
+        return (self.sources,) if isinstance(self.sources, str) else self.sources
+
     def names(self, index: tuple[int, ...]) -> tuple[str, ...]:
-        sources = (self.sources,) if isinstance(self.sources, str) else self.sources
-        return tuple(s.format(**dict(zip("ijk", index, strict=False))) for s in sources)
+        """The names of the sources of the layer at `index`."""
+        letters = dict(zip(LAYER_LETTERS, index, strict=False))
+        return tuple(template.format(**letters) for template in self.templates)
 
     @property
     def stacked_axes(self) -> int:
-        first = self.sources if isinstance(self.sources, str) else "".join(self.sources[:1])
-        return sum("{" + letter + "}" in first for letter in "ijk")
+        """How many leading axes of the target are layer axes."""
+        first = "".join(self.templates[:1])
+        return sum("{" + letter + "}" in first for letter in LAYER_LETTERS)
 
 
 @dataclass(frozen=True)
 class Table:
-    """Rules of one part; `aliases` are optional copies that must agree; `dropped` are name patterns not needed, with why."""
+    """Rules of one part, or of several.
+
+    aliases: name of an optional copy -> name of the tensor that it must equal.
+    dropped: pattern of names that are not needed -> why.
+    """
 
     rules: tuple[Rule, ...]
     aliases: Mapping[str, str] = field(default_factory=dict)
@@ -88,13 +97,15 @@ class Table:
 
     def at(self, source: str = "", target: str = "") -> "Table":
         """The same table with prefixes in front of every source and target name."""
-        rename = lambda names: (
-            source + names if isinstance(names, str) else tuple(source + n for n in names)
-        )  # noqa: E731
+
+        def moved(rule: Rule) -> Rule:
+            names = tuple(source + name for name in rule.templates)
+            return Rule(names, target + rule.target, rule.transform)
+
         return Table(
-            tuple(Rule(rename(r.sources), target + r.target, r.transform) for r in self.rules),
-            {source + a: source + b for a, b in self.aliases.items()},
-            {re.escape(source) + p: why for p, why in self.dropped.items()},
+            tuple(moved(rule) for rule in self.rules),
+            {source + copy: source + original for copy, original in self.aliases.items()},
+            {re.escape(source) + pattern: why for pattern, why in self.dropped.items()},
         )
 
     def __add__(self, other: "Table") -> "Table":
@@ -116,51 +127,68 @@ def source_shapes(rule: Rule, shape: tuple[int, ...]) -> list[tuple[int, ...]]:
     return [s.shape for s in jax.eval_shape(rule.transform.backward, layer)]
 
 
-def plan(table: Table, source: Mapping[str, Source], target: Mapping, where: str) -> dict:
-    """Check a part completely and return its parameter tree with `LazyArray` leaves.
+def plan(table: Table, source: Mapping[str, LazyArray], target: Mapping, context: str) -> dict:
+    """Check a part completely and return its parameter tree, every leaf a `LazyArray`.
 
-    source: name -> unread tensor, only this part's names. target: nested dict of ShapeDtypeStruct. where: the file or
-    directory, for messages. Raises ConversionError with every complaint.
+    source: lazy tensors by name, only those of this part. target: nested dict of ShapeDtypeStruct.
+    context: the file or directory, which starts the message of an error.
+    Raises ConversionError with every complaint if the source does not fit.
     """
-    leaves, unused, complaints, planned = flatten(target), dict.fromkeys(source), [], {}
+    leaves: dict[str, Any] = flatten(target)
+    planned: dict[str, LazyArray] = {}
+    used: set[str] = set()
+    complaints: list[str] = []
     for rule in table.rules:
         if rule.target not in leaves:
             complaints.append(f"the table sets {rule.target}, which the model does not have")
             continue
         shape = leaves[rule.target].shape
-        expected = source_shapes(rule, shape)
-        dtypes, faults = set(), len(complaints)
-        for index in indices(rule, shape):
-            for name, want in zip(rule.names(index), expected, strict=True):
-                unused.pop(name, None)
-                if name not in source:
-                    complaints.append(f"missing {name} (shape {list(want)})")
-                elif tuple(source[name].shape) != want:
-                    complaints.append(
-                        f"{name} has shape {list(source[name].shape)}, expected {list(want)}"
-                    )
-                else:
-                    dtypes.add(np.dtype(source[name].dtype))
-        if len(complaints) == faults:
-            dtype = (
-                np.result_type(*dtypes)
-                if len(dtypes) > 1
-                else next(iter(dtypes), np.dtype(np.float32))
-            )
-            planned[rule.target] = LazyArray(shape, dtype, reader(rule, source, shape, dtype))
+        names = [rule.names(index) for index in indices(rule, shape)]
+        used.update(itertools.chain.from_iterable(names))
+        if faults := list(misfits(names, source_shapes(rule, shape), source)):
+            complaints += faults
+            continue
+        dtype = common_dtype([source[name].dtype for layer in names for name in layer])
+        planned[rule.target] = LazyArray(shape, dtype, reader(rule, source, shape, dtype))
     set_here = {rule.target for rule in table.rules}
     complaints += [f"nothing in the table sets {path}" for path in leaves if path not in set_here]
     for alias, original in table.aliases.items():
-        if unused.pop(alias, "absent") is None and original in source:
-            complaints += compare(alias, source[alias], original, source[original])
+        if alias in source:
+            used.add(alias)
+            if original in source:
+                complaints += compare(alias, source[alias], original, source[original])
     complaints += [
         f"unexpected {name}"
-        for name in unused
-        if not any(re.fullmatch(p, name) for p in table.dropped)
+        for name in source
+        if name not in used and not any(re.fullmatch(p, name) for p in table.dropped)
     ]
     if complaints:
-        raise ConversionError(f"{where}: " + summary(complaints))
+        raise ConversionError(f"{context}: " + summary(complaints))
     return jax.tree.unflatten(jax.tree.structure(target), [planned[path] for path in leaves])
+
+
+def misfits(
+    names: Iterable[tuple[str, ...]],
+    shapes: list[tuple[int, ...]],
+    source: Mapping[str, LazyArray],
+) -> Iterator[str]:
+    """What is wrong with the sources of one rule; `names` has a tuple of them for every layer."""
+    for layer in names:
+        for name, shape in zip(layer, shapes, strict=True):
+            if name not in source:
+                yield f"missing {name} (shape {list(shape)})"
+            elif tuple(source[name].shape) != shape:
+                yield f"{name} has shape {list(source[name].shape)}, expected {list(shape)}"
+            elif not jnp.issubdtype(source[name].dtype, jnp.floating):
+                yield f"{name} has type {source[name].dtype}, expected a floating-point type"
+
+
+def common_dtype(dtypes: Iterable[np.dtype]) -> np.dtype:
+    """The type that holds all of `dtypes`; float32 if there are none."""
+    distinct = set(dtypes)
+    if len(distinct) > 1:
+        return np.result_type(*distinct)
+    return next(iter(distinct), np.dtype(np.float32))
 
 
 def summary(complaints: list[str], shown: int = 20) -> str:
@@ -170,12 +198,14 @@ def summary(complaints: list[str], shown: int = 20) -> str:
     return f"{count} not fit: " + "; ".join(complaints[:shown]) + rest
 
 
-def compare(alias: str, copy: Source, original_name: str, original: Source) -> list[str]:
-    """Complaints about a stored alias (a tied head) that is not bit-equal to its original; abstract sources have no numbers."""
+def compare(alias: str, copy: LazyArray, original_name: str, original: LazyArray) -> list[str]:
+    """Complaints about a stored alias (a tied head) that is not equal to its original.
+
+    Sources that are known by their shapes alone (`formats.abstract`) have no numbers to compare.
+    """
     if tuple(copy.shape) != tuple(original.shape):
-        return [
-            f"{alias} has shape {list(copy.shape)}, expected {list(original.shape)} as {original_name}"
-        ]
+        expected = f"expected {list(original.shape)} as {original_name}"
+        return [f"{alias} has shape {list(copy.shape)}, {expected}"]
     a, b = copy.read(), original.read()
     if a is None or b is None or np.array_equal(a, b):
         return []
@@ -183,9 +213,9 @@ def compare(alias: str, copy: Source, original_name: str, original: Source) -> l
 
 
 def reader(
-    rule: Rule, source: Mapping[str, Source], shape: tuple[int, ...], dtype
+    rule: Rule, source: Mapping[str, LazyArray], shape: tuple[int, ...], dtype: np.dtype
 ) -> Callable[[], np.ndarray]:
-    """A function that reads one target: a layer at a time into one array, nothing else is held."""
+    """A function that reads one target, one layer at a time into one array."""
 
     def read() -> np.ndarray:
         out = np.empty(shape, dtype)
@@ -198,14 +228,16 @@ def reader(
 
 
 def unplan(table: Table, read: Callable[[str], np.ndarray]) -> Iterable[tuple[str, np.ndarray]]:
-    """What `plan` reads, written back: the source tensors of a part, aliases included. `read` brings one parameter by path."""
+    """The inverse of `plan`: names and values of the source tensors of a part, aliases included.
+
+    read: returns one parameter by its path; one of them is held at a time.
+    """
     copies = {original: alias for alias, original in table.aliases.items()}
     for rule in table.rules:
         value = read(rule.target)
         for index in indices(rule, value.shape):
-            for name, tensor in zip(
-                rule.names(index), rule.transform.backward(value[index]), strict=True
-            ):
+            tensors = rule.transform.backward(value[index])
+            for name, tensor in zip(rule.names(index), tensors, strict=True):
                 tensor = np.ascontiguousarray(tensor)
                 yield name, tensor
                 if name in copies:

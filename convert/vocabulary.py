@@ -1,35 +1,38 @@
-"""A plain Qwen2.5 tokenizer with tokens added: <speech> for the LLM; <sep> in its place, then the units, for the speech LM.
+"""The tokenizer of a plain language model with tokens added, for the LLM and for the speech LM.
 
-The files themselves are edited, so that whatever else they hold stays as it was, the chat template too.
+The LLM's gets <speech>. The speech LM's gets <sep> in the place of <speech>, then the units.
+The files themselves are edited, so that whatever else they hold stays, the chat template too.
 """
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from omni2_jax.checkpoint import tokenizer
 from omni2_jax.checkpoint.tokenizer import SPEECH_TEXT
+from omni2_jax.convert import json_files
 from omni2_jax.convert.plan import ConversionError
-from omni2_jax.convert.releases import read_json
 
 SEP, UNIT_EOS = "<sep>", "<|endoftext|>"
 DESCRIPTION = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
-LISTS = (
-    "additional_special_tokens",
-    "extra_special_tokens",
-)  # where files list special tokens; the second since transformers 5
+# Where files list special tokens; the second since transformers 5.
+SPECIAL_LISTS = ("additional_special_tokens", "extra_special_tokens")
 
 Files = dict[str, Path | bytes]  # by name: a file to copy, or its content
 
 
 @dataclass(frozen=True)
-class Plain:
-    """A tokenizer as Qwen publishes it. ids: of every token; added: how the tokens beside the BPE's are described, by id."""
+class TextTokenizer:
+    """A tokenizer as the language model's publisher made it.
+
+    ids: of every token. added: id -> description of the tokens beside the BPE's.
+    """
 
     directory: Path
     ids: Mapping[str, int]
-    added: Mapping[int, Mapping]
+    added: Mapping[int, Mapping[str, Any]]
 
     @property
     def speech(self) -> int:
@@ -37,27 +40,32 @@ class Plain:
         return self.ids.get(SPEECH_TEXT, len(self.ids))
 
 
-def read(directory: Path) -> Plain:
-    """The LLM's tokenizer. Raises ValueError when it is damaged, leaves ids out or has no chat template."""
+def read(directory: Path) -> TextTokenizer:
+    """The LLM's tokenizer.
+
+    Raises ConversionError if it leaves ids out or has no usable chat template, ValueError if it
+    cannot be read at all.
+    """
     found = tokenizer.load(directory)
     ids = found.get_vocab()
     if sorted(ids.values()) != list(range(len(ids))):
         raise ConversionError(
-            f"the tokenizer in {directory} does not number its {len(ids)} tokens from 0 to {len(ids) - 1}"
+            f"the tokenizer in {directory} does not number its {len(ids)} tokens "
+            f"from 0 to {len(ids) - 1}"
         )
-    if not found.chat_template:
-        raise ConversionError(
-            f"the tokenizer in {directory} has no chat template; expected one in its tokenizer_config.json"
-        )
+    tokenizer.check_chat_template(found, directory)
     added = {
         i: {name: getattr(token, name) for name in DESCRIPTION}
         for i, token in found.added_tokens_decoder.items()
     }
-    return Plain(directory, ids, added)
+    return TextTokenizer(directory, ids, added)
 
 
-def check_same(plain: Plain, directory: Path) -> None:
-    """Raise ConversionError unless the tokenizer in `directory` gives every token the same id: the speech LM reads the LLM's tokens."""
+def check_same(plain: TextTokenizer, directory: Path) -> None:
+    """Raise ConversionError unless the tokenizer in `directory` gives every token the same id.
+
+    The speech LM reads the LLM's tokens.
+    """
     theirs = tokenizer.load(directory).get_vocab()
     different = sorted(
         token
@@ -67,84 +75,122 @@ def check_same(plain: Plain, directory: Path) -> None:
     if different:
         token = different[0]
         raise ConversionError(
-            f"the tokenizers in {plain.directory} and {directory} differ in {len(different)} tokens: "
-            f"{token!r} is {plain.ids.get(token, 'not there')} in the first, {theirs.get(token, 'not there')} in the second"
+            f"the tokenizers in {plain.directory} and {directory} differ in {len(different)} "
+            f"tokens: {token!r} is {plain.ids.get(token, 'missing')} in the first, "
+            f"{theirs.get(token, 'missing')} in the second"
         )
 
 
-def with_speech(plain: Plain) -> Files:
-    """The LLM's tokenizer: <speech> behind the last token, unless it is there."""
-    return edited(
-        plain,
-        {} if SPEECH_TEXT in plain.ids else {plain.speech: described(SPEECH_TEXT, special=True)},
-    )
+def with_speech(plain: TextTokenizer) -> Files:
+    """The files of the LLM's tokenizer: <speech> behind the last token, unless it is there."""
+    if SPEECH_TEXT in plain.ids:
+        return own_files(plain)
+    return edited_files(Edit(plain, {plain.speech: described(SPEECH_TEXT, special=True)}))
 
 
-def with_units(plain: Plain, units: int) -> Files:
-    """The speech LM's tokenizer: <sep> at the id of <speech>, then the units as tokens that decoding does not skip."""
+def with_units(plain: TextTokenizer, units: int) -> Files:
+    """The files of the speech LM's tokenizer: <sep> at the id of <speech>, then the units.
+
+    Units are ordinary tokens, so decoding does not skip them. Raises ConversionError if the
+    tokenizer has such tokens already, has tokens behind <speech>, or lacks UNIT_EOS.
+    """
     sep = plain.speech
     if sep < len(plain.ids) and sep != max(plain.added):
         raise ConversionError(
-            f"the tokenizer in {plain.directory} has {SPEECH_TEXT} as {sep}; expected it last, where {SEP} goes"
+            f"the tokenizer in {plain.directory} has {SPEECH_TEXT} as {sep}; "
+            f"expected it last, where {SEP} goes"
         )
     if UNIT_EOS not in plain.ids:
         raise ConversionError(
             f"the tokenizer in {plain.directory} has no {UNIT_EOS}, which ends speech"
         )
-    new = {sep: described(SEP, special=True)} | {
-        sep + 1 + unit: described(f"<{unit}>", special=False) for unit in range(units)
-    }
-    return edited(plain, new, {"eos_token": UNIT_EOS, "pad_token": UNIT_EOS})
+    new = {sep + 1 + unit: described(f"<{unit}>", special=False) for unit in range(units)}
+    new = {sep: described(SEP, special=True)} | new
+    return edited_files(Edit(plain, new, {"eos_token": UNIT_EOS, "pad_token": UNIT_EOS}))
 
 
-def described(content: str, special: bool) -> dict:
+def described(content: str, special: bool) -> dict[str, Any]:
+    """A token as tokenizer files describe it."""
     return dict.fromkeys(DESCRIPTION, False) | {"content": content, "special": special}
 
 
-def edited(
-    plain: Plain, new: Mapping[int, Mapping], roles: Mapping[str, str] | None = None
-) -> Files:
-    """The tokenizer's files with `new` tokens, by id, beside or in the place of its own; `roles` such as eos_token are set."""
-    there: Files = {
-        name: plain.directory / name
-        for name in tokenizer.FILES
-        if (plain.directory / name).exists()
-    }
-    if not new:
-        return there
-    if taken := [token["content"] for token in new.values() if token["content"] in plain.ids]:
+def own_files(plain: TextTokenizer) -> Files:
+    """The tokenizer's files as they are."""
+    paths = [plain.directory / name for name in tokenizer.FILES]
+    return {path.name: path for path in paths if path.exists()}
+
+
+@dataclass(frozen=True)
+class Edit:
+    """What is changed in a tokenizer's files.
+
+    new: id -> description of tokens beside the tokenizer's own, or in the place of them.
+    roles: special tokens by role, such as eos_token.
+    """
+
+    plain: TextTokenizer
+    new: Mapping[int, Mapping[str, Any]]
+    roles: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def added(self) -> dict[int, Mapping[str, Any]]:
+        """Every token beside the BPE's, by id in order."""
+        return dict(sorted({**self.plain.added, **self.new}.items()))
+
+    def tokenizer_json(self, content: dict[str, Any]) -> dict[str, Any]:
+        tokens = [{"id": i, **token} for i, token in self.added.items()]
+        return content | {"added_tokens": tokens}
+
+    def tokenizer_config(self, content: dict[str, Any]) -> dict[str, Any]:
+        return self.special_tokens(content) | {"added_tokens_decoder": self.added}
+
+    def added_tokens(self, _: dict[str, Any]) -> dict[str, Any]:
+        return {token["content"]: i for i, token in self.added.items()}
+
+    def special_tokens(self, content: dict[str, Any]) -> dict[str, Any]:
+        """The file with the roles set; in its lists the new special tokens replace the old ones."""
+        replaced = [
+            self.plain.added[i]["content"] for i in self.new.keys() & self.plain.added.keys()
+        ]
+        special = [token["content"] for token in self.new.values() if token["special"]]
+        lists = {}
+        for name in SPECIAL_LISTS:
+            if isinstance(content.get(name), list):
+                kept = [token for token in content[name] if text_of(token) not in replaced]
+                lists[name] = kept + special
+        return content | lists | dict(self.roles)
+
+
+def edited_files(edit: Edit) -> Files:
+    """The tokenizer's files with an edit.
+
+    Raises ConversionError if the tokenizer has one of the new tokens already.
+    """
+    plain = edit.plain
+    contents = [token["content"] for token in edit.new.values()]
+    if taken := [content for content in contents if content in plain.ids]:
         raise ConversionError(
             f"the tokenizer in {plain.directory} has {', '.join(taken[:5])} already"
         )
-    added = dict(sorted({**plain.added, **new}.items()))
-    special = [token["content"] for token in new.values() if token["special"]]
-
-    def listed(content: dict) -> dict:
-        """A replaced token leaves the file's list of special tokens, and the new ones end it."""
-        gone = {plain.added[i]["content"] for i in new.keys() & plain.added.keys()}
-        lists = {
-            key: [t for t in content[key] if text(t) not in gone] + special
-            for key in LISTS
-            if isinstance(content.get(key), list)
-        }
-        return content | lists | (roles or {})
-
-    edits = {
-        "tokenizer.json": lambda content: (
-            content | {"added_tokens": [{"id": i, **token} for i, token in added.items()]}
-        ),
-        "tokenizer_config.json": lambda content: listed(content) | {"added_tokens_decoder": added},
-        "added_tokens.json": lambda _: {token["content"]: i for i, token in added.items()},
-        "special_tokens_map.json": listed,
+    editors = {
+        "tokenizer.json": edit.tokenizer_json,
+        "tokenizer_config.json": edit.tokenizer_config,
+        "added_tokens.json": edit.added_tokens,
+        "special_tokens_map.json": edit.special_tokens,
     }
-    for name in edits.keys() & {*there, "tokenizer_config.json"}:
-        there[name] = (
-            json.dumps(edits[name](read_json(plain.directory / name)), indent=2, ensure_ascii=False)
-            + "\n"
-        ).encode()
-    return there
+    files = own_files(plain)
+    # The configuration lists added tokens, so it is needed even where the publisher has none.
+    for name in editors.keys() & {*files, "tokenizer_config.json"}:
+        content = editors[name](json_files.read(plain.directory / name))
+        text = json.dumps(content, indent=2, ensure_ascii=False)
+        if not json_files.encodable(text):
+            raise ConversionError(
+                f"{plain.directory / name} has half of a surrogate pair in a text, expected Unicode"
+            )
+        files[name] = f"{text}\n".encode()
+    return files
 
 
-def text(token: str | Mapping) -> str:
-    """A listed token's text; some files describe it in full."""
-    return token if isinstance(token, str) else token["content"]
+def text_of(token: Any) -> str:
+    """The text of a listed token; some files describe it in full."""
+    return token["content"] if isinstance(token, dict) and "content" in token else str(token)

@@ -16,6 +16,7 @@ def validated(
     data: str | bytes | Mapping[str, Any],
     context: object,
     renamed: Mapping[str, str] | None = None,
+    names: Mapping[str, str] | None = None,
 ) -> T:
     """An instance of `kind`, a dataclass or any type pydantic knows, from JSON text or a mapping.
 
@@ -23,6 +24,7 @@ def validated(
     numbers are converted where nothing is lost.
     context: the file or option that the data comes from; the message begins with it.
     renamed: dotted names of former settings -> hint, e.g. {"hift": "is called vocoder now"}.
+    names: dotted names of fields -> names in the file, where it has others.
     Raises ValueError, one line, naming `context` and every setting that is wrong.
     """
     adapter = pydantic.TypeAdapter(kind)
@@ -31,17 +33,21 @@ def validated(
             return adapter.validate_json(data, strict=True)
         return adapter.validate_python(data)
     except pydantic.ValidationError as error:
-        raise ValueError(f"{context}: {describe(error, renamed)}") from None
+        raise ValueError(f"{context}: {describe(error, renamed, names)}") from None
 
 
-def describe(error: pydantic.ValidationError, renamed: Mapping[str, str] | None = None) -> str:
+def describe(
+    error: pydantic.ValidationError,
+    renamed: Mapping[str, str] | None = None,
+    names: Mapping[str, str] | None = None,
+) -> str:
     """The faults that a validation found, in one line: "llm.heads is 0, expected ...; ...".
 
     Former names of settings are listed alone: the other faults often follow from them.
     """
-    renamed, details = renamed or {}, error.errors(include_url=False)
-    faults = [fault(item, renamed) for item in details if dotted(item) in renamed]
-    faults = faults or [fault(item, renamed) for item in details]
+    renamed, names, details = renamed or {}, names or {}, error.errors(include_url=False)
+    faults = [fault(item, renamed, names) for item in details if dotted(item) in renamed]
+    faults = faults or [fault(item, renamed, names) for item in details]
     more = [f"and {len(faults) - MAX_FAULTS} more"] if len(faults) > MAX_FAULTS else []
     return "; ".join(faults[:MAX_FAULTS] + more)
 
@@ -51,9 +57,10 @@ def dotted(details: Any) -> str:
     return ".".join(map(str, details["loc"]))
 
 
-def fault(details: Any, renamed: Mapping[str, str]) -> str:
+def fault(details: Any, renamed: Mapping[str, str], names: Mapping[str, str]) -> str:
     """One fault, as "NAME is VALUE, expected ..."."""
     name, message = dotted(details), details["msg"]
+    name = names.get(name, name)
     match details["type"]:
         case "unexpected_keyword_argument" | "extra_forbidden":
             return f"{name} {renamed.get(name, 'is not the name of a setting')}"

@@ -27,7 +27,8 @@ import jax.numpy as jnp
 import pytest
 
 from omni2_jax.configs import stage1b
-from omni2_jax.convert import build
+from omni2_jax.convert import read, write
+from omni2_jax.convert.release import combine
 from omni2_jax.generate import omni2
 from omni2_jax.generate.engine import Engine
 from omni2_jax.generate.omni2 import Omni2
@@ -48,8 +49,8 @@ def goldens() -> Path:
 def checkpoint_dir(tmp_path_factory) -> Path:
     """The tiny release, language side and decoder, as a checkpoint with one voice."""
     out = tmp_path_factory.mktemp("tiny") / "ckpt"
-    release = build.combine([build.read_omni2(GOLDENS / "omni2"), build.read_decoder(DECODER)])
-    build.write(out, release, {"espeak": EXAMPLES / "voice.wav"})
+    release = combine([read.read_omni2(GOLDENS / "omni2"), read.read_decoder(DECODER)])
+    write.write(out, release, {"espeak": EXAMPLES / "voice.wav"})
     return out
 
 

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 
 from omni2_jax.checkpoint import parameters, tokenizer, voices
 from omni2_jax.config import LANGUAGE_PARTS, Omni2Config
-from omni2_jax.convert import build, export, formats, releases
+from omni2_jax.convert import export, formats, read, safetensors_files
 from tests.support.paths import GOLDENS
 from tests.support.releases import (
     convert,
@@ -69,8 +69,10 @@ def test_every_released_size(size, tmp_path, monkeypatch):
         keys,
         {name: key for name, key in keys.items() if name not in released["info"]["tied_keys"]},
     ):
-        monkeypatch.setattr(releases, "tensors", lambda _, given=given: formats.abstract(given))
-        release = build.read_omni2(tmp_path)
+        monkeypatch.setattr(
+            safetensors_files, "tensors", lambda _, given=given: formats.abstract(given)
+        )
+        release = read.read_omni2(tmp_path)
         assert set(release.params) == set(LANGUAGE_PARTS)
         assert {leaf.dtype.name for leaf in parameters.flatten(release.params).values()} == {
             "bfloat16"
@@ -83,22 +85,22 @@ def test_released_decoder(tmp_path, monkeypatch):
     (tmp_path / "cosyvoice.yaml").symlink_to(GOLDENS / "manifests" / "cosyvoice_real_dims.yaml")
     (tmp_path / "campplus.onnx").touch()
     monkeypatch.setattr(
-        build, "torch_file", lambda path: formats.abstract(manifest(path.stem)["keys"])
+        read, "torch_file", lambda path: formats.abstract(manifest(path.stem)["keys"])
     )
-    monkeypatch.setattr(build, "onnx_file", lambda path: {})
+    monkeypatch.setattr(read, "onnx_file", lambda path: {})
     monkeypatch.setattr(
-        build.speaker_onnx, "from_onnx", lambda *_: formats.abstract(manifest("campplus")["keys"])
+        read.speaker_onnx, "from_onnx", lambda *_: formats.abstract(manifest("campplus")["keys"])
     )
-    release = build.read_decoder(tmp_path)
+    release = read.read_decoder(tmp_path)
     assert release.config == Omni2Config().only("flow", "vocoder", "speaker")
     assert set(release.params) == {"flow", "vocoder", "speaker"}
 
 
 def test_released_whisper(monkeypatch, tmp_path):
     released = manifest("whisper_large_v3_pt")
-    monkeypatch.setattr(build, "torch_file", lambda *_: formats.abstract(released["keys"]))
-    monkeypatch.setattr(build, "torch_dims", lambda _: released["info"]["dims"])
-    release = build.read_whisper(tmp_path / "large-v3.pt")
+    monkeypatch.setattr(read, "torch_file", lambda *_: formats.abstract(released["keys"]))
+    monkeypatch.setattr(read, "torch_dims", lambda _: released["info"]["dims"])
+    release = read.read_whisper(tmp_path / "large-v3.pt")
     assert release.config == Omni2Config().only("speech_encoder")
     assert {leaf.dtype.name for leaf in parameters.flatten(release.params).values()} == {"float16"}
 
@@ -218,7 +220,7 @@ def test_another_release(tmp_path, monkeypatch):
 def test_heads_come_from_a_whisper_that_is_named(tmp_path):
     tiny_release(tmp_path)
     assert (
-        build.read_omni2(tmp_path, GOLDENS / "whisper" / "tiny.pt").config.speech_encoder.heads == 4
+        read.read_omni2(tmp_path, GOLDENS / "whisper" / "tiny.pt").config.speech_encoder.heads == 4
     )
 
 

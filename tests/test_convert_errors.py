@@ -11,9 +11,10 @@ import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 
-from omni2_jax.convert import build, cosyvoice
-from omni2_jax.convert.formats import Tensor
+from omni2_jax.checkpoint.lazy import LazyArray
+from omni2_jax.convert import cosyvoice, read, write
 from omni2_jax.convert.plan import ConversionError, Rule, Table, plan
+from omni2_jax.convert.release import combine
 from tests.support.paths import GOLDENS
 from tests.support.releases import convert, linked, replace
 
@@ -88,7 +89,7 @@ RELEASES = {
     "a list for a header": (
         "model.safetensors",
         b"\x02" + bytes(7) + b"[]",
-        ["model.safetensors", "header is a list"],
+        ["model.safetensors", "holds a list"],
     ),
     "corrupt offsets": (
         "model.safetensors",
@@ -131,7 +132,7 @@ RELEASES = {
     "dimension of another type": (
         "config.json",
         edited(OMNI2 / "config.json", hidden_size="big"),
-        ["config.json", "width is 'big'"],
+        ["config.json", "hidden_size is 'big'"],
     ),
     "other dimensions": (
         "config.json",
@@ -255,7 +256,7 @@ DECODERS = {
     "another scheduler": (
         "cosyvoice.yaml",
         YAML.replace("'cosine'", "'linear'"),
-        ["cosyvoice.yaml: flow.decoder.t_scheduler is 'linear'"],
+        ["cosyvoice.yaml: flow.decoder.cfm_params.content.t_scheduler is 'linear'"],
     ),
     "a word for a number": (
         "cosyvoice.yaml",
@@ -315,7 +316,7 @@ def test_yaml_runs_nothing(tmp_path):
 def test_stored_voices(entries, tmp_path):
     torch.save(entries, tmp_path / "spk2info.pt")
     with pytest.raises(ConversionError, match=r"spk2info\.pt"):
-        build.stored_voices(tmp_path / "spk2info.pt", 192)
+        read.stored_voices(tmp_path / "spk2info.pt", 192)
 
 
 # ---- the command ----
@@ -358,9 +359,9 @@ def test_other_sources(tmp_path):
 
 
 def test_the_same_part_twice(tmp_path):
-    release = build.read_whisper(WHISPER)
+    release = read.read_whisper(WHISPER)
     with pytest.raises(ConversionError, match="speech_encoder would come from two sources"):
-        build.combine([release, release])
+        combine([release, release])
 
 
 def test_output_that_cannot_be_written(tmp_path):
@@ -401,13 +402,13 @@ def test_an_interrupt_leaves_nothing(tmp_path):
     def interrupted():
         raise KeyboardInterrupt
 
-    release = build.read_whisper(WHISPER)
+    release = read.read_whisper(WHISPER)
     kernel = release.params["speech_encoder"]["conv2"]["kernel"]
     release.params["speech_encoder"]["conv2"]["kernel"] = dataclasses.replace(
         kernel, read=interrupted
     )
     with pytest.raises(KeyboardInterrupt):
-        build.write(tmp_path / "ckpt", release, {})
+        write.write(tmp_path / "ckpt", release, {})
     assert list(tmp_path.iterdir()) == []
 
 
@@ -453,7 +454,7 @@ def test_exit_code_of_the_command(tmp_path):
 def test_a_table_that_does_not_fit_the_model():
     """A target that does not exist and one that nothing sets are complaints too; a dropped name is none."""
     source = {
-        name: Tensor((2,), np.dtype(np.float32), lambda: np.ones(2, np.float32))
+        name: LazyArray((2,), np.dtype(np.float32), lambda: np.ones(2, np.float32))
         for name in ("a", "b.step")
     }
     target = {"x": np.zeros(2, np.float32), "y": np.zeros(2, np.float32)}

@@ -9,13 +9,13 @@ import pytest
 from benchmarks.convert_memory import measure
 from omni2_jax.checkpoint import lazy, parameters
 from omni2_jax.config import LANGUAGE_PARTS, Omni2Config, TokenConfig
-from omni2_jax.convert import build
+from omni2_jax.convert import read
 from tests.support.paths import GOLDENS
 
 
 def test_one_large_parameter_or_a_few_small_ones_at_a_time(tmp_path, monkeypatch):
     monkeypatch.setattr(lazy, "CHUNK_BYTES", 2**16)
-    release, alive, most = build.read_omni2(GOLDENS / "omni2"), {}, []
+    release, alive, most = read.read_omni2(GOLDENS / "omni2"), {}, []
 
     def watched(leaf):
         def read():

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from omni2_jax.convert import build
+from omni2_jax.convert import read
 from omni2_jax.generate import read_write
 from omni2_jax.generate.read_write import IDLE, ReadWriteState
 from omni2_jax.generate.sampling import Sampling
@@ -123,7 +123,7 @@ def test_speech_features(features, cases, arrays):
 
 def test_encoder_inside(goldens):
     """An OpenAI Whisper file alone: after the convolutions, after every block, and after the last norm."""
-    release = build.read_whisper(goldens / "whisper" / "tiny.pt")
+    release = read.read_whisper(goldens / "whisper" / "tiny.pt")
     graph, _ = abstract_model(release.config)
     encoder = nnx.merge(
         graph, jax.tree.map(lambda leaf: jnp.asarray(leaf.read(), jnp.float32), release.params)

@@ -14,7 +14,7 @@ from omni2_jax.audio import recordings
 from omni2_jax.checkpoint import parameters
 from omni2_jax.cli.main import main
 from omni2_jax.config import Omni2Config
-from omni2_jax.convert import build
+from omni2_jax.convert import read, write
 from omni2_jax.models import speech_tokenizer
 from omni2_jax.train.data import prepare, sources
 from omni2_jax.train.data.dataset import Dataset
@@ -572,5 +572,5 @@ def test_a_cut_leaves_the_checkpoint_as_it_was(whole, tokenizer_file, monkeypatc
     before = content(whole)
     monkeypatch.setattr(build.Omni2Config, "save", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        build.extend(whole, build.read_speech_tokenizer(tokenizer_file), {})
+        write.extend(whole, read.read_speech_tokenizer(tokenizer_file), {})
     assert content(whole) == before

@@ -9,9 +9,10 @@ import pytest
 from flax import nnx
 
 from omni2_jax.audio import recordings
+from omni2_jax.checkpoint.lazy import LazyArray
 from omni2_jax.checkpoint.parameters import flatten
 from omni2_jax.config import SpeakerConfig
-from omni2_jax.convert.formats import Tensor, abstract, onnx_file
+from omni2_jax.convert.formats import abstract, onnx_file
 from omni2_jax.convert.plan import ConversionError, plan, unplan
 from omni2_jax.convert.tables.speaker import infer_config, table
 from omni2_jax.convert.tables.speaker_onnx import from_onnx
@@ -35,7 +36,7 @@ def converted(source) -> dict:
 
 def stored(tensors: dict[str, np.ndarray]) -> dict:
     return {
-        name: Tensor(value.shape, value.dtype, lambda value=value: value)
+        name: LazyArray(value.shape, value.dtype, lambda value=value: value)
         for name, value in tensors.items()
     }
 
@@ -185,4 +186,6 @@ def test_a_file_that_is_no_speaker_encoder(tmp_path):
             "some.onnx",
         )
     with pytest.raises(ConversionError, match="is not the graph of a CAM"):
-        from_onnx({"0.MatMul.1": Tensor((2, 2), np.dtype(np.float32), lambda: None)}, "other.onnx")
+        from_onnx(
+            {"0.MatMul.1": LazyArray((2, 2), np.dtype(np.float32), lambda: None)}, "other.onnx"
+        )

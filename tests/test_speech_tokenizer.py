@@ -13,9 +13,10 @@ from onnx import helper, numpy_helper
 from safetensors.numpy import save_file
 
 from omni2_jax.audio import features, recordings
+from omni2_jax.checkpoint.lazy import LazyArray
 from omni2_jax.checkpoint.parameters import flatten
 from omni2_jax.config import SpeechTokenizerConfig
-from omni2_jax.convert.formats import Tensor, abstract
+from omni2_jax.convert.formats import abstract
 from omni2_jax.convert.plan import ConversionError, plan, unplan
 from omni2_jax.convert.tables.speech_tokenizer import infer_config, read, table
 from omni2_jax.models import speech_tokenizer
@@ -279,4 +280,4 @@ def test_a_file_that_is_no_speech_tokenizer(tmp_path, state):
     with pytest.raises(
         ConversionError, match=r"some\.pt is not a speech tokenizer v2: 'encoder\.conv1\.weight'"
     ):
-        infer_config({"x": Tensor((1,), np.dtype(np.float32), lambda: None)}, "some.pt")
+        infer_config({"x": LazyArray((1,), np.dtype(np.float32), lambda: None)}, "some.pt")

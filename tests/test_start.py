@@ -17,7 +17,9 @@ from omni2_jax.checkpoint import parameters, tokenizer
 from omni2_jax.checkpoint.lazy import LazyArray
 from omni2_jax.config import LANGUAGE_PARTS, AdapterConfig, Omni2Config
 from omni2_jax.configs import omni2_7b
-from omni2_jax.convert import build, formats, releases, start
+from omni2_jax.convert import formats, read, safetensors_files, start
+from omni2_jax.convert.hugging_face import EMPTY_CONFIG
+from omni2_jax.convert.release import Release, combine
 from omni2_jax.generate.omni2 import Omni2, Options
 from omni2_jax.models.model import abstract_model
 from tests.support.paths import GOLDENS
@@ -169,7 +171,7 @@ def test_new_rows_are_drawn_like_the_others(start_dir, qwen, small):
     assert new.shape == (6562, 32) and len(np.unique(new, axis=0)) == 6562
     np.testing.assert_allclose(new.mean(0), old.mean(0), atol=5 * old.std() / 6562**0.5)
     np.testing.assert_allclose(new.std(0), old.std(0), rtol=0.05)
-    again = build.read_qwen(qwen, small).params["speech_lm"]["embedding"]["table"]
+    again = read.read_llm(qwen, small).params["speech_lm"]["embedding"]["table"]
     assert again.read().tobytes() == table.tobytes()
 
 
@@ -317,16 +319,16 @@ def test_a_released_size(qwen, tmp_path, monkeypatch):
         for name in ("vocab.json", "merges.txt"):
             (tmp_path / part / name).unlink()
     monkeypatch.setattr(
-        releases,
+        safetensors_files,
         "tensors",
         lambda path: formats.abstract(llm if path.parent.name == "llm" else speech_lm),
     )
-    release = build.read_qwen(tmp_path / "llm", tmp_path / "speech_lm")
-    heard = build.Release(
-        releases.EMPTY_CONFIG.replace(speech_encoder=released.speech_encoder),
+    release = read.read_llm(tmp_path / "llm", tmp_path / "speech_lm")
+    heard = Release(
+        EMPTY_CONFIG.replace(speech_encoder=released.speech_encoder),
         {"speech_encoder": {}},
     )
-    release = build.combine([release, heard])
+    release = combine([release, heard])
     assert release.config == released
     shapes = abstract_model(released)[1]
     assert set(release.params) == set(shapes)
@@ -491,7 +493,7 @@ def test_bad_sources_are_refused(fault, qwen, small, tmp_path):
 
 
 def test_speech_lm_alone_is_refused(small, tmp_path):
-    assert "--speech-lm needs --qwen" in refused(tmp_path, "--speech-lm", small)
+    assert "--speech-lm needs --llm" in refused(tmp_path, "--speech-lm", small)
     assert "no/where does not exist" in refused(
         tmp_path, "--qwen", small, "--speech-lm", "no/where"
     )

@@ -1,4 +1,7 @@
-"""CosyVoice2's flow.pt names <-> `omni2_jax.flow.matching.Flow`."""
+"""CosyVoice2's flow.pt <-> `models.flow.matching.Flow`.
+
+Reference: `CausalMaskedDiffWithXvec` of CosyVoice.
+"""
 
 import jax
 import numpy as np
@@ -8,7 +11,8 @@ from omni2_jax.convert.plan import Rule, Table, Transform, conv, flat, kernel, s
 linear = kernel()
 # torch Conv1d of size 1 <-> Linear
 pointwise = Transform(linear.forward, lambda y: (y.transpose().reshape(*y.shape[::-1], 1),))
-# No file holds the noise (the released code draws it when it starts), so it is drawn here once and kept in our checkpoint.
+# No file holds the noise: the released code draws it when it starts. Here it is drawn once and kept
+# in the checkpoint.
 noise = Transform(
     lambda shape: np.asarray(jax.random.normal(jax.random.key(0), shape)), lambda y: ()
 )
@@ -23,6 +27,7 @@ def layer(
 
 
 def norm(theirs: str, ours: str) -> list[Rule]:
+    """Scale and bias of a normalisation."""
     return [
         Rule(f"{theirs}.weight", f"{ours}.scale", same),
         Rule(f"{theirs}.bias", f"{ours}.bias", same),
@@ -48,6 +53,7 @@ def conformer(theirs: str, ours: str) -> list[Rule]:
 
 
 def encoder() -> list[Rule]:
+    """Units to frames (CosyVoice's UpsampleConformerEncoder)."""
     rules = (
         conformer("encoders", "blocks")
         + conformer("up_encoders", "up_blocks")
@@ -65,13 +71,14 @@ def encoder() -> list[Rule]:
 
 
 def conv_block(theirs: str, ours: str) -> list[Rule]:
+    """A causal convolution and the normalisation behind it."""
     return layer(f"{theirs}.block.0", f"{ours}.conv", conv) + norm(
         f"{theirs}.block.2", f"{ours}.norm"
     )
 
 
 def stage(theirs: str, ours: str, index: str) -> list[Rule]:
-    """A stage: `theirs`.0 is the residual block, `theirs`.1 the transformer blocks, which `index` numbers."""
+    """A stage: `theirs`.0 is the residual block, `theirs`.1.{`index`} are transformer blocks."""
     block = f"{theirs}.1.{{{index}}}"
     rules = conv_block(f"{theirs}.0.block1", f"{ours}.conv1") + conv_block(
         f"{theirs}.0.block2", f"{ours}.conv2"
@@ -93,6 +100,7 @@ def stage(theirs: str, ours: str, index: str) -> list[Rule]:
 
 
 def estimator() -> list[Rule]:
+    """The velocity's network (CosyVoice's CausalConditionalDecoder)."""
     return [
         *layer("time_mlp.linear_1", "time.linear1"),
         *layer("time_mlp.linear_2", "time.linear2"),
@@ -107,6 +115,7 @@ def estimator() -> list[Rule]:
 
 
 def table() -> Table:
+    """The table of a flow of any size."""
     own = [
         Rule("input_embedding.weight", "embed.table"),
         *layer("spk_embed_affine_layer", "speaker"),

@@ -1,4 +1,7 @@
-"""HiFT vocoder: CosyVoice's hift.pt <-> omni2_jax.hift. Weight norm is folded: w = v * g / |v|, and w comes back as g = |w|, v = w."""
+"""CosyVoice's hift.pt <-> `models.vocoder.hift.Hift`. Reference: `HiFTGenerator` of CosyVoice.
+
+Weight norm is folded, w = v * g / |v|; w comes back as g = |w|, v = w.
+"""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -12,9 +15,35 @@ from omni2_jax.models.vocoder.hift import F0Predictor
 
 T = TypeVar("T")
 
+CONFIG = HiftConfig
+FILE: str = "hift.pt"
+FIELDS: dict[str, str] = {  # field of HiftConfig -> where a decoder's yaml states it
+    "mels": "hift.in_channels",
+    "channels": "hift.base_channels",
+    "harmonics": "hift.nb_harmonics",
+    "sample_rate": "hift.sampling_rate",
+    "sine_amplitude": "hift.nsf_alpha",
+    "noise_deviation": "hift.nsf_sigma",
+    "voiced_threshold": "hift.nsf_voiced_threshold",
+    "upsample": "hift.upsample_rates",
+    "upsample_kernels": "hift.upsample_kernel_sizes",
+    "n_fft": "hift.istft_params.n_fft",
+    "hop": "hift.istft_params.hop_len",
+    "resblock_kernels": "hift.resblock_kernel_sizes",
+    "resblock_dilations": "hift.resblock_dilation_sizes",
+    "source_kernels": "hift.source_resblock_kernel_sizes",
+    "source_dilations": "hift.source_resblock_dilation_sizes",
+    "slope": "hift.lrelu_slope",
+    "limit": "hift.audio_limit",
+    "f0_channels": "hift.f0_predictor.cond_channels",
+}
+
 
 def plain_names(source: Mapping[str, T]) -> dict[str, T]:
-    """The names of this table: without the training wrapper's `generator.`, weight norm as weight_g and weight_v."""
+    """The tensors of a file under the names of `table`.
+
+    `generator.`, of the training wrapper, is left out; weight norm is weight_g and weight_v.
+    """
     renames = (
         (r"^generator\.", ""),
         (r"parametrizations\.weight\.original0$", "weight_g"),
@@ -30,8 +59,9 @@ def plain_names(source: Mapping[str, T]) -> dict[str, T]:
 
 
 def norm(weight: np.ndarray) -> np.ndarray:
-    """Norm over all axes but 0, dims kept."""
-    # Flattening first copies to C order, whatever the layout: equal weights are summed in the same order and have bit-equal norms.
+    """The norm of a weight [A, B, K] over all axes but the first, [A, 1, 1]."""
+    # Flattening first copies to C order, whatever the layout: equal weights are summed in the same
+    # order and have bit-equal norms.
     rows = weight.reshape(-1).reshape(weight.shape[0], -1)
     return ((rows * rows).sum(1) ** 0.5).reshape(-1, 1, 1)
 
@@ -74,10 +104,10 @@ def block(source: str, target: str, units: int) -> Iterator[Rule]:
 
 
 def rules(config: HiftConfig) -> Iterator[Rule]:
+    """The rules of the whole vocoder."""
     for i in range(F0Predictor.layers):
-        yield from normed(
-            f"f0_predictor.condnet.{2 * i}", f"f0.convs.{i}"
-        )  # activations take the odd numbers
+        # Activations have the odd numbers.
+        yield from normed(f"f0_predictor.condnet.{2 * i}", f"f0.convs.{i}")
     yield from plain("f0_predictor.classifier", "f0.head", kernel())
     yield from plain("m_source.l_linear", "harmonic_mix", kernel())
     yield from normed("conv_pre", "conv_in")
@@ -98,5 +128,5 @@ def rules(config: HiftConfig) -> Iterator[Rule]:
 
 
 def table(config: HiftConfig) -> Table:
-    """Names as `plain_names` gives them."""
+    """The table of a vocoder with these dimensions; its names are those of `plain_names`."""
     return Table(tuple(rules(config)))

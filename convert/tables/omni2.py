@@ -1,13 +1,16 @@
-"""A LLaMA-Omni2 release directory's names <-> speech encoder, adapter, LLM, gate fusion and speech LM."""
+"""A LLaMA-Omni2 release <-> speech encoder, adapter, LLM, gate fusion and speech LM."""
 
 from omni2_jax.config import Omni2Config
+from omni2_jax.convert.families import qwen2
 from omni2_jax.convert.plan import Rule, Table, kernel
-from omni2_jax.convert.tables import qwen2, whisper
+from omni2_jax.convert.tables import whisper
 
 
 def linear(theirs: str, ours: str) -> tuple[Rule, Rule]:
-    return Rule(f"{theirs}.weight", f"{ours}.kernel", kernel()), Rule(
-        f"{theirs}.bias", f"{ours}.bias"
+    """The rules of a linear layer."""
+    return (
+        Rule(f"{theirs}.weight", f"{ours}.kernel", kernel()),
+        Rule(f"{theirs}.bias", f"{ours}.bias"),
     )
 
 
@@ -18,6 +21,8 @@ fusion = Table(
 
 
 def table(config: Omni2Config) -> Table:
+    """The table of all five parts; `config` must have both language models."""
+    assert config.llm and config.speech_lm
     return (
         whisper.table().at("model.speech_encoder.", "speech_encoder.")
         + adapter.at("model.speech_projector.", "adapter.")

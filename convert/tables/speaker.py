@@ -1,7 +1,9 @@
-"""CAM++: 3D-Speaker's state dict, or the released campplus.onnx under its names, <-> omni2_jax.speaker.
+"""CAM++ <-> `models.speaker.Speaker`. Reference: `CAMPPlus` of 3D-Speaker.
 
-Batch normalisations have fixed statistics and are folded. Backwards they come out as identities: mean 0, variance 1 - eps.
-The ONNX exporter has folded most of them already; speaker_onnx.py names what is left.
+The source is 3D-Speaker's state dict, or the released campplus.onnx under its names. Batch
+normalisations have fixed statistics and are folded; backwards they come out as identities, with
+mean 0 and variance 1 - eps. The ONNX exporter has folded most of them already, and speaker_onnx.py
+gives names to what is left.
 """
 
 import itertools
@@ -9,8 +11,10 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
+from omni2_jax.checkpoint.lazy import LazyArray
 from omni2_jax.config import SpeakerConfig
-from omni2_jax.convert.plan import ConversionError, Rule, Source, Table, Transform, conv
+from omni2_jax.convert.json_files import checked
+from omni2_jax.convert.plan import ConversionError, Rule, Table, Transform, conv
 
 EPS = 1e-5  # of every batch normalisation
 NORM = ("weight", "bias", "running_mean", "running_var")  # in the order of ONNX's inputs
@@ -24,7 +28,7 @@ pointwise = Transform(
 
 
 def unflattened(channels: int) -> Transform:
-    """The first convolution behind the head reads [channel, mel] in torch and [mel, channel] here."""
+    """The first convolution behind the head: [channel, mel] in torch, [mel, channel] here."""
 
     def forward(x, shape):
         out, inputs, width = x.shape
@@ -47,15 +51,20 @@ def unflattened(channels: int) -> Transform:
 
 
 def gain(variance: np.ndarray, weight: np.ndarray | float = 1.0) -> np.ndarray:
+    """The factor [C] by which a normalisation with this variance and weight multiplies."""
     return weight * (variance.astype(np.float64) + EPS) ** -0.5
 
 
 def full(size: int, value: float) -> np.ndarray:
+    """[size], float32."""
     return np.full(size, value, np.float32)
 
 
 def scaled(layout: Transform) -> Transform:
-    """(weight, norm variance, norm weight) <-> kernel with the scale in it; the norm weight may be absent."""
+    """(weight, norm variance, norm weight) <-> kernel with the scale in it.
+
+    The norm weight may be absent.
+    """
 
     def backward(y):
         (x,) = layout.backward(y)
@@ -78,7 +87,7 @@ shifted = Transform(
 centred = Transform(
     lambda variance, mean, shape: -mean * gain(variance), lambda y: (full(y.shape[0], 1 - EPS), -y)
 )
-# (weight, bias, mean, variance) <-> scale and shift of a normalisation without a convolution in front
+# (weight, bias, mean, variance) <-> scale and shift, where no convolution stands in front
 affine = Transform(
     lambda weight, bias, mean, variance, shape: np.stack(
         [gain(variance, weight), bias - mean * gain(variance, weight)]
@@ -137,6 +146,7 @@ def dense(source: str, target: str) -> Iterator[Rule]:
 
 
 def rules(config: SpeakerConfig) -> Iterator[Rule]:
+    """The rules of the whole encoder."""
     for source, norm, target in head():
         yield from folded(source, norm, target, conv2d)
     yield from folded(
@@ -164,32 +174,36 @@ def rules(config: SpeakerConfig) -> Iterator[Rule]:
 
 
 def table(config: SpeakerConfig) -> Table:
-    """torch names, as in 3D-Speaker's state dict and as `from_onnx` of speaker_onnx.py gives them."""
+    """The table in torch names: 3D-Speaker's state dict, or `speaker_onnx.from_onnx`."""
     return Table(
         tuple(rules(config)), dropped={r".*\.num_batches_tracked": "only training counts batches"}
     )
 
 
-def infer_config(source: Mapping[str, Source], where: str) -> SpeakerConfig:
-    """The dimensions, from the shapes of torch-named tensors."""
+def infer_config(source: Mapping[str, LazyArray], context: str) -> SpeakerConfig:
+    """The dimensions, from the shapes of torch-named tensors.
+
+    Raises ConversionError, which starts with `context`, if they are not CAM++'s.
+    """
     try:
         head_channels = source["head.conv1.weight"].shape[0]
         channels, inputs, _ = source["xvector.tdnn.linear.weight"].shape
         bottleneck = source["xvector.block1.tdnnd1.linear1.weight"].shape[0]
         growth = source["xvector.block1.tdnnd1.cam_layer.linear_local.weight"].shape[0]
         embedding = source["xvector.dense.linear.weight"].shape[0]
-    except (KeyError, ValueError) as error:
+    except (KeyError, ValueError, IndexError) as error:
         raise ConversionError(
-            f"{where} is not a CAM++ speaker encoder: {error} is missing or of another rank"
+            f"{context} is not a CAM++ speaker encoder: {error} is missing or of another rank"
         ) from None
     names = [name.split(".") for name in source if name.endswith(".cam_layer.linear_local.weight")]
-    layers = tuple(sum(name[1] == f"block{i}" for name in names) for i in (1, 2, 3))
-    return SpeakerConfig(
-        inputs // head_channels * 8,
-        embedding,
-        head_channels,
-        channels,
-        growth,
-        bottleneck // growth,
-        layers,
-    )
+    first, second, third = (sum(name[1] == f"block{i}" for name in names) for i in (1, 2, 3))
+    fields = {
+        "mels": inputs // head_channels * 8,
+        "embedding": embedding,
+        "head_channels": head_channels,
+        "channels": channels,
+        "growth": growth,
+        "bottleneck": bottleneck // growth,
+        "layers": (first, second, third),
+    }
+    return checked(SpeakerConfig, context, fields)

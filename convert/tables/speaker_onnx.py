@@ -1,7 +1,8 @@
-"""The released campplus.onnx -> tensors under 3D-Speaker's torch names, for the table in speaker.py.
+"""campplus.onnx -> tensors under 3D-Speaker's torch names, for the table in speaker.py.
 
-Names come from the graph alone. Its nodes are in topological order and the network is a chain, but for the head's
-shortcuts and the local convolutions of the context masks, which their kernel sizes tell apart.
+Names come from the graph alone. Its nodes are in topological order, and the network is a chain
+except for the head's shortcuts and the local convolutions of the context masks; their kernel sizes
+tell them apart.
 """
 
 import itertools
@@ -9,16 +10,19 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from omni2_jax.convert.formats import Tensor
-from omni2_jax.convert.plan import ConversionError, Source
+from omni2_jax.checkpoint.lazy import LazyArray
+from omni2_jax.convert.plan import ConversionError
 from omni2_jax.convert.tables.speaker import EPS, NORM, full, head
 
-Named = Iterator[tuple[str, Source]]
-Node = tuple[str, list[Source]]  # operator and constant inputs
+Named = Iterator[tuple[str, LazyArray]]
+Node = tuple[str, list[LazyArray]]  # operator and constant inputs
 
 
-def from_onnx(tensors: Mapping[str, Source], where: str) -> dict[str, Source]:
-    """The tensors that `convert.sources.onnx_file` finds, renamed; ConversionError if the graph is not CAM++'s."""
+def from_onnx(tensors: Mapping[str, LazyArray], context: str) -> dict[str, LazyArray]:
+    """The tensors of `formats.onnx_file`, renamed.
+
+    Raises ConversionError, which starts with `context`, if the graph is not CAM++'s.
+    """
     uses = itertools.groupby(tensors.items(), lambda item: item[0].rpartition(".")[0])
     nodes = [(node.split(".")[1], [tensor for _, tensor in inputs]) for node, inputs in uses]
     flat = [
@@ -33,28 +37,34 @@ def from_onnx(tensors: Mapping[str, Source], where: str) -> dict[str, Source]:
         return dict(itertools.chain(named_head(flat), named_trunk(trunk)))
     except ValueError as error:
         raise ConversionError(
-            f"{where} is not the graph of a CAM++ speaker encoder with folded normalisations: {error}"
+            f"{context} is not the graph of a CAM++ speaker encoder "
+            f"with folded normalisations: {error}"
         ) from None
 
 
-def named(prefix: str, parts: Sequence[str], tensors: Sequence[Source]) -> Named:
+def named(prefix: str, parts: Sequence[str], tensors: Sequence[LazyArray]) -> Named:
+    """Tensors under the names `prefix`.`part`. Raises ValueError if there are not as many."""
     return ((f"{prefix}.{part}", tensor) for part, tensor in zip(parts, tensors, strict=True))
 
 
-def unfolded(conv: str, norm: str, inputs: Sequence[Source]) -> Named:
-    """A convolution with its normalisation folded in, as a convolution and a normalisation that only adds the bias."""
+def unfolded(conv: str, norm: str, inputs: Sequence[LazyArray]) -> Named:
+    """A convolution with a folded normalisation, as a convolution and a normalisation.
+
+    The normalisation only adds the bias.
+    """
     weight, bias = inputs
     (size,) = bias.shape
 
-    def constant(value: float) -> Source:
-        return Tensor((size,), np.dtype(np.float32), lambda: full(size, value))
+    def constant(value: float) -> LazyArray:
+        return LazyArray((size,), np.dtype(np.float32), lambda: full(size, value))
 
     yield f"{conv}.weight", weight
     yield from named(norm, NORM, [constant(1), bias, constant(0), constant(1 - EPS)])
 
 
-def named_head(convs: list[list[Source]]) -> Named:
-    """The 2-D convolutions; both lists are in the order of the graph, so only the shortcuts are moved out of the way."""
+def named_head(convs: list[list[LazyArray]]) -> Named:
+    """The 2-D convolutions. Both lists are in the order of the graph, except for the shortcuts,
+    which are put last."""
     names = sorted(head(), key=lambda name: "shortcut" in name[0])
     convs = sorted(convs, key=lambda inputs: inputs[0].shape[2:] == (1, 1))
     for (conv, norm, _), inputs in zip(names, convs, strict=True):
@@ -62,8 +72,9 @@ def named_head(convs: list[list[Source]]) -> Named:
 
 
 def named_trunk(nodes: list[Node]) -> Named:
-    """The 1-D convolutions. Each normalisation that is left opens a dense layer, a transition, or closes the network."""
-    stages: list[list[list[Source]]] = [[]]
+    """The 1-D convolutions. Each normalisation that is left begins a dense layer or a transition,
+    or is the last of the network."""
+    stages: list[list[list[LazyArray]]] = [[]]
     for operator, inputs in nodes:
         if operator == "BatchNormalization":
             stages.append([])
@@ -96,9 +107,10 @@ def named_trunk(nodes: list[Node]) -> Named:
 
 
 def named_dense(
-    source: str, norm: list[Source], reduction: list[Source], context: list[list[Source]]
+    source: str, norm: list[LazyArray], reduction: list[LazyArray], context: list[list[LazyArray]]
 ) -> Named:
-    """One densely connected layer; of the context mask's three convolutions the local one is wider than a frame."""
+    """One densely connected layer. Of the context mask's three convolutions only the local one has
+    a kernel of more than one frame."""
     (local,), down, up = sorted(context, key=lambda inputs: inputs[0].shape[2] == 1)
     yield from named(f"{source}.nonlinear1.batchnorm", NORM, norm)
     yield from unfolded(f"{source}.linear1", f"{source}.nonlinear2.batchnorm", reduction)
@@ -107,8 +119,11 @@ def named_dense(
         yield from named(f"{source}.cam_layer.{name}", ("weight", "bias"), inputs)
 
 
-def without_affine(norm: list[Source]) -> list[Source]:
-    """Mean and variance of the last normalisation; ONNX writes out the weight of 1 and the bias of 0 that it lacks in torch."""
+def without_affine(norm: list[LazyArray]) -> list[LazyArray]:
+    """Mean and variance of the last normalisation.
+
+    In torch it has no weight and no bias; ONNX writes 1 and 0. Raises ValueError for other numbers.
+    """
     weight, bias, mean, variance = norm
     if np.any(weight.read() != 1) or np.any(bias.read() != 0):
         raise ValueError("its last batch normalisation has a weight or a bias")

@@ -1,25 +1,28 @@
-"""The released speech_tokenizer_v2.onnx -> tensors under s3tokenizer's names, for the table in units.py.
+"""speech_tokenizer_v2.onnx -> tensors under s3tokenizer's names, for speech_tokenizer.py's table.
 
-Names come from the graph alone: its nodes are in topological order, and but for the memories, which are the only other
-convolutions, its weights form a chain.
+Names come from the graph alone: its nodes are in topological order, and its weights form a chain
+except for the memories, which are the only convolutions behind the first two.
 """
 
 import itertools
 from collections.abc import Iterator, Mapping
 
-from omni2_jax.convert.formats import Tensor
-from omni2_jax.convert.plan import ConversionError, Source
+from omni2_jax.checkpoint.lazy import LazyArray
+from omni2_jax.convert.plan import ConversionError
 
-Node = tuple[str, list[Source]]  # operator and weights
+Node = tuple[str, list[LazyArray]]  # operator and weights
 
 RANK = {"Conv": 3, "MatMul": 2, "Add": 1, "LayerNormalization": 1}  # of the first weight
 
 
-def from_onnx(tensors: Mapping[str, Source], where: str) -> dict[str, Source]:
-    """The tensors that `convert.sources.onnx_file` finds, renamed; ConversionError if the graph is not the tokenizer's."""
+def from_onnx(tensors: Mapping[str, LazyArray], context: str) -> dict[str, LazyArray]:
+    """The tensors of `formats.onnx_file`, renamed.
+
+    Raises ConversionError, which starts with `context`, if the graph is not the tokenizer's.
+    """
     uses = itertools.groupby(tensors.items(), lambda item: item[0].rpartition(".")[0])
     nodes = [(node.split(".")[1], [tensor for _, tensor in inputs]) for node, inputs in uses]
-    nodes = [node for node in nodes if weighs(*node)]
+    nodes = [node for node in nodes if has_weights(*node)]
     convs = [node for node in nodes if node[0] == "Conv"]
     chain = convs[:2] + [node for node in nodes if node[0] != "Conv"] + convs[2:]
     try:
@@ -29,16 +32,18 @@ def from_onnx(tensors: Mapping[str, Source], where: str) -> dict[str, Source]:
             )
         )
     except ValueError as error:
-        raise ConversionError(f"{where} is not the graph of speech tokenizer v2: {error}") from None
+        raise ConversionError(
+            f"{context} is not the graph of speech tokenizer v2: {error}"
+        ) from None
 
 
-def weighs(operator: str, tensors: list[Source]) -> bool:
-    """Whether a node's constants are weights: a mask, a shape or a number that is added or multiplied is none."""
+def has_weights(operator: str, tensors: list[LazyArray]) -> bool:
+    """Whether a node's constants are weights, not a mask, a shape or a single number."""
     return len(tensors[0].shape) == RANK.get(operator) and tensors[0].shape != (1,)
 
 
 def expected(layers: int) -> Iterator[tuple[str, str, tuple[str, ...]]]:
-    """Operator, module and parameters of every node with weights, in the order of the chain, the memories at the end."""
+    """Operator, module and parameters of every node with weights: the chain, then the memories."""
     both = ("weight", "bias")
     yield "Conv", "encoder.conv1", both
     yield "Conv", "encoder.conv2", both
@@ -57,18 +62,25 @@ def expected(layers: int) -> Iterator[tuple[str, str, tuple[str, ...]]]:
 
 
 def linear(module: str) -> Iterator[tuple[str, str, tuple[str, ...]]]:
+    """The two nodes of a linear layer."""
     yield "MatMul", module, ("weight",)
     yield "Add", module, ("bias",)
 
 
-def named(slot: tuple[str, str, tuple[str, ...]], node: Node) -> Iterator[tuple[str, Source]]:
-    """A node's weights under torch names; torch has a linear layer's matrix transposed."""
-    operator, module, parameters = slot
+def named(
+    expected_node: tuple[str, str, tuple[str, ...]], node: Node
+) -> Iterator[tuple[str, LazyArray]]:
+    """A node's weights under torch names; torch has a linear layer's matrix transposed.
+
+    Raises ValueError if the node has another operator.
+    """
+    operator, module, parameters = expected_node
     if node[0] != operator:
         raise ValueError(f"{module} is {node[0]}, expected {operator}")
     for parameter, tensor in zip(parameters, node[1], strict=True):
         yield f"{module}.{parameter}", transposed(tensor) if operator == "MatMul" else tensor
 
 
-def transposed(tensor: Source) -> Source:
-    return Tensor(tuple(tensor.shape[::-1]), tensor.dtype, lambda: tensor.read().transpose())
+def transposed(tensor: LazyArray) -> LazyArray:
+    """[A, B] -> [B, A], as lazy as before."""
+    return LazyArray(tensor.shape[::-1], tensor.dtype, lambda: tensor.read().transpose())

@@ -1,4 +1,7 @@
-"""Whisper encoder names, OpenAI's and Hugging Face's <-> `omni2_jax.whisper.SpeechEncoder`."""
+"""Whisper's encoder, OpenAI's or Hugging Face's names <-> `models.speech_encoder.SpeechEncoder`.
+
+References: `AudioEncoder` of openai/whisper, `WhisperEncoder` of transformers.
+"""
 
 from omni2_jax.convert.plan import Rule, Table, conv, flat, kernel
 
@@ -19,6 +22,7 @@ NORMS = {
 
 
 def table(hugging_face: bool = False) -> Table:
+    """The table of an encoder in OpenAI's names, or in Hugging Face's."""
     column, prefix = (1, "layers.{i}.") if hugging_face else (0, "blocks.{i}.")
     positions = "embed_positions.weight" if hugging_face else "positional_embedding"
     rules = [Rule(positions, "positions")]

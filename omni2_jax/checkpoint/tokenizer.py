@@ -39,6 +39,43 @@ def load(directory: Path) -> Any:
         raise ValueError(f"{directory} is not a readable tokenizer: {first_line(error)}") from None
 
 
+def render(tokenizer: Any, turns: Sequence[str | int], directory: Path) -> str:
+    """Turns as the chat template spells them, up to where the next answer begins.
+
+    A spoken turn is its number of clips, spelled as SPEECH_TEXT; another turn is its text.
+    A template that knows of thinking (Qwen3's) is asked for an answer without it: it then spells an
+    empty block of thoughts, behind which the answer begins. Other templates ignore the option.
+    Raises ValueError naming the tokenizer's directory if the template cannot be used.
+    """
+    content = [turn if isinstance(turn, str) else SPEECH_TEXT * turn for turn in turns]
+    messages = [
+        {"role": "assistant" if i % 2 else "user", "content": text}
+        for i, text in enumerate(content)
+    ]
+    try:
+        return tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=False, enable_thinking=False
+        )
+    except Exception as error:  # jinja raises many kinds, a template may raise any
+        raise ValueError(
+            f"the chat template of {directory} cannot be used: {first_line(error)}"
+        ) from None
+
+
+def check_chat_template(tokenizer: Any, directory: Path) -> None:
+    """Raise ValueError unless the chat template puts each turn once into the prompt."""
+    if not tokenizer.chat_template:
+        raise ValueError(
+            f"the tokenizer in {directory} has no chat template; "
+            "expected one in its tokenizer_config.json or chat_template.jinja"
+        )
+    parts = render(tokenizer, [1, ANSWER_MARKER, 1], directory).split(ANSWER_MARKER)
+    if len(parts) != 2 or any(part.count(SPEECH_TEXT) != 1 for part in parts):
+        raise ValueError(
+            f"the chat template of {directory} does not put each turn once into the prompt"
+        )
+
+
 class Tokenizer:
     """Turns to prompt ids, and answers to text.
 
@@ -49,10 +86,10 @@ class Tokenizer:
     def __init__(self, directory: Path, config: Omni2Config, positions: int):
         self.directory = directory / "tokenizer"
         self.text = load(self.directory)
+        check_chat_template(self.text, self.directory)
         self.speech = load(directory / "tts_tokenizer") if config.speech_lm else None
         self.config = config
         self.positions = positions
-        self.check_template()
 
     def prompt(self, turns: Sequence[str | int]) -> list[int]:
         """Turns, the user's first -> prompt ids with SPEECH at the positions of speech features.
@@ -77,28 +114,7 @@ class Tokenizer:
 
         Raises ValueError naming the tokenizer's directory if the template cannot be used.
         """
-        content = [turn if isinstance(turn, str) else SPEECH_TEXT * turn for turn in turns]
-        messages = [
-            {"role": "assistant" if i % 2 else "user", "content": text}
-            for i, text in enumerate(content)
-        ]
-        try:
-            return self.text.apply_chat_template(
-                messages, add_generation_prompt=True, tokenize=False
-            )
-        except Exception as error:  # jinja raises many kinds, a template may raise any
-            raise ValueError(
-                f"the chat template of {self.directory} cannot be used: {first_line(error)}"
-            ) from None
-
-    def check_template(self) -> None:
-        """Raise ValueError unless the chat template puts each turn once into the prompt."""
-        rendered = self.render([1, ANSWER_MARKER, 1])
-        parts = rendered.split(ANSWER_MARKER)
-        if len(parts) != 2 or any(part.count(SPEECH_TEXT) != 1 for part in parts):
-            raise ValueError(
-                f"the chat template of {self.directory} does not put each turn once into the prompt"
-            )
+        return render(self.text, turns, self.directory)
 
     def expand(self, ids: Sequence[int]) -> list[int]:
         """Token ids with each <speech> replaced by as many SPEECH ids as a clip has positions."""

@@ -1,5 +1,6 @@
-"""`omni2 convert`: PyTorch, Hugging Face and ONNX weights become one checkpoint directory, and back."""
+"""`omni2 convert`: PyTorch, Hugging Face and ONNX weights become one checkpoint, and back."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -9,14 +10,30 @@ import typer
 from omni2_jax.cli.console import console, progress_bar, say
 
 if TYPE_CHECKING:
-    from omni2_jax.convert import build
+    from omni2_jax.convert.release import Release
+
+
+@dataclass(frozen=True)
+class Sources:
+    """The paths that the options name."""
+
+    omni2: Path | None
+    decoder: Path | None
+    whisper: Path | None
+    llm: Path | None
+    speech_lm: Path | None
+    speech_tokenizer: Path | None
+
+    def paths(self) -> list[Path]:
+        return [path for path in vars(self).values() if path is not None]
 
 
 def convert(
     out: Annotated[
         Path,
         typer.Option(
-            help="The checkpoint to make, or to add missing parts and voices to; with --to-torch the release."
+            help="The checkpoint to make, or to add missing parts and voices to; "
+            "with --to-torch, the release to make."
         ),
     ],
     omni2: Annotated[
@@ -30,12 +47,18 @@ def convert(
     whisper: Annotated[
         Path | None, typer.Option(help="An OpenAI Whisper .pt or a Hugging Face Whisper directory.")
     ] = None,
-    qwen: Annotated[
-        Path | None, typer.Option(help="A plain Hugging Face Qwen2.5 directory.")
+    llm: Annotated[
+        Path | None,
+        typer.Option(
+            "--llm", "--qwen", help="A plain Hugging Face directory of a Qwen2.5 or a Qwen3."
+        ),
     ] = None,
     speech_lm: Annotated[
         Path | None,
-        typer.Option(help="With --qwen: a plain Qwen2.5-0.5B directory to become the speech LM."),
+        typer.Option(
+            help="With --llm: a small one with tied embeddings and the same tokenizer, "
+            "such as Qwen2.5-0.5B, to become the speech LM."
+        ),
     ] = None,
     speech_tokenizer: Annotated[
         Path | None,
@@ -43,94 +66,104 @@ def convert(
     ] = None,
     voice: Annotated[
         list[str] | None,
-        typer.Option(help="Store a voice to speak with (repeatable).", metavar="NAME=prompt.wav"),
+        typer.Option(help="A voice to speak with (repeatable).", metavar="NAME=prompt.wav"),
     ] = None,
     to_torch: Annotated[
         Path | None, typer.Option(help="A checkpoint to write back in the released PyTorch layout.")
     ] = None,
 ) -> None:
     """Convert released weights into a checkpoint, or a checkpoint back into the released layout."""
-    from omni2_jax.checkpoint import parameters, voices
-    from omni2_jax.convert import build, export
-
-    for path in filter(
-        None, (omni2, decoder, whisper, qwen, speech_lm, speech_tokenizer, to_torch)
-    ):
+    sources = Sources(omni2, decoder, whisper, llm, speech_lm, speech_tokenizer)
+    for path in [*sources.paths(), *filter(None, [to_torch])]:
         if not path.exists():
             raise ValueError(f"{path} does not exist")
-    if to_torch is not None:
-        if any((omni2, decoder, whisper, qwen, speech_lm, speech_tokenizer, voice)):
-            raise ValueError("--to-torch takes --out and nothing else")
-        with progress_bar(rich.progress.DownloadColumn()) as progress:
-            export.write(to_torch, out, progress)
-        say(f"wrote {out}: {', '.join(sorted(path.name for path in out.iterdir()))}")
-        return
-    prompts = dict(parse_voice(text) for text in voice or [])
+    if to_torch is None:
+        to_checkpoint(out, sources, dict(parse_voice(text) for text in voice or []))
+    elif sources.paths() or voice:
+        raise ValueError("--to-torch takes --out and nothing else")
+    else:
+        to_release(to_torch, out)
+
+
+def to_checkpoint(out: Path, sources: Sources, prompts: dict[str, Path]) -> None:
+    """Convert the sources into the checkpoint `out`, or add them to it. Raises ValueError."""
+    from omni2_jax.checkpoint import parameters, voices
+    from omni2_jax.convert import write
+
     extends = (out / "config.json").exists()
     with console.status("checking names and shapes"):
-        release = read(omni2, decoder, whisper, qwen, speech_lm, speech_tokenizer)
+        release = read(sources)
     if release is None and not prompts:
         raise ValueError(
-            "nothing to convert: give --omni2, --decoder, --whisper, --qwen, --speech-tokenizer, --voice or --to-torch"
+            "nothing to convert: give --omni2, --decoder, --whisper, --llm, --speech-tokenizer, "
+            "--voice or --to-torch"
         )
     if release is None and not extends:
         raise ValueError(f"{out} is not a checkpoint, so there is nothing to add a voice to")
     with progress_bar(rich.progress.DownloadColumn()) as progress:
-        task = progress.add_task(
-            "writing", total=release and total_bytes(release), visible=release is not None
-        )
-        (build.extend if extends else build.write)(
-            out, release, prompts, lambda leaf: progress.advance(task, leaf.nbytes)
-        )
-    say(f"wrote {out}: {', '.join(parameters.parts(out))}")
-    if "flow" in parameters.parts(out):
-        say(
-            f"voices: {', '.join(voices.names(out)) or f'none; add one with omni2 convert --voice NAME=prompt.wav --out {out}'}"
-        )
+        total = release.nbytes if release else 0
+        task = progress.add_task("writing", total=total, visible=release is not None)
+
+        def advance(leaf) -> None:
+            progress.advance(task, leaf.nbytes)
+
+        if extends:
+            write.extend(out, release, prompts, advance)
+        elif release:
+            write.write(out, release, prompts, advance)
+    parts = parameters.parts(out)
+    say(f"wrote {out}: {', '.join(parts)}")
+    if "flow" in parts:
+        none = f"none; add one with omni2 convert --voice NAME=prompt.wav --out {out}"
+        say(f"voices: {', '.join(voices.names(out)) or none}")
 
 
-def read(
-    omni2: Path | None,
-    decoder: Path | None,
-    whisper: Path | None,
-    qwen: Path | None,
-    speech_lm: Path | None,
-    speech_tokenizer: Path | None,
-) -> "build.Release | None":
-    """What the given sources hold together, checked but not read; None without a source."""
-    from omni2_jax.convert import build
+def to_release(checkpoint: Path, out: Path) -> None:
+    """Write a checkpoint in the released layout. Raises ValueError."""
+    from omni2_jax.convert import export
 
-    if speech_lm and not qwen:
-        raise ValueError("--speech-lm needs --qwen: the speech LM reads the tokens of that LLM")
-    given = []
-    if omni2:
-        given.append(build.read_omni2(omni2, whisper))
-    elif whisper:
-        given.append(build.read_whisper(whisper))
-    given += [build.read_qwen(qwen, speech_lm)] if qwen else []
-    given += [build.read_decoder(decoder)] if decoder else []
-    given += [build.read_speech_tokenizer(speech_tokenizer)] if speech_tokenizer else []
-    return build.combine(given) if given else None
+    with progress_bar(rich.progress.DownloadColumn()) as progress:
+        export.write(checkpoint, out, progress)
+    say(f"wrote {out}: {', '.join(sorted(path.name for path in out.iterdir()))}")
 
 
-def total_bytes(release: "build.Release") -> int:
-    from omni2_jax.checkpoint import parameters
+def read(sources: Sources) -> "Release | None":
+    """What the sources hold together, checked but not read; None without a source.
 
-    return sum(
-        leaf.nbytes
-        for params in release.params.values()
-        for leaf in parameters.flatten(params).values()
-    )
+    Raises ValueError naming the file and what is wrong with it.
+    """
+    from omni2_jax.convert import read
+    from omni2_jax.convert.release import combine
+
+    if sources.speech_lm and not sources.llm:
+        raise ValueError("--speech-lm needs --llm: the speech LM reads the tokens of that LLM")
+    releases = []
+    if sources.omni2:
+        releases.append(read.read_omni2(sources.omni2, sources.whisper))
+    elif sources.whisper:
+        releases.append(read.read_whisper(sources.whisper))
+    if sources.llm:
+        releases.append(read.read_llm(sources.llm, sources.speech_lm))
+    if sources.decoder:
+        releases.append(read.read_decoder(sources.decoder))
+    if sources.speech_tokenizer:
+        releases.append(read.read_speech_tokenizer(sources.speech_tokenizer))
+    return combine(releases) if releases else None
 
 
 def parse_voice(text: str) -> tuple[str, Path]:
+    """The name and the file of NAME=prompt.wav.
+
+    A bad sound file is refused here, before minutes are spent on the weights.
+    Raises ValueError if the text has another form or the file is no sound.
+    """
     from omni2_jax.audio import recordings
-    from omni2_jax.convert import build
+    from omni2_jax.convert.read import check_voice_name
 
     name, _, path = text.partition("=")
     if not name or not path:
         raise ValueError(f"--voice {text!r}: expected NAME=prompt.wav")
-    build.check_name(name, "--voice")
+    check_voice_name(name, "--voice")
     if not path.endswith(".npy"):
-        recordings.load(path)  # a bad file is told before minutes are spent on the weights
+        recordings.load(path)
     return name, Path(path)
