@@ -570,7 +570,7 @@ def test_a_tokenizer_that_is_none(whole, tmp_path):
 
 def test_a_cut_leaves_the_checkpoint_as_it_was(whole, tokenizer_file, monkeypatch):
     before = content(whole)
-    monkeypatch.setattr(build.Omni2Config, "save", lambda *_: 1 / 0)
+    monkeypatch.setattr(write.Omni2Config, "save", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         write.extend(whole, read.read_speech_tokenizer(tokenizer_file), {})
     assert content(whole) == before
