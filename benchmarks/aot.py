@@ -38,24 +38,17 @@ from omni2_jax import files, sharding
 from omni2_jax.cli.console import run_function
 from omni2_jax.config import Omni2Config
 from omni2_jax.configs import stage1a, stage2
+from omni2_jax.devices import MEMORY_GIB
 from omni2_jax.generate.engine import Programs
 from omni2_jax.generate.engine_config import EngineConfig
 from omni2_jax.generate.read_write import request
 from omni2_jax.models.model import abstract_state
-from omni2_jax.train import flops, step
-from omni2_jax.train import settings as settings
-from omni2_jax.train.examples import Examples
-from omni2_jax.train.stages import STAGES, is_trained
-from omni2_jax.train.weights import Weights, with_rank
+from omni2_jax.train import flops, overrides, step
+from omni2_jax.train.settings import TrainConfig
+from omni2_jax.train.stages import stage_of
+from omni2_jax.train.weights import split_params, stage_weights
 
 GIB = 2**30
-HBM = {
-    "TPU v4": 16,
-    "TPU v5 lite": 16,
-    "TPU v5": 95,
-    "TPU v6 lite": 32,
-    "TPU7x": 96,
-}  # GiB of a device; v4 and TPU7x have two a chip
 WORKING = "v5e:1x1, v5e:2x2, v5e:2x4, v5e:4x4, v5e:4x8, v5e:8x8, v5e:16x16, v4:2x2x1, v5p:2x2x1, v5p:4x4x4, v6e:2x4 and tpu7x:2x2x1"
 TRAINING = {"train": stage1a.config, "train2": stage2.config}
 STREAMING = ("prefill", "step")
@@ -103,35 +96,28 @@ def share(tree) -> int:
     )
 
 
-def training(train: settings.TrainConfig, config: Omni2Config, mesh: Mesh) -> Job:
+def training(train: TrainConfig, config: Omni2Config, mesh: Mesh) -> Job:
     """A step of a stage, in the first of its buckets."""
-    config, bucket = (
-        config.only(*STAGES[train.stage].parts).replace(mix=train.mix),
-        train.buckets[0],
-    )
-    weights = Weights.of(with_rank(config, train.rank) if train.rank else config, mesh)
-    dtype = lambda path: (
-        jnp.float32 if is_trained(train, path) else dtype_of(path, jnp.dtype(train.dtype))
-    )  # noqa: E731
+    stage, bucket = stage_of(train), train.buckets[0]
+    config = stage.configure(config)
+    weights = stage_weights(stage, config, mesh)
     params = {
-        path: leaf.update(dtype=dtype(path), sharding=weights.shardings[path])
-        for path, leaf in weights.shapes.items()
+        path: leaf.update(sharding=weights.shardings[path])
+        for path, leaf in sizes.training_shapes(stage, weights).items()
     }
-    trained = {path: leaf for path, leaf in params.items() if is_trained(train, path)}
-    frozen = {path: leaf for path, leaf in params.items() if path not in trained}
-    where = step.shardings(train, weights, trained, mesh, STEPS)
-    state = placed(
-        jax.eval_shape(lambda params: step.initial(train, params, STEPS), trained), where
-    )
+    trained, frozen = split_params(stage, params)
+    objective = stage.objective(weights, STEPS)
+    shardings = objective.shardings(trained, mesh)
+    state = placed(jax.eval_shape(objective.initial, trained), shardings)
     rows = NamedSharding(mesh, PartitionSpec(None, sharding.Rules().batch))
-    empty = Examples(train, config, None, None).empty(bucket)
+    empty = stage.example_type(train, config, None, None).empty(bucket)
     cut = (train.microbatches, train.batch // train.microbatches)
     batch = {
         name: jax.ShapeDtypeStruct((*cut, *value.shape), value.dtype, sharding=rows)
         for name, value in empty.items()
     }
     return Job(
-        step.make(train, weights, STEPS, where),
+        step.compile_step(objective, shardings),
         (state, frozen, batch),
         {
             "parameters, trained": state.params,
@@ -139,7 +125,7 @@ def training(train: settings.TrainConfig, config: Omni2Config, mesh: Mesh) -> Jo
             "optimizer": (state.opt, state.ema),
             "batch": batch,
         },
-        flops.step(train, config, weights.shapes, bucket),
+        flops.step(stage, config, weights.shapes, bucket),
     )
 
 
@@ -239,7 +225,7 @@ def job_of(
     sharding.check(mesh, config.llm.width, config.llm.hidden)
     if name in STREAMING:
         return streaming(name, shaped(batch or 64, changes), config, mesh)
-    train = settings.changed(TRAINING[name], [*([f"batch={batch}"] if batch else []), *changes])
+    train = overrides.changed(TRAINING[name], [*([f"batch={batch}"] if batch else []), *changes])
     rows, cut = train.batch // train.microbatches, mesh.shape["replica"] * mesh.shape["fsdp"]
     if rows % cut:
         fitting = f"a batch of {cut * train.microbatches * -(-rows // cut)} would fit, or more on the tensor axis"
@@ -256,9 +242,9 @@ def shaped(slots: int, changes: Sequence[str]) -> EngineConfig:
         if not hasattr(engine_config, key):
             known = [field.name for field in dataclasses.fields(EngineConfig)]
             raise ValueError(
-                f"--set {key}: EngineConfig has no {key!r}{settings.nearest(key, known)}"
+                f"--set {key}: EngineConfig has no {key!r}{overrides.nearest(key, known)}"
             )
-        engine_config = dataclasses.replace(engine_config, **{key: settings.literal(text)})
+        engine_config = dataclasses.replace(engine_config, **{key: overrides.literal(text)})
     return engine_config
 
 
@@ -329,7 +315,7 @@ def main(
     there = devices(topology)
     where = sharding.parse_mesh(mesh, there)
     found = compiled(job_of(job, config, where, batch, changes or []), where)
-    hbm = HBM[there[0].device_kind] * GIB
+    hbm = MEMORY_GIB[there[0].device_kind] * GIB
     found |= {"hbm": hbm, "fits": found.get("fits", found["peak"] <= hbm)}
     named = (
         ", ".join(f"{axis}={count}" for axis, count in where.shape.items() if count > 1)

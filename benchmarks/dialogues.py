@@ -13,6 +13,7 @@ from omni2_jax.train.data.records import RATES, Dialogue, Turn, encode_clip
 from omni2_jax.train.data.writer import Writer
 from omni2_jax.train.examples import UNITS_PER_SECOND
 from omni2_jax.train.settings import TrainConfig
+from omni2_jax.train.stages import stage_class
 
 QUESTION_SECONDS = (2.0, 12.0)
 UNITS_A_TOKEN = 6.5  # three words a second, 1.3 tokens a word
@@ -39,7 +40,7 @@ class Words:
 def longest_reply(train: TrainConfig, config: Omni2Config) -> int:
     """Text tokens of the longest reply that fits into the stage's first bucket, its units with it."""
     bucket = train.buckets[0]
-    if train.stage == "flow":
+    if stage_class(train.stage).needs_recordings:
         return int(bucket.tokens / UNITS_A_TOKEN)
     spoken = (bucket.tokens - 3) / (1 + UNITS_A_TOKEN) if bucket.tokens else math.inf
     written = (
@@ -75,7 +76,7 @@ def write(path: Path, train: TrainConfig, config: Omni2Config, count: int) -> No
                 )
                 reply = (
                     noise(recordings.OUTPUT_RATE, len(units) / UNITS_PER_SECOND)
-                    if train.stage == "flow"
+                    if stage_class(train.stage).needs_recordings
                     else None
                 )
                 for role, said, sound in (("user", None, question), ("assistant", units, reply)):

@@ -21,9 +21,8 @@ from omni2_jax.config import (
 )
 from omni2_jax.configs import omni2_0_5b, omni2_1_5b, omni2_3b, omni2_7b, omni2_14b, omni2_32b
 from omni2_jax.models.model import abstract_model, for_serving
-from omni2_jax.train.settings import TrainConfig
-from omni2_jax.train.stages import STAGES, is_trained
-from omni2_jax.train.weights import Params, Weights, with_rank
+from omni2_jax.train.stages.base import Stage
+from omni2_jax.train.weights import Params, Weights, split_params, stage_weights
 
 TINY = Omni2Config(
     llm=DecoderConfig(vocabulary=512, width=64, layers=2, heads=4, kv_heads=2, hidden=128),
@@ -74,27 +73,23 @@ def load(
         path: leaf.update(dtype=dtype_of(path, dtype))
         for path, leaf in parameters.flatten(shapes).items()
     }
-    return config, *for_serving(
-        graph, jax.tree.unflatten(jax.tree.structure(shapes), list(random(leaves).values()))
-    )
+    return config, *for_serving(graph, parameters.unflatten(shapes, random(leaves)))
 
 
-def for_training(
-    train: TrainConfig, config: Omni2Config, mesh: Mesh
-) -> tuple[Weights, Params, Params]:
-    """Random weights of a stage, as `train.weights.load` gives those of a checkpoint; every device draws its own piece."""
-    config = config.only(*STAGES[train.stage].parts)
-    weights = Weights.of(with_rank(config, train.rank) if train.rank else config, mesh)
-    dtypes = {
-        path: jnp.float32 if is_trained(train, path) else dtype_of(path, jnp.dtype(train.dtype))
-        for path in weights.shapes
+def for_training(stage: Stage, config: Omni2Config, mesh: Mesh) -> tuple[Weights, Params, Params]:
+    """Random weights of a stage; what `train.weights.load` returns for a checkpoint."""
+    weights = stage_weights(stage, config, mesh)
+    values = random(training_shapes(stage, weights), weights.shardings)
+    return weights, *split_params(stage, values)
+
+
+def training_shapes(stage: Stage, weights: Weights) -> dict[str, jax.ShapeDtypeStruct]:
+    """The shapes of a stage's parameters in the dtypes of training: trained ones are float32."""
+    dtype = jnp.dtype(stage.train.dtype)
+    return {
+        path: leaf.update(dtype=jnp.float32 if stage.is_trained(path) else dtype_of(path, dtype))
+        for path, leaf in weights.shapes.items()
     }
-    values = random(
-        {path: leaf.update(dtype=dtypes[path]) for path, leaf in weights.shapes.items()},
-        weights.shardings,
-    )
-    trained = {path: leaf for path, leaf in values.items() if is_trained(train, path)}
-    return weights, trained, {path: leaf for path, leaf in values.items() if path not in trained}
 
 
 def dtype_of(path: str, dtype: jnp.dtype) -> jnp.dtype:

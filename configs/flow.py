@@ -1,8 +1,9 @@
-"""Fine-tune the flow for a voice of one's own: recordings of one speaker and their units.
+"""Stage "flow": fine-tune flow matching for a new voice, on recordings of one speaker.
 
-python -m train --config configs/flow.py --set checkpoint=omni2-7b --set data=recordings --out runs/flow
+omni2 train --config flow --set checkpoint=omni2-7b --set data=recordings --out runs/flow
 
-The dialogues' assistant turns are the recordings. Rate, constant after its warm-up, and chunk masks as CosyVoice2 trains it.
+The recordings are the assistant turns of the data set; their units are needed, too. Like CosyVoice2's
+own training: a constant learning rate after the warm-up, and chunk masks of 50 units or of the whole.
 """
 
 from omni2_jax.train.settings import Bucket, OptimizerConfig, TrainConfig

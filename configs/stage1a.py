@@ -1,8 +1,11 @@
 """Stage I(a), speech to text: the adapter and all of the LLM (paper section 4.1).
 
-python -m train --config configs/stage1a.py --set checkpoint=start --set data=dialogues --out runs/1a
+omni2 train --config stage1a --set checkpoint=start --set data=dialogues --out runs/1a
 
-`start` comes from python -m convert --whisper large-v3.pt --qwen Qwen2.5-7B-Instruct --speech-lm Qwen2.5-0.5B --out start.
+`start` comes from
+
+omni2 convert --whisper large-v3.pt --qwen Qwen2.5-7B-Instruct --speech-lm Qwen2.5-0.5B --out start
+
 With --set rank=16 low-rank updates are trained instead of the LLM itself.
 """
 

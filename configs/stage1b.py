@@ -1,8 +1,9 @@
-"""Stage I(b), text to speech: the speech LM on single replies, text embeddings only, in the read/write layout (paper section 4.1).
+"""Stage I(b), text to speech: the speech LM on single replies, without the LLM (paper section 4.1).
 
-python -m train --config configs/stage1b.py --set checkpoint=runs/1a/final --set data=dialogues --out runs/1b
+omni2 train --config stage1b --set checkpoint=runs/1a/final --set data=dialogues --out runs/1b
 
---set layout=offline trains the paper's offline TTS; --set reset="('speech_lm',)" begins from scratch (table 3).
+--set layout=offline trains the paper's offline TTS (table 4).
+--set reset=speech_lm initialises the speech LM at random (table 3, "scratch").
 """
 
 from omni2_jax.train.settings import Bucket, OptimizerConfig, TrainConfig

@@ -1,8 +1,11 @@
-"""Stage II, speech to speech: gate fusion and the speech LM on the LLM's hidden states, the rest frozen (paper section 4.1).
+"""Stage II, speech to speech: gate fusion and the speech LM, the rest frozen (paper section 4.1).
 
-python -m train --config configs/stage2.py --set checkpoint=runs/1b/final --set data=dialogues --out runs/2
+omni2 train --config stage2 --set checkpoint=runs/1b/final --set data=dialogues --out runs/2
 
 --set mix=sum and --set mix=hidden are the ablations of gate fusion (table 2).
+--set hidden=states reads the LLM's hidden states from the disk, once they are computed by
+
+omni2 hidden --config stage2 --set checkpoint=runs/1b/final --set data=dialogues --out states
 """
 
 from omni2_jax.train.settings import Bucket, OptimizerConfig, TrainConfig

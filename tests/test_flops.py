@@ -1,6 +1,7 @@
 """What a step costs, against the matmuls and convolutions in what is traced of it, and by hand."""
 
 import math
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import jax
@@ -11,10 +12,11 @@ from jax.extend.core import ClosedJaxpr, Jaxpr
 from benchmarks.sizes import SIZES
 from omni2_jax import sharding
 from omni2_jax.models import layers
-from omni2_jax.train import flops, stages, step
-from omni2_jax.train.examples import Examples
+from omni2_jax.train import flops
 from omni2_jax.train.settings import Bucket, TrainConfig
-from omni2_jax.train.weights import Weights, with_rank
+from omni2_jax.train.stages import flow, stage_of
+from omni2_jax.train.step import SingleObjective
+from omni2_jax.train.weights import Weights, split_params, stage_weights
 
 TINY = SIZES["tiny"]
 
@@ -44,34 +46,30 @@ def counted(jaxpr: Jaxpr) -> int:
 
 def traced(train: TrainConfig) -> SimpleNamespace:
     """FLOPs of a stage's loss and of its gradients, counted in both ways; of its features, in one."""
-    config, (bucket,) = TINY.only(*stages.STAGES[train.stage].parts), train.buckets
-    weights = Weights.of(
-        with_rank(config, train.rank) if train.rank else config,
-        sharding.make_mesh(devices=jax.devices()[:1]),
-    )
-    trained = {
-        path: leaf for path, leaf in weights.shapes.items() if stages.is_trained(train, path)
-    }
-    frozen = {path: leaf for path, leaf in weights.shapes.items() if path not in trained}
-    row = Examples(train, TINY, None, None).empty(bucket)
+    stage, (bucket,) = stage_of(train), train.buckets
+    weights = stage_weights(stage, TINY, sharding.make_mesh(devices=jax.devices()[:1]))
+    trained, frozen = split_params(stage, weights.shapes)
+    row = stage.example_type(train, TINY, None, None).empty(bucket)
     batch = {
         name: jax.ShapeDtypeStruct((1, train.batch, *leaf.shape), leaf.dtype)
         for name, leaf in row.items()
     }
-    trace = lambda run, *more: counted(jax.make_jaxpr(run)(trained, frozen, batch, *more).jaxpr)  # noqa: E731
-    found = flops.parts(train, TINY, weights.shapes, bucket)
+    objective = SingleObjective(stage, weights, 1)
+
+    def trace(run: Callable, *more) -> int:
+        return counted(jax.make_jaxpr(run)(trained, frozen, batch, *more).jaxpr)
+
+    def condition(params, frozen, batch):
+        microbatch = jax.tree.map(lambda leaf: leaf[0], batch)
+        return flow.condition(weights.model(params, frozen), microbatch)
+
+    by_part = stage.flops(TINY, weights.shapes, bucket)
     return SimpleNamespace(
-        forward=trace(step.make_validation(train, weights)),
-        both=trace(step.gradients(train, weights), jax.eval_shape(lambda: jax.random.key(0))),
-        ours_forward=sum(forward for forward, _ in found.values()),
-        ours_both=flops.step(train, TINY, weights.shapes, bucket),
-        voice=0
-        if train.stage != "flow"
-        else trace(
-            lambda p, f, b: stages.listen(
-                weights.model(p, f), train, jax.tree.map(lambda leaf: leaf[0], b)
-            )
-        ),
+        forward=trace(objective.validate),
+        both=trace(objective.gradients, jax.eval_shape(lambda: jax.random.key(0))),
+        ours_forward=sum(forward for forward, _ in by_part.values()),
+        ours_both=flops.step(stage, TINY, weights.shapes, bucket),
+        voice=trace(condition) if train.stage == "flow" else 0,
     )
 
 
@@ -134,6 +132,6 @@ def test_by_hand():
     shapes = Weights.of(config, sharding.make_mesh(devices=jax.devices()[:1])).shapes
     layer = 896 * (896 + 2 * 128 + 896 + 3 * 4864)
     weights, attention = 24 * layer + 158227 * 896, 24 * 2 * 1000 * 896 * 1000
-    assert flops.step(train, config, shapes, train.buckets[0]) == 2 * 3 * (
+    assert flops.step(stage_of(train), config, shapes, train.buckets[0]) == 2 * 3 * (
         2 * 1000 * weights + attention
     )

@@ -18,7 +18,6 @@ from omni2_jax.checkpoint import parameters
 from omni2_jax.checkpoint.tokenizer import Tokenizer
 from omni2_jax.config import Omni2Config
 from omni2_jax.models.model import SPEECH
-from omni2_jax.train import stages
 from omni2_jax.train.data.dataset import Dataset, RecordError
 from omni2_jax.train.data.loader import (
     EMPTY_ROW,
@@ -31,10 +30,11 @@ from omni2_jax.train.data.loader import (
 )
 from omni2_jax.train.data.records import Dialogue, Turn, encode_clip
 from omni2_jax.train.data.writer import Writer
-from omni2_jax.train.examples import CLIP, PAD, Examples
+from omni2_jax.train.examples import PAD, clip_samples
 from omni2_jax.train.layout import arrange
 from omni2_jax.train.losses import IGNORE
 from omni2_jax.train.settings import Bucket, TrainConfig
+from omni2_jax.train.stages import stage_of
 from tests.support.dialogues import pcm, spoken
 
 RANDOM = np.random.default_rng(0)
@@ -96,7 +96,7 @@ def made(path, config, tokenizer):
     """Examples, catalogue and schedule of some settings."""
 
     def make(train: TrainConfig = TRAIN, path: Path = path):
-        examples = Examples(train, config, tokenizer, Dataset(path))
+        examples = stage_of(train).examples(config, tokenizer, Dataset(path), "data")
         found = catalogue(examples, range(len(examples.data)), train.buckets, train.strict)
         return examples, found, schedule(found, train)
 
@@ -255,9 +255,11 @@ def test_empty_rows_carry_no_loss(made, checkpoint_dir, config):
     batch = {name: jnp.asarray(value[0]) for name, value in row.items()}
     assert (batch["tokens"][1:] == PAD).all() and (batch["targets"][1:] == IGNORE).all()
     graph, params = parameters.load(checkpoint_dir, config.only("speech_lm"), jnp.float32)
-    loss = lambda params, batch: stages.unit_loss(
-        nnx.merge(graph, params), changed(dtype="float32"), batch, None
-    )
+    stage = stage_of(changed(dtype="float32"))
+
+    def loss(params, batch):
+        return stage.loss(nnx.merge(graph, params), batch, jax.random.key(0))
+
     compute = jax.jit(jax.value_and_grad(loss, has_aux=True))
     (total, terms), grads = compute(params, batch)
     (four, fourfold), _ = compute(
@@ -320,10 +322,9 @@ def test_what_a_stage_needs(made, config, tokenizer, tmp_path):
         ):
             made(TrainConfig(stage, buckets=(LONG,)), tmp_path / "bare")
     mute = SimpleNamespace(text=SimpleNamespace(encode=lambda *_, **__: []))
+    examples = stage_of(TRAIN).examples(config, mute, Dataset(tmp_path / "bare"), "data")
     with pytest.raises(ValueError, match="dialogue 0: the reply 'no' has no tokens"):
-        catalogue(
-            Examples(TRAIN, config, mute, Dataset(tmp_path / "bare")), [0], (LONG,), strict=False
-        )
+        catalogue(examples, [0], (LONG,), strict=False)
 
 
 @pytest.fixture
@@ -468,15 +469,15 @@ def test_row_of_a_recording(made, path):
     row = row_of(made, "flow", 3, Bucket(0, 0, 40))
     units = Dataset(path).dialogue(3).turns[1].units
     assert row["units"].tolist() == units[:20].tolist() + [PAD] * 20
-    np.testing.assert_array_equal(row["speech"][: 960 * 20], REPLIES[3])
+    np.testing.assert_array_equal(row["audio_24k"][: 960 * 20], REPLIES[3])
     assert (
-        not row["speech"][960 * 20 :].any()
-        and not row["heard"][640 * 20 :].any()
-        and row["heard"][: 640 * 20].any()
+        not row["audio_24k"][960 * 20 :].any()
+        and not row["audio_16k"][640 * 20 :].any()
+        and row["audio_16k"][: 640 * 20].any()
     )
 
 
-def test_a_question_over_30_seconds(made, tokenizer, tmp_path):
+def test_a_question_over_30_seconds(made, config, tokenizer, tmp_path):
     """Two clips of one turn, as Omni2 hears it with long="split"."""
     samples = (np.arange(31 * 16000) % 1000).astype(np.int16)
     with Writer(tmp_path / "long") as writer:
@@ -487,7 +488,7 @@ def test_a_question_over_30_seconds(made, tokenizer, tmp_path):
         writer.add(Dialogue("long", turns), [encode_clip(samples / 32768, 16000), None])
     row = row_of(made, "1a", 0, Bucket(2, 800), tmp_path / "long")
     np.testing.assert_array_equal(
-        row["audio"].ravel(), np.pad(samples, (0, 2 * CLIP - len(samples)))
+        row["audio"].ravel(), np.pad(samples, (0, 2 * clip_samples(config) - len(samples)))
     )
     prompt = tokenizer.prompt([2])
     assert row["ids"][: len(prompt)].tolist() == prompt and row["ids"].tolist().count(SPEECH) == 600

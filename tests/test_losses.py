@@ -8,10 +8,11 @@ import numpy as np
 from flax import nnx
 
 from omni2_jax.models.model import SPEECH
-from omni2_jax.train import stages
 from omni2_jax.train.examples import PAD
 from omni2_jax.train.losses import IGNORE, token_loss
 from omni2_jax.train.settings import TrainConfig
+from omni2_jax.train.stages.base import positions
+from omni2_jax.train.stages.speech_to_speech import reply_loss
 
 
 def test_training_batch(model, goldens):
@@ -40,7 +41,7 @@ def test_training_batch(model, goldens):
     )
     hidden, _ = parts.llm(
         parts.embed_prompt(jnp.asarray(ids), jnp.asarray(features)),
-        stages.positions(jnp.asarray(ids)),
+        positions(jnp.asarray(ids)),
     )
     targets = np.pad(
         labels[:, 1:], ((0, 0), (0, 1)), constant_values=IGNORE
@@ -62,7 +63,7 @@ def test_ignored_targets_carry_no_loss():
     by_hand = -np.log(np.exp(logits[0]) / np.exp(logits[0]).sum(-1, keepdims=True))[
         [0, 1, 3], [3, 2, 5]
     ].sum()
-    total, terms = token_loss(logits, targets, lambda x: x, chunk=3)
+    total, terms = token_loss(logits, targets, lambda x: x, block=3)
     np.testing.assert_allclose(total, by_hand, rtol=1e-6)
     assert terms == 3
     assert token_loss(logits, jnp.full((1, 4), IGNORE), lambda x: x) == (0, 0)
@@ -100,7 +101,7 @@ def test_speech_loss_by_hand(model):
     by_hand = -(chances[3, 500] + chances[4, 501] + chances[5, parts.config.tokens.unit_eos])
 
     batch = {"tokens": tokens[None], "targets": targets[None], "source": source[None]}
-    total, terms = stages.reply_loss(
+    total, terms = reply_loss(
         parts, TrainConfig(stage="2", dtype="float32", remat="none"), hidden, batch
     )
     np.testing.assert_allclose(total, by_hand, rtol=1e-5)

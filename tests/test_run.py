@@ -9,7 +9,6 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +21,7 @@ from omni2_jax.checkpoint import parameters
 from omni2_jax.configs import stage1a, stage2
 from omni2_jax.generate.omni2 import Answer, Omni2, Options
 from omni2_jax.models.layers import LORA_SCALE
-from omni2_jax.train import loop, sampler, step, weights
+from omni2_jax.train import sampler, step, weights
 from omni2_jax.train.data.dataset import Dataset
 from omni2_jax.train.data.records import encode_clip
 from omni2_jax.train.loop import Run
@@ -111,7 +110,7 @@ def test_cut_off_and_taken_up(arguments, tmp_path):
     process.terminate()
     told = ended(process, 0)
     stopped = lines(cut)
-    assert told == f"stopped at step {stopped} of 60; the same command goes on from there"
+    assert told == f"stopped at step {stopped} of 60; the same command resumes it"
     assert (
         saved < stopped < 60
         and (cut / "steps" / str(stopped)).exists()
@@ -142,7 +141,7 @@ def test_a_run_that_has_ended(toy, tmp_path, monkeypatch):
     run(toy(), out)
     told, made = (out / "metrics.jsonl").read_bytes(), part(out / "final", "speech_lm")
     shutil.rmtree(out / "final")
-    monkeypatch.setattr(loop.step, "make", lambda *_: None)
+    monkeypatch.setattr(step, "compile_step", lambda *_: None)
     run(toy(), out)
     assert (out / "metrics.jsonl").read_bytes() == told
     assert tree_equal(part(out / "final", "speech_lm"), made)
@@ -186,11 +185,10 @@ def computed(toy) -> Callable[..., tuple]:
 
     def computed(**changes) -> tuple:
         begun = Run(toy(**changes), Path("nowhere"), jax.devices()[:1])
-        model, trained, frozen = weights.load(begun.train, begun.start, begun.mesh)
+        model, trained, frozen = weights.load(begun.stage, begun.start, begun.mesh)
         batch, _ = next(begun.data.loader.start(0))
-        return jax.device_get(
-            jax.jit(step.gradients(begun.train, model))(trained, frozen, batch, jax.random.key(0))
-        )
+        gradients = jax.jit(begun.stage.objective(model, begun.steps).gradients)
+        return jax.device_get(gradients(trained, frozen, batch, jax.random.key(0)))
 
     return computed
 
@@ -275,22 +273,20 @@ def test_average_of_the_weights(low_rank, checkpoint_dir):
         assert np.abs(value - saved["params"][f"adapter.{path}"]).max() > 1e-4
 
 
-def traced_only(*args) -> Callable:
-    """A step that is not compiled, and leaves everything as it is."""
-    take = step.make(*args)
+def traced_only(objective: step.Objective, shardings) -> Callable:
+    """A step that is traced but not compiled; it returns the state unchanged, and zeros as metrics."""
 
-    def look(*inputs):
-        return inputs[0], jax.tree.map(
-            lambda leaf: np.zeros(leaf.shape, leaf.dtype), jax.eval_shape(take, *inputs)[1]
-        )
+    def take_step(*inputs):
+        _, metrics = jax.eval_shape(objective.step, *inputs)
+        return inputs[0], jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), metrics)
 
-    return look
+    return take_step
 
 
 @pytest.mark.parametrize("mix, reset", [("sum", ("speech_lm",)), ("hidden", ())])
 def test_ablations_of_gate_fusion(toy, checkpoint_dir, tmp_path, monkeypatch, mix, reset):
     """They begin from a checkpoint with a gate, `reset` parts anew, and leave one that says what it is."""
-    monkeypatch.setattr(loop, "step", SimpleNamespace(**vars(step) | {"make": traced_only}))
+    monkeypatch.setattr(step, "compile_step", traced_only)
     out = tmp_path / "run"
     run(
         toy(stage2.config, mix=mix, reset=reset, buckets=(Bucket(1, 400, 64),), batch=2, steps=1),

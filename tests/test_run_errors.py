@@ -61,7 +61,7 @@ def test_a_loss_that_is_no_number(arguments, told, tmp_path):
     message = told(arguments(out, steps=9, save_every=1, optimizer=OptimizerConfig(peak=1e30)))
     assert (
         message
-        == f"step 1: the loss is nan, its gradient's norm nan; its batch is {out}/bad-batch-1-0.npz"
+        == f"step 1: gradient_norm is nan, loss is nan; the batch was saved as {out}/bad-batch-1-0.npz"
     )
     batch = np.load(out / "bad-batch-1-0.npz")
     assert {name: batch[name].shape for name in batch} == {
@@ -92,7 +92,7 @@ def test_bad_checkpoints(refused, checkpoint_dir, tmp_path):
     shutil.rmtree(bad / "params" / "speech_lm")
     assert (
         refused(checkpoint=str(bad))
-        == f"{bad} lacks speech_lm, which stage 1b needs; python -m convert adds parts to a checkpoint"
+        == f"{bad} lacks speech_lm, which stage 1b needs; omni2 convert adds parts to a checkpoint"
     )
     assert refused(reset=("llm",)) == "reset llm: stage 1b trains speech_lm only"
     inside = refused(checkpoint_dir / "run")
@@ -117,7 +117,7 @@ def test_bad_data(refused, talks, tmp_path):
     assert refused(data=str(empty)) == f"{empty} is empty: it holds no dialogue"
     with Writer(tmp_path / "bare") as writer:
         writer.add(Dialogue("x", (Turn("user", "hi"), Turn("assistant", "no"))))
-    needs = "has nothing to train stage 1b on: 1 x dialogue 0: a reply has no units; python -m train.prepare makes them"
+    needs = "has nothing to train stage 1b on: 1 x dialogue 0: a reply has no units; omni2 prepare --speech-tokenizer makes them"
     assert refused(data=str(tmp_path / "bare")).startswith(f"{tmp_path}/bare {needs}")
     assert "2 x dialogue 0: too long for every bucket (0 clips, 0 positions, 51 tokens)" in refused(
         buckets=(Bucket(0, 0, 8),)
@@ -136,7 +136,7 @@ def test_bad_out(refused, arguments, told, toy, tmp_path):
     for out in (tmp_path / "mine", tmp_path / "mine" / "letter"):
         assert refused(out) == f"{out} exists and is not a run; give a new directory"
     out = tmp_path / "run"
-    checkpoints.remember(out, Run(toy(), out, jax.devices()[:1]).told)
+    checkpoints.write_metadata(out, Run(toy(), out, jax.devices()[:1]).metadata)
     again = "give another --out, or the same settings"
     assert (
         refused(out, optimizer=OptimizerConfig(peak=1e-3))

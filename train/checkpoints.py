@@ -1,100 +1,124 @@
-"""What a run is taken up from: RUN/run.json, what it was told, and RUN/steps/STEP/, the newest few of its states.
+"""What a run is resumed from: RUN/run.json, its settings, and RUN/steps/STEP/, its last few states.
 
 States are saved asynchronously, whole or not at all, and restored on any mesh.
 """
 
+import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 
 from omni2_jax.checkpoint import checksums
-from omni2_jax.files import first_line
-from omni2_jax.train.settings import MUTABLE_SETTINGS, flat
-from omni2_jax.train.step import State
+from omni2_jax.files import atomic_write, first_line, is_partial
+from omni2_jax.train.overrides import flat
+from omni2_jax.train.settings import MUTABLE_SETTINGS, RENAMED
 
 
-def check(run: Path, told: dict) -> None:
-    """Raise ValueError, naming what differs, unless `run` is new or a run that was told the same."""
+def check_metadata(run: Path, metadata: dict) -> None:
+    """Raise ValueError unless `run` is new, or a run with the same metadata; the message names what
+    differs.
+    """
     path = run / "run.json"
     if not path.exists():
-        if run.exists() and not (
-            run.is_dir() and all(file == path.with_suffix(".partial") for file in run.iterdir())
-        ):
+        if run.exists() and not (run.is_dir() and all(map(is_partial, run.iterdir()))):
             raise ValueError(f"{run} exists and is not a run; give a new directory")
         return
     try:
-        before, now = flat(json.loads(path.read_text())), flat(json.loads(json.dumps(told)))
-    except (OSError, ValueError, AttributeError) as error:
+        before, now = flat(json.loads(path.read_text())), flat(json.loads(json.dumps(metadata)))
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} does not describe a run: {error!r}") from None
-    keys = {
-        key: key.removeprefix("config.")
+    check_names(path, before)
+    differing = {
+        key.removeprefix("config."): None
         for key, value in now.items()
         if not isinstance(value, dict) and before.get(key) != value
     }
-    differing = [
-        name
-        for name in dict.fromkeys(keys.values())
-        if name.partition(".")[0] not in MUTABLE_SETTINGS
-    ]
-    if differing:
+    fixed = [name for name in differing if name.partition(".")[0] not in MUTABLE_SETTINGS]
+    if fixed:
+        names = ", ".join(fixed)
         raise ValueError(
-            f"{run} holds a run with another {', '.join(differing)}; give another --out, or the same settings"
+            f"{run} holds a run with another {names}; give another --out, or the same settings"
         )
 
 
-def remember(run: Path, told: dict) -> None:
-    """Write run.json."""
-    work = run / "run.partial"
+def check_names(path: Path, before: dict) -> None:
+    """Raise ValueError if a run.json, as a flat dict, has settings that have been renamed since."""
+    old = [name for name in RENAMED if f"config.{name}" in before]
+    if old:
+        names = ", ".join(f"{name} is now {RENAMED[name]}" for name in old)
+        raise ValueError(
+            f"{path} was written by an older version, whose settings had other names ({names}); "
+            "start a new run with another --out"
+        )
+
+
+def write_metadata(run: Path, metadata: dict) -> None:
+    """Write run.json. Raises ValueError if that is not possible."""
     run.mkdir(parents=True, exist_ok=True)
-    work.write_text(json.dumps(told, indent=1) + "\n")
-    work.replace(run / "run.json")
+    with atomic_write(run / "run.json") as file:
+        file.write(json.dumps(metadata, indent=1) + "\n")
 
 
 class Checkpoints:
-    """Orbax writes in the background and renames when all is there, so what a kill interrupts is not seen again."""
+    """The saved states of a run. A context manager: at its end everything that was saved is on the
+    disk.
+
+    Orbax writes in the background and renames a state when it is complete, so an interrupted one is
+    never restored.
+    """
 
     def __init__(self, run: Path, keep: int):
         self.directory = run.absolute() / "steps"
-        self.manager = ocp.CheckpointManager(
-            self.directory,
-            item_handlers=checksums.tree_handler(),
-            options=ocp.CheckpointManagerOptions(
-                max_to_keep=keep, enable_async_checkpointing=True, create=True
-            ),
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep, enable_async_checkpointing=True, create=True
         )
+        self.manager = ocp.CheckpointManager(
+            self.directory, item_handlers=checksums.tree_handler(), options=options
+        )
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.manager.wait_until_finished()
+        self.manager.close()
 
     @property
     def latest(self) -> int | None:
+        """The last step that was saved; None if there is none."""
         return self.manager.latest_step()
 
-    def save(self, state: State, step: int) -> None:
+    def save(self, state: Any, step: int) -> None:
+        """Save the state after so many steps, a dataclass of arrays, unless it is saved already."""
         if step not in self.manager.all_steps():
             self.manager.save(step, args=ocp.args.PyTreeSave(fields(state)))
 
-    def restore(self, step: int, shapes: State, shardings: State) -> State:
-        """The state of a step, cut as `shardings` say. Raises ValueError if it is damaged or of another model."""
+    def restore(self, step: int, shapes: Any, shardings: Any) -> Any:
+        """The state after so many steps, each array cut as `shardings` say.
+
+        Raises ValueError if the files are damaged or belong to another model.
+        """
         target = jax.tree.map(
-            lambda leaf, cut: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=cut),
+            lambda leaf, placement: jax.ShapeDtypeStruct(
+                leaf.shape, leaf.dtype, sharding=placement
+            ),
             shapes,
             shardings,
         )
         item = fields(target)
         args = ocp.args.PyTreeRestore(item, ocp.checkpoint_utils.construct_restore_args(item))
         try:
-            return State(**self.manager.restore(step, args=args))
+            return dataclasses.replace(target, **self.manager.restore(step, args=args))
         except Exception as error:  # Orbax and tensorstore raise many kinds
             path, cause = self.directory / str(step), first_line(error.__cause__ or error)
             raise ValueError(
                 f"{path} cannot be restored, is it damaged or of another run? {cause}"
             ) from None
 
-    def close(self) -> None:
-        """Wait until what was saved is written."""
-        self.manager.wait_until_finished()
-        self.manager.close()
 
-
-def fields(state: State) -> dict:
-    return {"step": state.step, "params": state.params, "opt": state.opt, "ema": state.ema}
+def fields(state: Any) -> dict[str, Any]:
+    """The fields of a dataclass by name, not those of dataclasses within it."""
+    return {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}

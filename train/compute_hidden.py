@@ -1,7 +1,9 @@
-"""The LLM's hidden states behind every text token of a data set, computed once for all of stage 2.
+"""`omni2 hidden`: the LLM's hidden states behind every text token of a data set, computed once for
+stage 2.
 
-The LLM is frozen there, so they never change; with them on disk neither it nor the speech encoder is loaded, and no question is heard
-again. For a text of n tokens that is n * D numbers: 0.7 MB for 100 tokens of the 7B in bfloat16.
+The LLM is frozen in stage 2, so its states never change. With the states on disk neither the LLM
+nor the speech encoder is loaded, and no question is read. A text of n tokens takes n * D numbers:
+0.7 MB for 100 tokens of the 7B model in bfloat16.
 """
 
 import dataclasses
@@ -11,57 +13,70 @@ from pathlib import Path
 
 import jax
 import numpy as np
-import rich.progress
 
 from omni2_jax import files, sharding
-from omni2_jax.train import stages, weights
+from omni2_jax.cli.console import progress_bar
+from omni2_jax.train import weights
+from omni2_jax.train.data.loader import EMPTY_ROW
 from omni2_jax.train.data.writer import SHARD_BYTES, Shards
 from omni2_jax.train.hidden_states import identity
-from omni2_jax.train.loop import Data, Run
+from omni2_jax.train.loop import Run, Split
 from omni2_jax.train.settings import TrainConfig
+from omni2_jax.train.stages import stage_of
+from omni2_jax.train.stages.speech_to_speech import SpeechToSpeech
+from omni2_jax.train.stages.speech_to_text import read_dialogue
 
 
 def compute(train: TrainConfig, out: Path, devices: Sequence[jax.Device] | None = None) -> None:
-    """Write the states that a stage 2 run reads. Raises ValueError for another stage; `out` appears whole or not at all."""
-    if train.stage != "2":
+    """Write the states that a run with these settings reads; `out` appears whole or not at all.
+
+    devices: default all. Raises ValueError for a stage that reads no hidden states, and what `Run`
+    raises.
+    """
+    if not isinstance(stage_of(train), SpeechToSpeech):
         raise ValueError(f"a run of stage {train.stage} reads no hidden states; stage 2 does")
     train = dataclasses.replace(train, hidden=None, microbatches=1, steps=None, epochs=1.0)
     with files.atomic_directory(out) as work:
         run = Run(train, work / "run", devices)
         with sharding.use(run.mesh):
-            loaded, trained, frozen = weights.load(train, run.start, run.mesh)
+            loaded, trained, frozen = weights.load(run.stage, run.start, run.mesh)
             values = frozen | trained
-            read = jax.jit(
-                lambda values, batch: stages.read_dialogue(loaded.model(values), train, batch)
-            )
-            for name, data in {"data": run.data, "validation": run.validation}.items():
-                if data is not None:
-                    write(
-                        work / name,
-                        data,
-                        lambda batch: read(values, batch),
-                        run.config.llm.width,
-                        train.dtype,
-                    )
+
+            @jax.jit
+            def read(values: weights.Params, batch: dict) -> jax.Array:
+                return read_dialogue(loaded.model(values), train, batch)
+
+            def states(batch: dict[str, jax.Array]) -> np.ndarray:
+                inputs = {name: batch[name][0] for name in ("audio", "ids")}
+                return np.asarray(read(values, inputs).astype(train.dtype))
+
+            metadata = {"width": run.config.llm.width, "dtype": train.dtype}
+            for name, split in {"data": run.data, "validation": run.validation}.items():
+                if split is not None:
+                    write(work / name, split, states, metadata)
 
 
-def write(folder: Path, data: Data, read: Callable, width: int, dtype: str) -> None:
-    """The states of one data set."""
+def write(folder: Path, split: Split, states: Callable, metadata: dict) -> None:
+    """Write the states of one data set, and hidden.json. states: a batch on the devices -> [B, T,
+    D].
+    """
     folder.mkdir()
-    shards, places = Shards(folder, "states", SHARD_BYTES), [None] * len(data.examples.data)
-    batches = zip(data.batches, data.loader.start(0), strict=True)
-    for batch, (placed, raw) in rich.progress.track(
-        batches, f"hidden states of {data.examples.data.path}", total=len(data.batches)
-    ):
-        states = np.asarray(
-            read({name: placed[name][0] for name in ("audio", "ids")}).astype(dtype)
-        )
-        for row, number in enumerate(batch.rows):
-            if number >= 0:
+    data = split.examples.data
+    shards, places = Shards(folder, "states", SHARD_BYTES), [None] * len(data)
+    with progress_bar() as bar:
+        task = bar.add_task(f"hidden states of {data.path}", total=len(split.batches))
+        for batch, (placed, raw) in zip(split.batches, split.loader.start(0), strict=True):
+            values = states(placed)
+            for row, number in enumerate(batch.rows):
+                if number == EMPTY_ROW:
+                    continue
                 source = raw["source"][0, row]
-                # Every text token is one row of one reply: their positions, ascending, are the order of the text.
-                at = np.sort(source[source >= 0])
-                places[data.found.items[number].dialogue] = shards.add(states[row, at].tobytes())
+                # Each text token stands in one reply, so ascending positions are the order of the
+                # text.
+                producing = np.sort(source[source >= 0])
+                dialogue = split.catalogue.items[number].dialogue
+                places[dialogue] = shards.add(values[row, producing].tobytes())
+            bar.advance(task)
     shards.close()
-    told = {"data": identity(data.examples.data), "width": width, "dtype": dtype, "places": places}
-    (folder / "hidden.json").write_text(json.dumps(told) + "\n")
+    metadata = {"data": identity(data), **metadata, "places": places}
+    (folder / "hidden.json").write_text(json.dumps(metadata) + "\n")

@@ -1,7 +1,8 @@
-"""Hidden states of the LLM on disk, one record a dialogue. n text tokens of its replies, D LLM width.
+"""Hidden states of the LLM on disk, one record for each dialogue. n text tokens of its replies, D
+LLM width.
 
-DIR/data/hidden.json                                what they were made from, and which record is which dialogue's
-DIR/data/states-00000-of-00003.array_record         [n, D]; DIR/validation/ likewise
+DIR/data/hidden.json                                the data they were made from, and the record of
+each dialogue DIR/data/states-00000-of-00003.array_record         [n, D]; DIR/validation/ likewise
 """
 
 import dataclasses
@@ -16,21 +17,24 @@ from omni2_jax.files import first_line
 from omni2_jax.train.data.dataset import Dataset, RecordError
 
 
-class States:
-    """States of a data set's dialogues. Raises ValueError if they are those of other data, or of another model's width."""
+class HiddenStates:
+    """The states of a data set's dialogues.
+
+    Raises ValueError if the files are missing or damaged, or were made from other data or by a
+    model of another width.
+    """
 
     def __init__(self, path: Path, data: Dataset, width: int):
-        self.path = path
+        self.path, self.width = path, width
         try:
-            told = json.loads((path / "hidden.json").read_text())
-            self.dtype, self.places = jnp.dtype(told["dtype"]), told["places"]
-        except (OSError, ValueError, KeyError, TypeError):
+            metadata = json.loads((path / "hidden.json").read_text())
+            self.dtype, self.places = jnp.dtype(metadata["dtype"]), metadata["places"]
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            raise ValueError(f"{path} holds no hidden states; omni2 hidden computes them") from None
+        if metadata.get("data") != identity(data) or metadata.get("width") != width:
             raise ValueError(
-                f"{path} holds no hidden states; make them with python -m train.hidden"
-            ) from None
-        if told.get("data") != identity(data) or told.get("width") != width:
-            raise ValueError(
-                f"{path} was made from other data than {data.path}, or by an LLM of another width than {width}"
+                f"{path} was made from other data than {data.path}, "
+                f"or by an LLM of another width than {width}"
             )
         try:
             self.source = ArrayRecordDataSource(
@@ -38,14 +42,14 @@ class States:
             )
         except (RuntimeError, ValueError) as error:
             raise ValueError(f"{path} is damaged: {first_line(error)}") from None
-        self.width = width
 
     def read(self, dialogue: int, count: int) -> np.ndarray:
-        """The states [count, D] of a dialogue's text tokens, in their order. Raises RecordError."""
+        """The states [count, D] of a dialogue's text tokens, in their order. Raises RecordError if
+        they are damaged.
+        """
         try:
-            return np.frombuffer(self.source[self.places[dialogue]], self.dtype).reshape(
-                count, self.width
-            )
+            record = self.source[self.places[dialogue]]
+            return np.frombuffer(record, self.dtype).reshape(count, self.width)
         except (ValueError, RuntimeError, IndexError, TypeError) as error:
             raise RecordError(
                 f"{self.path}: the states of dialogue {dialogue} are damaged: {first_line(error)}"
@@ -53,4 +57,5 @@ class States:
 
 
 def identity(data: Dataset) -> dict:
+    """What a data set's own description says, to recognise it."""
     return dataclasses.asdict(data.info)

@@ -1,7 +1,12 @@
-"""A reply in the order in which the speech LM hears and says it: R text tokens, W units, R text tokens ... <sep>, the rest, eos.
+"""The order of text and units for the speech LM: R text tokens, W units, R text tokens, ... <sep>,
+the other units, eos.
 
-It is what `omni2_jax.readwrite` does when it generates, so that training and inference agree in every row: the last group of text,
-full or not, is followed by <sep>; where the units run out before the text, every later burst is an eos, which stays in the context.
+It is the order in which generate/read_write.py generates, so that training and inference agree at
+every position:
+
+- <sep> follows the last group of text tokens, whether the group is full or not.
+- If the units end before the text does, eos is the next target and stays in the context; every
+later write is one eos.
 """
 
 from collections.abc import Sequence
@@ -15,36 +20,51 @@ from omni2_jax.train.losses import IGNORE
 
 @dataclass(frozen=True)
 class Layout:
-    """S rows. A row's target is what the speech LM should say after it, IGNORE where it only listens (paper equation 5)."""
+    """The S positions of one reply.
+
+    The target of a position is the token that the speech LM should predict there, IGNORE where it
+    only reads (paper equation 5).
+    """
 
     tokens: np.ndarray  # [S] in the vocabulary of the speech LM
     targets: np.ndarray  # [S]
-    source: np.ndarray  # [S] which text token a row is, -1 for units, <sep> and eos
+    source: np.ndarray  # [S] index of the text token at a position, -1 for units, <sep> and eos
 
 
 def arrange(
     text: Sequence[int], units: Sequence[int], config: Omni2Config, offline: bool = False
 ) -> Layout:
-    """Text token ids, the end token with them, and units (0..6560) of one reply.
+    """The layout of a reply.
 
-    offline: all of the text comes first (the paper's offline TTS).
+    text: token ids, with the end token. units: 0..6560. offline: all of the text precedes the first
+    unit (the paper's offline TTS, table 4).
     """
-    ids, size = config.tokens, len(text) if offline else config.read
-    spoken = [ids.sep + 1 + unit for unit in units]
+    ids = config.tokens
+    group_size = len(text) if offline else config.read
+    remaining = [ids.sep + 1 + unit for unit in units]
     tokens, targets, source = [], [], []
-    for start in range(0, len(text), size):
-        group, last = text[start : start + size], start + size >= len(text)
-        tokens += [*group, *([ids.sep] if last else [])]
-        source += [*range(start, start + len(group)), *([-1] if last else [])]
-        burst = spoken if last else spoken[: config.write]
-        spoken = spoken[len(burst) :]
-        if last or len(burst) < config.write:
-            burst = [*burst, ids.unit_eos]
-        # The row before a unit has it as its target; what is said last in a burst is heard with the next text.
-        targets += [IGNORE] * (len(tokens) - len(targets) - 1) + burst + ([] if last else [IGNORE])
-        heard = burst[:-1] if last else burst
-        tokens += heard
-        source += [-1] * len(heard)
+    for start in range(0, len(text), group_size):
+        end = start + group_size
+        group, is_last = text[start:end], end >= len(text)
+        tokens += group
+        source += range(start, start + len(group))
+        if is_last:
+            tokens.append(ids.sep)
+            source.append(-1)
+        written = remaining if is_last else remaining[: config.write]
+        remaining = remaining[len(written) :]
+        if is_last or len(written) < config.write:
+            written = [*written, ids.unit_eos]
+        # The first token of a write is predicted at the position before it.
+        targets += [IGNORE] * (len(tokens) - len(targets) - 1)
+        targets += written
+        # What a write ends with is in the context of the next group; after the last write there is
+        # none.
+        context = written[:-1] if is_last else written
+        if not is_last:
+            targets.append(IGNORE)
+        tokens += context
+        source += [-1] * len(context)
     return Layout(
         np.array(tokens, np.int32), np.array(targets, np.int32), np.array(source, np.int32)
     )

@@ -1,4 +1,6 @@
-"""Cross-entropy over large vocabularies, a few positions at a time. B batch, T time, D width, V vocabulary."""
+"""Cross-entropy over large vocabularies, in blocks of positions. B batch, T time, D width, V
+vocabulary.
+"""
 
 from collections.abc import Callable
 
@@ -6,35 +8,38 @@ import jax
 import jax.numpy as jnp
 import optax
 
-IGNORE = -100  # a target that carries no loss
+IGNORE = -100  # a target without a loss
 
 
 def token_loss(
     hidden: jax.Array,
     targets: jax.Array,
     logits: Callable[[jax.Array], jax.Array],
-    chunk: int = 256,
+    block: int = 256,
 ) -> tuple[jax.Array, jax.Array]:
-    """Cross-entropy of every target [B, T] that is not IGNORE, given the hidden state [B, T, D] of its row: (sum, how many).
+    """The sum of the cross-entropies of all targets [B, T] that are not IGNORE, and the number of
+    these targets.
 
-    logits: [..., D] -> [..., V]. They exist for `chunk` positions of every row at a time, forwards and backwards.
+    hidden [B, T, D]: the hidden state at the position of each target. logits: [..., D] -> [..., V].
+    Only the logits of `block` positions of every row exist at the same time, in the forward and in
+    the backward pass.
     """
-    chunk = min(chunk, targets.shape[1])
-    short = -targets.shape[1] % chunk
-    hidden, targets = (
-        jnp.pad(hidden, ((0, 0), (0, short), (0, 0))),
-        jnp.pad(targets, ((0, 0), (0, short)), constant_values=IGNORE),
-    )
-    pieces = lambda x: jnp.moveaxis(x.reshape(x.shape[0], -1, chunk, *x.shape[2:]), 1, 0)  # noqa: E731
+    block = min(block, targets.shape[1])
+    missing = -targets.shape[1] % block
+    hidden = jnp.pad(hidden, ((0, 0), (0, missing), (0, 0)))
+    targets = jnp.pad(targets, ((0, 0), (0, missing)), constant_values=IGNORE)
+
+    def blocks(x: jax.Array) -> jax.Array:
+        return jnp.moveaxis(x.reshape(x.shape[0], -1, block, *x.shape[2:]), 1, 0)
 
     @jax.checkpoint
-    def add(total, piece):
-        hidden, targets = piece
+    def add(total, xs):
+        hidden, targets = xs
         counted = targets != IGNORE
         losses = optax.softmax_cross_entropy_with_integer_labels(
             logits(hidden).astype(jnp.float32), jnp.where(counted, targets, 0)
         )
         return total + jnp.sum(losses * counted), None
 
-    total, _ = jax.lax.scan(add, jnp.zeros(()), (pieces(hidden), pieces(targets)))
+    total, _ = jax.lax.scan(add, jnp.zeros(()), (blocks(hidden), blocks(targets)))
     return total, jnp.sum(targets != IGNORE)

@@ -1,44 +1,51 @@
-"""What a run tells about itself: RUN/metrics.jsonl, TensorBoard files, and one live line on the terminal."""
+"""Measurements of a run: RUN/metrics.jsonl, TensorBoard files, the live line on the terminal, and a
+clock of its steps.
+"""
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-import rich.console
+import numpy as np
 import rich.progress
 
-console = rich.console.Console(stderr=True)
+from omni2_jax.cli.console import console
+from omni2_jax.files import atomic_write
 
 
 class Metrics:
-    """One JSON object a line, {"step": 12, "loss": 2.5, ...}, and the same numbers for TensorBoard.
+    """One JSON object on each line, {"step": 12, "loss": 2.5, ...}, and the same numbers for
+    TensorBoard.
 
-    first: the step that a run (re)starts at; what an interrupted run wrote about this and later steps is dropped.
+    first: the step at which the run starts or resumes. Lines that an interrupted run wrote about
+    this step and later ones are dropped.
     """
 
     def __init__(self, run: Path, first: int):
         from tensorboardX import SummaryWriter
 
-        self.path = run / "metrics.jsonl"
-        if self.path.exists():
-            kept = [line for line in self.path.read_text().splitlines() if step_of(line) < first]
-            work = self.path.with_suffix(".partial")
-            work.write_text("".join(line + "\n" for line in kept))
-            work.replace(self.path)
-        self.file = open(self.path, "a")  # noqa: SIM115 (closed by `close`)
+        path = run / "metrics.jsonl"
+        if path.exists():
+            kept = [line for line in path.read_text().splitlines() if step_of(line) < first]
+            with atomic_write(path) as file:
+                file.write("".join(line + "\n" for line in kept))
+        self.file = open(path, "a")  # noqa: SIM115 (closed by `close`)
         self.board = SummaryWriter(str(run / "tensorboard"), purge_step=first, flush_secs=10)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Append the values of a step."""
         self.file.write(json.dumps({"step": step, **values}) + "\n")
         self.file.flush()
         for name, value in values.items():
             self.board.add_scalar(name, value, step)
 
     def text(self, step: int, name: str, text: str) -> None:
+        """Show a text in TensorBoard."""
         self.board.add_text(name, text, step)
 
-    def sound(self, step: int, name: str, samples, rate: int) -> None:
+    def sound(self, step: int, name: str, samples: np.ndarray, rate: int) -> None:
+        """Show samples [N] at `rate` Hz in TensorBoard."""
         self.board.add_audio(name, samples, step, sample_rate=rate)
 
     def close(self) -> None:
@@ -47,7 +54,7 @@ class Metrics:
 
 
 def step_of(line: str) -> int:
-    """Of a line of metrics.jsonl; a line that was cut off belongs to no step."""
+    """The step of a line of metrics.jsonl; for an incomplete line a number above all steps."""
     try:
         return json.loads(line)["step"]
     except (ValueError, KeyError, TypeError):
@@ -55,42 +62,58 @@ def step_of(line: str) -> int:
 
 
 class Line:
-    """The live line: a bar, and behind it what the last step was like."""
+    """The live line on the terminal: a progress bar and the measurements of the last step. enabled:
+    show it at all.
+    """
 
-    def __init__(self, name: str, steps: int, first: int):
+    def __init__(self, name: str, steps: int, first: int, enabled: bool = True):
         self.progress = rich.progress.Progress(
             rich.progress.TextColumn("{task.description}"),
             rich.progress.BarColumn(bar_width=20),
             rich.progress.MofNCompleteColumn(),
-            rich.progress.TextColumn("{task.fields[now]}"),
+            rich.progress.TextColumn("{task.fields[measured]}"),
             rich.progress.TimeRemainingColumn(),
             console=console,
+            disable=not enabled,
         )
-        self.task = self.progress.add_task(name, total=steps, completed=first, now="compiling")
+        self.task = self.progress.add_task(name, total=steps, completed=first, measured="compiling")
 
     def __enter__(self) -> "Line":
         self.progress.start()
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self.progress.stop()
 
     def show(self, step: int, values: Mapping[str, float]) -> None:
+        """Show the measurements after so many steps."""
         parts = [f"loss {values['loss']:.4f}", f"{values['tokens_per_s']:.0f} tokens/s"]
         parts += [f"MFU {100 * values['mfu']:.1f} %"] if "mfu" in values else []
         parts += [f"data wait {100 * values['data_wait']:.1f} %"]
-        self.progress.update(self.task, completed=step, now=", ".join(parts))
+        self.progress.update(self.task, completed=step, measured=", ".join(parts))
 
 
 class Clock:
-    """How the time of the steps was spent, averaged over those between two looks at it."""
+    """Mean time of a step, and the share of it spent waiting for data, since the last `read`."""
 
     def __init__(self):
         self.start, self.waited, self.steps = time.perf_counter(), 0.0, 0
 
-    def look(self) -> tuple[float, float]:
-        """Seconds a step, and the share of them spent waiting for data, since the last look."""
+    def read(self) -> tuple[float, float]:
+        """(seconds a step, share of it spent waiting for data) since the last call; then the clock
+        starts anew.
+        """
         now = time.perf_counter()
         seconds, waited, steps = now - self.start, self.waited, max(self.steps, 1)
         self.start, self.waited, self.steps = now, 0.0, 0
         return seconds / steps, waited / seconds if seconds else 0.0
+
+    def timed(self, batches: Iterator) -> Iterator:
+        """The same batches; the time spent waiting for each is added to `waited`."""
+        while True:
+            start = time.perf_counter()
+            batch = next(batches, None)
+            self.waited += time.perf_counter() - start
+            if batch is None:
+                return
+            yield batch

@@ -1,45 +1,99 @@
-"""What a training run is told: one typed dataclass, given by a configs/*.py file and changed by `--set key=value`."""
+"""The settings of a training run: typed dataclasses that a config file constructs and `--set`
+changes (see overrides.py).
+"""
 
-import ast
 import dataclasses
-import difflib
-import re
-import runpy
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import pydantic
 
-SHIPPED = Path(__file__).parents[1] / "configs"
-FORBID = pydantic.ConfigDict(extra="forbid")
+from omni2_jax.train import stages
+
+# Old name -> new name, of settings and of the classes that hold them. An old name is refused, with
+# the new one as a hint.
+RENAMED = {
+    "optimiser": "optimizer",
+    "loss_chunk": "loss_block",
+    "Train": "TrainConfig",
+    "Optimiser": "OptimizerConfig",
+    "MeshShape": "MeshConfig",
+}
+
+
+def from_sequence(kind: type) -> pydantic.BeforeValidator:
+    """Let a tuple stand for a dataclass: its values are the first fields, in order, as in (1, 66,
+    0) for a Bucket.
+    """
+    names = [item.name for item in dataclasses.fields(kind)]
+
+    def convert(value: object) -> object:
+        if not isinstance(value, tuple | list):
+            return value
+        if len(value) > len(names):
+            raise ValueError(f"{value} has {len(value)} values, expected {', '.join(names)}")
+        return dict(zip(names, value, strict=False))
+
+    return pydantic.BeforeValidator(convert)
+
+
+def one_or_more(value: object) -> object:
+    """Let one value stand for a tuple of one; a text may list several, separated by commas."""
+    if isinstance(value, str):
+        return tuple(name.strip() for name in value.split(",") if name.strip())
+    return (value,) if isinstance(value, int) else value
+
+
+def one_or_more_buckets(value: object) -> object:
+    """Let one bucket, written as a dict or as a tuple of integers, stand for a tuple of one."""
+    is_sequence = isinstance(value, tuple | list)
+    is_bucket = is_sequence and value and all(isinstance(item, int) for item in value)
+    return (value,) if is_bucket or isinstance(value, dict) else value
 
 
 @dataclass(frozen=True)
 class Bucket:
-    """The shape of a batch's rows. An example goes into the first bucket that holds it; what a stage does not have takes no room."""
+    """The static shape of the rows of a batch. An example goes into the first bucket that it fits
+    into.
 
-    clips: int = 1  # 30 s of question
+    A size that a stage does not use is ignored.
+    """
+
+    clips: int = 1  # windows of the speech encoder (30 s of question each)
     positions: int = 0  # of the LLM
-    tokens: int = 0  # of the speech LM in a reply; for the flow, units
+    tokens: int = 0  # of the speech LM for one reply; for the stage "flow": speech units
+
+    def __post_init__(self):
+        faults = [
+            f"{name} is {size}, expected at least 0"
+            for name, size in dataclasses.asdict(self).items()
+            if size < 0
+        ]
+        if faults:
+            raise ValueError("; ".join(faults))
+
+    @property
+    def size(self) -> int:
+        """Positions of the LLM and of the speech LM in a row, padding included."""
+        return self.positions + max(self.clips, 1) * self.tokens
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW after a linear warm-up, along a cosine (paper section 4.1; decay, betas and clipping are not stated there)."""
+    """AdamW with a linear warm-up and a cosine decay of the learning rate (paper section 4.1).
 
-    peak: float = 5e-5
+    The paper does not state weight decay, betas and clipping.
+    """
+
+    peak: float = 5e-5  # highest learning rate
     warmup: float = 0.03  # share of all steps
-    final: float = 0.0  # share of the peak at the end
+    final: float = 0.0  # last learning rate, as a share of the peak
     beta1: float = 0.9
     beta2: float = 0.999
     eps: float = 1e-8
-    decay: float = 0.0  # of matrices
-    clip: float = 1.0  # norm of all gradients together
-    ema: float | None = (
-        None  # keep an exponential average of the weights, which is then what is validated and exported
-    )
+    decay: float = 0.0  # weight decay of matrices
+    clip: float = 1.0  # largest norm of all gradients together
+    ema: float | None = None  # average the weights with this decay; the average is exported
 
     def __post_init__(self):
         shares = {
@@ -50,10 +104,10 @@ class OptimizerConfig:
             for name, value in shares.items()
             if not 0 <= value <= 1
         ]
-        above = {name: getattr(self, name) for name in ("peak", "eps", "clip")}
+        positive = {name: getattr(self, name) for name in ("peak", "eps", "clip")}
         faults += [
             f"{name} is {value}, expected more than 0"
-            for name, value in above.items()
+            for name, value in positive.items()
             if not value > 0
         ]
         if faults:
@@ -62,7 +116,7 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each axis; one may be -1, the rest."""
+    """Devices along each axis of the mesh; one size may be -1, all remaining devices."""
 
     replica: int = 1
     fsdp: int = -1
@@ -71,73 +125,61 @@ class MeshConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """One stage of training."""
+    """The settings of one run. Raises ValueError, naming every setting that is out of range."""
 
-    __pydantic_config__ = FORBID
+    __pydantic_config__ = pydantic.ConfigDict(extra="forbid")
 
-    stage: Literal["1a", "1b", "2", "flow"]
-    checkpoint: str = ""  # what to start from, made by python -m convert or by an earlier stage
-    data: str = ""  # made by python -m train.prepare
-    validation: str | None = None  # another such dataset
+    stage: str  # a key of stages.STAGES: 1a, 1b, 2 or flow
+    checkpoint: str = ""  # to start from; `omni2 convert` or an earlier stage has made it
+    data: str = ""  # a data set of `omni2 prepare`
+    validation: str | None = None  # another data set of `omni2 prepare`
     batch: int = 32
-    microbatches: int = 1  # a batch is computed in so many parts, one after the other
+    microbatches: int = 1  # parts of a batch, computed one after the other to save memory
     epochs: float = 1.0
-    steps: int | None = None  # instead of epochs
+    steps: int | None = None  # if given, it replaces `epochs`
     seed: int = 0
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    buckets: tuple[Bucket, ...] = (Bucket(),)
-    # What is trained
-    rank: int = 0  # stage 1a: train low-rank updates of this rank instead of the LLM (LoRA)
-    layout: Literal["read_write", "offline"] = (
-        "read_write"  # offline: all of the text before the first unit (table 4)
+    optimizer: Annotated[OptimizerConfig, from_sequence(OptimizerConfig)] = field(
+        default_factory=OptimizerConfig
     )
-    mix: Literal["gate", "sum", "hidden"] = (
-        "gate"  # stage 2: the paper's ablations of gate fusion (table 2)
-    )
-    hidden: str | None = (
-        None  # stage 2: the LLM's hidden states, computed once by python -m train.hidden
-    )
-    reset: tuple[
-        str, ...
-    ] = ()  # parts to begin anew instead of from the checkpoint (table 3, "scratch")
-    chunks: tuple[
-        int, ...
-    ] = ()  # flow: chunk sizes drawn at random, 0 = the whole; none = the checkpoint's
+    buckets: Annotated[
+        tuple[Annotated[Bucket, from_sequence(Bucket)], ...],
+        pydantic.BeforeValidator(one_or_more_buckets),
+    ] = (Bucket(),)
+    # What is trained. Which stages use rank, layout, mix, hidden and chunks is stated by the
+    # stages.
+    rank: int = 0  # stage 1a: train low-rank updates (LoRA) of this rank instead of the LLM
+    layout: Literal["read_write", "offline"] = "read_write"  # stages 1b and 2; offline: table 4
+    mix: Literal["gate", "sum", "hidden"] = "gate"  # stage 2: ablations of gate fusion (table 2)
+    hidden: str | None = None  # stage 2: the LLM's hidden states, computed by `omni2 hidden`
+    reset: Annotated[tuple[str, ...], pydantic.BeforeValidator(one_or_more)] = ()
+    # ^ parts to initialise at random instead of reading them from the checkpoint (table 3)
+    chunks: Annotated[tuple[int, ...], pydantic.BeforeValidator(one_or_more)] = ()
+    # ^ stage flow: chunk sizes to draw from, 0 = the whole reply; empty = the checkpoint's size
     # How it is computed
-    mesh: MeshConfig = field(default_factory=MeshConfig)
+    mesh: Annotated[MeshConfig, from_sequence(MeshConfig)] = field(default_factory=MeshConfig)
     dtype: Literal["bfloat16", "float32"] = (
-        "bfloat16"  # of the computation; weights being trained are float32
+        "bfloat16"  # of the computation; trained weights: float32
     )
     remat: Literal["none", "dots", "full"] = "full"
-    loss_block: int = 256  # positions whose logits exist at once
+    loss_block: int = 256  # positions whose logits exist at the same time
     workers: int = 4  # threads that read examples
     strict: bool = False  # stop at a damaged record instead of leaving it out
-    # What is kept and shown
+    # What is saved and reported
     save_every: int = 500
-    keep: int = 2
+    keep: int = 2  # saved states
     validate_every: int = 500
-    samples: int = 2  # dialogues of the validation set that are answered at each validation
+    samples: int = 2  # validation dialogues that the model answers at each validation
     max_sample_text: int = 100  # text tokens of such an answer
     profile: tuple[int, int] | None = None  # first and last step to trace with the JAX profiler
-    peak_flops: float | None = None  # of a device, where it is not known by name; for MFU
+    peak_flops: float | None = None  # of one device, if devices.py does not know it; for the MFU
 
     def __post_init__(self):
-        least = dict.fromkeys(("seed", "rank", "samples"), 0) | dict.fromkeys(
-            (
-                "batch",
-                "microbatches",
-                "loss_block",
-                "workers",
-                "save_every",
-                "keep",
-                "validate_every",
-                "max_sample_text",
-            ),
-            1,
-        )
+        smallest = dict.fromkeys(("seed", "rank", "samples"), 0)
+        smallest |= dict.fromkeys(("batch", "microbatches", "loss_block", "workers"), 1)
+        smallest |= dict.fromkeys(("save_every", "keep", "validate_every", "max_sample_text"), 1)
         faults = [
             f"{name} is {getattr(self, name)}, expected at least {low}"
-            for name, low in least.items()
+            for name, low in smallest.items()
             if getattr(self, name) < low
         ]
         if self.batch % max(self.microbatches, 1):
@@ -146,17 +188,15 @@ class TrainConfig:
             faults.append("steps and epochs must be positive")
         if not self.buckets:
             faults.append("buckets is empty; at least one is needed")
-        if self.rank and self.stage != "1a":
-            faults.append("rank is for stage 1a; the other stages train no LLM")
-        if self.hidden and self.stage != "2":
-            faults.append("hidden is for stage 2; no other stage reads the LLM's hidden states")
         if self.profile and not 0 <= self.profile[0] <= self.profile[1]:
             faults.append(f"profile is {self.profile}, expected a first and a last step")
+        faults += stages.faults(self)
         if faults:
             raise ValueError("; ".join(faults))
 
 
-# What may differ when a run is taken up again: it changes speed, memory or reports, not the result.
+# The settings that may change when a run is resumed: they affect speed, memory or reports, not the
+# result.
 MUTABLE_SETTINGS = {
     "mesh",
     "remat",
@@ -168,111 +208,7 @@ MUTABLE_SETTINGS = {
     "validation",
     "validate_every",
     "samples",
+    "max_sample_text",
+    "profile",
+    "peak_flops",
 }
-MUTABLE_SETTINGS |= {"max_sample_text", "profile", "peak_flops"}
-
-
-def read(source: str | Path, changes: Sequence[str] = ()) -> TrainConfig:
-    """A training configuration with `key=value` changes.
-
-    source: a Python file that defines `config`, or the name of a shipped one ("stage1a").
-    Raises ValueError naming the file or the key, and what may have been meant.
-    """
-    path = config_file(source)
-    try:
-        config = runpy.run_path(str(path)).get("config")
-    except Exception as error:  # whatever somebody's file does
-        raise ValueError(
-            f"config {path}: {type(error).__name__}: {error}{mistyped(error)}"
-        ) from None
-    if not isinstance(config, TrainConfig):
-        raise ValueError(
-            f"config {path} defines no `config` of type omni2_jax.train.settings.TrainConfig"
-        )
-    return changed(checked(dataclasses.asdict(config), f"config {path}"), changes)
-
-
-def config_file(source: str | Path) -> Path:
-    """The file of a configuration, given by path or by the name of a shipped one. Raises ValueError if there is none."""
-    path = Path(source)
-    if path.is_file():
-        return path
-    shipped = {
-        file.stem: file for file in SHIPPED.glob("*.py") if not file.stem.startswith(("_", "omni2"))
-    }
-    if str(source) in shipped:
-        return shipped[str(source)]
-    beside = map(str, path.parent.glob("*.py")) if path.parent.is_dir() else ()
-    hint = nearest(str(source), sorted([*beside, *shipped]))
-    raise ValueError(f"config {source} does not exist{hint}; shipped: {', '.join(sorted(shipped))}")
-
-
-def changed(config: TrainConfig, changes: Sequence[str]) -> TrainConfig:
-    """A configuration with `key=value` changes, `optimizer.peak=1e-4` reaching into it; values are read as the key's type."""
-    tree = dataclasses.asdict(config)
-    for change in changes:
-        key, equals, text = change.partition("=")
-        *path, last = key.strip().split(".")
-        place = tree
-        for name in path:
-            place = place.get(name) if isinstance(place, dict) else None
-        if not isinstance(place, dict) or last not in place:
-            raise ValueError(f"--set {change}: there is no {key!r}{nearest(key, list(flat(tree)))}")
-        if not equals:
-            raise ValueError(f"--set {change}: expected {key}=value")
-        # What is a text stays one, as a directory named 2024.
-        place[last] = text.strip() if isinstance(place[last], str) else literal(text.strip())
-    return checked(tree, "--set " + " ".join(changes))
-
-
-def checked(tree: dict, where: str) -> TrainConfig:
-    """A configuration from a dictionary; every fault in one ValueError."""
-    try:
-        return pydantic.TypeAdapter(TrainConfig).validate_python(tree)
-    except pydantic.ValidationError as error:
-        faults = [
-            f"{'.'.join(map(str, e['loc']))}: {e['msg'].removeprefix('Value error, ')}".removeprefix(
-                ": "
-            )
-            for e in error.errors()
-        ]
-        raise ValueError(f"{where}: {'; '.join(faults)}") from None
-
-
-def literal(text: str):
-    """A Python literal, else the text itself."""
-    if text.lower() in ("none", "true", "false"):
-        return {"none": None, "true": True, "false": False}[text.lower()]
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError, TypeError):
-        return text
-
-
-def flat(tree: dict, before: str = "") -> dict[str, object]:
-    """Nested dictionaries by their keys, dotted; the inner ones too."""
-    found = {}
-    for name, value in tree.items():
-        found |= {before + name: value} | (
-            flat(value, f"{before}{name}.") if isinstance(value, dict) else {}
-        )
-    return found
-
-
-def mistyped(error: Exception) -> str:
-    """A hint if one of the classes above was given a key that it does not have."""
-    kinds = {kind.__name__: kind for kind in (Bucket, OptimizerConfig, MeshConfig, TrainConfig)}
-    found = re.search(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(error))
-    return (
-        nearest(found[2], [field.name for field in dataclasses.fields(kinds[found[1]])])
-        if found and found[1] in kinds
-        else ""
-    )
-
-
-def nearest(name: str, known: Sequence[str]) -> str:
-    """A hint for somebody who mistyped, or who left out what a key is within."""
-    close = [key for key in known if key.endswith(f".{name}")] or difflib.get_close_matches(
-        name, known, 1, 0.5
-    )
-    return f"; did you mean {close[0]}?" if close else ""

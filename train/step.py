@@ -1,7 +1,13 @@
-"""One optimizer step, compiled: gradients of all microbatches, AdamW, and the average of the weights. The state is donated."""
+"""What one training step does, and its compilation. The state is donated to the step.
+
+`SingleObjective` is the default: one loss, one set of parameters, one optimizer. A stage that needs
+more, as a GAN with a generator and discriminators, brings another class with the methods of
+`Objective`.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -9,15 +15,46 @@ import optax
 from jax.sharding import Mesh
 
 from omni2_jax import sharding
-from omni2_jax.train import optimizer, stages
-from omni2_jax.train.settings import TrainConfig
+from omni2_jax.train import optimizer
 from omni2_jax.train.weights import Params, Weights
+
+if TYPE_CHECKING:
+    from omni2_jax.train.stages.base import Stage
+
+Metrics = dict[str, jax.Array]
+
+
+class Objective(Protocol):
+    """How a stage changes its parameters. A state is a frozen dataclass, registered as a pytree,
+    whose fields are saved.
+
+    `batch` holds arrays [microbatches, B, ...]; `frozen` the parameters that do not change.
+    """
+
+    def initial(self, params: Params) -> Any:
+        """The state before the first step, from the trained parameters in float32."""
+
+    def shardings(self, params: Params, mesh: Mesh) -> Any:
+        """The sharding of every array of the state."""
+
+    def step(self, state: Any, frozen: Params, batch: dict) -> tuple[Any, Metrics]:
+        """One step. The metrics are scalars, "loss" among them; the run stops if one of them is not
+        finite.
+        """
+
+    def validate(self, params: Params, frozen: Params, batch: dict) -> tuple[jax.Array, jax.Array]:
+        """The loss of the weights `result(state)`: its sum, and the number of its terms."""
+
+    def result(self, state: Any) -> Params:
+        """The weights that are validated, sampled from and exported."""
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class State:
-    """Everything that changes. Keys are drawn from (seed, step), and the data follows from them too, so nothing else is kept."""
+    """Everything that changes. Random keys and the data follow from (seed, step), so they need not
+    be saved.
+    """
 
     step: jax.Array
     params: Params  # float32
@@ -25,104 +62,110 @@ class State:
     ema: Params | None
 
 
-def initial(train: TrainConfig, params: Params, steps: int) -> State:
-    average = None if train.optimizer.ema is None else jax.tree.map(jnp.copy, params)
-    return State(
-        jnp.zeros((), jnp.int32),
-        params,
-        optimizer.build(train.optimizer, steps).init(params),
-        average,
-    )
+class SingleObjective:
+    """One loss, one set of parameters and AdamW, with gradients summed over microbatches and an
+    average of the weights.
+    """
 
+    def __init__(self, stage: "Stage", weights: Weights, steps: int):
+        self.stage, self.train, self.weights = stage, stage.train, weights
+        self.optimizer = optimizer.build(self.train.optimizer, steps)
+        self.schedule = optimizer.schedule(self.train.optimizer, steps)
 
-def shardings(
-    train: TrainConfig, weights: Weights, trained: Params, mesh: Mesh, steps: int
-) -> State:
-    """Where each array of the state lives: what belongs to a parameter with it, the rest everywhere."""
-    everywhere = sharding.replicated(mesh)
-    with_params = {path: weights.shardings[path] for path in trained}
-    tx = optimizer.build(train.optimizer, steps)
-    opt = optax.tree.map_params(
-        tx,
-        lambda _, where: where,
-        jax.eval_shape(tx.init, trained),
-        with_params,
-        transform_non_params=lambda _: everywhere,
-    )
-    return State(everywhere, with_params, opt, None if train.optimizer.ema is None else with_params)
+    def initial(self, params: Params) -> State:
+        average = None if self.train.optimizer.ema is None else jax.tree.map(jnp.copy, params)
+        return State(jnp.zeros((), jnp.int32), params, self.optimizer.init(params), average)
 
+    def shardings(self, params: Params, mesh: Mesh) -> State:
+        """What belongs to a parameter is cut as the parameter is; the rest is replicated."""
+        replicated = sharding.replicated(mesh)
+        of_params = {path: self.weights.shardings[path] for path in params}
+        of_optimizer = optimizer_shardings(self.optimizer, params, of_params, mesh)
+        average = None if self.train.optimizer.ema is None else of_params
+        return State(replicated, of_params, of_optimizer, average)
 
-def cast(train: TrainConfig, params: Params) -> Params:
-    """Weights for the computation. The flow's stays in float32, as its solver does."""
-    dtype = jnp.float32 if train.stage == "flow" else jnp.dtype(train.dtype)
-    return {path: leaf.astype(dtype) for path, leaf in params.items()}
+    def model(self, params: Params, frozen: Params):
+        """The model with its trained weights cast for the computation."""
+        cast = {path: leaf.astype(self.stage.compute_dtype) for path, leaf in params.items()}
+        return self.weights.model(cast, frozen)
 
+    def gradients(
+        self, params: Params, frozen: Params, batch: dict, key: jax.Array
+    ) -> tuple[jax.Array, jax.Array, Params]:
+        """The loss of a batch, the number of its terms, and the gradients; all of them sums over
+        the batch.
+        """
 
-def gradients(train: TrainConfig, weights: Weights) -> Callable:
-    """(params, frozen, batch [microbatches, B, ...], key) -> the batch's loss, its number of terms and gradients, all of them sums."""
+        def loss(params: Params, microbatch: dict, key: jax.Array):
+            return self.stage.loss(self.model(params, frozen), microbatch, key)
 
-    def total(params: Params, frozen: Params, batch: dict, key: jax.Array):
-        return stages.loss(weights.model(cast(train, params), frozen), train, batch, key)
-
-    def summed(params: Params, frozen: Params, batch: dict, key: jax.Array):
         def add(carry, xs):
-            (loss, terms), grads = jax.value_and_grad(total, has_aux=True)(params, frozen, *xs)
-            return jax.tree.map(jnp.add, carry, (loss, terms, grads)), None
+            (total, terms), grads = jax.value_and_grad(loss, has_aux=True)(params, *xs)
+            return jax.tree.map(jnp.add, carry, (total, terms, grads)), None
 
         zero = (jnp.zeros(()), jnp.zeros((), jnp.int32), jax.tree.map(jnp.zeros_like, params))
-        return jax.lax.scan(add, zero, (batch, jax.random.split(key, train.microbatches)))[0]
+        keys = jax.random.split(key, self.train.microbatches)
+        return jax.lax.scan(add, zero, (batch, keys))[0]
 
-    return summed
-
-
-def update(train: TrainConfig, steps: int) -> Callable:
-    """(state, gradients of the mean loss) -> (state after the step, the gradients' norm)."""
-    tx, keep = optimizer.build(train.optimizer, steps), train.optimizer.ema
-
-    def apply(state: State, grads: Params) -> tuple[State, jax.Array]:
-        updates, opt = tx.update(grads, state.opt, state.params)
+    def update(self, state: State, grads: Params) -> tuple[State, jax.Array]:
+        """The state after a step with these gradients of the mean loss, and their norm."""
+        updates, opt = self.optimizer.update(grads, state.opt, state.params)
         params = optax.apply_updates(state.params, updates)
-        average = (
-            None
-            if keep is None
-            else jax.tree.map(lambda old, new: keep * old + (1 - keep) * new, state.ema, params)
-        )
+        decay, average = self.train.optimizer.ema, None
+        if decay is not None:
+            average = jax.tree.map(
+                lambda old, new: decay * old + (1 - decay) * new, state.ema, params
+            )
         return State(state.step + 1, params, opt, average), optax.tree.norm(grads)
 
-    return apply
-
-
-def make(train: TrainConfig, weights: Weights, steps: int, where: State) -> Callable:
-    """The compiled step: (state, frozen, batch [microbatches, B, ...]) -> (state, metrics)."""
-    summed, apply, rate = (
-        gradients(train, weights),
-        update(train, steps),
-        optimizer.schedule(train.optimizer, steps),
-    )
-
-    def step(state: State, frozen: Params, batch: dict) -> tuple[State, dict[str, jax.Array]]:
-        key = jax.random.fold_in(jax.random.key(train.seed), state.step)
-        loss, terms, grads = summed(state.params, frozen, batch, key)
-        count = jnp.maximum(terms, 1)  # the mean over all terms of the batch, however it was cut
-        new, norm = apply(state, jax.tree.map(lambda grad: grad / count, grads))
-        return new, {
+    def step(self, state: State, frozen: Params, batch: dict) -> tuple[State, Metrics]:
+        key = jax.random.fold_in(jax.random.key(self.train.seed), state.step)
+        loss, terms, grads = self.gradients(state.params, frozen, batch, key)
+        count = jnp.maximum(
+            terms, 1
+        )  # the mean is that of the batch, for any number of microbatches
+        new_state, norm = self.update(state, jax.tree.map(lambda grad: grad / count, grads))
+        rate = self.schedule(state.step)
+        return new_state, {
             "loss": loss / count,
             "terms": terms,
             "gradient_norm": norm,
-            "rate": rate(state.step),
+            "rate": jnp.asarray(rate),
         }
 
-    return jax.jit(step, donate_argnums=0, out_shardings=(where, None))
+    def validate(self, params: Params, frozen: Params, batch: dict) -> tuple[jax.Array, jax.Array]:
+        """What a stage draws at random is the same at every validation."""
+        model = self.model(params, frozen)
 
+        def loss(microbatch: dict) -> tuple[jax.Array, jax.Array]:
+            return self.stage.loss(model, microbatch, jax.random.key(0))
 
-def make_validation(train: TrainConfig, weights: Weights) -> Callable:
-    """(params, frozen, batch [microbatches, B, ...]) -> loss and terms, summed; what a stage draws at random is always the same."""
-
-    def validate(params: Params, frozen: Params, batch: dict) -> tuple[jax.Array, jax.Array]:
-        model = weights.model(cast(train, params), frozen)
-        losses, terms = jax.lax.map(
-            lambda micro: stages.loss(model, train, micro, jax.random.key(0)), batch
-        )
+        losses, terms = jax.lax.map(loss, batch)
         return losses.sum(), terms.sum()
 
-    return jax.jit(validate)
+    def result(self, state: State) -> Params:
+        return state.params if state.ema is None else state.ema
+
+
+def optimizer_shardings(
+    transformation: optax.GradientTransformation, params: Params, of_params: dict, mesh: Mesh
+) -> optax.OptState:
+    """The shardings of an optimizer's state for some parameters, given those of the parameters."""
+    replicated = sharding.replicated(mesh)
+    return optax.tree.map_params(
+        transformation,
+        lambda _, of_param: of_param,
+        jax.eval_shape(transformation.init, params),
+        of_params,
+        transform_non_params=lambda _: replicated,
+    )
+
+
+def compile_step(objective: Objective, shardings: Any) -> Callable:
+    """The jitted step: (state, frozen, batch) -> (state, metrics). The state keeps its shardings."""
+    return jax.jit(objective.step, donate_argnums=0, out_shardings=(shardings, None))
+
+
+def compile_validation(objective: Objective) -> Callable:
+    """The jitted validation, (params, frozen, batch) -> (sum of the loss, number of its terms)."""
+    return jax.jit(objective.validate)

@@ -1,13 +1,16 @@
-"""The weights of a run: loaded for a stage, told apart into trained and frozen ones, and written as a checkpoint that can talk.
+"""The weights of a run: loaded for a stage, split into trained and frozen ones, and exported as a
+complete checkpoint.
 
-Both are flat dictionaries, {"llm.layers.mlp.up.kernel": array}: what is trained is a choice of paths.
+Parameters are flat dictionaries here, {"llm.layers.mlp.up.kernel": array}, so that what is trained
+is a choice of paths.
 """
 
 import os
 import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -19,117 +22,124 @@ from omni2_jax import sharding
 from omni2_jax.checkpoint import parameters
 from omni2_jax.config import DECODER_PARTS, Omni2Config
 from omni2_jax.models.layers import LORA_SCALE
-from omni2_jax.models.model import ConstantKey, Model
-from omni2_jax.train import stages
-from omni2_jax.train.settings import TrainConfig
-from omni2_jax.train.stages import STAGES, is_trained
+from omni2_jax.models.model import Model, abstract_state
+
+if TYPE_CHECKING:
+    from omni2_jax.train.stages.base import Stage
 
 Params = dict[str, jax.Array]
+Build = Callable[[Omni2Config, nnx.Rngs], nnx.Module]
 
 
 @dataclass(frozen=True)
 class Weights:
-    """The parameters of a stage's parts, not their values."""
+    """Shapes and shardings of a model's parameters by path, without their values."""
 
-    config: Omni2Config  # no other parts than the stage's
+    config: Omni2Config
+    build: Build
     graph: nnx.GraphDef
-    treedef: jax.tree_util.PyTreeDef
+    nested_shapes: dict
     shapes: dict[str, jax.ShapeDtypeStruct]
     shardings: dict[str, NamedSharding]
 
     @classmethod
-    def of(cls, config: Omni2Config, mesh: Mesh) -> "Weights":
-        graph, state = nnx.split(
-            nnx.eval_shape(lambda: Model(config, ConstantKey(jax.random.key(0))))
-        )
-        shapes = nnx.to_pure_dict(state)
+    def of(cls, config: Omni2Config, mesh: Mesh, build: Build = Model) -> "Weights":
+        """Of the model `build(config, rngs)`; nothing is allocated."""
+        graph, state = abstract_state(config, build)
+        nested = nnx.to_pure_dict(state)
         shardings = parameters.flatten(sharding.of_params(state, mesh))
-        return cls(config, graph, jax.tree.structure(shapes), parameters.flatten(shapes), shardings)
+        return cls(config, build, graph, nested, parameters.flatten(nested), shardings)
 
-    def nested(self, params: Mapping[str, object]) -> dict:
-        """As modules hold them; what is not given stays a shape."""
-        return jax.tree.unflatten(
-            self.treedef, [params.get(path, shape) for path, shape in self.shapes.items()]
-        )
+    def nested(self, leaves: Mapping[str, Any]) -> dict:
+        """Values by path as the model's nested dictionary; a parameter without a value stays a
+        shape.
+        """
+        return parameters.unflatten(self.nested_shapes, self.shapes | dict(leaves))
 
-    def model(self, *params: Mapping[str, jax.Array]) -> Model:
-        """A module over all parameters, which may come in several dictionaries."""
-        return nnx.merge(
-            self.graph, self.nested({path: leaf for some in params for path, leaf in some.items()})
-        )
+    def model(self, *params: Mapping[str, jax.Array]) -> Any:
+        """The model with these parameters, which may come in several dictionaries."""
+        leaves = {path: leaf for group in params for path, leaf in group.items()}
+        return nnx.merge(self.graph, self.nested(leaves))
 
 
-def configure(train: TrainConfig, directory: Path) -> Omni2Config:
-    """The checkpoint's configuration as this stage has it. Raises ValueError naming the parts that are missing."""
-    config = Omni2Config.load(directory / "config.json")
-    parts = STAGES[train.stage].parts
-    missing = [
-        part
-        for part in parts
-        if part not in parameters.parts(directory) and part not in train.reset
-    ]
-    missing = missing or [
-        part for part in parts if part != "fusion" and getattr(config, part) is None
-    ]
+def stage_weights(stage: "Stage", config: Omni2Config, mesh: Mesh) -> Weights:
+    """The parameters of a stage's model while it is trained. config: of the checkpoint."""
+    return Weights.of(stage.train_config(config), mesh, stage.build)
+
+
+def split_params(stage: "Stage", values: Mapping[str, Any]) -> tuple[dict, dict]:
+    """Values by path -> (those that the stage trains, those that it does not)."""
+    trained = {path: leaf for path, leaf in values.items() if stage.is_trained(path)}
+    return trained, {path: leaf for path, leaf in values.items() if path not in trained}
+
+
+def configure(stage: "Stage", directory: Path) -> Omni2Config:
+    """The configuration of the checkpoint that a run exports, from that of the checkpoint it starts
+    from.
+
+    Raises ValueError naming the parts that the checkpoint lacks, or that `reset` names though the
+    stage does not train them.
+    """
+    config, train = Omni2Config.load(directory / "config.json"), stage.train
+    stored = parameters.parts(directory)
+    missing = [part for part in stage.parts if part not in (*stored, *train.reset)]
+    missing = missing or [part for part in stage.parts if getattr(config, part, True) is None]
     if missing:
-        added = "python -m convert adds parts to a checkpoint"
         raise ValueError(
-            f"{directory} lacks {', '.join(missing)}, which stage {train.stage} needs; {added}"
+            f"{directory} lacks {', '.join(missing)}, which stage {train.stage} needs; "
+            "omni2 convert adds parts to a checkpoint"
         )
-    if strange := [part for part in train.reset if part not in STAGES[train.stage].trained]:
+    if wrong := [part for part in train.reset if part not in stage.trained]:
         raise ValueError(
-            f"reset {', '.join(strange)}: stage {train.stage} trains {', '.join(STAGES[train.stage].trained)} only"
+            f"reset {', '.join(wrong)}: stage {train.stage} trains {', '.join(stage.trained)} only"
         )
-    if train.stage == "2":
-        config = config.replace(mix=train.mix)
-    return config
+    return stage.configure(config)
 
 
-def load(train: TrainConfig, directory: Path, mesh: Mesh) -> tuple[Weights, Params, Params]:
-    """(weights, trained in float32, frozen in the dtype of the computation), each array cut over the mesh as it is read."""
-    config = configure(train, directory)
-    stage, stored = STAGES[train.stage], Omni2Config.load(directory / "config.json")
-    anew = set(train.reset) | ({"fusion"} if config.mix != stored.mix else set())
-    plain = Weights.of(config.only(*stage.parts), mesh)
+def load(stage: "Stage", directory: Path, mesh: Mesh) -> tuple[Weights, Params, Params]:
+    """The parameters of a run: (shapes, trained values in float32, frozen values in the dtype of
+    the computation).
+
+    Each device holds its share of every array from the moment it is read. Raises ValueError if the
+    checkpoint lacks a part or does not fit its configuration.
+    """
+    config = configure(stage, directory)
+    drawn = set(stage.train.reset)
+    if config.mix != Omni2Config.load(directory / "config.json").mix:
+        drawn.add("fusion")
+    stored = Weights.of(stage.model_config(config), mesh, stage.build)
     values: Params = {}
-    for part in set(stages.parts(train)) - anew:
-        nested = lambda leaves, part=part: plain.nested(leaves)[part]  # noqa: E731
-        dtype = (
-            jnp.float32
-            if (part in stage.trained and not train.rank) or part in DECODER_PARTS
-            else jnp.dtype(train.dtype)
-        )
-        loaded = parameters.load_part(
-            directory, part, nested(plain.shapes), dtype, nested(plain.shardings)
-        )
-        values |= {f"{part}.{path}": leaf for path, leaf in parameters.flatten(loaded).items()}
-    weights = plain if not train.rank else Weights.of(with_rank(plain.config, train.rank), mesh)
-    values |= initial(
-        weights,
-        [
-            path
-            for path in weights.shapes
-            if path not in values and path.partition(".")[0] in stages.parts(train)
-        ],
-        train.seed,
-    )
-    trained = {
-        path: leaf.astype(jnp.float32) for path, leaf in values.items() if is_trained(train, path)
-    }
-    return weights, trained, {path: leaf for path, leaf in values.items() if path not in trained}
+    for part in stage.loaded:
+        if part not in drawn:
+            values |= load_part(stage, stored, directory, part)
+    weights = stage_weights(stage, config, mesh)
+    parts = (*stage.loaded, *stage.private)
+    missing = [
+        path for path in weights.shapes if path not in values and path.partition(".")[0] in parts
+    ]
+    values |= initial(weights, missing, stage.train.seed)
+    trained, frozen = split_params(stage, values)
+    return weights, {path: leaf.astype(jnp.float32) for path, leaf in trained.items()}, frozen
 
 
-def with_rank(config: Omni2Config, rank: int) -> Omni2Config:
-    return config.replace(llm=replace(config.llm, rank=rank))
+def load_part(stage: "Stage", stored: Weights, directory: Path, part: str) -> Params:
+    """One part of a checkpoint by path. What is trained is float32, and so is a part of the
+    decoder.
+    """
+    is_trained = part in stage.trained and not stage.train.rank
+    dtype = jnp.float32 if is_trained or part in DECODER_PARTS else jnp.dtype(stage.train.dtype)
+    shapes, shardings = stored.nested(stored.shapes), stored.nested(stored.shardings)
+    loaded = parameters.load_part(directory, part, shapes[part], dtype, shardings[part])
+    return with_prefix(parameters.flatten(loaded), part)
 
 
-def initial(weights: Weights, paths: list[str], seed: int) -> Params:
-    """New values of some parameters, as their modules draw them."""
+def initial(weights: Weights, paths: Collection[str], seed: int) -> Params:
+    """Random values of some parameters, as their modules draw them."""
     if not paths:
         return {}
 
-    def draw() -> Params:
-        model = Model(weights.config, nnx.Rngs(seed))
+    def draw() -> dict:
+        model = weights.build(weights.config, nnx.Rngs(seed))
         leaves = parameters.flatten(nnx.to_pure_dict(nnx.split(model)[1]))
         return {path: leaves[path] for path in paths}
 
@@ -137,48 +147,37 @@ def initial(weights: Weights, paths: list[str], seed: int) -> Params:
 
 
 def merged(trained: Params, frozen: Params) -> Params:
-    """All parameters, low-rank updates added to their kernels."""
-    whole = frozen | trained
-    for path in [path for path in whole if path.endswith(".low")]:
+    """All parameters, with low-rank updates added to their kernels."""
+    values = frozen | trained
+    for path in [path for path in values if path.endswith(".low")]:
         stem = path.removesuffix("low")
-        low, high, kernel = whole.pop(path), whole.pop(f"{stem}high"), whole[f"{stem}kernel"]
-        update = low.reshape(low.shape[0], -1, low.shape[-1]) @ high.reshape(
-            *high.shape[:2], -1
-        )  # layers are stacked
-        whole[f"{stem}kernel"] = (
-            kernel.astype(jnp.float32) + LORA_SCALE * update.reshape(kernel.shape)
-        ).astype(kernel.dtype)
-    return whole
+        low, high, kernel = values.pop(path), values.pop(f"{stem}high"), values[f"{stem}kernel"]
+        # Layers are stacked on the first axis.
+        update = low.reshape(low.shape[0], -1, low.shape[-1]) @ high.reshape(*high.shape[:2], -1)
+        update = LORA_SCALE * update.reshape(kernel.shape)
+        values[f"{stem}kernel"] = (kernel.astype(jnp.float32) + update).astype(kernel.dtype)
+    return values
 
 
-def export(train: TrainConfig, start: Path, trained: Params, frozen: Params, out: Path) -> None:
-    """Write the checkpoint `start` with what was trained in its place, in the dtypes of `start`; `out` appears whole or not at all.
+def export(stage: "Stage", start: Path, params: Params, out: Path) -> None:
+    """Write the checkpoint `start` with its trained parts replaced, in the dtypes of `start`.
 
-    Every process of a run calls it. Parts that did not change are hard links where the file system allows it.
+    params: of all trained parts, from `merged`. Every process of a run calls it. `out` appears
+    whole or not at all. Parts that did not change are hard links where the file system allows it.
     """
-    changed = STAGES[train.stage].trained
-    params = merged(trained, frozen)
     work = out.with_name(out.name + ".partial")
     if jax.process_index() == 0:
         shutil.rmtree(work, ignore_errors=True)
-        ignored = [f"{start}/params/{part}" for part in changed]
-        skip = lambda folder, names: [name for name in names if f"{folder}/{name}" in ignored]  # noqa: E731
-        shutil.copytree(start, work, ignore=skip, copy_function=link)
-        # A new file: writing into a link would change the checkpoint it came from.
+        copy_checkpoint(start, work, without=stage.trained)
+        # A new file: writing into a link would change the checkpoint that the run started from.
         (work / "config.json").unlink()
-        configure(train, start).save(work / "config.json")
+        configure(stage, start).save(work / "config.json")
     sync("exporting")
-    for part in changed:
+    for part in stage.trained:
         stored = parameters.metadata(start, part) if part in parameters.parts(start) else {}
-        leaves = {
-            path.removeprefix(f"{part}."): leaf
-            for path, leaf in params.items()
-            if path.startswith(f"{part}.")
-        }
-        leaves = {
-            path: leaf.astype(stored[path].dtype) if path in stored else leaf
-            for path, leaf in leaves.items()
-        }
+        leaves = without_prefix(params, part)
+        for path in leaves.keys() & stored.keys():
+            leaves[path] = leaves[path].astype(stored[path].dtype)
         parameters.save_part(work, part, leaves)
     sync("exported")
     if jax.process_index() == 0:
@@ -187,13 +186,38 @@ def export(train: TrainConfig, start: Path, trained: Params, frozen: Params, out
     sync("renamed")
 
 
+def copy_checkpoint(start: Path, out: Path, without: Collection[str]) -> None:
+    """Link or copy the files of a checkpoint, except the parameters of some parts."""
+    excluded = [f"{start}/params/{part}" for part in without]
+
+    def ignore(folder: str, names: list[str]) -> list[str]:
+        return [name for name in names if f"{folder}/{name}" in excluded]
+
+    shutil.copytree(start, out, ignore=ignore, copy_function=link)
+
+
 def link(source: str, target: str) -> None:
+    """Link a file, or copy it where the file system has no hard links."""
     try:
         os.link(source, target)
     except OSError:
         shutil.copyfile(source, target)
 
 
-def sync(what: str) -> None:
+def with_prefix(leaves: Mapping[str, Any], part: str) -> dict[str, Any]:
+    """The parameters of a part by their path in the model."""
+    return {f"{part}.{path}": leaf for path, leaf in leaves.items()}
+
+
+def without_prefix(leaves: Mapping[str, Any], part: str) -> dict[str, Any]:
+    """The parameters of one part, by their path within it."""
+    prefix = f"{part}."
+    return {
+        path.removeprefix(prefix): leaf for path, leaf in leaves.items() if path.startswith(prefix)
+    }
+
+
+def sync(name: str) -> None:
+    """Wait until all processes of the run are at the same point."""
     if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(what)
+        multihost_utils.sync_global_devices(name)

@@ -40,6 +40,14 @@ def flatten(tree: Mapping) -> dict[str, Any]:
     }
 
 
+def unflatten(like: Mapping, leaves: Mapping[str, Any]) -> dict:
+    """The inverse of `flatten`: a nested dict like `like`, with `leaves` by path.
+
+    Other paths in `leaves` are ignored. Raises KeyError for a missing one.
+    """
+    return jax.tree.unflatten(jax.tree.structure(like), [leaves[path] for path in flatten(like)])
+
+
 def ignore(_: LazyArray) -> None:
     """The default of `save_part`'s `written`."""
 

@@ -1,4 +1,4 @@
-"""`omni2 hidden`: the LLM's hidden states of a data set, computed once for all of stage 2."""
+"""`omni2 hidden`: the LLM's hidden states of a data set, computed once for all runs of stage 2."""
 
 from pathlib import Path
 from typing import Annotated
@@ -13,7 +13,10 @@ def hidden(
     out: Annotated[Path, typer.Option(help="A new directory.")],
     changes: Changes = None,
 ) -> None:
-    """Compute the LLM's hidden states for a run of stage 2 with this config."""
-    from omni2_jax.train import compute_hidden, settings
+    """Compute the LLM's hidden states for runs of stage 2 with this config."""
+    from omni2_jax.train import config_files
 
-    compute_hidden.compute(settings.read(config, changes or []), out)
+    train_config = config_files.read(config, changes or [])
+    from omni2_jax.train import compute_hidden
+
+    compute_hidden.compute(train_config, out)

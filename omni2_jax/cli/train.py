@@ -18,31 +18,32 @@ Changes = Annotated[
 def train(
     config: Config,
     out: Annotated[
-        Path, typer.Option(help="The run's directory; one that was cut off is taken up again.")
+        Path, typer.Option(help="The run's directory; an interrupted run in it is resumed.")
     ],
     changes: Changes = None,
     distributed: Annotated[
         bool,
         typer.Option(
-            "--distributed", help="Several processes: TPU slices and SLURM tell who they are."
+            "--distributed",
+            help="Train with several processes; on TPU slices and with SLURM they find each other.",
         ),
     ] = False,
     coordinator: Annotated[
         str | None,
-        typer.Option(help="With --distributed, where nothing tells: HOST:PORT of process 0."),
+        typer.Option(help="With --distributed, elsewhere: HOST:PORT of process 0."),
     ] = None,
     processes: Annotated[
-        int | None, typer.Option(help="With --coordinator: how many processes there are.")
+        int | None, typer.Option(help="With --coordinator: the number of processes.")
     ] = None,
     process: Annotated[
-        int | None, typer.Option(help="With --coordinator: which of them this is.")
+        int | None, typer.Option(help="With --coordinator: the number of this process, from 0.")
     ] = None,
 ) -> None:
     """Train a stage of LLaMA-Omni2."""
-    from omni2_jax.train import settings
+    from omni2_jax.train import config_files
 
-    train_config = settings.read(config, changes or [])
-    import jax  # after the settings, which need no accelerator to be found wrong
+    train_config = config_files.read(config, changes or [])
+    import jax  # after the settings, whose faults are then reported without waiting for a device
 
     if distributed:
         jax.distributed.initialize(coordinator, processes, process)

@@ -5,6 +5,7 @@
 B batch, T time, M mel bins, D LLM width. A part that the checkpoint lacks is None.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
@@ -95,9 +96,14 @@ class ConstantKey:
         return ConstantKey(jax.random.split(self.key, count))
 
 
-def abstract_state(config: Omni2Config) -> tuple[nnx.GraphDef, nnx.State]:
-    """The model's graph and its parameters as shapes with their logical axes, nothing allocated."""
-    return nnx.split(nnx.eval_shape(lambda: Model(config, ConstantKey(jax.random.key(0)))))
+def abstract_state(
+    config: Omni2Config, build: Callable[..., nnx.Module] = Model
+) -> tuple[nnx.GraphDef, nnx.State]:
+    """The graph of the model `build(config, rngs)` and its parameters as shapes with their logical axes.
+
+    Nothing is allocated.
+    """
+    return nnx.split(nnx.eval_shape(lambda: build(config, ConstantKey(jax.random.key(0)))))
 
 
 def abstract_model(config: Omni2Config) -> tuple[nnx.GraphDef, dict]:

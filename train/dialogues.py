@@ -1,0 +1,106 @@
+"""Whole dialogues as rows of a batch: what the LLM reads in the stages 1a and 2. C clips, T LLM
+positions.
+"""
+
+import functools
+from dataclasses import dataclass
+
+import numpy as np
+
+from omni2_jax.audio import recordings
+from omni2_jax.config import Omni2Config
+from omni2_jax.train.data.dataset import RecordError
+from omni2_jax.train.data.records import Dialogue
+from omni2_jax.train.examples import PAD, Examples, Item, Row, clip_samples, full, put
+from omni2_jax.train.settings import Bucket
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """A dialogue as the LLM reads it. Reply k, with its end token, is `replies[k]` and begins at
+    position `starts[k]`.
+    """
+
+    ids: np.ndarray  # [T]; SPEECH where a speech feature goes
+    replies: list[list[int]]
+    starts: list[int]
+    clips: list[int]  # windows of the speech encoder in each user turn
+
+    @property
+    def text_tokens(self) -> int:
+        return sum(map(len, self.replies))
+
+
+class DialogueExamples(Examples):
+    """Examples that are whole dialogues. Subclasses add what the loss needs."""
+
+    def items(self, index: int) -> list[Item]:
+        dialogue = self.data.dialogue(index)
+        conversation = self.conversation(dialogue)
+        tokens = self.reply_tokens(dialogue, conversation)
+        size = Bucket(sum(conversation.clips), len(conversation.ids), tokens)
+        return [Item(index, None, size)]
+
+    def reply_tokens(self, dialogue: Dialogue, conversation: Conversation) -> int:
+        """Speech LM tokens of the longest reply; 0 for a stage without the speech LM."""
+        return 0
+
+    def empty(self, bucket: Bucket) -> Row:
+        audio = np.zeros((bucket.clips, clip_samples(self.config)), np.int16)
+        return {"audio": audio, "ids": full(bucket.positions, PAD)}
+
+    def fill_questions(self, row: Row, dialogue: Dialogue, conversation: Conversation) -> None:
+        """Write the recordings of the user turns and the ids of the dialogue.
+
+        Raises RecordError if a recording is not as long as its turn states.
+        """
+        window = clip_samples(self.config)
+        clips = [
+            clip
+            for turn in dialogue.turns[::2]
+            for clip in recordings.fit(self.data.clip(turn.clip), "split", window)
+        ]
+        if len(clips) != sum(conversation.clips):
+            raise RecordError(
+                f"{self.data.path}: dialogue {dialogue.id!r} has {len(clips)} clips, "
+                f"but its turns state lengths of {sum(conversation.clips)} clips"
+            )
+        for i, clip in enumerate(clips):
+            put(row, {"audio": recordings.to_int16(clip)}, (i,))
+        put(row, {"ids": conversation.ids})
+
+    def conversation(self, dialogue: Dialogue) -> Conversation:
+        """The prompts and replies of a dialogue as token ids.
+
+        Raises ValueError if a user turn has no recording or a reply no tokens.
+        """
+        if any(turn.clip is None for turn in dialogue.turns[::2]):
+            raise ValueError("a user turn has no recording")
+        window = clip_samples(self.config)
+        clips = [-(-turn.samples // window) for turn in dialogue.turns[::2]]
+        replies = [self.encode(turn) for turn in dialogue.turns[1::2]]
+        ids, starts = list(self.first_prompt(clips[0])), []
+        for i, text in enumerate(replies):
+            starts.append(len(ids))
+            ids += [*text, *(self.next_prompt(clips[i + 1]) if i + 1 < len(clips) else [])]
+        return Conversation(np.array(ids, np.int32), replies, starts, clips)
+
+    @functools.cached_property
+    def first_prompt(self):
+        """Clips of the first question -> ids. Cached: the tokenizer takes most of the time."""
+        assert self.tokenizer is not None
+        tokenizer = self.tokenizer
+        return functools.cache(lambda clips: tokenizer.prompt([clips]))
+
+    @functools.cached_property
+    def next_prompt(self):
+        """Clips of a later question -> ids between the replies. Cached like `first_prompt`."""
+        assert self.tokenizer is not None
+        return functools.cache(functools.partial(self.tokenizer.continuation, ended=True))
+
+
+def speech_positions(config: Omni2Config) -> int:
+    """LLM positions of one clip (300 for a window of 30 s); 0 without a speech encoder."""
+    if config.speech_encoder is None or config.adapter is None:
+        return 0
+    return config.speech_encoder.frames // config.adapter.stride

@@ -1,0 +1,51 @@
+"""The training stages. To add one: a file with a subclass of `Stage` (see base.py), and its line in
+`STAGES`.
+"""
+
+import dataclasses
+import pkgutil
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from omni2_jax.train.settings import TrainConfig
+    from omni2_jax.train.stages.base import Stage
+
+# Name in the settings -> class. As text, so that reading settings imports the one stage that they
+# name.
+STAGES = {
+    "1a": "omni2_jax.train.stages.speech_to_text:SpeechToText",
+    "1b": "omni2_jax.train.stages.text_to_speech:TextToSpeech",
+    "2": "omni2_jax.train.stages.speech_to_speech:SpeechToSpeech",
+    "flow": "omni2_jax.train.stages.flow:FlowMatching",
+}
+
+
+def stage_class(name: str) -> "type[Stage]":
+    """The class of a stage. Raises KeyError if `name` is not in the registry."""
+    return pkgutil.resolve_name(STAGES[name])
+
+
+def stage_of(train: "TrainConfig") -> "Stage":
+    """The stage that a run's settings name, bound to these settings."""
+    return stage_class(train.stage)(train)
+
+
+def faults(train: "TrainConfig") -> list[str]:
+    """What is wrong with the stage and with the settings that belong to single stages; empty if
+    nothing is.
+    """
+    if train.stage not in STAGES:
+        *names, last = STAGES
+        return [f"stage is {train.stage!r}, expected {', '.join(names)} or {last}"]
+    stage = stage_class(train.stage)
+    users = {setting: [] for setting in ("rank", "layout", "mix", "hidden", "chunks")}
+    for name in STAGES:
+        for setting in stage_class(name).settings:
+            users.setdefault(setting, []).append(name)
+    defaults = {item.name: item.default for item in dataclasses.fields(train)}
+    unused = [
+        f"{setting} is for stage {' and '.join(names)}; stage {train.stage} does not use it"
+        for setting, names in users.items()
+        if setting not in stage.settings and getattr(train, setting) != defaults[setting]
+    ]
+    return unused + stage.faults(train)

@@ -1,0 +1,145 @@
+"""What a training stage is: the parts it loads and trains, its examples, its loss, and how one step
+changes the parameters.
+
+A stage of one loss and one optimizer states `parts`, `trained`, `example_type` and `loss`. All
+other members have a default for it, and are overridden where a stage differs.
+"""
+
+import abc
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from omni2_jax.checkpoint.tokenizer import Tokenizer
+from omni2_jax.config import Omni2Config
+from omni2_jax.models.model import Model
+from omni2_jax.train.data.dataset import Dataset
+from omni2_jax.train.examples import PAD, Examples
+from omni2_jax.train.settings import Bucket, TrainConfig
+
+if TYPE_CHECKING:
+    from omni2_jax.train.step import Objective
+    from omni2_jax.train.weights import Weights
+
+Array = jax.Array
+Batch = dict[str, Array]  # the arrays of a microbatch, [B, ...] each
+Loss = tuple[Array, Array]  # the sum of the loss's terms, and their number
+
+
+class Stage(abc.ABC):
+    """One kind of training, bound to the settings of a run."""
+
+    parts: ClassVar[tuple[str, ...]]  # parts of the checkpoint that the model consists of
+    trained: ClassVar[tuple[str, ...]]  # those of `parts` that change, and are exported
+    private: ClassVar[tuple[str, ...]] = ()
+    # ^ parts that exist during training only, as a GAN's discriminators: drawn at random, saved
+    # with
+    # the states of the run, trained, and never exported
+    settings: ClassVar[tuple[str, ...]] = ()  # settings that belong to this stage and not to all
+    example_type: ClassVar[type[Examples]]
+    needs_tokenizer: ClassVar[bool] = True
+    needs_recordings: ClassVar[bool] = False  # whether examples are recordings of replies
+    scored: ClassVar[tuple[str, ...]] = ()  # language models whose logits the loss computes
+
+    def __init__(self, train: TrainConfig):
+        self.train = train
+
+    @classmethod
+    def faults(cls, train: TrainConfig) -> list[str]:
+        """What is wrong with the settings that belong to this stage, one line each."""
+        return []
+
+    # Parameters
+
+    @property
+    def loaded(self) -> tuple[str, ...]:
+        """The parts whose weights are read from the checkpoint; of the others only the shapes are
+        needed.
+        """
+        return self.parts
+
+    def is_trained(self, path: str) -> bool:
+        """Whether the parameter at this path ("llm.layers.mlp.up.kernel") is trained."""
+        return path.partition(".")[0] in (*self.trained, *self.private)
+
+    @property
+    def compute_dtype(self) -> jnp.dtype:
+        """The dtype that trained weights are cast to for the computation."""
+        return jnp.dtype(self.train.dtype)
+
+    # Configurations of the model
+
+    def configure(self, config: Omni2Config) -> Omni2Config:
+        """The configuration of the checkpoint that the run exports, from that of the checkpoint it
+        starts from.
+        """
+        return config
+
+    def model_config(self, config: Omni2Config) -> Omni2Config:
+        """The configuration of the model that is read from the checkpoint."""
+        return config.only(*self.parts)
+
+    def train_config(self, config: Omni2Config) -> Omni2Config:
+        """The configuration of the same model while it is trained; it may have additional
+        parameters (LoRA).
+        """
+        return self.model_config(config)
+
+    def sample_config(self, config: Omni2Config) -> Omni2Config:
+        """The configuration of the model that answers validation questions."""
+        return config
+
+    def build(self, config: Omni2Config, rngs: nnx.Rngs) -> nnx.Module:
+        """The model, one attribute for each part."""
+        return Model(config, rngs)
+
+    # Data
+
+    def examples(
+        self, config: Omni2Config, tokenizer: Tokenizer | None, data: Dataset, split: str
+    ) -> Examples:
+        """The examples of a data set. split: "data" or "validation".
+
+        Raises ValueError if something else that the examples need cannot be read.
+        """
+        return self.example_type(self.train, config, tokenizer, data)
+
+    # Computation
+
+    @abc.abstractmethod
+    def loss(self, model: Any, batch: Batch, key: Array) -> Loss:
+        """The loss of one microbatch. key: for everything that the stage draws at random."""
+
+    def objective(self, weights: "Weights", steps: int) -> "Objective":
+        """What one step does; by default one optimizer minimises `loss` over all trained
+        parameters.
+
+        A stage with several optimizers or losses brings its own `Objective`.
+        """
+        from omni2_jax.train.step import SingleObjective
+
+        return SingleObjective(self, weights, steps)
+
+    def frozen_work(self) -> dict[str, Callable[[Any, Batch], Array | tuple[Array, ...]]]:
+        """Computations of the loss that come before everything trained, by name; benchmarks.train
+        times them.
+        """
+        return {}
+
+    def flops(
+        self, config: Omni2Config, shapes: dict[str, jax.ShapeDtypeStruct], bucket: Bucket
+    ) -> dict[str, tuple[float, float]]:
+        """FLOPs of one batch by part: (forward pass, forward and backward pass). Empty if they are
+        not known.
+        """
+        from omni2_jax.train import flops
+
+        return flops.count(self, config, shapes, bucket)
+
+
+def positions(ids: Array) -> Array:
+    """Positions of right-padded rows [..., T]: 0, 1, 2 ... and -1 for padding."""
+    return jnp.where(ids == PAD, -1, jnp.arange(ids.shape[-1]))
