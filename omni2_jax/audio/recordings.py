@@ -252,9 +252,9 @@ def check_writable(path: str | Path) -> None:
     For use before the minutes that its content takes. A file is created beside it for a moment.
     """
     path = Path(path)
-    if path.is_dir():
+    if os.path.isdir(path):  # unlike Path.is_dir, False for a name that is too long
         raise ValueError(f"cannot write {path}: it is a directory")
-    if not path.parent.is_dir():
+    if not os.path.isdir(path.parent):
         raise ValueError(f"cannot write {path}: {path.parent} is not a directory")
     probe = path.with_name(f".{path.name}.{os.getpid()}.partial")  # as `files.atomic_write` does
     try:
