@@ -109,7 +109,7 @@ def training(train: TrainConfig, config: Omni2Config, mesh: Mesh) -> Job:
     objective = stage.objective(weights, STEPS)
     shardings = objective.shardings(trained, mesh)
     state = placed(jax.eval_shape(objective.initial, trained), shardings)
-    rows = NamedSharding(mesh, PartitionSpec(None, sharding.Rules().batch))
+    rows = NamedSharding(mesh, PartitionSpec(None, sharding.RULES["batch"]))
     empty = stage.example_type(train, config, None, None).empty(bucket)
     cut = (train.microbatches, train.batch // train.microbatches)
     batch = {
@@ -167,7 +167,7 @@ def prompt(config: Omni2Config, engine_config: EngineConfig, mesh: Mesh) -> dict
     def shape(dtype: jnp.dtype, *size: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(size, dtype, sharding=sharding.replicated(mesh))
 
-    features = config.speech_encoder.frames // config.adapter.stride
+    features = config.speech_positions
     return {
         "ids": shape(jnp.int32, engine_config.prefill_size),
         "length": shape(jnp.int32),
@@ -226,12 +226,7 @@ def job_of(
     if name in STREAMING:
         return streaming(name, shaped(batch or 64, changes), config, mesh)
     train = overrides.changed(TRAINING[name], [*([f"batch={batch}"] if batch else []), *changes])
-    rows, cut = train.batch // train.microbatches, mesh.shape["replica"] * mesh.shape["fsdp"]
-    if rows % cut:
-        fitting = f"a batch of {cut * train.microbatches * -(-rows // cut)} would fit, or more on the tensor axis"
-        raise ValueError(
-            f"{rows} rows of a microbatch cannot be cut over the {cut} devices of the replica and fsdp axes; {fitting}"
-        )
+    sharding.check_rows(mesh, train.batch, train.microbatches)
     return training(train, config, mesh)
 
 

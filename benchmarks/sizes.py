@@ -10,7 +10,6 @@ from jax.sharding import Mesh, Sharding
 
 from omni2_jax.checkpoint import parameters
 from omni2_jax.config import (
-    DECODER_PARTS,
     DecoderConfig,
     FlowConfig,
     HiftConfig,
@@ -20,7 +19,7 @@ from omni2_jax.config import (
     TokenConfig,
 )
 from omni2_jax.configs import omni2_0_5b, omni2_1_5b, omni2_3b, omni2_7b, omni2_14b, omni2_32b
-from omni2_jax.models.model import abstract_model, for_serving
+from omni2_jax.models.model import abstract_model, for_serving, part_dtype
 from omni2_jax.train.stages.base import Stage
 from omni2_jax.train.weights import Params, Weights, split_params, stage_weights
 
@@ -93,7 +92,8 @@ def training_shapes(stage: Stage, weights: Weights) -> dict[str, jax.ShapeDtypeS
 
 
 def dtype_of(path: str, dtype: jnp.dtype) -> jnp.dtype:
-    return jnp.float32 if path.partition(".")[0] in DECODER_PARTS else dtype
+    """`part_dtype` of the part that a parameter belongs to."""
+    return part_dtype(path.partition(".")[0], dtype)
 
 
 def random(

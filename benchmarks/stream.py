@@ -20,6 +20,7 @@ from flax import nnx
 from benchmarks import device, roofline
 from benchmarks.sizes import SIZES, load
 from omni2_jax.cli.console import run_function
+from omni2_jax.config import UNITS_PER_SECOND
 from omni2_jax.generate import read_write, streaming_step
 from omni2_jax.generate.engine import Engine, PromptPiece, ResponseStream
 from omni2_jax.generate.engine_config import EngineConfig
@@ -28,7 +29,6 @@ from omni2_jax.models.flow.attention import cached_attention
 from omni2_jax.models.flow.mask import Window
 from omni2_jax.models.model import SPEECH
 
-UNITS_PER_SECOND = 25
 POINTS = (5, 20, 50, 100)  # chunks whose cost is compared
 TURNS = 3  # and one that compiles: two steps each, and an answer of 5 chunks has room for no more
 console = rich.console.Console()
@@ -40,7 +40,7 @@ class Bench:
     def __init__(self, config, graph, params, engine_config: EngineConfig):
         self.config, self.engine_config = config, engine_config
         self.engine = Engine(config, graph, params, engine_config)
-        positions = config.speech_encoder.frames // config.adapter.stride
+        positions = config.speech_positions
         ids = np.array([1] * 30 + [SPEECH] * positions + [1] * 10, np.int32)
         self.piece = PromptPiece(
             ids, jnp.zeros((positions, config.llm.width), self.engine.dtype), 0
@@ -116,7 +116,7 @@ class Bench:
 
 def sized(config, slots: int, chunks: int, **how) -> EngineConfig:
     """Capacities for answers of so many chunks."""
-    positions = config.speech_encoder.frames // config.adapter.stride
+    positions = config.speech_positions
     room = (chunks + 8) * config.write
     prompt = positions + 84
     return EngineConfig(
@@ -172,7 +172,7 @@ def stages(config, graph, params, engine_config: EngineConfig, bench: Bench) -> 
     mel = jnp.zeros(
         (1, 2 * config.speech_encoder.frames, config.speech_encoder.mels), bench.engine.dtype
     )
-    hear = jax.jit(lambda params, mel: merge(params).hear(mel))
+    hear = jax.jit(lambda params, mel: merge(params).encode_speech(mel))
     found["encoder"] = 1000 * device.seconds(lambda: hear(params, mel), 3)
     start = time.perf_counter()
     bench.empty(bench.fill())

@@ -19,7 +19,6 @@ import numpy as np
 import rich.console
 import rich.table
 import typer
-from jax.sharding import NamedSharding, PartitionSpec
 
 from benchmarks import device, dialogues
 from benchmarks.sizes import SIZES, for_training
@@ -67,7 +66,7 @@ class Bench:
     def load(self, steps: int) -> Loader:
         """A loader of so many batches."""
         batches = schedule(self.catalogue, dataclasses.replace(self.train, steps=steps))
-        rows = NamedSharding(self.mesh, PartitionSpec(sharding.Rules().batch))
+        rows = sharding.row_sharding(self.mesh)
         return Loader(self.examples, self.catalogue, batches, rows)
 
     def compile(self) -> float:

@@ -27,6 +27,7 @@ from omni2_jax.config import Omni2Config, SpeechEncoderConfig
 from omni2_jax.convert.families import qwen2
 from omni2_jax.generate import read_write
 from omni2_jax.generate.read_write import READING, ReadWriteState
+from omni2_jax.models.model import language_dtype
 
 
 def best(run: Callable[[], float], repeats: int) -> float:
@@ -42,7 +43,7 @@ def ours(
     repeats: int,
 ) -> float:
     """Seconds of gate fusion and speech LM for all bursts."""
-    rows = jnp.zeros((1, config.read, config.llm.width), params["llm"]["norm"]["scale"].dtype)
+    rows = jnp.zeros((1, config.read, config.llm.width), language_dtype(params))
     tokens = jnp.zeros((1, config.read), jnp.int32)
     capacity = bursts * (config.read + config.write) + 1
 
@@ -109,7 +110,7 @@ def theirs(config: Omni2Config, bursts: int, cached: bool, repeats: int) -> floa
 def encoder_ours(
     graph: nnx.GraphDef, params: dict, config: SpeechEncoderConfig, repeats: int
 ) -> float:
-    mel = jnp.zeros((1, 2 * config.frames, config.mels), params["llm"]["norm"]["scale"].dtype)
+    mel = jnp.zeros((1, 2 * config.frames, config.mels), language_dtype(params))
     encode = jax.jit(lambda params, mel: nnx.merge(graph, params).speech_encoder(mel))
 
     def run() -> float:

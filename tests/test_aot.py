@@ -13,6 +13,7 @@ import pytest
 from benchmarks import aot
 from benchmarks.hlo import collectives
 from benchmarks.sizes import SIZES
+from omni2_jax.models.model import language_dtype
 from omni2_jax.sharding import make_mesh
 
 PROGRAM = """HloModule jit_f, entry_computation_layout={(bf16[4,8]{1,0})->bf16[4,8]{1,0}}
@@ -116,7 +117,7 @@ def test_what_a_device_holds():
     made = aot.job_of("step", SIZES["tiny"], mesh, 8, ["llm=512"])
     params, state = made.arguments
     assert (
-        params["llm"]["norm"]["scale"].dtype == jnp.bfloat16
+        language_dtype(params) == jnp.bfloat16
         and params["flow"]["embed"]["table"].dtype == jnp.float32
     )
     assert state.language.llm.keys.shape == (
@@ -168,9 +169,9 @@ def test_without_a_compiler(monkeypatch):
             "train",
             6,
             [],
-            "6 rows of a microbatch cannot be cut over the 4 devices of the replica and fsdp axes; a batch of 8 would",
+            r"6 rows \(batch 6 in 1 microbatches\) cannot be cut over the 4 devices .*; a batch of 8 can",
         ),
-        ("train", 8, ["microbatches=4"], "2 rows .* a batch of 16 would fit"),
+        ("train", 8, ["microbatches=4"], "2 rows .* a batch of 16 can"),
         ("train2", 8, ["remta=full"], "there is no 'remta'; did you mean remat"),
         ("step", 8, ["chnk=10"], "EngineConfig has no 'chnk'; did you mean chunk"),
     ],

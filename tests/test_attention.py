@@ -19,7 +19,7 @@ def test_causal_attention_is_that_of_the_mask():
     held = jnp.asarray(positions >= 0)[..., None, None]
 
     def total(q, k, v, **how):
-        y = jnp.where(held, layers.attend(q, k, v, **how), 0)
+        y = jnp.where(held, layers.attention(q, k, v, **how), 0)
         return jnp.sum(y * weight), y
 
     ours = jax.value_and_grad(total, (0, 1, 2), has_aux=True)(q, k, v, causal=True)

@@ -169,11 +169,11 @@ def test_teacher_forced_hidden_states_and_fusion(name, parts, arrays, features, 
     np.testing.assert_allclose(
         parts.fuse(hidden, jnp.asarray(text)), collect(golden, "fused"), **CLOSE
     )
-    meaning = parts.fusion.project(hidden)
-    np.testing.assert_allclose(meaning, collect(golden, "proj"), **CLOSE)
+    projected = parts.fusion.project(hidden)
+    np.testing.assert_allclose(projected, collect(golden, "proj"), **CLOSE)
     embedding = parts.speech_lm.embed(jnp.asarray(text))
     np.testing.assert_allclose(
-        parts.fusion.openness(meaning, embedding), collect(golden, "gate"), **CLOSE
+        parts.fusion.gate_values(projected, embedding), collect(golden, "gate"), **CLOSE
     )
 
 

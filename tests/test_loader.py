@@ -211,7 +211,7 @@ def test_local_rows():
 
 def alone() -> NamedSharding:
     return NamedSharding(
-        sharding.make_mesh(devices=jax.devices()[:1]), PartitionSpec(sharding.Rules().batch)
+        sharding.make_mesh(devices=jax.devices()[:1]), PartitionSpec(sharding.RULES["batch"])
     )
 
 
@@ -241,7 +241,7 @@ def test_a_batch_that_the_mesh_does_not_divide(made):
             ValueError,
             match=f"cannot be cut over the 8 devices of the mesh's replica and fsdp axes; {says}$",
         ):
-            Loader(*made(train), NamedSharding(mesh, PartitionSpec(sharding.Rules().batch)))
+            Loader(*made(train), sharding.row_sharding(mesh))
 
 
 # --- what carries no loss

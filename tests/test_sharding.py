@@ -13,7 +13,7 @@ from omni2_jax.checkpoint import parameters
 from omni2_jax.config import Omni2Config
 from omni2_jax.generate.omni2 import Omni2
 from omni2_jax.models.model import SPEECH, abstract_state
-from omni2_jax.sharding import Rules, make_mesh, mesh_of, parse_mesh
+from omni2_jax.sharding import make_mesh, mesh_of, parse_mesh
 from tests.support.compare import assert_wav, tree_equal
 from tests.support.conversations import CASES, GREEDY, SHORT, Said, submit
 
@@ -46,7 +46,7 @@ def forward(model: Omni2, rows: int) -> list[np.ndarray]:
 
     def run(params, mel, ids, positions):
         parts = nnx.merge(model.graph, params)
-        features = parts.hear(mel)
+        features = parts.encode_speech(mel)
         hidden, _ = parts.llm(parts.embed_prompt(ids, features), positions)
         return features, hidden, parts.llm.logits(hidden)
 
@@ -55,7 +55,7 @@ def forward(model: Omni2, rows: int) -> list[np.ndarray]:
         model.params, mel, ids, positions
     )
     assert hidden.sharding.is_equivalent_to(
-        Rules().sharding(("batch", None, None), hidden.shape, mesh), 3
+        sharding.sharding_of(("batch", None, None), hidden.shape, mesh), 3
     )
     return [features, *(np.where(positions[..., None] >= 0, x, 0) for x in (hidden, logits))]
 
@@ -191,7 +191,10 @@ def test_saved_in_shards(checkpoint_dir, shapes, tmp_path, saved, restored):
 
 def test_axes_that_do_not_divide_are_held_whole():
     mesh = make_mesh(fsdp=2, tensor=4)
-    spec = lambda axes, *shape: tuple(Rules().spec(axes, shape, mesh))  # noqa: E731
+
+    def spec(axes: tuple[str | None, ...], *shape: int) -> tuple:
+        return tuple(sharding.partition(axes, shape, mesh))
+
     assert spec(("embed", "heads", "head"), 28, 64, 8, 16) == (None, "fsdp", "tensor", None)
     assert spec(("embed", "kv_heads", "head"), 64, 2, 16) == ("fsdp", None, None)
     assert spec(("vocabulary", "embed"), 158227, 896) == (None, "fsdp")

@@ -19,7 +19,6 @@ from omni2_jax.train.layout import Layout, arrange
 from omni2_jax.train.settings import Bucket, TrainConfig
 
 PAD = -1  # the id of an empty position
-UNITS_PER_SECOND = 25
 
 Row = dict[str, np.ndarray]
 

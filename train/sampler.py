@@ -12,9 +12,9 @@ import numpy as np
 
 from omni2_jax.checkpoint import parameters, voices
 from omni2_jax.checkpoint.tokenizer import Tokenizer
-from omni2_jax.config import DECODER_PARTS, LANGUAGE_PARTS
+from omni2_jax.config import LANGUAGE_PARTS
 from omni2_jax.generate.omni2 import Answer, Omni2, Options
-from omni2_jax.models.model import abstract_model, for_serving
+from omni2_jax.models.model import abstract_model, for_serving, part_dtype
 from omni2_jax.train.weights import configure, without_prefix
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ class Sampler:
         graph, shapes = abstract_model(self.config.only(*self.parts))
         nested = {}
         for part, tree in shapes.items():
-            dtype = jnp.float32 if part in DECODER_PARTS else language_dtype
+            dtype = part_dtype(part, language_dtype)
             current = without_prefix(params, part)
             if current:
                 # On several devices the parameters are gathered on the first: one conversation fits

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import jax
 import rich.progress
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from omni2_jax import sharding
 from omni2_jax.checkpoint.tokenizer import Tokenizer
@@ -50,5 +50,5 @@ def open_split(
     )
     measured = catalogue(examples, indices, train.buckets, train.strict)
     batches = schedule(measured, train)
-    rows = NamedSharding(mesh, PartitionSpec(sharding.Rules().batch))
-    return Split(examples, measured, batches, Loader(examples, measured, batches, rows))
+    loader = Loader(examples, measured, batches, sharding.row_sharding(mesh))
+    return Split(examples, measured, batches, loader)

@@ -20,9 +20,9 @@ from jax.sharding import Mesh, NamedSharding
 
 from omni2_jax import sharding
 from omni2_jax.checkpoint import parameters
-from omni2_jax.config import DECODER_PARTS, Omni2Config
+from omni2_jax.config import Omni2Config
 from omni2_jax.models.layers import LORA_SCALE
-from omni2_jax.models.model import Model, abstract_state
+from omni2_jax.models.model import Model, abstract_state, part_dtype
 
 if TYPE_CHECKING:
     from omni2_jax.train.stages.base import Stage
@@ -127,7 +127,7 @@ def load_part(stage: "Stage", stored: Weights, directory: Path, part: str) -> Pa
     decoder.
     """
     is_trained = part in stage.trained and not stage.train.rank
-    dtype = jnp.float32 if is_trained or part in DECODER_PARTS else jnp.dtype(stage.train.dtype)
+    dtype = jnp.float32 if is_trained else part_dtype(part, stage.train.dtype)
     shapes, shardings = stored.nested(stored.shapes), stored.nested(stored.shardings)
     loaded = parameters.load_part(directory, part, shapes[part], dtype, shardings[part])
     return with_prefix(parameters.flatten(loaded), part)

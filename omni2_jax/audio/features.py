@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from omni2_jax.audio.recordings import INPUT_RATE, OUTPUT_RATE
+from omni2_jax.models.layers import inside
 
 Array = jax.Array
 
@@ -31,7 +32,7 @@ def log_mel(x: Array, lengths: Array | None = None, mels: int = 128) -> Array:
         hann(WHISPER_FFT),
     )
     y = jnp.log10(jnp.maximum(project(spectrum, slaney_bank(INPUT_RATE, WHISPER_FFT, mels)), 1e-10))
-    valid = None if lengths is None else within(lengths // WHISPER_HOP, frames)
+    valid = None if lengths is None else inside(lengths // WHISPER_HOP, frames)[..., None]
     loudest = jnp.max(y, axis=(1, 2), keepdims=True, where=valid, initial=-10.0)
     return masked((jnp.maximum(y, loudest - 8) + 4) / 4, valid)
 
@@ -49,7 +50,7 @@ def mel24k(x: Array, lengths: Array | None = None, mels: int = 80) -> Array:
             project(jnp.sqrt(spectrum + 1e-9), slaney_bank(OUTPUT_RATE, SPEECH_FFT, mels)), 1e-5
         )
     )
-    return masked(y, None if lengths is None else within(lengths // SPEECH_HOP, frames))
+    return masked(y, None if lengths is None else inside(lengths // SPEECH_HOP, frames)[..., None])
 
 
 @functools.partial(jax.jit, static_argnames=("mels", "subtract_mean"))
@@ -72,18 +73,13 @@ def fbank(
             np.finfo(np.float32).eps,
         )
     )
-    valid = None if lengths is None else within(fbank_frames(lengths), frames)
+    valid = None if lengths is None else inside(fbank_frames(lengths), frames)[..., None]
     return masked(y - y.mean(1, keepdims=True, where=valid) if subtract_mean else y, valid)
 
 
 def fbank_frames(samples):
     """Whole 25 ms frames, 10 ms apart, in so many samples (a number or an array; 0 for less than a frame)."""
     return (samples >= KALDI_FRAME) * (1 + (samples - KALDI_FRAME) // KALDI_HOP)
-
-
-def within(lengths: Array, size: int) -> Array:
-    """Which of `size` positions are inside each row: [B] -> bool [B, size, 1]."""
-    return (jnp.arange(size)[None] < lengths[:, None])[..., None]
 
 
 def masked(y: Array, valid: Array | None) -> Array:

@@ -25,9 +25,9 @@ from jax.sharding import Mesh
 from omni2_jax import sharding
 from omni2_jax.checkpoint import checksums
 from omni2_jax.checkpoint.lazy import FILE_BYTES, LazyArray, LazyArrayHandler, as_lazy
-from omni2_jax.config import DECODER_PARTS, PARTS, Omni2Config
+from omni2_jax.config import PARTS, Omni2Config
 from omni2_jax.files import first_line
-from omni2_jax.models.model import abstract_state
+from omni2_jax.models.model import abstract_state, part_dtype
 
 MAX_NAMED = 10  # parameters that one message names
 
@@ -215,7 +215,7 @@ def load(
             f"{directory} lacks the parameters of {', '.join(absent)}, which its config.json "
             "describes"
         )
-    dtypes = {part: jnp.float32 if part in DECODER_PARTS else dtype for part in shapes}
+    dtypes = {part: part_dtype(part, dtype) for part in shapes}
     mesh = mesh or sharding.make_mesh(devices=jax.local_devices()[:1])
     shardings = sharding.of_params(state, mesh)
     return graph, {

@@ -20,6 +20,7 @@ from omni2_jax.generate import streaming_step
 from omni2_jax.generate.engine_config import EngineConfig
 from omni2_jax.generate.read_write import FAILED, IDLE, ReadWriteState, Request, request
 from omni2_jax.generate.streaming_step import DecodeState, StepOutput
+from omni2_jax.models.model import language_dtype
 
 
 class QueueFullError(RuntimeError):
@@ -69,11 +70,6 @@ class ResponseStream:
     def cancel(self) -> None:
         """Stop now. What was handed out stays in the conversation's lane, the rest is forgotten."""
         self.engine.cancel(self)
-
-
-def language_dtype(params: dict) -> jnp.dtype:
-    """The dtype of the two language models, and so of their caches."""
-    return params["llm"]["norm"]["scale"].dtype
 
 
 @dataclass(frozen=True)
@@ -169,9 +165,7 @@ class Engine:
         """Compile everything there is to compile, so that no conversation has to wait for it."""
         width = self.config.llm.width
         ids = np.zeros(self.engine_config.prefill_size, np.int32)
-        features = jnp.zeros(
-            (self.config.speech_encoder.frames // self.config.adapter.stride, width), self.dtype
-        )
+        features = jnp.zeros((self.config.speech_positions, width), self.dtype)
         voice = jnp.ones(self.config.flow.speaker) if self.config.flow else None
         asked = request(self.config, max_text=1, max_flush=1)
         for _ in self.submit([PromptPiece(ids, features, 0)], asked, voice, keep=True):

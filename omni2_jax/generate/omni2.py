@@ -25,12 +25,12 @@ from omni2_jax.checkpoint import parameters, voices
 from omni2_jax.checkpoint.tokenizer import Tokenizer
 from omni2_jax.config import LANGUAGE_PARTS, Omni2Config
 from omni2_jax.generate import read_write
-from omni2_jax.generate.engine import Engine, language_dtype
+from omni2_jax.generate.engine import Engine
 from omni2_jax.generate.engine_config import EngineConfig, longest_answer
 from omni2_jax.generate.read_write import Request
 from omni2_jax.generate.sampling import Sampling
 from omni2_jax.generate.session import Reply, Session, replies, split
-from omni2_jax.models.model import for_serving
+from omni2_jax.models.model import for_serving, language_dtype
 
 Sound = str | Path | np.ndarray  # a file, or samples [N] at 16 kHz
 TEMPLATE = 128  # positions that the chat template puts around a turn, at most
@@ -110,8 +110,8 @@ class Omni2:
         self.engines: dict[EngineConfig, Engine] = {}
         self.voices: dict[str | None, jax.Array] = {}  # those asked for so far
         mesh = sharding.mesh_of(params)
-        hear = lambda params, clip: nnx.merge(graph, params).hear(
-            features.log_mel(clip).astype(self.dtype)
+        hear = lambda params, clip: nnx.merge(graph, params).encode_speech(
+            features.log_mel(clip, mels=config.speech_encoder.mels).astype(self.dtype)
         )[0]  # noqa: E731
         self._hear = jax.jit(sharding.within(mesh, hear), out_shardings=sharding.replicated(mesh))
 
@@ -122,12 +122,14 @@ class Omni2:
         dtype: jnp.dtype | None = None,
         decoder: bool = True,
         mesh: Mesh | None = None,
+        unroll: bool | None = None,
     ) -> "Omni2":
         """Read a checkpoint directory. Raises ValueError naming what is missing or damaged.
 
         dtype: of the language side; by default bfloat16 on accelerators, float32 on the CPU. decoder: whether to load the audio side.
         mesh: the devices to share it (`sharding.make_mesh`), by default one. Where several processes hold them, each of them makes
         the same calls in the same order, and gets the same answers.
+        unroll: run the layers one by one instead of in a scan; by default on CPUs only (`for_serving`).
         """
         directory = Path(directory)
         config = Omni2Config.load(directory / "config.json")
@@ -148,7 +150,8 @@ class Omni2:
         dtype = dtype or (jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
         if mesh:
             sharding.check(mesh, config.llm.width, config.llm.hidden)
-        graph, params = for_serving(*parameters.load(directory, config.only(*wanted), dtype, mesh))
+        graph, params = parameters.load(directory, config.only(*wanted), dtype, mesh)
+        graph, params = for_serving(graph, params, unroll)
         return cls(directory, config.only(*wanted, "speaker"), graph, params, tokenizer, defaults)
 
     def update(self, params: dict) -> None:

@@ -1,10 +1,12 @@
 """The language-model decoder of Qwen2.5 and Qwen3: the LLM and, with a larger vocabulary, the speech LM.
 
-RMSNorm before each sublayer, rotary positions, grouped queries, SwiGLU. What differs between the families is stated in
-the configuration: `qkv_bias` (Qwen2), `qk_norm` (Qwen3), `head_size`, `tied`.
+RMSNorm before each sublayer, rotary positions, grouped queries, SwiGLU. The differences between the
+families are stated in the configuration: `qkv_bias` (Qwen2), `qk_norm` (Qwen3), `head_size`, `tied`.
 
-B batch, T query time, S key time, D width, N heads, K kv heads, H head size, F hidden, V vocabulary, L layers.
+B batch, T query time, S key time, D width, N heads, K kv heads, H head size, V vocabulary, L layers.
 """
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,14 +14,17 @@ from flax import nnx
 
 from omni2_jax.config import DecoderConfig
 from omni2_jax.models.kv_cache import KVCache
-from omni2_jax.models.layers import Embedding, Linear, RMSNorm, attend, scan, stack
+from omni2_jax.models.layers import Embedding, Linear, RMSNorm, attention, scan, stack
 from omni2_jax.sharding import constrain
 
 Array = jax.Array
 
 
 def rope(x: Array, positions: Array, theta: float) -> Array:
-    """Rotate the halves of x [B, T, N, H] by its positions [B, T] (RoFormer, in the half-split layout of Hugging Face)."""
+    """Rotate x [B, T, N, H] by its positions [B, T] (RoFormer, arXiv 2104.09864).
+
+    The two numbers of a rotated pair are H / 2 apart, as in Hugging Face's `rotate_half`.
+    """
     half = x.shape[-1] // 2
     frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
     angle = positions[..., None, None].astype(jnp.float32) * frequency  # [B, T, 1, H/2]
@@ -48,17 +53,18 @@ class Attention(nnx.Module):
     def __call__(
         self, x: Array, positions: Array, layer: Array, cache: KVCache | None
     ) -> tuple[Array, KVCache | None]:
+        """x [B, T, D] at positions [B, T] -> [B, T, D] and the cache with this layer's new keys and values."""
         q, k, v = self.query(x), self.key(x), self.value(x)
         if self.query_norm is not None and self.key_norm is not None:
             q, k = self.query_norm(q), self.key_norm(k)
         q, k = rope(q, positions, self.theta), rope(k, positions, self.theta)
         if cache is None:  # rows start at 0 and are right-padded, so a causal mask is enough
-            return self.out(attend(q, k, v, causal=True)), None
+            return self.out(attention(q, k, v, causal=True)), None
         cache = cache.write(layer, positions, k, v)
         k, v = cache.read(layer)
-        seen = jnp.arange(cache.capacity)[None]
-        mask = (seen[:, None, :] <= positions[:, :, None]) & (seen[:, None, :] >= 0)  # [B, T, S]
-        return self.out(attend(q, k.astype(q.dtype), v.astype(q.dtype), mask[:, None])), cache
+        key_positions = jnp.arange(cache.capacity)[None, None, :]
+        mask = key_positions <= positions[:, :, None]  # [B, T, S]
+        return self.out(attention(q, k.astype(q.dtype), v.astype(q.dtype), mask[:, None])), cache
 
 
 class SwiGLU(nnx.Module):
@@ -92,36 +98,32 @@ class Block(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """The decoder: `embed`, call, `logits`."""
+    """A language model in three steps: `embed` ids, call it on embeddings, `logits` of hidden states."""
 
     def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
         self.config = config
         self.embedding = Embedding(rngs, config.vocabulary, config.width)
         self.layers = stack(config.layers, lambda r: Block(config, r), rngs)
         self.norm = RMSNorm(config.width, config.norm_eps)
-        self.head = (
-            None
-            if config.tied
-            else Linear(
-                rngs, (config.width, config.vocabulary), ("embed", "vocabulary"), bias=False
-            )
-        )
+        shape, axes = (config.width, config.vocabulary), ("embed", "vocabulary")
+        self.head = None if config.tied else Linear(rngs, shape, axes, bias=False)
 
     def embed(self, ids: Array) -> Array:
-        """Token ids [...] -> [..., D]; a negative id gives row 0 and must be masked by its position."""
+        """Token ids [...] -> [..., D]. A negative id gets row 0; its position must be masked."""
         return self.embedding(jnp.maximum(ids, 0))
 
     def __call__(
         self, x: Array, positions: Array, cache: KVCache | None = None, remat: str = "none"
     ) -> tuple[Array, KVCache | None]:
-        """Embeddings [B, T, D] at positions [B, T] (-1 = padding) -> hidden states after the final norm [B, T, D].
+        """Embeddings [B, T, D] at positions [B, T] -> hidden states after the last norm [B, T, D], and the cache.
 
-        Without a cache the positions of a row are 0, 1, 2 ..., with any padding behind them. With one, x continues it: keys and values
-        are written at `positions` and everything up to them is seen.
+        Without a cache each row has the positions 0, 1, 2 ... and padding (-1) only behind them. With
+        a cache x continues its rows: keys and values are written at `positions` (-1 = padding, not
+        written), and a query attends to all positions up to its own.
         remat: what training keeps of a layer, see `layers.scan`.
         """
 
-        def block(layer, carry, index):
+        def block(layer: Block, carry: tuple, index: Array) -> tuple[tuple, None]:
             x, cache = layer(carry[0], positions, index, carry[1])
             return (constrain(x, "batch", None, None), cache), None
 
@@ -133,14 +135,15 @@ class Decoder(nnx.Module):
         if self.head is not None:
             logits = self.head(hidden)
         else:
-            logits = jnp.einsum(
-                "...D,VD->...V", hidden, self.embedding.table[...].astype(hidden.dtype)
-            )
-        return constrain(logits, "batch", *(None,) * (logits.ndim - 2), "vocabulary").astype(
-            jnp.float32
-        )
+            table = self.embedding.table[...].astype(hidden.dtype)
+            logits = jnp.einsum("...D,VD->...V", hidden, table)
+        axes: Any = ("batch", *(None,) * (logits.ndim - 2), "vocabulary")
+        return constrain(logits, *axes).astype(jnp.float32)
 
     def head_rows(self, first: int, count: int, last: int) -> Array:
-        """The head's rows for tokens first..first + count - 1 and then `last`, [count + 1, D]: a head that can say nothing else."""
+        """Rows of the output matrix for `count` tokens from `first` on, then for token `last`: [count + 1, D].
+
+        Logits over these rows alone can give no other token.
+        """
         table = self.embedding.table[...] if self.head is None else self.head.kernel[...].T
         return jnp.concatenate([table[first : first + count], table[last : last + 1]])

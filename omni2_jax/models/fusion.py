@@ -1,4 +1,4 @@
-"""Gate fusion: what the LLM meant (hidden state) and what it said (token), mixed elementwise (paper equations 1-4)."""
+"""Gate fusion: the LLM's hidden state and the token it produced, mixed elementwise (paper equations 1-4)."""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,11 @@ from omni2_jax.models.layers import Linear
 
 
 class GateFusion(nnx.Module):
-    """mix: "gate", or one of the paper's ablations (table 2): "sum" of both without a gate, "hidden" state alone."""
+    """c = g * projected + (1 - g) * embedding, with g from both; LLM width -> speech-LM width D.
+
+    mix: "gate" as above, or an ablation of the paper (table 2): "sum" of both without a gate, or the
+    "hidden" state alone.
+    """
 
     def __init__(self, llm_width: int, width: int, mix: str, rngs: nnx.Rngs):
         self.mix = mix
@@ -20,14 +24,14 @@ class GateFusion(nnx.Module):
         """LLM hidden states [..., D_llm] -> [..., D]."""
         return self.down(jax.nn.relu(self.up(hidden)))
 
-    def openness(self, meaning: jax.Array, embedding: jax.Array) -> jax.Array:
-        """The gate g of projected hidden states and token embeddings [..., D]: 1 = the hidden state alone is heard."""
-        return jax.nn.sigmoid(self.gate(jnp.concatenate([meaning, embedding], -1)))
+    def gate_values(self, projected: jax.Array, embedding: jax.Array) -> jax.Array:
+        """The gate g of projected hidden states and token embeddings [..., D]; 1 = the hidden state alone."""
+        return jax.nn.sigmoid(self.gate(jnp.concatenate([projected, embedding], -1)))
 
     def __call__(self, hidden: jax.Array, embedding: jax.Array) -> jax.Array:
-        """Hidden state that produced a token [..., D_llm] and the token's speech-LM embedding [..., D] -> [..., D]."""
-        meaning = self.project(hidden)
+        """Hidden states [..., D_llm] and speech-LM embeddings [..., D] of the tokens they produced -> [..., D]."""
+        projected = self.project(hidden)
         if self.mix != "gate":
-            return meaning + embedding if self.mix == "sum" else meaning
-        g = self.openness(meaning, embedding)
-        return g * meaning + (1 - g) * embedding
+            return projected + embedding if self.mix == "sum" else projected
+        g = self.gate_values(projected, embedding)
+        return g * projected + (1 - g) * embedding

@@ -1,7 +1,8 @@
-"""Keys and values of a decoder's past, for all layers at once. L layers, B batch, S cache time, K kv heads, H head size.
+"""Keys and values of a decoder for all layers at once. L layers, B batch, S cache time, K kv heads, H head size.
 
-A row's past is contiguous from position 0, so position p lives in slot p and a query at p sees slots 0..p: rows of
-different lengths need no padding on the left, and a slot's length is the only bookkeeping.
+A row's positions begin at 0 without gaps, so position p lies at index p of S and a query at p attends
+to indices 0 to p: rows of different lengths need no padding on the left, and the length of a row is
+all that has to be known of it.
 """
 
 from dataclasses import dataclass
@@ -19,31 +20,39 @@ from omni2_jax.sharding import constrain
 class KVCache:
     """keys, values: [L, B, S, K, H]."""
 
-    axes: ClassVar = ("batch", None, "kv_heads", None)  # of each layer
+    axes: ClassVar = ("batch", None, "kv_heads", None)  # of each layer; see `sharding.of_state`
     keys: jax.Array
     values: jax.Array
 
     @classmethod
     def empty(
-        cls, config: DecoderConfig, batch: int, capacity: int, dtype=jnp.float32
+        cls, config: DecoderConfig, batch: int, capacity: int, dtype: jnp.dtype | type = jnp.float32
     ) -> "KVCache":
+        """A cache of zeros for `batch` rows of up to `capacity` positions."""
         shape = (config.layers, batch, capacity, config.kv_heads, config.head_size)
         return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
     @property
     def capacity(self) -> int:
+        """Positions that fit into a row: S."""
         return self.keys.shape[2]
 
     def write(
         self, layer: jax.Array, positions: jax.Array, keys: jax.Array, values: jax.Array
     ) -> "KVCache":
-        """Put keys and values [B, T, K, H] of one layer at positions [B, T]; negative positions (padding) are not written."""
+        """The cache with keys and values [B, T, K, H] of one layer at positions [B, T].
+
+        Those at negative positions (padding) and beyond the capacity are dropped.
+        """
         rows = jnp.arange(positions.shape[0])[:, None]
-        slots = jnp.where(positions < 0, self.capacity, positions)  # out of bounds, hence dropped
-        # Where kv heads are held whole by every device, XLA would cut them all the same, and gather the cache in every call.
-        put = lambda old, new: constrain(
-            old.at[layer, rows, slots].set(new.astype(old.dtype), mode="drop"), None, *self.axes
-        )  # noqa: E731
+        indices = jnp.where(positions < 0, self.capacity, positions)  # out of bounds, so dropped
+
+        def put(old: jax.Array, new: jax.Array) -> jax.Array:
+            written = old.at[layer, rows, indices].set(new.astype(old.dtype), mode="drop")
+            # Without it XLA shards kv heads that every device holds whole, and gathers the cache in
+            # every call.
+            return constrain(written, None, *self.axes)
+
         return KVCache(put(self.keys, keys), put(self.values, values))
 
     def read(self, layer: jax.Array) -> tuple[jax.Array, jax.Array]:

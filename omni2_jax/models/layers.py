@@ -1,11 +1,12 @@
-"""The few layers every part is made of. B batch, T query time, S key time, D width, N heads, K key/value heads, H head size.
+"""The layers that all parts are made of. B batch, T query time, S key time, D width, N heads, K key/value heads, H head size.
 
-A module computes in the dtype of its input and casts its weights to it (a no-op when they agree), so the caller picks
-the precision. Each parameter carries `axes`, its logical axis names; sharding rules map those to the mesh.
+A module computes in the dtype of its input and casts its weights to it (a no-op when they agree), so the caller chooses
+the precision. Each parameter carries `axes`, its logical axis names; `sharding.Rules` maps those to the mesh.
 """
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from flax import nnx
 Array = jax.Array
 
 LORA_SCALE = 2.0  # alpha / rank
-REMAT = {  # what a layer keeps from the forward pass for the backward pass; the rest is computed again
+REMAT = {  # what a layer keeps from the forward pass for the backward pass; the rest is recomputed
     "none": jax.checkpoint_policies.everything_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -34,11 +35,19 @@ def param(
 class Linear(nnx.Module):
     """y[..., out] = x[..., in] kernel[in, out] + bias[out]; `in` and `out` may span several axes (heads).
 
-    rank: of a low-rank update beside the kernel, LORA_SCALE * low[in, rank] high[rank, out], zero at first (LoRA, arXiv 2106.09685).
+    in_dims: how many leading axes of `shape` are `in`. axes: the logical names of all of them.
+    rank: of a low-rank update beside the kernel, LORA_SCALE * low[in, rank] high[rank, out], zero at
+    first (LoRA, arXiv 2106.09685).
     """
 
     def __init__(
-        self, rngs: nnx.Rngs, shape, axes, in_dims: int = 1, bias: bool = True, rank: int = 0
+        self,
+        rngs: nnx.Rngs,
+        shape: Sequence[int],
+        axes: Sequence[str | None],
+        in_dims: int = 1,
+        bias: bool = True,
+        rank: int = 0,
     ):
         self.in_dims = in_dims
         fan_in = math.prod(shape[:in_dims])
@@ -51,10 +60,9 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         y = contract(x, self.kernel[...], self.in_dims)
-        if self.low is not None:
-            y = y + LORA_SCALE * contract(
-                contract(x, self.low[...], self.in_dims), self.high[...], 1
-            )
+        if self.low is not None and self.high is not None:
+            low = contract(x, self.low[...], self.in_dims)
+            y = y + LORA_SCALE * contract(low, self.high[...], 1)
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 
@@ -65,26 +73,25 @@ def contract(x: Array, kernel: Array, dims: int) -> Array:
 
 
 class Conv1d(nnx.Module):
-    """Convolution over time, [B, T, C_in] -> [B, T', C_out], kernel [K, C_in / groups, C_out]; padding (left, right) in samples."""
+    """Convolution over time, [B, T, C_in] -> [B, T', C_out].
+
+    shape: of the kernel, [K, C_in / groups, C_out]. padding: (left, right) in time steps.
+    """
 
     def __init__(
         self,
-        rngs,
-        shape,
+        rngs: nnx.Rngs,
+        shape: Sequence[int],
         *,
-        stride=1,
-        dilation=1,
-        padding=(0, 0),
-        groups=1,
-        bias=True,
-        axes=(None, None, None),
+        stride: int = 1,
+        dilation: int = 1,
+        padding: tuple[int, int] = (0, 0),
+        groups: int = 1,
+        bias: bool = True,
+        axes: Sequence[str | None] = (None, None, None),
     ):
-        self.stride, self.dilation, self.padding, self.groups = (
-            stride,
-            dilation,
-            tuple(padding),
-            groups,
-        )
+        self.stride, self.dilation = stride, dilation
+        self.padding, self.groups = tuple(padding), groups
         self.kernel = param(rngs, shape, axes, fan_in=shape[0] * shape[1])
         self.bias = param(rngs, shape[2:], axes[2:]) if bias else None
 
@@ -102,7 +109,7 @@ class Conv1d(nnx.Module):
 
 
 class LayerNorm(nnx.Module):
-    """Layer normalisation over the last axis, computed in float32."""
+    """Layer normalization over the last axis, computed in float32."""
 
     def __init__(self, size: int, eps: float = 1e-5, axis: str | None = None):
         self.eps = eps
@@ -119,7 +126,7 @@ class LayerNorm(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-    """Root-mean-square normalisation over the last axis, computed in float32."""
+    """Root-mean-square normalization over the last axis, computed in float32."""
 
     def __init__(self, size: int, eps: float = 1e-6, axis: str | None = None):
         self.eps = eps
@@ -132,72 +139,98 @@ class RMSNorm(nnx.Module):
 
 
 class Embedding(nnx.Module):
-    """Rows of a table [V, D]."""
+    """Rows of a table [V, D]: ids [...] -> [..., D]."""
 
-    def __init__(self, rngs: nnx.Rngs, vocabulary: int, width: int, axes=("vocabulary", "embed")):
+    def __init__(
+        self,
+        rngs: nnx.Rngs,
+        vocabulary: int,
+        width: int,
+        axes: Sequence[str | None] = ("vocabulary", "embed"),
+    ):
         self.table = param(rngs, (vocabulary, width), axes, fan_in=width)
 
     def __call__(self, ids: Array) -> Array:
         return jnp.take(self.table[...], ids, axis=0)
 
 
-def attend(
-    q: Array,
-    k: Array,
-    v: Array,
-    mask: Array | None = None,
-    bias: Array | None = None,
-    scale: float | None = None,
-    causal: bool = False,
-) -> Array:
-    """Softmax attention, q [B, T, N, H], k and v [B, S, K, H] (N a multiple of K) -> [B, T, N, H].
+def inside(lengths: Array, size: int) -> Array:
+    """Mask of padded rows: lengths [B] -> bool [B, size], True at positions below a row's length."""
+    return jnp.arange(size)[None] < lengths[:, None]
 
-    `mask` (bool, True = attend) and `bias` broadcast to [B, N, T, S]; causal: row t sees rows 0 to t. The default scale is H ** -0.5.
+
+def attention(
+    q: Array, k: Array, v: Array, mask: Array | None = None, causal: bool = False
+) -> Array:
+    """Softmax attention, q [B, T, N, H], k and v [B, S, K, H] -> [B, T, N, H]; N is a multiple of K.
+
+    Scores are scaled by H ** -0.5. mask: bool, broadcast to [B, N, T, S], True = attend. causal: query
+    t attends to keys 0 to t.
     """
-    fused = mask is None and bias is None and has_fused_attention(q)
-    kernel = "cudnn" if fused else None
-    return jax.nn.dot_product_attention(
-        q, k, v, bias=bias, mask=mask, scale=scale, is_causal=causal, implementation=kernel
-    )
+    kernel = "cudnn" if mask is None and has_fused_attention(q) else None
+    return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=causal, implementation=kernel)
 
 
 def has_fused_attention(q: Array) -> bool:
-    """Whether cuDNN's kernel takes it: NVIDIA GPUs from Ampere on. XLA writes out the scores [B, N, T, S], in float32, instead."""
+    """True if cuDNN's attention kernel takes queries like q: on NVIDIA GPUs from Ampere on.
+
+    Without it XLA writes out the scores [B, N, T, S] in float32.
+    """
     capability = getattr(jax.devices()[0], "compute_capability", "")
-    able = capability[:1].isdigit() and float(capability) >= 8
-    return able and q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] in range(8, 129, 8)
+    supported = capability[:1].isdigit() and float(capability) >= 8
+    return supported and q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] in range(8, 129, 8)
 
 
 def stack(count: int, build: Callable[[nnx.Rngs], nnx.Module], rngs: nnx.Rngs) -> nnx.Module:
-    """`count` copies of a module with their parameters stacked on a leading axis, to be run by `scan`."""
+    """`count` copies of a module as one, its parameters stacked on a leading axis; `scan` runs it."""
     return nnx.vmap(build, in_axes=0, out_axes=0)(rngs.split(count))
 
 
 def unstack(layers: nnx.Module) -> nnx.List:
-    """Stacked layers as a list, each with arrays of its own. `scan` then unrolls them: twice as fast on a CPU, where a scan copies
-    every layer's weights before it uses them, but slow to compile."""
+    """Stacked layers as a list of layers with parameters of their own; `scan` then unrolls them.
+
+    On a CPU this is twice as fast, because a scan copies every layer's weights before it uses them,
+    but it is slow to compile.
+    """
     graph, params = nnx.split(layers)
     count = jax.tree.leaves(params)[0].shape[0]
-    return nnx.List(
-        [nnx.merge(graph, jax.tree.map(lambda leaf: leaf[i], params)) for i in range(count)]  # noqa: B023
-    )
+
+    def layer(index: int) -> nnx.Module:
+        return nnx.merge(graph, jax.tree.map(lambda leaf: leaf[index], params))
+
+    return nnx.List([layer(index) for index in range(count)])
 
 
-def scan(layers: nnx.Module, body: Callable, carry, xs=None, remat: str = "none"):
-    """Run layers in order: `body(layer, carry, x) -> (carry, y)`; stacked ones once compiled for all of them, listed ones unrolled.
+def scan(
+    layers: nnx.Module, body: Callable, carry: Any, xs: Any = None, remat: str = "none"
+) -> tuple[Any, Any]:
+    """Run layers in order: `body(layer, carry, x) -> (carry, y)`. Returns the last carry and the stacked ys.
 
-    remat: one of REMAT, for stacked layers.
+    Stacked layers are compiled once, as a scan; listed ones (`unstack`) are unrolled.
+    xs: one slice for each layer, on a leading axis. remat: a key of REMAT, for stacked layers only.
     """
     if isinstance(layers, nnx.List):
-        ys = []
-        for i, layer in enumerate(layers):
-            carry, y = body(layer, carry, jax.tree.map(lambda leaf: leaf[i], xs))  # noqa: B023
-            ys.append(y)
-        return carry, jax.tree.map(lambda *leaves: jnp.stack(leaves), *ys)
+        return unrolled(layers, body, carry, xs)
     graph, params = nnx.split(layers)
-    one = lambda carry, x: body(nnx.merge(graph, x[0]), carry, x[1])  # noqa: E731
-    if (
-        remat != "none"
-    ):  # a scan's body is not merged with its neighbours, so nothing has to be kept apart
-        one = jax.checkpoint(one, policy=REMAT[remat], prevent_cse=False)
-    return jax.lax.scan(one, carry, (params, xs))
+
+    def step(carry: Any, slices: tuple[Any, Any]) -> tuple[Any, Any]:
+        layer_params, x = slices
+        return body(nnx.merge(graph, layer_params), carry, x)
+
+    if remat != "none":
+        # CSE cannot undo the checkpoint inside lax.scan, so prevent_cse=False is safe.
+        step = jax.checkpoint(step, policy=REMAT[remat], prevent_cse=False)
+    return jax.lax.scan(step, carry, (params, xs))
+
+
+def unrolled(layers: nnx.List, body: Callable, carry: Any, xs: Any) -> tuple[Any, Any]:
+    """`scan` over listed layers, as a Python loop."""
+
+    def slice_of(index: int) -> Any:
+        return jax.tree.map(lambda leaf: leaf[index], xs)
+
+    ys = []
+    for index, layer in enumerate(layers):
+        carry, y = body(layer, carry, slice_of(index))
+        ys.append(y)
+    return carry, jax.tree.map(lambda *leaves: jnp.stack(leaves), *ys)

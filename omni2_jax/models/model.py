@@ -1,18 +1,19 @@
-"""The whole model, part by part: reading it is reading the paper's figure 1.
+"""The whole model, its parts in the order of the paper's figure 1.
 
     log-mel -> speech encoder -> adapter -> LLM -> gate fusion -> speech LM -> flow matching -> vocoder
 
-B batch, T time, M mel bins, D LLM width. A part that the checkpoint lacks is None.
+B batch, T time, M mel bins, F speech features, D LLM width, D' speech-LM width.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from omni2_jax.config import Omni2Config
+from omni2_jax.config import DECODER_PARTS, Omni2Config
 from omni2_jax.models.adapter import Adapter
 from omni2_jax.models.decoder import Decoder
 from omni2_jax.models.flow.matching import Flow
@@ -24,10 +25,17 @@ from omni2_jax.models.vocoder.hift import Hift
 
 Array = jax.Array
 
-SPEECH = -200  # stands for one speech feature in a prompt's ids (the released code's SPEECH_TOKEN_INDEX, expanded)
+SPEECH = -200  # a speech position in a prompt's ids (the released SPEECH_TOKEN_INDEX, expanded)
 
 
 class Model(nnx.Module):
+    """All parts of a configuration as attributes, named as in `config.PARTS`; an absent part is None.
+
+    The adapter exists if the encoder and the LLM do, the fusion if both language models do and
+    `config.mix` is not "text". Generation and training call the parts themselves; the methods here
+    are the places where two parts meet.
+    """
+
     def __init__(self, config: Omni2Config, rngs: nnx.Rngs):
         c = config
         self.config = config
@@ -39,43 +47,68 @@ class Model(nnx.Module):
             and Adapter(c.adapter, c.speech_encoder.width, c.llm.width, rngs)
         )
         self.llm = c.llm and Decoder(c.llm, rngs)
-        fused = c.llm and c.speech_lm and c.mix != "text"
-        self.fusion = GateFusion(c.llm.width, c.speech_lm.width, c.mix, rngs) if fused else None
+        self.fusion = (
+            GateFusion(c.llm.width, c.speech_lm.width, c.mix, rngs)
+            if c.llm and c.speech_lm and c.mix != "text"
+            else None
+        )
         self.speech_lm = c.speech_lm and Decoder(c.speech_lm, rngs)
         self.flow = c.flow and Flow(c.flow, rngs)
         self.vocoder = c.vocoder and Hift(c.vocoder, rngs)
         self.speaker = c.speaker and Speaker(c.speaker, rngs)
 
-    def hear(self, mel: Array) -> Array:
-        """Log-mel of whole turns [B, 3000, M] -> speech features [B, 300, D]."""
+    def encode_speech(self, mel: Array) -> Array:
+        """Log-mel of segments of 30 s [B, 3000, M] -> speech features [B, 300, D]."""
         return self.adapter(self.speech_encoder(mel))
 
     def embed_prompt(self, ids: Array, features: Array, first: Array | int = 0) -> Array:
-        """Prompt ids [B, T], SPEECH at each speech position, and the features [B, F, D] that go there from `first` on -> [B, T, D]."""
+        """Prompt ids [B, T] -> LLM inputs [B, T, D] in the dtype of `features`.
+
+        The n-th position whose id is SPEECH gets feature `first` + n of `features` [B, F, D].
+        """
         speech = ids == SPEECH
-        order = jnp.clip(first + jnp.cumsum(speech, -1) - 1, 0, features.shape[1] - 1)
-        heard = jnp.take_along_axis(features, order[..., None], axis=1)
+        index = jnp.clip(first + jnp.cumsum(speech, -1) - 1, 0, features.shape[1] - 1)
+        at_speech = jnp.take_along_axis(features, index[..., None], axis=1)
         return jnp.where(
             speech[..., None],
-            heard.astype(features.dtype),
+            at_speech.astype(features.dtype),
             self.llm.embed(ids).astype(features.dtype),
         )
 
     def fuse(self, hidden: Array, tokens: Array) -> Array:
         """LLM hidden states [..., D] and the text tokens they produced [...] -> speech-LM inputs [..., D']."""
-        said = self.speech_lm.embed(tokens).astype(hidden.dtype)
-        return said if self.fusion is None else self.fusion(hidden, said)
+        embedding = self.speech_lm.embed(tokens).astype(hidden.dtype)
+        return embedding if self.fusion is None else self.fusion(hidden, embedding)
 
 
-def for_serving(graph: nnx.GraphDef, params: dict) -> tuple[nnx.GraphDef, dict]:
-    """The form to generate with on this platform: on a CPU the layers of both language models, and the flow's stages, in lists
-    instead of stacked."""
-    if jax.default_backend() != "cpu":
+def language_dtype(params: Mapping[str, Any]) -> jnp.dtype:
+    """The dtype of a model's LLM parameters {part: nested dict}, and so of all its language side."""
+    return params["llm"]["norm"]["scale"].dtype
+
+
+def part_dtype(part: str, language: jnp.dtype | type) -> jnp.dtype:
+    """The dtype in which a part is run: `language`, but float32 for flow, vocoder and speaker.
+
+    The flow's solver and the vocoder's phase need float32.
+    """
+    return jnp.dtype(jnp.float32 if part in DECODER_PARTS else language)
+
+
+def for_serving(
+    graph: nnx.GraphDef, params: dict, unroll: bool | None = None
+) -> tuple[nnx.GraphDef, dict]:
+    """The form of a model to generate with.
+
+    unroll: the layers of both language models and the flow's stages as lists instead of stacked
+    arrays, so that they run one after the other instead of in a scan; None = on CPUs only. There it
+    is twice as fast (see `layers.unstack`), but slower to compile.
+    """
+    if not (jax.default_backend() == "cpu" if unroll is None else unroll):
         return graph, params
     model = nnx.merge(graph, params)
-    for lm in (model.llm, model.speech_lm):
-        if lm is not None:
-            lm.layers = unstack(lm.layers)
+    for decoder in (model.llm, model.speech_lm):
+        if decoder is not None:
+            decoder.layers = unstack(decoder.layers)
     if model.flow is not None:
         model.flow.estimator.middle = unstack(model.flow.estimator.middle)
     graph, state = nnx.split(model)
@@ -85,14 +118,19 @@ def for_serving(graph: nnx.GraphDef, params: dict) -> tuple[nnx.GraphDef, dict]:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class ConstantKey:
-    """Stands in for nnx.Rngs where only shapes are wanted; counting keys makes abstract tracing of many layers slow (3 s of 4)."""
+    """Stands in for nnx.Rngs where only shapes are wanted.
+
+    Counting keys would make abstract tracing of many layers slow: 3 s of 4.
+    """
 
     key: jax.Array
 
     def params(self) -> jax.Array:
+        """The same key every time."""
         return self.key
 
     def split(self, count: int) -> "ConstantKey":
+        """One key for each of `count` stacked modules."""
         return ConstantKey(jax.random.split(self.key, count))
 
 
@@ -107,6 +145,6 @@ def abstract_state(
 
 
 def abstract_model(config: Omni2Config) -> tuple[nnx.GraphDef, dict]:
-    """The same without the axes: ({part: tree of ShapeDtypeStruct})."""
+    """The model's graph and its parameters as a nested dict {part: ...} of ShapeDtypeStruct."""
     graph, state = abstract_state(config)
     return graph, nnx.to_pure_dict(state)

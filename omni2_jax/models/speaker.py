@@ -1,7 +1,7 @@
 """CAM++ speaker encoder: fbank [B, T, M] -> x-vector [B, E]. B batch, T frames, M mel bins, C channels, S segments.
 
-3D-Speaker's CAMPPlus (arXiv 2303.00332) for inference. A batch normalisation behind a convolution is folded into it by
-the converter, and one in front of a ReLU is a scale and a shift.
+3D-Speaker's CAMPPlus (arXiv 2303.00332) for inference. The converter folds a batch normalization after
+a convolution into it; one before a ReLU is a scale and a shift (`Affine`).
 """
 
 import functools
@@ -12,19 +12,15 @@ from flax import nnx
 
 from omni2_jax.audio import features
 from omni2_jax.config import SpeakerConfig
-from omni2_jax.models.layers import Conv1d, Linear, param
+from omni2_jax.models.layers import Conv1d, Linear, inside, param
 
 Array = jax.Array
 relu = jax.nn.relu
 
 SEGMENT = 100  # frames that share one local context
 DILATIONS = (1, 2, 2)  # of the three dense blocks
-HEAD_STRIDES = (
-    2,
-    1,
-    2,
-    1,
-)  # over mel bins, of the head's residual blocks; its last convolution halves once more
+# Over mel bins, of the head's residual blocks; its last convolution halves them once more.
+HEAD_STRIDES = (2, 1, 2, 1)
 
 
 class Conv2d(nnx.Module):
@@ -49,7 +45,7 @@ class Conv2d(nnx.Module):
 
 
 class Affine(nnx.Module):
-    """A batch normalisation of fixed statistics: a scale (row 0) and a shift (row 1) per channel."""
+    """A batch normalization with fixed statistics: a scale (row 0) and a shift (row 1) per channel."""
 
     def __init__(self, channels: int):
         self.rows = nnx.Param(
@@ -62,12 +58,15 @@ class Affine(nnx.Module):
 
 
 class Residual(nnx.Module):
+    """Two convolutions around a shortcut, [B, T, M, C] -> [B, T, M / stride, C] (3D-Speaker's BasicResBlock)."""
+
     def __init__(self, channels: int, stride: int, rngs: nnx.Rngs):
         self.conv1 = Conv2d(rngs, 3, channels, channels, stride)
         self.conv2 = Conv2d(rngs, 3, channels, channels)
         self.shortcut = Conv2d(rngs, 1, channels, channels, stride) if stride > 1 else None
 
     def __call__(self, x: Array, mask: Array) -> Array:
+        """mask [B, T, 1, 1]: 1 inside a row, 0 beyond its end."""
         y = self.conv2(relu(self.conv1(x)) * mask)
         return relu(y + (x if self.shortcut is None else self.shortcut(x))) * mask
 
@@ -82,7 +81,7 @@ class Head(nnx.Module):
         self.conv2 = Conv2d(rngs, 3, channels, channels, 2)
 
     def __call__(self, x: Array, mask: Array) -> Array:
-        """mask [B, T, 1]: frames behind the end must be zero before each convolution over time."""
+        """mask [B, T, 1]: it keeps frames beyond a row's end zero before each convolution over time."""
         mask = mask[..., None]
         x = relu(self.conv1(x[..., None] * mask)) * mask
         for block in self.blocks:
@@ -92,7 +91,7 @@ class Head(nnx.Module):
 
 
 class ContextMask(nnx.Module):
-    """A convolution over time, gated by what the whole clip and its own 100-frame segment sound like (section 2.2)."""
+    """A convolution over time, gated by means over the whole row and over each segment of 100 frames (section 2.2)."""
 
     def __init__(self, inputs: int, outputs: int, dilation: int, rngs: nnx.Rngs):
         self.local = Conv1d(
@@ -102,23 +101,22 @@ class ContextMask(nnx.Module):
         self.up = Linear(rngs, (inputs // 2, outputs), (None, None))
 
     def __call__(self, x: Array, mask: Array) -> Array:
-        """x [B, T, C], zero behind the end -> [B, T, outputs]."""
+        """x [B, T, C], zero beyond a row's end -> [B, T, outputs]."""
         totals, counts = segments(x).sum(2), segments(mask).sum(2)  # [B, S, C], [B, S, 1]
-        context = totals.sum(1, keepdims=True) / counts.sum(
-            1, keepdims=True
-        ) + totals / jnp.maximum(counts, 1)
+        mean = totals.sum(1, keepdims=True) / counts.sum(1, keepdims=True)
+        context = mean + totals / jnp.maximum(counts, 1)
         gate = jax.nn.sigmoid(self.up(relu(self.down(context))))  # one per segment
         return self.local(x) * jnp.repeat(gate, SEGMENT, axis=1)[:, : x.shape[1]]
 
 
 def segments(x: Array) -> Array:
-    """[B, T, C] -> [B, S, 100, C], the last segment filled up with zeros."""
+    """[B, T, C] -> [B, S, 100, C]; the last segment is padded with zeros."""
     x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % SEGMENT), (0, 0)))
     return x.reshape(x.shape[0], -1, SEGMENT, x.shape[2])
 
 
 class DenseLayer(nnx.Module):
-    """[B, T, C] -> [B, T, growth], to be set beside its input."""
+    """[B, T, C] -> [B, T, growth], which `DenseBlock` appends to the layer's input."""
 
     def __init__(self, inputs: int, config: SpeakerConfig, dilation: int, rngs: nnx.Rngs):
         width = config.bottleneck * config.growth
@@ -131,7 +129,7 @@ class DenseLayer(nnx.Module):
 
 
 class DenseBlock(nnx.Module):
-    """Densely connected layers, each reading all before it, and a transition that halves the channels."""
+    """Densely connected layers, each on the outputs of all layers before it, then a transition that halves the channels."""
 
     def __init__(
         self,
@@ -154,6 +152,11 @@ class DenseBlock(nnx.Module):
 
 
 class Speaker(nnx.Module):
+    """The whole network: 2-D head, three dense blocks over time, statistics pooling, one linear layer.
+
+    `embed` runs it on samples.
+    """
+
     def __init__(self, config: SpeakerConfig, rngs: nnx.Rngs):
         channels, last = config.channels, len(config.layers) - 1
         self.head = Head(config, rngs)
@@ -162,23 +165,23 @@ class Speaker(nnx.Module):
         )
         self.blocks = nnx.List()
         for i, (layers, dilation) in enumerate(zip(config.layers, DILATIONS, strict=True)):
-            # only the last transition has a normalisation behind it, hence a bias
+            # Only the last transition has a normalization after it, hence a bias.
             self.blocks.append(DenseBlock(channels, layers, config, dilation, i == last, rngs))
             channels = (channels + layers * config.growth) // 2
         self.out = Linear(rngs, (2 * channels, config.embedding), (None, None))
 
     def __call__(self, fbank: Array, lengths: Array) -> Array:
         """Mean-free fbank [B, T, M] and its lengths [B] in frames (at least 3) -> x-vectors [B, embedding]."""
-        x = self.head(fbank, features.within(lengths, fbank.shape[1]).astype(fbank.dtype))
+        x = self.head(fbank, inside(lengths, fbank.shape[1])[..., None].astype(fbank.dtype))
         x = relu(self.tdnn(x))
-        mask = features.within((lengths + 1) // 2, x.shape[1]).astype(x.dtype)
+        mask = inside((lengths + 1) // 2, x.shape[1])[..., None].astype(x.dtype)
         for block in self.blocks:
             x = block(x, mask)
         return self.out(statistics(relu(x), mask))
 
 
 def statistics(x: Array, mask: Array) -> Array:
-    """Mean and unbiased standard deviation over time, [B, T, C] -> [B, 2C]."""
+    """Mean and unbiased standard deviation over time of x [B, T, C] where mask [B, T, 1] is 1 -> [B, 2C]."""
     count = mask.sum(1)
     mean = (x * mask).sum(1) / count
     variance = (jnp.square(x - mean[:, None]) * mask).sum(1) / (count - 1)
@@ -188,11 +191,12 @@ def statistics(x: Array, mask: Array) -> Array:
 def embed(speaker: Speaker, wav: Array, lengths: Array | None = None) -> Array:
     """x-vectors [B, embedding] of voice prompts [B, N] at 16 kHz in [-1, 1], `lengths` [B] in samples if they differ.
 
-    The released front end's `_extract_spk_embedding`. Raises ValueError if N is under 720 samples (45 ms).
+    Reference: the released front end's `_extract_spk_embedding`. Raises ValueError if N is under 720 samples (45 ms).
     """
     if features.fbank_frames(wav.shape[1]) < 3:
         raise ValueError(
-            f"a voice prompt of {wav.shape[1]} samples is too short; at least 720 (45 ms) are needed"
+            f"a voice prompt of {wav.shape[1]} samples is too short;"
+            " at least 720 (45 ms) are needed"
         )
     lengths = jnp.full(wav.shape[:1], wav.shape[1]) if lengths is None else lengths
     return _embed(*nnx.split(speaker), wav, lengths)

@@ -1,27 +1,29 @@
-"""Whisper's encoder: log-mel [B, 2T, M] -> frames [B, T, D], T = 1500 for 30 s. It stays frozen in every training stage."""
+"""Whisper's encoder: log-mel [B, 2T, M] -> frames [B, T, D], T = 1500 for 30 s. Every training stage freezes it.
+
+B batch, T frames, M mel bins, D width, N heads, H head size, F hidden size. Reference: whisper.model.AudioEncoder.
+"""
 
 import jax
 from flax import nnx
 
-from omni2_jax.config import SpeechEncoderConfig
-from omni2_jax.models.layers import Conv1d, LayerNorm, Linear, attend, param, scan, stack
+from omni2_jax.config import SpeechEncoderConfig, SpeechTokenizerConfig
+from omni2_jax.models.layers import Conv1d, LayerNorm, Linear, attention, param, scan, stack
 from omni2_jax.sharding import constrain
 
 Array = jax.Array
 
 
 def gelu(x: Array) -> Array:
+    """The exact GELU, as Whisper has it; JAX's default is the tanh approximation."""
     return jax.nn.gelu(x, approximate=False)
 
 
 class Block(nnx.Module):
-    def __init__(self, config: SpeechEncoderConfig, rngs: nnx.Rngs):
-        d, n, h, f = (
-            config.width,
-            config.heads,
-            config.width // config.heads,
-            config.hidden or 4 * config.width,
-        )
+    """Self-attention over all frames and a feed-forward network, each on its normalized input and added to it."""
+
+    def __init__(self, config: SpeechEncoderConfig | SpeechTokenizerConfig, rngs: nnx.Rngs):
+        d, n = config.width, config.heads
+        h, f = d // n, config.hidden or 4 * d
         self.attention_norm = LayerNorm(d)
         self.query = Linear(rngs, (d, n, h), ("embed", "heads", "head"))
         self.key = Linear(rngs, (d, n, h), ("embed", "heads", "head"), bias=False)
@@ -32,12 +34,15 @@ class Block(nnx.Module):
         self.down = Linear(rngs, (f, d), ("hidden", "embed"))
 
     def __call__(self, x: Array) -> Array:
+        """[B, T, D] -> [B, T, D]."""
         y = self.attention_norm(x)
-        x = x + self.out(attend(self.query(y), self.key(y), self.value(y)))
+        x = x + self.out(attention(self.query(y), self.key(y), self.value(y)))
         return x + self.down(gelu(self.up(self.mlp_norm(x))))
 
 
 class SpeechEncoder(nnx.Module):
+    """Two convolutions, learned positions, and Whisper's blocks; its frames are 20 ms apart."""
+
     def __init__(self, config: SpeechEncoderConfig, rngs: nnx.Rngs):
         self.conv1 = Conv1d(
             rngs, (3, config.mels, config.width), padding=(1, 1), axes=(None, None, "embed")
@@ -56,15 +61,15 @@ class SpeechEncoder(nnx.Module):
         self.norm = LayerNorm(config.width)
 
     def embed(self, mel: Array) -> Array:
-        """Log-mel [B, 2T, M] -> the residual stream before the first block [B, T, D]."""
+        """Log-mel [B, 2T, M] -> the input of the first block [B, T, D]."""
         x = gelu(self.conv2(gelu(self.conv1(mel))))
         return x + self.positions[...].astype(x.dtype)
 
     def __call__(self, mel: Array) -> Array:
-        """Log-mel [B, 2T, M], exactly `frames` * 2 long -> [B, T, D]."""
-        x, _ = scan(
-            self.blocks,
-            lambda block, x, _: (constrain(block(x), "batch", None, None), None),
-            self.embed(mel),
-        )
+        """Log-mel [B, 2T, M] with T = `config.frames` -> frames [B, T, D]."""
+
+        def run(block: Block, x: Array, _: None) -> tuple[Array, None]:
+            return constrain(block(x), "batch", None, None), None
+
+        x, _ = scan(self.blocks, run, self.embed(mel))
         return self.norm(x)

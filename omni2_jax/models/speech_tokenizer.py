@@ -1,7 +1,8 @@
 """S3 speech tokenizer v2: 16 kHz speech -> 25 units a second, the training data of the speech LM.
 
-CosyVoice 2 (arXiv 2412.10117, section 2.2): SenseVoice's encoder, Whisper's blocks with rotary positions and an FSMN
-memory, up to a finite scalar quantisation. B batch, T frames or units, M mel bins, D width, N heads, H head size.
+The first layers of SenseVoice's encoder (Whisper's blocks with rotary positions and an FSMN memory)
+and a finite scalar quantization (CosyVoice 2, arXiv 2412.10117, section 2.2; s3tokenizer's model_v2).
+B batch, T frames or units, M mel bins, D width, N heads, H head size.
 """
 
 import dataclasses
@@ -9,6 +10,7 @@ import functools
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +23,7 @@ from omni2_jax.config import SpeechTokenizerConfig
 from omni2_jax.files import atomic_write
 from omni2_jax.models import speech_encoder
 from omni2_jax.models.decoder import rope
-from omni2_jax.models.layers import Conv1d, Linear, attend, scan, stack
+from omni2_jax.models.layers import Conv1d, Linear, attention, inside, scan, stack
 from omni2_jax.models.speech_encoder import gelu
 from omni2_jax.validation import validated
 
@@ -35,7 +37,7 @@ RENAMED = {"memory": "is called fsmn_taps now; rename it"}  # former names of se
 
 
 class Block(speech_encoder.Block):
-    """Whisper's block; beside its attention, a memory that sums each value channel's neighbours in time."""
+    """Whisper's block with an FSMN memory beside its attention: a depthwise convolution of the values over time."""
 
     def __init__(self, config: SpeechTokenizerConfig, rngs: nnx.Rngs):
         super().__init__(config, rngs)
@@ -45,57 +47,45 @@ class Block(speech_encoder.Block):
             rngs, (taps, 1, width), padding=((taps - 1) // 2, taps // 2), groups=width, bias=False
         )
 
-    def remember(self, value: Array, valid: Array) -> Array:
-        """Values [B, T, N, H] -> [B, T, D], those behind the end read as zeros."""
+    def fsmn(self, value: Array, valid: Array) -> Array:
+        """Values [B, T, N, H] and `valid` [B, T, 1] -> [B, T, D]; values beyond a row's end count as zeros."""
         x = value.reshape(*value.shape[:2], -1) * valid
         return x + self.memory(x)
 
     def __call__(self, x: Array, valid: Array) -> Array:
-        """x [B, T, D], valid bool [B, T, 1] -> [B, T, D]."""
+        """x [B, T, D], valid bool [B, T, 1] (inside the row) -> [B, T, D]."""
         y = self.attention_norm(x)
         positions = jnp.arange(x.shape[1])[None]
-        query, key, value = (
-            rope(self.query(y), positions, self.theta),
-            rope(self.key(y), positions, self.theta),
-            self.value(y),
-        )
-        x = (
-            x
-            + self.out(attend(query, key, value, mask=valid[:, None, None, :, 0]))
-            + self.remember(value, valid)
-        )
+        query = rope(self.query(y), positions, self.theta)
+        key, value = rope(self.key(y), positions, self.theta), self.value(y)
+        attended = attention(query, key, value, mask=valid[:, None, None, :, 0])
+        x = x + self.out(attended) + self.fsmn(value, valid)
         return x + self.down(gelu(self.up(self.mlp_norm(x))))
 
 
 class SpeechTokenizer(nnx.Module):
+    """Two convolutions of stride 2, blocks, and the quantizer: log-mel -> units in [0, 3 ** digits).
+
+    `tokenize` runs it on samples; calling it on log-mel is the network alone.
+    """
+
     def __init__(self, config: SpeechTokenizerConfig, rngs: nnx.Rngs):
         self.config = config
-        self.conv1 = Conv1d(
-            rngs,
-            (3, config.mels, config.width),
-            stride=2,
-            padding=(1, 1),
-            axes=(None, None, "embed"),
-        )
-        self.conv2 = Conv1d(
-            rngs,
-            (3, config.width, config.width),
-            stride=2,
-            padding=(1, 1),
-            axes=(None, None, "embed"),
-        )
+        d, axes = config.width, (None, None, "embed")
+        self.conv1 = Conv1d(rngs, (3, config.mels, d), stride=2, padding=(1, 1), axes=axes)
+        self.conv2 = Conv1d(rngs, (3, d, d), stride=2, padding=(1, 1), axes=axes)
         self.blocks = stack(config.layers, lambda r: Block(config, r), rngs)
         self.project = Linear(rngs, (config.width, config.digits), ("embed", None))
 
     def encode(self, mel: Array, lengths: Array) -> Array:
         """Log-mel [B, T, M] and lengths [B] in frames -> hidden states [B, ceil(T / 4), D]."""
-        x = gelu(self.conv1(mel * features.within(lengths, mel.shape[1])))
-        x = gelu(self.conv2(x * features.within(halved(lengths), x.shape[1])))
-        valid = features.within(units_of(lengths), x.shape[1])
+        x = gelu(self.conv1(mel * inside(lengths, mel.shape[1])[..., None]))
+        x = gelu(self.conv2(x * inside(halved(lengths), x.shape[1])[..., None]))
+        valid = inside(units_of(lengths), x.shape[1])[..., None]
         return scan(self.blocks, lambda block, x, _: (block(x, valid), None), x)[0]
 
     def quantize(self, hidden: Array) -> Array:
-        """Hidden states [B, T, D] -> units [B, T] int32, the least digit first."""
+        """Hidden states [B, T, D] -> units [B, T] int32; the first channel is the least digit."""
         digits = (
             jnp.round(LIMIT * jnp.tanh(self.project(hidden).astype(jnp.float32))).astype(jnp.int32)
             + LEVELS // 2
@@ -103,68 +93,64 @@ class SpeechTokenizer(nnx.Module):
         return digits @ LEVELS ** jnp.arange(digits.shape[-1])
 
     def __call__(self, mel: Array, lengths: Array) -> tuple[Array, Array]:
-        """Log-mel [B, T, M] and lengths [B] in frames -> units [B, ceil(T / 4)] int32, zeros behind their lengths [B].
+        """Log-mel [B, T, M] and lengths [B] in frames -> units [B, ceil(T / 4)] int32, and their lengths [B].
 
-        A clip over `window` frames is read in windows, each until one reaches its end; every unit comes from the window
-        in which it is farther from an inner edge. s3tokenizer 0.3.0 does so too, but where its last window would hold
-        less than `overlap` frames it loses up to half an `overlap` of units.
+        Units are zeros beyond their length. More than `window` frames are read in overlapping windows.
         """
         read = self.read if mel.shape[1] <= self.config.window else self.read_windows
-        units = read(mel, lengths)
-        return jnp.where(
-            features.within(units_of(lengths), units.shape[1])[..., 0], units, 0
-        ), units_of(lengths)
+        units, counts = read(mel, lengths), units_of(lengths)
+        return jnp.where(inside(counts, units.shape[1]), units, 0), counts
 
     def read(self, mel: Array, lengths: Array) -> Array:
+        """The units of log-mel [B, T, M] in one pass, [B, ceil(T / 4)]; those beyond the end are undefined."""
         return self.quantize(self.encode(mel, lengths))
 
     def read_windows(self, mel: Array, lengths: Array) -> Array:
-        size, overlap, step = (
-            self.config.window,
-            self.config.overlap,
-            self.config.window - self.config.overlap,
-        )
+        """The same in windows of `window` frames that overlap by `overlap`, up to the one that reaches a row's end.
+
+        Every unit comes from the window in which it is farther from an inner edge. s3tokenizer 0.3.0
+        does so too, but if its last window would hold less than `overlap` frames, it loses up to half
+        an `overlap` of units.
+        """
+        size, overlap = self.config.window, self.config.overlap
+        step = size - overlap
         padded = jnp.pad(mel, ((0, 0), (0, size), (0, 0)))
 
         def read_from(start: Array) -> Array:
-            return self.read(
-                jax.lax.dynamic_slice_in_dim(padded, start, size, axis=1),
-                jnp.clip(lengths - start, 0, size),
-            )
+            window = jax.lax.dynamic_slice_in_dim(padded, start, size, axis=1)
+            return self.read(window, jnp.clip(lengths - start, 0, size))
 
-        units = jax.lax.map(
-            read_from, jnp.arange(0, mel.shape[1] - overlap, step)
-        )  # [windows, B, size / 4]
+        starts = jnp.arange(0, mel.shape[1] - overlap, step)
+        units = jax.lax.map(read_from, starts)  # [windows, B, size / 4]
         position = jnp.arange(units_of(mel.shape[1]))[None]
-        last = (
-            jnp.maximum(lengths - overlap - 1, 0)[:, None] // step
-        )  # the window that reaches the end
+        # The window that reaches the end of each row.
+        last = jnp.maximum(lengths - overlap - 1, 0)[:, None] // step
         window = jnp.clip((position - overlap // 2 // STRIDE) // (step // STRIDE), 0, last)
-        return units[
-            window, jnp.arange(len(lengths))[:, None], position - window * (step // STRIDE)
-        ]
+        rows = jnp.arange(len(lengths))[:, None]
+        return units[window, rows, position - window * (step // STRIDE)]
 
 
-def halved(length):
-    """Frames behind a convolution of stride 2 (a number or an array)."""
+def halved(length: Any) -> Any:
+    """Frames after a convolution of stride 2, for a number of frames or an array of them."""
     return (length + 1) // 2
 
 
-def units_of(frames):
-    """Units in so many mel frames (a number or an array)."""
+def units_of(frames: Any) -> Any:
+    """Units of a number of mel frames, or of an array of them."""
     return halved(halved(frames))
 
 
 def tokenize(
     tokenizer: SpeechTokenizer, wav: Array, lengths: Array | None = None
 ) -> tuple[Array, Array]:
-    """Units [B, T] int32, zeros behind their lengths [B], of clips [B, N] at 16 kHz in [-1, 1].
+    """Units [B, T] int32 and their lengths [B], of recordings [B, N] at 16 kHz in [-1, 1]; zeros beyond the lengths.
 
     `lengths` [B] in samples if they differ. Raises ValueError if N is under 160 samples (10 ms).
     """
     if wav.shape[1] < features.WHISPER_HOP:
         raise ValueError(
-            f"a clip of {wav.shape[1]} samples is too short; at least {features.WHISPER_HOP} (10 ms) are needed"
+            f"a recording of {wav.shape[1]} samples is too short;"
+            f" at least {features.WHISPER_HOP} (10 ms) are needed"
         )
     lengths = jnp.full(wav.shape[:1], wav.shape[1]) if lengths is None else lengths
     return _tokenize(*nnx.split(tokenizer), wav, lengths)
@@ -175,18 +161,17 @@ def _tokenize(
     graph: nnx.GraphDef, params: nnx.State, wav: Array, lengths: Array
 ) -> tuple[Array, Array]:
     tokenizer = nnx.merge(graph, params)
-    with jax.default_matmul_precision(
-        "highest"
-    ):  # a unit is a rounding: TF32 or bfloat16 passes would move some
+    # A unit is a rounded number: with TF32 or bfloat16 passes some units would change.
+    with jax.default_matmul_precision("highest"):
         mel = features.log_mel(wav, lengths, tokenizer.config.mels)
         return tokenizer(mel, lengths // features.WHISPER_HOP)
 
 
-# ---- in a checkpoint: FILE and params/speech_tokenizer ----
+# ---- in a checkpoint: FILE, and parameters in params/speech_tokenizer ----
 
 
 def abstract(config: SpeechTokenizerConfig) -> tuple[nnx.GraphDef, dict]:
-    """The tokenizer's graph and its parameters as shapes."""
+    """The tokenizer's graph, and its parameters as a nested dict of ShapeDtypeStruct."""
     graph, state = nnx.split(nnx.eval_shape(lambda: SpeechTokenizer(config, nnx.Rngs(0))))
     return graph, nnx.to_pure_dict(state)
 
@@ -215,7 +200,10 @@ def load_config(directory: Path) -> SpeechTokenizerConfig:
 
 
 def load(directory: Path) -> SpeechTokenizer:
-    """The speech tokenizer of a checkpoint, in float32. Raises ValueError when there is none, or its files are damaged."""
+    """The speech tokenizer of a checkpoint, in float32.
+
+    Raises ValueError if the checkpoint has none, or if its files are damaged.
+    """
     graph, shapes = abstract(load_config(directory))
     return nnx.merge(
         graph, parameters.load_part(directory, "speech_tokenizer", shapes, jnp.float32)
@@ -223,7 +211,7 @@ def load(directory: Path) -> SpeechTokenizer:
 
 
 def fingerprint(tokenizer: SpeechTokenizer) -> str:
-    """A hash of the parameters, for what the tokenizer has made to name it by."""
+    """A hash of the parameters (16 hexadecimal digits), by which data sets name the tokenizer of their units."""
     digest = hashlib.sha256()
     for path, leaf in sorted(parameters.flatten(nnx.to_pure_dict(nnx.state(tokenizer))).items()):
         digest.update(path.encode())

@@ -20,6 +20,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from omni2_jax.files import first_line
+from omni2_jax.sharding import check_rows
 from omni2_jax.train.data.dataset import RecordError
 from omni2_jax.train.examples import Examples, Item, Row
 from omni2_jax.train.settings import Bucket, TrainConfig
@@ -220,14 +221,7 @@ class Loader:
     ):
         train, mesh = examples.train, sharding.mesh
         self.size = train.batch // train.microbatches  # rows of a microbatch
-        shards = math.prod(mesh.shape[axis] for axis in sharding.spec[0])
-        if self.size % shards:
-            fitting = shards * train.microbatches * math.ceil(self.size / shards)
-            raise ValueError(
-                f"{self.size} rows (batch {train.batch} in {train.microbatches} microbatches) "
-                f"cannot be cut over the {shards} devices of the mesh's replica and fsdp axes; "
-                f"a batch of {fitting} can"
-            )
+        check_rows(mesh, train.batch, train.microbatches)
         self.rows = local_rows(sharding, self.size)
         self.sharding = NamedSharding(mesh, PartitionSpec(None, *sharding.spec))
         self.source = Source(examples, catalogue, batches, self.rows)

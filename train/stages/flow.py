@@ -9,13 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from omni2_jax.audio import features, recordings
+from omni2_jax.config import UNITS_PER_SECOND
 from omni2_jax.models import speaker
 from omni2_jax.models.flow.mask import Chunks
 from omni2_jax.models.model import Model
 from omni2_jax.train.data.records import Turn
 from omni2_jax.train.examples import (
     PAD,
-    UNITS_PER_SECOND,
     Item,
     ReplyExamples,
     Row,

@@ -13,13 +13,13 @@ import numpy as np
 from flax import nnx
 
 from omni2_jax.config import HiftConfig
-from omni2_jax.models.layers import Array, Conv1d, Linear, param
+from omni2_jax.models.layers import Array, Conv1d, Linear, inside, param
 
 
 def trim(x: Array, lengths: Array) -> Array:
     """x [B, T, ...] with zeros from step `lengths` [B] of each row on."""
-    inside = jnp.arange(x.shape[1]) < lengths[:, None]
-    return jnp.where(inside.reshape(inside.shape + (1,) * (x.ndim - 2)), x, 0)
+    mask = inside(lengths, x.shape[1])
+    return jnp.where(mask.reshape(mask.shape + (1,) * (x.ndim - 2)), x, 0)
 
 
 def overlap_add(pieces: Array, hop: int) -> Array:
