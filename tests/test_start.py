@@ -1,4 +1,4 @@
-"""What training starts from: a plain Qwen2.5, a Whisper and a second Qwen2.5 become one complete checkpoint."""
+"""What training starts from: two plain Qwen2.5 and a Whisper become one complete checkpoint."""
 
 import dataclasses
 import json
@@ -10,7 +10,6 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
-import transformers
 from safetensors.numpy import load_file
 
 from omni2_jax.checkpoint import parameters, tokenizer
@@ -22,6 +21,7 @@ from omni2_jax.convert.hugging_face import EMPTY_CONFIG
 from omni2_jax.convert.release import Release, combine
 from omni2_jax.generate.omni2 import Omni2, Options
 from omni2_jax.models.model import abstract_model
+from tests.support.language_models import CASES, TEXT_TOKENS, edited, plain_qwen2
 from tests.support.paths import GOLDENS
 from tests.support.releases import convert, linked, manifest, replace, settings
 
@@ -30,59 +30,16 @@ OMNI2, DECODER, WHISPER = (
     GOLDENS / "cosy2_decoder",
     GOLDENS / "whisper" / "tiny.pt",
 )
-CASES = json.loads((OMNI2 / "tokenizer_cases.json").read_text())
-TEXT = CASES["tts"]["len_llm_tokenizer"] - 1  # tokens of the goldens' tokenizer without <speech>
-
-
-def plain_tokenizer(directory):
-    """The goldens' tokenizer as Qwen would publish it: without <speech>, and without the two files that theirs lack."""
-    directory.mkdir()
-    for name in ("vocab.json", "merges.txt"):
-        (directory / name).symlink_to(OMNI2 / name)
-    content = json.loads((OMNI2 / "tokenizer.json").read_text())
-    content["added_tokens"].pop()
-    (directory / "tokenizer.json").write_text(json.dumps(content))
-    content = json.loads((OMNI2 / "tokenizer_config.json").read_text())
-    content["additional_special_tokens"].remove("<speech>")
-    del content["added_tokens_decoder"][str(TEXT)]
-    (directory / "tokenizer_config.json").write_text(json.dumps(content))
-
-
-def plain_qwen(directory, tied=True, dtype=torch.bfloat16, width=48, layers=2):
-    """A Hugging Face Qwen2.5 directory of random weights, its embeddings padded past the tokenizer."""
-    plain_tokenizer(directory)
-    config = transformers.Qwen2Config(
-        vocab_size=TEXT + 15,
-        hidden_size=width,
-        intermediate_size=80,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        tie_word_embeddings=tied,
-        eos_token_id=422,
-        rope_parameters={"rope_type": "default", "rope_theta": 30000.0},
-    )
-    torch.manual_seed(width)
-    model = transformers.Qwen2ForCausalLM(config).to(dtype)
-    with torch.no_grad():
-        model.model.embed_tokens.weight += (
-            0.3 * torch.arange(width) / width
-        )  # columns differ in their mean
-    model.save_pretrained(directory)
-    edited(
-        directory / "config.json", lambda content: content.pop("layer_types")
-    )  # Qwen's own have none
-    return directory
 
 
 @pytest.fixture(scope="module")
 def qwen(tmp_path_factory):
-    return plain_qwen(tmp_path_factory.mktemp("qwen") / "Qwen2.5-7B-Instruct", tied=False)
+    return plain_qwen2(tmp_path_factory.mktemp("qwen") / "Qwen2.5-7B-Instruct", tied=False)
 
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
-    return plain_qwen(
+    return plain_qwen2(
         tmp_path_factory.mktemp("small") / "Qwen2.5-0.5B", dtype=torch.float32, width=32, layers=1
     )
 
@@ -104,13 +61,16 @@ def leaves(directory, part):
 def test_it_is_complete(start_dir):
     assert parameters.parts(start_dir) == list(LANGUAGE_PARTS)
     config = Omni2Config.load(start_dir / "config.json")
-    assert dataclasses.astuple(config.tokens) == (TEXT, (422,), TEXT, 420)
+    assert dataclasses.astuple(config.tokens) == (TEXT_TOKENS, (422,), TEXT_TOKENS, 420)
     assert config.adapter == AdapterConfig() and (config.units, config.read, config.write) == (
         6561,
         3,
         10,
     )
-    assert (config.llm.vocabulary, config.speech_lm.vocabulary) == (TEXT + 15, TEXT + 1 + 6561)
+    assert (config.llm.vocabulary, config.speech_lm.vocabulary) == (
+        TEXT_TOKENS + 15,
+        TEXT_TOKENS + 1 + 6561,
+    )
     parameters.load(start_dir, config, jnp.float32)
 
 
@@ -156,18 +116,18 @@ def test_language_models_keep_their_weights(start_dir, qwen, small):
         table = theirs["model.embed_tokens.weight"]
         assert (
             ours["embedding.table"].dtype == table.dtype
-            and ours["embedding.table"][:TEXT].tobytes() == table[:TEXT].tobytes()
+            and ours["embedding.table"][:TEXT_TOKENS].tobytes() == table[:TEXT_TOKENS].tobytes()
         )
         np.testing.assert_array_equal(
             ours["layers.mlp.up.kernel"][0], theirs["model.layers.0.mlp.up_proj.weight"].T
         )
         assert ("head.kernel" in ours) == (part == "llm")
-    assert len(leaves(start_dir, "llm")["embedding.table"]) == TEXT + 15
+    assert len(leaves(start_dir, "llm")["embedding.table"]) == TEXT_TOKENS + 15
 
 
 def test_new_rows_are_drawn_like_the_others(start_dir, qwen, small):
     table = leaves(start_dir, "speech_lm")["embedding.table"]
-    old, new = table[:TEXT], table[TEXT:]
+    old, new = table[:TEXT_TOKENS], table[TEXT_TOKENS:]
     assert new.shape == (6562, 32) and len(np.unique(new, axis=0)) == 6562
     np.testing.assert_allclose(new.mean(0), old.mean(0), atol=5 * old.std() / 6562**0.5)
     np.testing.assert_allclose(new.std(0), old.std(0), rtol=0.05)
@@ -235,7 +195,7 @@ def test_without_a_speech_lm(qwen, tmp_path):
         assert (
             config.tokens.speech
             == tokenizer.load(directory / "tokenizer").get_vocab()["<speech>"]
-            == TEXT
+            == TEXT_TOKENS
         )
         parameters.load(directory, config, jnp.float32)
     assert (tmp_path / "one" / "config.json").read_bytes() == (
@@ -246,7 +206,9 @@ def test_without_a_speech_lm(qwen, tmp_path):
 
 
 def test_a_tokenizer_that_has_speech_is_kept(qwen, small, tmp_path):
-    """And files as other versions of transformers write them: the template apart, special tokens in full, no tokenizer.json."""
+    """The files are as other versions of transformers write them: the template in a file of its own,
+    special tokens described in full, no tokenizer.json.
+    """
     other = linked(qwen, tmp_path / "qwen")
     for name in ("tokenizer_config.json", "added_tokens.json", "special_tokens_map.json"):
         replace(other / name, (OMNI2 / name).read_bytes())
@@ -277,7 +239,7 @@ def test_a_tokenizer_that_has_speech_is_kept(qwen, small, tmp_path):
         (tmp_path / "start" / "tts_tokenizer" / "special_tokens_map.json").read_text()
     )["additional_special_tokens"]
     assert described[-1] == "<sep>" and len(described) == 5
-    assert Omni2Config.load(tmp_path / "start" / "config.json").tokens.sep == TEXT
+    assert Omni2Config.load(tmp_path / "start" / "config.json").tokens.sep == TEXT_TOKENS
 
 
 def test_a_released_size(qwen, tmp_path, monkeypatch):
@@ -384,12 +346,6 @@ def refused(tmp_path, *args):
     assert isinstance(message, str) and message.startswith("error: ") and "\n" not in message
     assert not out.parent.exists()
     return message
-
-
-def edited(path, edit):
-    content = json.loads(path.read_text())
-    edit(content)
-    replace(path, json.dumps(content))
 
 
 def without(*keys):
