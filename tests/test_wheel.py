@@ -74,7 +74,7 @@ def test_modules_of_a_checkout_are_commands(name):
 def omni2(installed, tmp_path_factory) -> Callable[..., str]:
     """Run the installed command in an empty directory: (*arguments) -> what it writes to stdout."""
     directory = tmp_path_factory.mktemp("empty")
-    variables = {"PYTHONPATH": str(installed)}
+    variables = {"PYTHONPATH": str(installed), "XLA_FLAGS": ""}  # one device
     code = "import omni2_jax.train.settings as module; print(module.__file__)"
     loaded = checked([sys.executable, "-c", code], directory, **variables).stdout.strip()
     assert Path(loaded).is_relative_to(installed)
