@@ -106,7 +106,7 @@ def test_bad_data(refused, talks, tmp_path):
     assert refused(data="") == "data is not given; set it in the config, or with --set data=PATH"
     assert (
         refused(data="gone")
-        == "gone is no data set: it has no dataset.json; make one with python -m train.prepare"
+        == "gone is no data set: it has no dataset.json; make one with omni2 prepare"
     )
     for key in ("data", "validation"):
         assert refused(**{key: str(tmp_path)}).startswith(
