@@ -1,4 +1,4 @@
-"""Settings of a training run: every kind of value, every fault in one line with the nearest key, and what may change later."""
+"""Settings of a training run: values, faults with the nearest key, and what may change when resumed."""
 
 import dataclasses
 import json
@@ -49,6 +49,9 @@ VALUES = {
     "data=a=b": "a=b",
     "validation=held out": "held out",
     "reset=('speech_lm',)": ("speech_lm",),
+    "reset=speech_lm": ("speech_lm",),
+    "reset=fusion, speech_lm": ("fusion", "speech_lm"),
+    "reset=": (),
     "profile=3,5": (3, 5),
     "peak_flops=1e15": 1e15,
     "optimizer.peak=1e-4": 1e-4,
@@ -58,6 +61,11 @@ VALUES = {
     "buckets=[{'clips': 0, 'tokens': 64}]": (Bucket(0, 0, 64),),
     "optimizer={'peak': 0.5}": OptimizerConfig(peak=0.5),
     "mesh={'fsdp': 2}": MeshConfig(fsdp=2),
+    "mesh=(1, 2, 4)": MeshConfig(1, 2, 4),
+    "buckets=((1,66,0),)": (Bucket(1, 66, 0),),
+    "buckets=((0, 0, 64), {'tokens': 128})": (Bucket(0, 0, 64), Bucket(1, 0, 128)),
+    "buckets=(1,66,0)": (Bucket(1, 66, 0),),
+    "buckets={'tokens': 64}": (Bucket(1, 0, 64),),
 }
 
 
@@ -89,6 +97,8 @@ FAULTS = {
     "=1": "there is no ''",
     "batch": "--set batch: expected batch=value",
     "optimizer={'peek': 1}": "optimizer.peek: Unexpected keyword argument",
+    "loss_chunk=64": "there is no 'loss_chunk'; it is now called loss_block",
+    "optimiser={'peak': 1}": "there is no 'optimiser'; it is now called optimizer",
     "buckets=[{'token': 1}]": "buckets.0.token: Unexpected keyword argument",
     # Types
     "batch=many": "batch: Input should be a valid integer",
@@ -111,7 +121,13 @@ FAULTS = {
     "epochs=-1": "steps and epochs must be positive",
     "epochs=nan": "steps and epochs must be positive",
     "buckets=()": "buckets is empty; at least one is needed",
-    "rank=4": "rank is for stage 1a",
+    "rank=4": "rank is for stage 1a; stage 1b does not use it",
+    "mix=sum": "mix is for stage 2; stage 1b does not use it",
+    "hidden=states": "hidden is for stage 2; stage 1b does not use it",
+    "chunks=50": "chunks is for stage flow; stage 1b does not use it",
+    "buckets=((1,2,3,4),)": "(1, 2, 3, 4) has 4 values, expected clips, positions, tokens",
+    "buckets=((1,66,-1),)": "tokens is -1, expected at least 0",
+    "buckets=(0,'x',1)": "buckets.0: Input should be a dictionary or an instance of Bucket",
     "profile=5,3": "profile is (5, 3), expected a first and a last step",
     "optimizer.peak=-1": "optimizer: peak is -1.0, expected more than 0",
     "optimizer.peak=nan": "optimizer: peak is nan, expected more than 0",
@@ -134,6 +150,17 @@ def test_all_faults_at_once():
     assert "did you mean" in fault("optimizer=1", "optimizer.peak=1")
 
 
+def test_settings_of_a_stage():
+    """They are accepted and checked by the stage that they belong to."""
+    assert read("chunks=50,0", name="flow").chunks == (50, 0)
+    assert read("chunks=50", name="flow").chunks == (50,)
+    assert read("mix=sum", "layout=offline", name="stage2").mix == "sum"
+    with pytest.raises(ValueError, match=r"chunks holds -1, expected at least 0$"):
+        read("chunks=(-1,)", name="flow")
+    with pytest.raises(ValueError, match=r"layout is for stage 1b and 2; stage 1a does not use it"):
+        read("layout=offline", name="stage1a")
+
+
 FILES = {
     "raises": ("1 / 0", "ZeroDivisionError: division by zero"),
     "no Python": ("config = (", "SyntaxError"),
@@ -152,6 +179,14 @@ FILES = {
     "a typo within": (
         "from omni2_jax.train.settings import *\nconfig = TrainConfig('1b', optimizer=OptimizerConfig(peek=3))",
         "'peek'; did you mean peak?",
+    ),
+    "an old name": (
+        "from omni2_jax.train.settings import TrainConfig\nconfig = TrainConfig('1b', loss_chunk=3)",
+        "'loss_chunk'; it is now called loss_block",
+    ),
+    "an old class": (
+        "from omni2_jax.train.settings import Optimiser",
+        "; it is now called OptimizerConfig",
     ),
     "a wrong type": (
         "from omni2_jax.train.settings import TrainConfig\nconfig = TrainConfig(stage='1b', data=3)",
@@ -183,7 +218,23 @@ def test_no_file(tmp_path):
         config_files.read(tmp_path)
 
 
-# --- a run that is taken up again
+def test_by_name(tmp_path, monkeypatch):
+    """A shipped config by its name from any directory; a file of that name comes first."""
+    monkeypatch.chdir(tmp_path)
+    assert config_files.read("stage1b") == read()
+    (tmp_path / "mine.py").write_text(
+        "from omni2_jax.train.settings import TrainConfig\nconfig = TrainConfig('2', seed=7)"
+    )
+    assert config_files.read("mine.py").seed == 7
+    shipped = "flow, stage1a, stage1b, stage2"
+    for name in ("stage1", "omni2_7b", "__init__"):
+        with pytest.raises(
+            ValueError, match=rf"config {name} does not exist.*; shipped: {shipped}$"
+        ):
+            config_files.read(name)
+
+
+# --- a run that is resumed
 
 
 def run(out: Path, *changes: str) -> dict:
@@ -273,3 +324,18 @@ def test_what_is_no_run(begun, tmp_path):
         (begun / "run.json").write_text(content)
         with pytest.raises(ValueError, match=r"run.json does not describe a run"):
             checkpoints.check_metadata(begun, run(begun))
+
+
+def test_a_run_of_an_older_version(begun):
+    """Its settings had other names, which the message translates."""
+    content = json.loads((begun / "run.json").read_text())
+    content["config"]["optimiser"] = content["config"].pop("optimizer")
+    content["config"]["loss_chunk"] = content["config"].pop("loss_block")
+    (begun / "run.json").write_text(json.dumps(content))
+    names = "optimiser is now optimizer, loss_chunk is now loss_block"
+    with pytest.raises(ValueError) as error:
+        checkpoints.check_metadata(begun, run(begun))
+    assert str(error.value) == (
+        f"{begun}/run.json was written by an older version, whose settings had other names "
+        f"({names}); start a new run with another --out"
+    )
