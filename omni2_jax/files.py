@@ -51,6 +51,7 @@ def atomic_directory(out: Path) -> Iterator[Path]:
     if out.exists():
         raise ValueError(f"{out} exists already; give a new directory")
     partial = out.with_name(out.name + ".partial")
+    new_parents = [parent for parent in out.parents if not parent.exists()]
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(partial, ignore_errors=True)
@@ -62,6 +63,9 @@ def atomic_directory(out: Path) -> Iterator[Path]:
         partial.rename(out)
     finally:
         remove_directory(partial)
+        for parent in new_parents:
+            with contextlib.suppress(OSError):  # not empty: `out` lies there
+                parent.rmdir()
 
 
 def remove_directory(directory: Path, seconds: float = 10) -> None:

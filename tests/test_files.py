@@ -2,7 +2,7 @@ import os
 
 import pytest
 
-from omni2_jax.files import atomic_write, is_partial
+from omni2_jax.files import atomic_directory, atomic_write, is_partial
 
 
 def test_a_file_appears_when_the_block_ends(tmp_path):
@@ -43,3 +43,12 @@ def test_what_the_file_system_refuses_is_one_line(tmp_path):
 def test_errors_of_other_files_stay_what_they_are(tmp_path):
     with pytest.raises(FileNotFoundError, match="other"), atomic_write(tmp_path / "a"):
         open(tmp_path / "other").close()
+
+
+def test_a_failed_directory_leaves_no_parents(tmp_path):
+    with pytest.raises(KeyError), atomic_directory(tmp_path / "a" / "b" / "out"):
+        raise KeyError
+    assert list(tmp_path.iterdir()) == []
+    with atomic_directory(tmp_path / "a" / "b" / "out"):
+        pass
+    assert (tmp_path / "a" / "b" / "out").is_dir()

@@ -1,8 +1,10 @@
-"""`python -m train.prepare`: the three sources, the units of the speech tokenizer in batches, and what is left out by name."""
+"""`omni2 prepare`: three formats of sources, units made in batches, and damaged dialogues."""
 
 import io
 import json
+import os
 import shutil
+import subprocess
 import sys
 
 import numpy as np
@@ -18,6 +20,7 @@ from omni2_jax.convert import read, write
 from omni2_jax.models import speech_tokenizer
 from omni2_jax.train.data import prepare, sources
 from omni2_jax.train.data.dataset import Dataset
+from omni2_jax.train.data.sources import SourceError
 from tests.support.networks import TINY_TOKENIZER as TINY
 from tests.support.networks import TOKENIZER_CLIPS as CLIPS
 from tests.support.networks import draw_tokenizer
@@ -29,19 +32,19 @@ SPEECH, WHISPER = AUDIO, GOLDENS / "whisper" / "tiny.pt"
 
 
 def run(*args: object) -> tuple[str | int | None, str]:
-    """Run `omni2 prepare` in this process; 0 or what it exits with, and what it prints."""
-    told = io.StringIO()
+    """Run `omni2 prepare` in this process: its exit value, and the report that it prints."""
+    printed = io.StringIO()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["omni2", "prepare", *map(str, args)])
-        patch.setattr(prepare, "console", rich.console.Console(file=told, width=250))
+        patch.setattr(prepare, "console", rich.console.Console(file=printed, width=250))
         with pytest.raises(SystemExit) as exit:
             main()
-    return exit.value.code, told.getvalue()
+    return exit.value.code, printed.getvalue()
 
 
 def prepared(source, out, *args: object) -> Dataset:
-    code, told = run("--source", source, "--out", out, *args)
-    assert code == 0, (code, told)
+    code, printed = run("--source", source, "--out", out, *args)
+    assert code == 0, (code, printed)
     return Dataset(out)
 
 
@@ -54,7 +57,7 @@ def tokenizer_file(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def tokenizer(tokenizer_file):
-    """A checkpoint of nothing but the speech tokenizer behind the goldens."""
+    """A checkpoint that holds only the speech tokenizer of the goldens."""
     out = tokenizer_file.with_name("ckpt")
     assert convert("--speech-tokenizer", tokenizer_file, "--out", out) == 0
     return out
@@ -63,8 +66,8 @@ def tokenizer(tokenizer_file):
 # ---- recordings and units ----
 
 
-def lines(*talks) -> str:
-    """A data.jsonl; a turn is (text, audio) or (text, audio, units)."""
+def lines(*dialogues) -> str:
+    """The content of a data.jsonl; a turn is (text, audio) or (text, audio, units)."""
 
     def keyed(number: int, turn: tuple) -> dict:
         return {"role": ("user", "assistant")[number % 2]} | dict(
@@ -72,29 +75,29 @@ def lines(*talks) -> str:
         )
 
     items = [
-        {"id": f"d{number}", "turns": [keyed(i, turn) for i, turn in enumerate(talk)]}
-        for number, talk in enumerate(talks)
+        {"id": f"d{number}", "turns": [keyed(i, turn) for i, turn in enumerate(turns)]}
+        for number, turns in enumerate(dialogues)
     ]
     return "\n".join(map(json.dumps, items))
 
 
 def test_units_are_those_of_every_clip_alone(tokenizer, tmp_path):
-    """Replies of seven lengths in batches of two, among them the goldens' and one that brings its own units."""
+    """Replies of seven lengths in batches of two; one brings its own units."""
     replies = [str(SPEECH / f"{name}.wav") for name in CLIPS] + sorted(
         map(str, EXAMPLES.glob("*-a.wav"))
     )
-    talks = [[("hi", None), ("yes", reply)] for reply in replies]
-    talks.insert(1, [("hi", None), ("no", replies[0], [0, 6560])])
-    (tmp_path / "data.jsonl").write_text(lines(*talks))
+    dialogues = [[("hi", None), ("yes", reply)] for reply in replies]
+    dialogues.insert(1, [("hi", None), ("no", replies[0], [0, 6560])])
+    (tmp_path / "data.jsonl").write_text(lines(*dialogues))
     data = prepared(tmp_path, tmp_path / "out", "--speech-tokenizer", tokenizer, "--batch", 2)
-    found = [data.dialogue(i).turns[1].units for i in range(len(data))]
-    np.testing.assert_array_equal(found.pop(1), [0, 6560])
-    for name, row in zip(CLIPS, found, strict=False):
+    units = [data.dialogue(i).turns[1].units for i in range(len(data))]
+    np.testing.assert_array_equal(units.pop(1), [0, 6560])
+    for name, row in zip(CLIPS, units, strict=False):
         np.testing.assert_array_equal(
             row, np.load(GOLDENS / "s3tokenizer" / f"{name}.npz")["codes"]
         )
     net = speech_tokenizer.load(tokenizer)
-    for reply, row in zip(replies, found, strict=True):
+    for reply, row in zip(replies, units, strict=True):
         wav, length = recordings.pad([recordings.load(reply)], 48000)
         codes, count = speech_tokenizer.tokenize(net, wav, length)
         np.testing.assert_array_equal(row, codes[0, : count[0]])
@@ -105,7 +108,7 @@ def test_units_are_those_of_every_clip_alone(tokenizer, tmp_path):
 
 
 def test_batches_have_few_shapes(monkeypatch):
-    """Recordings up to 2 minutes, four at a time; a stand-in for the tokenizer writes down what it hears."""
+    """Recordings up to 2 minutes, four at a time; a stand-in for the tokenizer notes its input."""
     shapes = []
 
     def tokenize(_, wav, lengths):
@@ -117,12 +120,12 @@ def test_batches_have_few_shapes(monkeypatch):
     seconds = np.random.default_rng(0).permutation(
         [1, 2, 3, 4, 6, 7, 10, 14, 19, 29, 30, 31, 61, 120]
     )
-    made = prepare.batched_units(
+    units = prepare.batched_units(
         None, [np.ones(n * recordings.INPUT_RATE, np.float32) for n in seconds], 4
     )
     assert (
-        [len(row) for row in made]
-        == [row[0] for row in made]
+        [len(row) for row in units]
+        == [row[0] for row in units]
         == [n * recordings.INPUT_RATE for n in seconds]
     )
     assert shapes == [(4, 6), (4, 15), (4, 60), (4, 120)]
@@ -134,7 +137,7 @@ def test_batches_have_few_shapes(monkeypatch):
 
 
 def test_the_examples(tmp_path):
-    """16-bit recordings at their role's rate are stored bit for bit, others resampled; texts and turns as they are."""
+    """16-bit recordings at their role's rate are stored bit for bit, others are resampled."""
     data = prepared(EXAMPLES, tmp_path / "out")
     assert (
         data.info.dialogues,
@@ -225,7 +228,7 @@ SOURCES = {
         "instructs2s",
         questions,
         "en/wav/7",
-        "/where/they/made/it/en/wav/7/{}",
+        "/their/disk/en/wav/7/{}",
         "unit",
         tagged,
     ),
@@ -234,15 +237,15 @@ SOURCES = {
 
 
 @pytest.mark.parametrize("kind, write, folder, place, key, spelled", SOURCES.values(), ids=SOURCES)
-@pytest.mark.parametrize("told", [True, False], ids=["told", "inferred"])
-def test_sources_give_the_same(kind, write, folder, place, key, spelled, told, tmp_path):
+@pytest.mark.parametrize("stated", [True, False], ids=["stated", "inferred"])
+def test_sources_give_the_same(kind, write, folder, place, key, spelled, stated, tmp_path):
     (tmp_path / folder).mkdir(parents=True, exist_ok=True)
     for name, size, rate in (("q.wav", 1600, 16000), ("a.wav", 2400, 24000)):
         recordings.save(tmp_path / folder / name, np.linspace(-1, 1, size), rate)
     data = prepared(
         write(tmp_path, place, key, spelled),
         tmp_path / "out",
-        *(["--format", kind] if told else []),
+        *(["--format", kind] if stated else []),
     )
     assert len(data) == 2
     for index, count in enumerate((4, 2)):
@@ -350,9 +353,9 @@ def folder(tmp_path):
 
 
 def assert_refused(folder, *args: object, says) -> None:
-    """One line, and nothing beside what there was."""
+    """Assert one error line that contains `says`, and a folder as it was before."""
     before = sorted(folder.iterdir())
-    code, _ = run(*args, "--out", folder / "out")
+    code, _ = run(*args, "--out", folder / "new" / "out")
     assert (
         isinstance(code, str) and code.startswith("error: ") and "\n" not in code and says in code
     ), code
@@ -366,7 +369,7 @@ def test_damaged_dialogues_are_counted_and_named(folder):
     ]
     good = json.dumps({"id": "good", "turns": turns_but(0)})
     (folder / "data.jsonl").write_text("\n".join([*bad[:9], good, '{"id"', *bad[9:]]))
-    code, told = run("--source", folder, "--out", folder / "out")
+    code, printed = run("--source", folder, "--out", folder / "out")
     assert code == 0
     data = Dataset(folder / "out")
     assert [data.dialogue(i).id for i in range(len(data))] == ["good"]
@@ -381,14 +384,15 @@ def test_damaged_dialogues_are_counted_and_named(folder):
     }
     for kind, count in counts.items():
         assert (
-            f"left out: {kind}" in told and f" {count} " in told[told.index(kind) :].splitlines()[0]
+            f"left out: {kind}" in printed
+            and f" {count} " in printed[printed.index(kind) :].splitlines()[0]
         )
     for name in (
         "audio missing (dialogue 0): turn 0: ",
         "unit below (dialogue 6): turn 1 has the unit -1",
         f"line 11 of {folder}/data.jsonl",
     ):
-        assert name in told
+        assert name in printed
 
 
 @pytest.mark.parametrize("name", DAMAGED)
@@ -401,13 +405,78 @@ def test_strict(name, folder):
     )
 
 
+def test_values_beyond_the_limits_of_python(folder, monkeypatch):
+    """Nesting and digits that Python refuses; elements and lines around them are read."""
+    good = json.dumps({"id": "good", "turns": turns_but(0)})
+    monkeypatch.setattr(sources, "MAX_DIALOGUE", 2**15)
+    bad = ["[" * 5000 + '"]"' + "]" * 5000, f'{{"id": {"9" * 5000}}}', f'"{"x" * 2**15}"']
+    (folder / "data.jsonl").write_text("\n".join([good, *bad, good]))
+    code, printed = run("--source", folder, "--out", folder / "out")
+    assert code == 0 and len(Dataset(folder / "out")) == 2
+    assert "left out: no JSON" in printed and "line 4 of" in printed
+    array = f"[{good}, {bad[0]}, {bad[1]}, {good}]".replace("turns", "conversation")
+    (folder / "x.json").write_text(array.replace("role", "from").replace("audio", "speech"))
+    for block in (100, 2**20):
+        monkeypatch.setattr(sources, "BLOCK", block)
+        items = [item for item, _ in sources.json_array(folder / "x.json")]
+        assert [type(item) for item in items] == [dict, SourceError, SourceError, dict]
+    (folder / "x.json").write_text("[" + "[" * 5000)
+    assert_refused(folder, "--source", folder / "x.json", says="x.json is no JSON, or is cut short")
+
+
+def test_long_recordings_are_left_out(folder):
+    recordings.save(folder / "long.wav", np.zeros(32000), 16000)
+    (folder / "data.jsonl").write_text(
+        "\n".join(json.dumps({"turns": turns_but(0, audio=name)}) for name in ("q.wav", "long.wav"))
+    )
+    code, printed = run("--source", folder, "--out", folder / "out", "--max-seconds", 0.5)
+    assert code == 0 and len(Dataset(folder / "out")) == 1
+    assert "long.wav is 2.00 s long; at most 0.5 s fit" in printed
+    for seconds in (0, "nan", 4000):
+        assert_refused(
+            folder, "--source", folder, "--max-seconds", seconds, says="expected more than 0"
+        )
+
+
+PATHS = ["pipe", "loop", "/dev/zero", "/dev/null", "\0", "\ud800", "x" * 300, "a/" * 3000, "[/]x"]
+
+
+@pytest.mark.parametrize("form", ["questions", "jsonl", "instructs2s"])
+def test_paths_that_are_no_files(folder, form):
+    """Counted and named, whatever the format; markup in names is printed as it is."""
+    os.mkfifo(folder / "pipe")
+    (folder / "loop").symlink_to("loop")
+    turns = [turns_but(0, audio=path) for path in [*PATHS, "q.wav"]]
+    text = "\n".join(json.dumps({"id": "[/]", "turns": value}) for value in turns)
+    file = folder / "data.jsonl"
+    if form != "jsonl":
+        for old, new in (("turns", "conversation"), ("role", "from"), ("audio", "speech")):
+            text = text.replace(f'"{old}"', f'"{new}"')
+        text, file = f"[{text}]".replace("\n", ","), folder / "x.json"
+    file.write_text(text)
+    out = folder / "[/out]"
+    code, printed = run("--source", file, "--format", form, "--out", out)
+    assert code == 0 and len(Dataset(out)) == 1
+    assert "[/] (dialogue 0): turn 0: " in printed and "is not a regular file" in printed
+
+
+def test_sources_do_not_need_the_command_line():
+    code = (
+        "import sys, omni2_jax.train.data.sources;"
+        "print([name for name in ('typer', 'jax', 'omni2_jax.cli') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "[]\n", done.stderr
+
+
 def test_nothing_is_left(folder):
     (folder / "data.jsonl").write_text('{"id": "x", "turns": []}\n' * 2)
     assert_refused(
         folder,
         "--source",
         folder,
-        says=f"nothing of {folder} can be used: 2 x roles not in turn (first: x (dialogue 0): 0 turns",
+        says=f"nothing of {folder} can be used: "
+        "2 x roles not in turn (first: x (dialogue 0): 0 turns",
     )
     (folder / "data.jsonl").write_text("\n")
     assert_refused(folder, "--source", folder, says="it holds no dialogue")
@@ -454,7 +523,10 @@ def test_other_bad_input(tmp_path, tokenizer):
         "csv",
         says="format 'csv'; expected one of questions, jsonl, instructs2s",
     )
-    no_tokenizer = f"{tmp_path}/other has no speech tokenizer (no speech_tokenizer.json); add one with omni2 convert --speech-tokenizer"
+    no_tokenizer = (
+        f"{tmp_path}/other has no speech tokenizer (no speech_tokenizer.json); add one with "
+        "omni2 convert --speech-tokenizer"
+    )
     assert_refused(
         tmp_path, "--source", EXAMPLES, "--speech-tokenizer", tmp_path / "other", says=no_tokenizer
     )
@@ -467,7 +539,7 @@ def test_other_bad_input(tmp_path, tokenizer):
         tmp_path / "other",
         says="not a speech tokenizer's configuration",
     )
-    (tmp_path / "out").mkdir()
+    (tmp_path / "new" / "out").mkdir(parents=True)
     assert_refused(tmp_path, "--source", EXAMPLES, says="out exists already; give a new directory")
 
 
@@ -495,12 +567,9 @@ def test_tokenizer_alone(tokenizer, capsys, monkeypatch):
     with pytest.raises(SystemExit) as exit:
         main()
     assert exit.value.code == 0
-    told = capsys.readouterr().out
-    assert (
-        "speech_tokenizer" in told
-        and "speech tokenizer" in told
-        and f"{sum(array.size for array in draw_tokenizer().values()):,}" in told
-    )
+    printed = capsys.readouterr().out
+    assert "speech_tokenizer" in printed and "6561 units" in printed
+    assert f"{sum(array.size for array in draw_tokenizer().values()):,}" in printed
 
 
 @pytest.fixture

@@ -113,7 +113,8 @@ def entries(file: Path, form: Format) -> Iterator[Entry]:
         name = ""
         if isinstance(id, str | int | float):
             name = str(id).encode(errors="replace").decode()  # JSON can spell half a character
-        context = f"{name[:80]} (dialogue {number})" if name else f"dialogue {number}"
+        label = "".join(c if c.isprintable() else "?" for c in name[:80])
+        context = f"{label} (dialogue {number})" if name else f"dialogue {number}"
         yield Entry(context, functools.partial(parse, item, form, file, name or str(number)), done)
 
 
