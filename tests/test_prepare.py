@@ -568,7 +568,7 @@ def test_tokenizer_alone(tokenizer, capsys, monkeypatch):
         main()
     assert exit.value.code == 0
     printed = capsys.readouterr().out
-    assert "speech_tokenizer" in printed and "6561 units" in printed
+    assert "speech_tokenizer" in printed and "6561" in printed
     assert f"{sum(array.size for array in draw_tokenizer().values()):,}" in printed
 
 

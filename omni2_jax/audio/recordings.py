@@ -68,7 +68,7 @@ def load(
 def load_turn(
     path: str | Path, over: str = "refuse", window: int = TURN_SAMPLES
 ) -> list[np.ndarray]:
-    """A spoken turn as clips of at most `window` samples at 16 kHz: `load`, then `fit`.
+    """A spoken turn as segments of at most `window` samples at 16 kHz: `load`, then `fit`.
 
     A file that is to be refused, or cut, is not decoded further than `window`. Raises ValueError as
     these do.
@@ -314,10 +314,10 @@ def fit(
     window: int = TURN_SAMPLES,
     name: str | Path = "the turn",
 ) -> list[np.ndarray]:
-    """Samples [N] at 16 kHz as clips of at most `window` samples.
+    """Samples [N] at 16 kHz as segments of at most `window` samples.
 
     over: what becomes of more samples: "refuse" raises ValueError, which begins with `name`;
-    "truncate" keeps the first `window`; "split" gives consecutive clips. Raises ValueError for
+    "truncate" keeps the first `window`; "split" gives consecutive segments. Raises ValueError for
     another `over`.
     """
     if over not in ("refuse", "truncate", "split"):
@@ -336,12 +336,12 @@ def too_long(name: str | Path, seconds: float, limit: float) -> ValueError:
     )
 
 
-def pad(clips: Sequence[np.ndarray], size: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Clips of any lengths -> float32 [B, size] with zeros behind them, and their lengths [B].
+def pad(waves: Sequence[np.ndarray], size: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Samples [N] of any lengths -> float32 [B, size] with zeros behind them, and the lengths [B].
 
-    size: None is the length of the longest clip.
+    size: None is the largest length.
     """
-    lengths = np.array([len(clip) for clip in clips], np.int32)
+    lengths = np.array([len(wave) for wave in waves], np.int32)
     size = int(lengths.max()) if size is None else size
-    padded = np.stack([np.pad(clip, (0, size - len(clip))) for clip in clips])
+    padded = np.stack([np.pad(wave, (0, size - len(wave))) for wave in waves])
     return padded.astype(np.float32), lengths
