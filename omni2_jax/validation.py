@@ -60,7 +60,10 @@ def dotted(details: Any) -> str:
 def fault(details: Any, renamed: Mapping[str, str], names: Mapping[str, str]) -> str:
     """One fault, as "NAME is VALUE, expected ..."."""
     name, message = dotted(details), details["msg"]
-    name = names.get(name, name)
+    for field, other in names.items():
+        if f"{name}.".startswith(f"{field}."):  # the field, or an entry of it
+            name = other + name.removeprefix(field)
+            break
     match details["type"]:
         case "unexpected_keyword_argument" | "extra_forbidden":
             return f"{name} {renamed.get(name, 'is not the name of a setting')}"
