@@ -1,4 +1,4 @@
-"""The format on disk: what is written comes back bit for bit, what is damaged is named, what is none is refused in one line."""
+"""The format on disk: exact round trips, damaged records by name, bad data sets in one line."""
 
 import dataclasses
 import json
@@ -18,12 +18,12 @@ from tests.support.dialogues import pcm, spoken
 RANDOM = np.random.default_rng(0)
 
 
-def talk(name: str, *sizes: int) -> tuple[Dialogue, list[np.ndarray]]:
-    """A dialogue of random units, and its turns' recordings of these sizes in 16-bit integers."""
+def dialogue_of(name: str, *sizes: int) -> tuple[Dialogue, list[np.ndarray]]:
+    """A dialogue with random units, and its turns' recordings of these sizes, int16."""
     clips = [pcm(RANDOM, size) for size in sizes]
     turns = [
         (
-            f"{name} sagt: {i} ü",
+            f"{name} says: {i} ü",
             RANDOM.integers(0, 6561, 7 + i, np.int32) if i % 2 else None,
             recording,
         )
@@ -32,11 +32,11 @@ def talk(name: str, *sizes: int) -> tuple[Dialogue, list[np.ndarray]]:
     return spoken(name, turns), clips
 
 
-TALKS = [
-    talk("a", 1600, 2400),
-    talk("b", 3, 48000, 16000, 1),
-    talk("c", 800, 2000),
-    talk("d", 160, 240),
+DIALOGUES = [
+    dialogue_of("a", 1600, 2400),
+    dialogue_of("b", 3, 48000, 16000, 1),
+    dialogue_of("c", 800, 2000),
+    dialogue_of("d", 160, 240),
 ]
 SILENT = Dialogue("e", (Turn("user", "hi"), Turn("assistant", "no", np.array([0, 6560]))))
 
@@ -45,7 +45,7 @@ SILENT = Dialogue("e", (Turn("user", "hi"), Turn("assistant", "no", np.array([0,
 def path(tmp_path_factory):
     path = tmp_path_factory.mktemp("data") / "set"
     with Writer(path, shard_bytes=30000, tokenizer="ckpt", fingerprint="f") as writer:
-        for dialogue, clips in TALKS:
+        for dialogue, clips in DIALOGUES:
             rates = [16000, 24000] * len(clips)
             writer.add(
                 dialogue,
@@ -63,31 +63,32 @@ def copy(path, tmp_path):
     return tmp_path
 
 
-def assert_all_there(data: Dataset) -> None:
-    found = [data.dialogue(i) for i in range(len(data))]
-    for got, expected in zip(found, [dialogue for dialogue, _ in TALKS] + [SILENT], strict=True):
-        assert got.id == expected.id
-        for turn, want in zip(got.turns, expected.turns, strict=True):
-            assert (turn.role, turn.text, turn.samples) == (want.role, want.text, want.samples)
-            assert (turn.units is None) == (want.units is None)
-            if want.units is not None:
-                np.testing.assert_array_equal(turn.units, want.units)
-    for dialogue, (_, clips) in zip(found, TALKS, strict=False):
+def assert_complete(data: Dataset) -> None:
+    """Assert that a data set holds what `path` was made of."""
+    dialogues = [data.dialogue(i) for i in range(len(data))]
+    written = [dialogue for dialogue, _ in DIALOGUES] + [SILENT]
+    for actual, expected in zip(dialogues, written, strict=True):
+        assert actual.id == expected.id
+        for turn, other in zip(actual.turns, expected.turns, strict=True):
+            assert (turn.role, turn.text, turn.samples) == (other.role, other.text, other.samples)
+            assert (turn.units is None) == (other.units is None)
+            if other.units is not None:
+                np.testing.assert_array_equal(turn.units, other.units)
+    for dialogue, (_, clips) in zip(dialogues, DIALOGUES, strict=False):
         for turn, clip in zip(dialogue.turns, clips, strict=True):
             samples = data.clip(turn.clip)
             assert samples.dtype == np.float32
             np.testing.assert_array_equal(samples * 32768, clip)
-    assert [turn.clip for turn in found[-1].turns] == [None, None]
+    assert [turn.clip for turn in dialogues[-1].turns] == [None, None]
 
 
-def test_there_and_back_bit_for_bit(path):
-    assert len(list(path.glob("clips-*-of-0000[2-9].array_record"))) > 1 and not list(
-        path.glob("*-0000?")
-    )
-    assert_all_there(Dataset(path))
+def test_round_trip_bit_for_bit(path):
+    assert len(list(path.glob("clips-*-of-0000[2-9].array_record"))) > 1
+    assert not list(path.glob("*-0000?"))
+    assert_complete(Dataset(path))
 
 
-def test_what_it_tells(path):
+def test_info(path):
     expected = {
         "version": 1,
         "dialogues": 5,
@@ -107,30 +108,27 @@ def test_what_it_tells(path):
         "fingerprint": "f",
     }
     expected |= {"user_rate": 16000, "assistant_rate": 24000}
-    assert (
-        json.loads((path / "dataset.json").read_text())
-        == dataclasses.asdict(Dataset(path).info)
-        == expected
-    )
+    assert json.loads((path / "dataset.json").read_text()) == expected
+    assert dataclasses.asdict(Dataset(path).info) == expected
 
 
-def test_any_thread_may_read_and_so_may_a_copy(path):
+def test_threads_and_copies_read(path):
     data = Dataset(path)
     with ThreadPoolExecutor(8) as pool:
         clips = list(pool.map(data.clip, list(range(10)) * 8))
     for i, clip in enumerate(clips):
         np.testing.assert_array_equal(clip, data.clip(i % 10))
-    assert_all_there(pickle.loads(pickle.dumps(data)))
+    assert_complete(pickle.loads(pickle.dumps(data)))
 
 
-def test_what_does_not_fit_into_16_bits_is_clipped():
+def test_samples_beyond_16_bits_are_clipped():
     np.testing.assert_array_equal(
         records.decode_clip(encode_clip(np.array([-1.5, -1, 0.5, 1, 2]), 24000)) * 32768,
         [-32768, -32768, 16384, 32767, 32767],
     )
 
 
-def test_there_is_no_such_record(path):
+def test_no_such_record(path):
     data = Dataset(path)
     for read, index in ((data.dialogue, 5), (data.dialogue, -1), (data.clip, 10), (data.clip, -1)):
         with pytest.raises(IndexError, match=f"{path} has .* there is no {index}"):
@@ -140,16 +138,16 @@ def test_there_is_no_such_record(path):
 # ---- damage ----
 
 
-def test_a_flipped_byte_is_named_and_spares_the_others(copy):
+def test_a_flipped_byte_damages_one_record(copy):
     first = min(copy.glob("clips-*"))
     first.write_bytes(flipped(first.read_bytes(), 1000))  # within the first clip's 3.2 kB
     data = Dataset(copy)
     for _ in range(2):
         with pytest.raises(RecordError, match=rf"^{copy}: clip 0 is damaged: .*hash mismatch.*$"):
             data.clip(0)
-    np.testing.assert_array_equal(data.clip(1) * 32768, TALKS[0][1][1])
+    np.testing.assert_array_equal(data.clip(1) * 32768, DIALOGUES[0][1][1])
     only = min(copy.glob("dialogues-*"))
-    only.write_bytes(flipped(only.read_bytes(), only.read_bytes().index(b"b sagt: 2")))
+    only.write_bytes(flipped(only.read_bytes(), only.read_bytes().index(b"b says: 2")))
     with pytest.raises(RecordError, match=rf"^{copy}: dialogue 1 is damaged: .*hash mismatch"):
         Dataset(copy).dialogue(1)
     assert Dataset(copy).dialogue(2).id == "c"
@@ -194,7 +192,7 @@ RECORDS = {
 
 
 def written(directory, dialogues: list[bytes], clips: list[bytes]):
-    """A data set of records as they are given."""
+    """A data set of these records, whatever they hold."""
     for name, contents in (("dialogues", dialogues), ("clips", clips)):
         shards = Shards(directory, name, 10**6)
         for record in contents:
@@ -243,14 +241,14 @@ OPENING = {
         "does not describe a data set",
     ),
     "another type": (
-        lambda path: retold(path, clips="ten"),
+        lambda path: changed_info(path, clips="ten"),
         "does not describe a data set: .*clips",
     ),
     "newer": (
-        lambda path: retold(path, version=2),
+        lambda path: changed_info(path, version=2),
         "is a data set of version 2; this program reads version 1",
     ),
-    "empty": (lambda path: retold(path, dialogues=0), "is empty: it holds no dialogue"),
+    "empty": (lambda path: changed_info(path, dialogues=0), "is empty: it holds no dialogue"),
     "a shard is missing": (
         lambda path: min(path.glob("clips-*")).unlink(),
         r"dataset\.json tells of 10 clips, its shards hold [1-9]$",
@@ -266,7 +264,7 @@ OPENING = {
 }
 
 
-def retold(path, **changes):
+def changed_info(path, **changes):
     file = path / "dataset.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
@@ -282,14 +280,14 @@ def test_opening(damage, says, copy):
 # ---- writing ----
 
 
-def test_a_cut_leaves_nothing_behind(tmp_path):
+def test_an_interrupted_writer_leaves_nothing(tmp_path):
     with pytest.raises(KeyboardInterrupt), Writer(tmp_path / "set") as writer:
-        writer.add(TALKS[0][0], [encode_clip(np.zeros(9), 16000), None])
+        writer.add(DIALOGUES[0][0], [encode_clip(np.zeros(9), 16000), None])
         raise KeyboardInterrupt
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_cannot_be_written(tmp_path):
+def test_bad_dialogues_are_not_written(tmp_path):
     with pytest.raises(ValueError, match="would be empty"), Writer(tmp_path / "set"):
         pass
     with (

@@ -341,7 +341,7 @@ def pad(waves: Sequence[np.ndarray], size: int | None = None) -> tuple[np.ndarra
 
     size: None is the largest length.
     """
-    lengths = np.array([len(wave) for wave in waves], np.int32)
+    lengths = np.array([len(row) for row in waves], np.int32)
     size = int(lengths.max()) if size is None else size
-    padded = np.stack([np.pad(wave, (0, size - len(wave))) for wave in waves])
+    padded = np.stack([np.pad(row, (0, size - len(row))) for row in waves])
     return padded.astype(np.float32), lengths
