@@ -165,5 +165,5 @@ def parse_voice(text: str) -> tuple[str, Path]:
         raise ValueError(f"--voice {text!r}: expected NAME=prompt.wav")
     check_voice_name(name, "--voice")
     if not path.endswith(".npy"):
-        recordings.load(path)
+        recordings.load_turn(path, "truncate")
     return name, Path(path)
