@@ -29,7 +29,7 @@ class Source:
     file: str | None = None
 
 
-QWEN = Source(LANGUAGE_MODEL)
+LLM = Source(LANGUAGE_MODEL)
 OMNI2 = Source(
     (
         *LANGUAGE_MODEL,
@@ -41,7 +41,15 @@ OMNI2 = Source(
 )
 WHISPER = Source(("config.json", *WEIGHTS))
 DECODER = Source(
-    ("cosyvoice.yaml", "cosyvoice2.yaml", "flow.yaml", "flow.pt", "hift.pt", "campplus.onnx", "spk2info.pt")
+    (
+        "cosyvoice.yaml",
+        "cosyvoice2.yaml",
+        "flow.yaml",
+        "flow.pt",
+        "hift.pt",
+        "campplus.onnx",
+        "spk2info.pt",
+    )
 )
 SPEECH_TOKENIZER = Source(("speech_tokenizer_v2.onnx",), file="speech_tokenizer_v2.onnx")
 
@@ -49,13 +57,13 @@ SPEECH_TOKENIZER = Source(("speech_tokenizer_v2.onnx",), file="speech_tokenizer_
 def local_path(name: str | None, source: Source) -> Path | None:
     """The local path of a source that is given as a path or as the id of a repository.
 
-    A path that exists wins over a repository of the same name. None for None. Raises ValueError, one
-    line, if there is neither, or if the repository cannot be downloaded.
+    A path that exists wins over a repository of the same name. None for None. Raises ValueError,
+    one line, if there is neither, or if the repository cannot be downloaded.
     """
     if name is None:
         return None
     path = Path(name)
-    if path.exists():
+    if name and path.exists():
         return path
     match = ID.fullmatch(name)
     if match is None:
@@ -74,7 +82,7 @@ def download(repository: str, revision: str | None, source: Source) -> Path:
     from huggingface_hub import constants, errors, snapshot_download
 
     def refuse(reason: str) -> ValueError:
-        return ValueError(f"{repository} is no local path, and {reason}")
+        return ValueError(f"{repository} does not exist on this machine, and {reason}")
 
     log_in = "log in with 'hf auth login', or set HF_TOKEN"
     try:
@@ -95,7 +103,9 @@ def download(repository: str, revision: str | None, source: Source) -> Path:
             raise refuse("its files are not all in the cache (HF_HUB_OFFLINE is set)") from None
         cause = first_line(error.__cause__ or error)
         raise refuse(f"{constants.ENDPOINT} cannot be reached: {cause}") from None
-    except Exception as error:  # of the HTTP library, another one in each version of huggingface_hub
+    except (
+        Exception
+    ) as error:  # of the HTTP library, another one in each version of huggingface_hub
         raise refuse(
             f"its download failed, repeat the command to go on with it: {first_line(error)}"
         ) from None

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Sources:
-    """The paths that the options name."""
+    """The local paths of the sources, None for those that are not given."""
 
     omni2: Path | None
     decoder: Path | None
@@ -24,8 +24,35 @@ class Sources:
     speech_lm: Path | None
     speech_tokenizer: Path | None
 
-    def paths(self) -> list[Path]:
-        return [path for path in vars(self).values() if path is not None]
+    @classmethod
+    def find(
+        cls,
+        omni2: str | None,
+        decoder: str | None,
+        whisper: str | None,
+        llm: str | None,
+        speech_lm: str | None,
+        speech_tokenizer: str | None,
+    ) -> "Sources":
+        """Local paths as they are, and the files of Hugging Face repositories in its cache.
+
+        Raises ValueError naming a source that is neither, or cannot be downloaded.
+        """
+        from omni2_jax import hub
+
+        if speech_lm and not llm:
+            raise ValueError("--speech-lm needs --llm: the speech LM reads the tokens of that LLM")
+        return cls(
+            omni2=hub.local_path(omni2, hub.OMNI2),
+            decoder=hub.local_path(decoder, hub.DECODER),
+            whisper=hub.local_path(whisper, hub.WHISPER),
+            llm=hub.local_path(llm, hub.LLM),
+            speech_lm=hub.local_path(speech_lm, hub.LLM),
+            speech_tokenizer=hub.local_path(speech_tokenizer, hub.SPEECH_TOKENIZER),
+        )
+
+
+SOURCE = "PATH|ID"
 
 
 def convert(
@@ -37,32 +64,45 @@ def convert(
         ),
     ],
     omni2: Annotated[
-        Path | None,
-        typer.Option(help="A LLaMA-Omni2 release: config.json, safetensors, tokenizers."),
+        str | None,
+        typer.Option(
+            metavar=SOURCE, help="A LLaMA-Omni2 release: config.json, safetensors, tokenizers."
+        ),
     ] = None,
     decoder: Annotated[
-        Path | None,
-        typer.Option(help="A cosy2_decoder: cosyvoice.yaml, flow.pt, hift.pt, campplus.onnx."),
+        str | None,
+        typer.Option(
+            metavar=SOURCE, help="A cosy2_decoder: cosyvoice.yaml, flow.pt, hift.pt, campplus.onnx."
+        ),
     ] = None,
     whisper: Annotated[
-        Path | None, typer.Option(help="An OpenAI Whisper .pt or a Hugging Face Whisper directory.")
+        str | None,
+        typer.Option(
+            metavar=SOURCE, help="An OpenAI Whisper .pt or a Hugging Face Whisper directory."
+        ),
     ] = None,
     llm: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
-            "--llm", "--qwen", help="A plain Hugging Face directory of a Qwen2.5 or a Qwen3."
+            "--llm",
+            "--qwen",
+            metavar=SOURCE,
+            help="A plain Hugging Face directory of a Qwen2.5 or a Qwen3.",
         ),
     ] = None,
     speech_lm: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
+            metavar=SOURCE,
             help="With --llm: a small one with tied embeddings and the same tokenizer, "
-            "such as Qwen2.5-0.5B, to become the speech LM."
+            "such as Qwen2.5-0.5B, to become the speech LM.",
         ),
     ] = None,
     speech_tokenizer: Annotated[
-        Path | None,
-        typer.Option(help="speech_tokenizer_v2.onnx, or s3tokenizer's .pt or .safetensors."),
+        str | None,
+        typer.Option(
+            metavar=SOURCE, help="speech_tokenizer_v2.onnx, or s3tokenizer's .pt or .safetensors."
+        ),
     ] = None,
     voice: Annotated[
         list[str] | None,
@@ -72,15 +112,18 @@ def convert(
         Path | None, typer.Option(help="A checkpoint to write back in the released PyTorch layout.")
     ] = None,
 ) -> None:
-    """Convert released weights into a checkpoint, or a checkpoint back into the released layout."""
-    sources = Sources(omni2, decoder, whisper, llm, speech_lm, speech_tokenizer)
-    for path in [*sources.paths(), *filter(None, [to_torch])]:
-        if not path.exists():
-            raise ValueError(f"{path} does not exist")
+    """Convert released weights into a checkpoint, or a checkpoint back into the released layout.
+
+    A source is a local path, or the id of a Hugging Face repository: ORG/NAME or ORG/NAME@REVISION.
+    """
+    names = (omni2, decoder, whisper, llm, speech_lm, speech_tokenizer)
     if to_torch is None:
-        to_checkpoint(out, sources, dict(parse_voice(text) for text in voice or []))
-    elif sources.paths() or voice:
+        prompts = dict(parse_voice(text) for text in voice or [])
+        to_checkpoint(out, Sources.find(*names), prompts)
+    elif any(names) or voice:
         raise ValueError("--to-torch takes --out and nothing else")
+    elif not to_torch.exists():
+        raise ValueError(f"{to_torch} does not exist")
     else:
         to_release(to_torch, out)
 
@@ -135,8 +178,6 @@ def read(sources: Sources) -> "Release | None":
     from omni2_jax.convert import read
     from omni2_jax.convert.release import combine
 
-    if sources.speech_lm and not sources.llm:
-        raise ValueError("--speech-lm needs --llm: the speech LM reads the tokens of that LLM")
     releases = []
     if sources.omni2:
         releases.append(read.read_omni2(sources.omni2, sources.whisper))

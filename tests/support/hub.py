@@ -17,8 +17,8 @@ COMMIT = "c0ffee" + 34 * "0"
 class Hub:
     """The repositories that the server has, and what it was asked for.
 
-    revisions: names of the one commit. gated: repositories that are refused. cut: by file name, after
-    how many bytes the connection is broken off, each time that a longer piece is asked for.
+    revisions: names of the one commit. gated: repositories that are refused. cut: by file name,
+    after how many bytes the connection is broken off, each time that more is asked for.
     """
 
     repositories: dict[str, Path]
@@ -52,7 +52,8 @@ class Handler(BaseHTTPRequestHandler):
     def answer(self, body: bool) -> None:
         path = [unquote(part) for part in urlsplit(self.path).path.strip("/").split("/")]
         if path[:2] == ["api", "models"]:
-            repository, (kind, revision) = "/".join(path[2:4]), (path[4:6] + ["", "main"])[:2]
+            repository = "/".join(path[2:4])
+            kind, revision = path[4:6] if len(path) > 4 else ("revision", "main")
         else:
             repository, kind, revision = "/".join(path[:2]), path[2], path[3]
         directory = self.hub.repositories.get(repository)
@@ -91,9 +92,7 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("Accept-Ranges", "bytes")
         self.send_header("Content-Length", str(len(content) - start))
         if start:
-            self.send_header(
-                "Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}"
-            )
+            self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
         self.end_headers()
         if not body:
             return
@@ -121,7 +120,7 @@ def entry(path: Path, directory: Path) -> dict:
 
 
 @contextlib.contextmanager
-def serve(**repositories: Path) -> Iterator[Hub]:
+def serve(repositories: dict[str, Path]) -> Iterator[Hub]:
     """Serve repositories, {"ORG/NAME": directory}, on a free port of this machine."""
     hub = Hub(repositories)
     handler = type("HubHandler", (Handler,), {"hub": hub})
