@@ -184,7 +184,7 @@ def misfits(
 
 
 def common_dtype(dtypes: Iterable[np.dtype]) -> np.dtype:
-    """The type that holds all of `dtypes`; float32 if there are none."""
+    """The type that holds all of `dtypes`; float32 for an empty list."""
     distinct = set(dtypes)
     if len(distinct) > 1:
         return np.result_type(*distinct)

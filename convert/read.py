@@ -53,7 +53,7 @@ def tokenizer_files(directory: Path, folder: str) -> dict[str, Path | bytes]:
 
 
 def read_llm(directory: Path, speech_lm: Path | None = None) -> Release:
-    """A plain Hugging Face language model as the LLM, <speech> added to its tokenizer.
+    """A plain Hugging Face language model as the LLM, with <speech> added to its tokenizer.
 
     speech_lm: a second one, which becomes the speech LM (`with_speech_lm`).
     Raises ConversionError if its family is unknown, or if something is missing or damaged.

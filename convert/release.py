@@ -1,4 +1,4 @@
-"""What has been read of one source or of several, before anything is written; merging several."""
+"""What one source, or several, bring to a checkpoint. Several are merged before writing."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence

@@ -15,7 +15,7 @@ from omni2_jax.convert.vocabulary import TextTokenizer
 
 
 def with_speech_lm(release: Release, text_tokenizer: TextTokenizer, directory: Path) -> Release:
-    """A release with an LLM, and a speech LM made of the plain, tied one in `directory`.
+    """`release`, which has the LLM, with a speech LM made of the plain model in `directory`.
 
     text_tokenizer: the LLM's; both have to number their tokens alike.
     Raises ConversionError if the models do not go together, or if something is damaged.

@@ -46,17 +46,17 @@ def read(directory: Path) -> TextTokenizer:
     Raises ConversionError if it leaves ids out or has no usable chat template, ValueError if it
     cannot be read at all.
     """
-    found = tokenizer.load(directory)
-    ids = found.get_vocab()
+    loaded = tokenizer.load(directory)
+    ids = loaded.get_vocab()
     if sorted(ids.values()) != list(range(len(ids))):
         raise ConversionError(
             f"the tokenizer in {directory} does not number its {len(ids)} tokens "
             f"from 0 to {len(ids) - 1}"
         )
-    tokenizer.check_chat_template(found, directory)
+    tokenizer.check_chat_template(loaded, directory)
     added = {
         i: {name: getattr(token, name) for name in DESCRIPTION}
-        for i, token in found.added_tokens_decoder.items()
+        for i, token in loaded.added_tokens_decoder.items()
     }
     return TextTokenizer(directory, ids, added)
 

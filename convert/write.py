@@ -57,10 +57,10 @@ def extend(
 
 
 def present_parts(directory: Path, config: Omni2Config) -> list[str]:
-    """The parts of a checkpoint. The fusion, which has no configuration, is there with both LMs."""
-    found = [part for part in PARTS if getattr(config, part, config.llm and config.speech_lm)]
+    """The parts of a checkpoint. A fusion has no configuration; it is part of it with both LMs."""
+    parts = [part for part in PARTS if getattr(config, part, config.llm and config.speech_lm)]
     tokenizer = (directory / speech_tokenizer.FILE).exists()
-    return [*found, "speech_tokenizer"] if tokenizer else found
+    return [*parts, "speech_tokenizer"] if tokenizer else parts
 
 
 def remove_parts(directory: Path, release: Release) -> None:

@@ -1,4 +1,4 @@
-"""What goes into the converter comes out of it: every released size from shapes alone, tiny releases with their numbers, and back."""
+"""Conversion and back: every released size by its shapes, tiny releases with their numbers."""
 
 import importlib
 import json
@@ -65,12 +65,12 @@ def test_every_released_size(size, tmp_path, monkeypatch):
     (tmp_path / "config.json").write_text(json.dumps(settings(released["info"])))
     (tmp_path / "model.safetensors").touch()
     keys = released["keys"]
-    for given in (
+    for tensors in (
         keys,
         {name: key for name, key in keys.items() if name not in released["info"]["tied_keys"]},
     ):
         monkeypatch.setattr(
-            safetensors_files, "tensors", lambda _, given=given: formats.abstract(given)
+            safetensors_files, "tensors", lambda _, tensors=tensors: formats.abstract(tensors)
         )
         release = read.read_omni2(tmp_path)
         assert set(release.params) == set(LANGUAGE_PARTS)
@@ -136,7 +136,8 @@ def test_language_side_comes_back_bit_equal(back):
 
 
 def test_decoder_comes_back(back, checkpoint_dir):
-    """flow.pt bit-equal; hift.pt with weight norm's direction replaced by the weight itself, which the next test converts again."""
+    """flow.pt is bit-equal. In hift.pt the weight itself is the direction of its weight norm; the
+    next test converts it again."""
     flows = (
         torch.load(directory / "flow.pt", weights_only=True)
         for directory in (back / "cosy2_decoder", DECODER)
@@ -182,7 +183,7 @@ def test_encoder_inside_the_release_wins(checkpoint_dir):
     )
 
 
-# ---- another release: other dimensions, tied, bfloat16, three shards, no Whisper file, a generation_config.json ----
+# ---- another release: tied, bfloat16, three shards, no Whisper file, generation_config.json ----
 
 
 def test_another_release(tmp_path, monkeypatch):
@@ -303,7 +304,10 @@ def test_hugging_face_whisper(tmp_path):
 
 
 def test_openai_whisper_and_qwen_together(tmp_path):
-    """The Whisper file holds float16, and its text decoder is dropped; the LLM comes from a release's own tensors."""
+    """The Whisper file holds float16, and its text decoder is dropped.
+
+    The LLM's tensors are those of a release.
+    """
     llm = {
         name: tensor
         for name, tensor in load_file(OMNI2 / "model.safetensors").items()

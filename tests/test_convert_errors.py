@@ -1,4 +1,4 @@
-"""Bad input to the converter: one line that names the file and the fault, an exit code that is not 0, and nothing left behind."""
+"""Bad input to the converter: one line that names the file and the fault, and nothing is left."""
 
 import dataclasses
 import json
@@ -27,12 +27,12 @@ WEIGHTS = OMNI2 / "model.safetensors"
 
 
 def assert_refused(tmp_path, *args, says):
-    """The command ends with one line that has every word of `says` in it, and leaves no output behind."""
+    """The command ends with one line with every text of `says` in it, and leaves no output."""
     out = tmp_path / "out" / "ckpt"
     message = convert(*args, "--out", out)
     assert isinstance(message, str) and message.startswith("error: ") and "\n" not in message
-    for language in says:
-        assert language in message, message
+    for text in says:
+        assert text in message, message
     assert not out.parent.exists() or list(out.parent.iterdir()) == []
 
 
@@ -217,7 +217,8 @@ def test_all_complaints_at_once(tmp_path):
         "missing model.norm.weight (shape [64])",
         "unexpected model.stranger",
         "speech_generator.gate.0.bias has shape [49], expected [48]",
-        "speech_generator.model.lm_head.weight differs from speech_generator.model.model.embed_tokens.weight",
+        "speech_generator.model.lm_head.weight differs from "
+        "speech_generator.model.model.embed_tokens.weight",
     ]
     assert_refused(tmp_path, "--omni2", release, says=says)
 
@@ -225,7 +226,7 @@ def test_all_complaints_at_once(tmp_path):
 def test_shards(tmp_path):
     release = linked(OMNI2, tmp_path / "release")
     index = release / "model.safetensors.index.json"
-    for weight_map, language in (
+    for weight_map, says in (
         ({"lm_head.weight": "absent.safetensors"}, ["absent.safetensors", "No such file"]),
         (
             {"lm_head.bias": "model.safetensors"},
@@ -234,7 +235,7 @@ def test_shards(tmp_path):
         (None, ["index.json has no weight_map"]),
     ):
         index.write_text(json.dumps({"weight_map": weight_map}))
-        assert_refused(tmp_path, "--omni2", release, says=[str(release), *language])
+        assert_refused(tmp_path, "--omni2", release, says=[str(release), *says])
 
 
 # ---- a decoder ----
@@ -452,7 +453,7 @@ def test_exit_code_of_the_command(tmp_path):
 
 
 def test_a_table_that_does_not_fit_the_model():
-    """A target that does not exist and one that nothing sets are complaints too; a dropped name is none."""
+    """A target that does not exist and one that nothing sets are reported, a dropped name not."""
     source = {
         name: LazyArray((2,), np.dtype(np.float32), lambda: np.ones(2, np.float32))
         for name in ("a", "b.step")
@@ -463,5 +464,6 @@ def test_a_table_that_does_not_fit_the_model():
         plan(table, source, target, "file")
     assert (
         str(error.value)
-        == "file: 2 tensors do not fit: the table sets z, which the model does not have; nothing in the table sets y"
+        == "file: 2 tensors do not fit: the table sets z, which the model does not have; "
+        "nothing in the table sets y"
     )

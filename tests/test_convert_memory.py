@@ -1,4 +1,7 @@
-"""A conversion holds about its largest parameter in memory, not the model. Measured in full by benchmarks/convert_memory.py."""
+"""A conversion holds about its largest parameter in memory, not the model.
+
+benchmarks/convert_memory.py measures it at the released sizes.
+"""
 
 import dataclasses
 import weakref
@@ -39,7 +42,10 @@ def test_one_large_parameter_or_a_few_small_ones_at_a_time(tmp_path, monkeypatch
     "shape", [(158227, 896), (64, 5120, 27648), (24, 896, 2, 64), (7, 3), (5,), ()]
 )
 def test_chunks(shape):
-    """Of 8 MB at most and half of that at least where the array allows; the tokens of the speech LM are a prime number."""
+    """They have 8 MB at most, and half of that at least where the array allows.
+
+    The tokens of the speech LM are a prime number.
+    """
     chunk = lazy.chunk_shape(shape, 2)
     size = 2 * int(np.prod(chunk))
     assert len(chunk) == len(shape) and size <= lazy.CHUNK_BYTES

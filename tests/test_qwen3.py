@@ -94,7 +94,7 @@ def test_a_family_reads_what_it_writes(name):
 
 @pytest.fixture(scope="module")
 def start_dir(tmp_path_factory):
-    """What training starts from: Whisper, a Qwen3 as the LLM, and a smaller one as the speech LM."""
+    """The start of training: Whisper, a Qwen3 as the LLM, and a smaller one as the speech LM."""
     folder = tmp_path_factory.mktemp("start")
     large, _ = plain_qwen3(folder / "Qwen3-4B", tied=False)
     small, _ = plain_qwen3(folder / "Qwen3-0.6B", tied=True, width=32, layers=1)

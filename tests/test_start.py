@@ -75,7 +75,7 @@ def test_it_is_complete(start_dir):
 
 
 def test_tokenizers_are_the_released_ones(start_dir, qwen):
-    """Ids, texts and which tokens are special as in the goldens, which the released code has made."""
+    """Ids, texts and special tokens are those of the goldens, made by the released code."""
     for folder, released in {"tokenizer": OMNI2, "tts_tokenizer": OMNI2 / "tts_tokenizer"}.items():
         ours, theirs = tokenizer.load(start_dir / folder), tokenizer.load(released)
         assert ours.get_vocab() == theirs.get_vocab()
@@ -206,7 +206,7 @@ def test_without_a_speech_lm(qwen, tmp_path):
 
 
 def test_a_tokenizer_that_has_speech_is_kept(qwen, small, tmp_path):
-    """The files are as other versions of transformers write them: the template in a file of its own,
+    """Its files are as other versions of transformers write them: the template in its own file,
     special tokens described in full, no tokenizer.json.
     """
     other = linked(qwen, tmp_path / "qwen")
@@ -286,11 +286,11 @@ def test_a_released_size(qwen, tmp_path, monkeypatch):
         lambda path: formats.abstract(llm if path.parent.name == "llm" else speech_lm),
     )
     release = read.read_llm(tmp_path / "llm", tmp_path / "speech_lm")
-    heard = Release(
+    encoder = Release(
         EMPTY_CONFIG.replace(speech_encoder=released.speech_encoder),
         {"speech_encoder": {}},
     )
-    release = combine([release, heard])
+    release = combine([release, encoder])
     assert release.config == released
     shapes = abstract_model(released)[1]
     assert set(release.params) == set(shapes)
@@ -302,7 +302,7 @@ def test_a_released_size(qwen, tmp_path, monkeypatch):
 
 
 def qwen_sized(content):
-    """A tokenizer.json of Qwen2.5's numbers: 151643 tokens, and 22 beside them of which two end texts and units."""
+    """A tokenizer.json of Qwen2.5's numbers: 151643 tokens, and 22 added ones."""
     vocabulary = content["model"]["vocab"]
     vocabulary |= {f"token {i}": i for i in range(len(vocabulary), 151643)}
     names = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|{i}|>" for i in range(19))]
@@ -320,7 +320,7 @@ def qwen_sized(content):
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float32])
 @pytest.mark.parametrize("rows", [900, 5000])
 def test_extension_holds_one_table(dtype, rows):
-    """Padding rows beyond the kept ones are dropped, also where the new table is the smaller one."""
+    """Rows behind the kept ones are dropped, also where the new table is the smaller one."""
     old = np.random.default_rng(0).standard_normal((rows, 256)).astype(dtype)
     old[500:] = 1e4
     table = start.extended(LazyArray(old.shape, old.dtype, old.copy), kept=500, vocabulary=4000)
@@ -436,16 +436,16 @@ FAULTS = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_bad_sources_are_refused(fault, qwen, small, tmp_path):
     which, files, edit, says = FAULTS[fault]
-    given = {
+    sources = {
         "qwen": linked(qwen, tmp_path / qwen.name),
         "small": linked(small, tmp_path / small.name),
     }
     for name in files.split():
         if edit:
-            edited(given[which] / name, edit)
+            edited(sources[which] / name, edit)
         else:
-            (given[which] / name).unlink()
-    assert says in refused(tmp_path, "--qwen", given["qwen"], "--speech-lm", given["small"])
+            (sources[which] / name).unlink()
+    assert says in refused(tmp_path, "--qwen", sources["qwen"], "--speech-lm", sources["small"])
 
 
 def test_speech_lm_alone_is_refused(small, tmp_path):

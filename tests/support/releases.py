@@ -16,7 +16,8 @@ from safetensors.numpy import save_file
 from omni2_jax.cli.main import main
 from tests.support.paths import GOLDENS
 
-# real dimension -> tiny one, by the first prefix that a tensor's name has, in the 1.5B release, where no two collide
+# Prefix of a tensor's name -> real dimension -> tiny one; the first prefix that fits counts. The
+# dimensions are the 1.5B release's, where no two collide.
 TINY = {
     "model.speech_encoder.": {1280: 128, 5120: 512, 128: 24, 1500: 40, 3: 3},
     "model.speech_projector.": {6400: 640, 2048: 56, 1536: 96},
@@ -68,7 +69,7 @@ def settings(info: dict) -> dict:
 
 
 def tiny_tensors() -> dict[str, np.ndarray]:
-    """Random bfloat16 tensors by the names of the 1.5B release; the heads are copies of the embeddings."""
+    """Random bfloat16 tensors under the names of the 1.5B release, with tied heads."""
     random, tensors = np.random.default_rng(0), {}
     for name, (shape, _) in manifest("llama_omni2_1.5B")["keys"].items():
         prefix = next(prefix for prefix in TINY if name.startswith(prefix))
@@ -83,7 +84,10 @@ def tiny_tensors() -> dict[str, np.ndarray]:
 
 
 def tiny_release(directory: Path) -> dict[str, np.ndarray]:
-    """Write a release of other dimensions than the goldens': tied, bfloat16, in three shards, without a Whisper file. Its tensors."""
+    """Write a release and return its tensors. It has other dimensions than the goldens'.
+
+    It is tied, in bfloat16 and in three shards, and has no Whisper file.
+    """
     tensors = tiny_tensors()
     linked(GOLDENS / "omni2" / "tts_tokenizer", directory / "tts_tokenizer")
     for name in (
