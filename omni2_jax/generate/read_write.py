@@ -1,18 +1,22 @@
-"""Read R text tokens, write W speech units: the generation rules of LLaMA-Omni2 for many slots in one compiled call.
+"""Read R text tokens, then write W speech tokens: the generation rules of LLaMA-Omni2 (paper, 3.3).
 
-`prefill` starts a turn, `read_write` does one burst of every slot at once. Both are pure functions of (model, state); a
-slot may be reading, flushing (text over, units still coming) or idle, and an idle slot costs nothing but its lane.
-B slots, T prompt time, R/W tokens per burst, D LLM width, V vocabulary.
+`prefill` starts a turn; `read_write` does one read and one write of every slot in one call. Both
+are pure functions of (model, state). A slot is reading, flushing (its text has ended, its units
+have not) or idle. Idle slots are masked out; they only occupy their row of the batch.
+
+B slots, T prompt time, R text tokens of a read, W speech tokens of a write, F speech features,
+D LLM width, V vocabulary of the LLM, U units.
 """
 
 import dataclasses
-import functools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 
 from omni2_jax.config import Omni2Config
+from omni2_jax.generate.options import Options
 from omni2_jax.generate.sampling import Sampling, penalize, sample
 from omni2_jax.models.kv_cache import KVCache
 from omni2_jax.models.model import Model
@@ -20,43 +24,79 @@ from omni2_jax.sharding import constrain
 
 Array = jax.Array
 
-IDLE, READING, FLUSHING, FAILED = (
-    0,
-    1,
-    2,
-    3,
-)  # FAILED: logits were not finite; the slot is as good as idle
-MAX_EOS = 8  # text end tokens a request may name
+# Phases of a slot. FAILED: logits were not finite. No step changes such a slot, as if it were idle.
+IDLE, READING, FLUSHING, FAILED = range(4)
+MAX_EOS = 8  # end-of-text tokens that a request may name
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Request:
-    """What a turn asks for, one row per slot."""
+    """The settings of a turn. Every array has one row for each slot."""
 
     text: Sampling
     unit: Sampling
-    text_eos: Array  # [B, MAX_EOS], filled up with -1
+    text_eos: Array  # [B, MAX_EOS] end-of-text tokens, padded with -1
     max_text: Array  # [B] text tokens at most
-    max_flush: Array  # [B] speech tokens at most after the text has ended
+    max_flush: Array  # [B] speech tokens at most after the end of the text
     key: Array  # [B] PRNG keys
+
+    @classmethod
+    def of(
+        cls,
+        config: Omni2Config,
+        options: Options,
+        defaults: Mapping[str, float | None] | None = None,
+        text_eos: Sequence[int] | None = None,
+        batch: int = 1,
+    ) -> "Request":
+        """The same request for `batch` slots; slot i has the seed's key, folded with i.
+
+        defaults: the settings of generation_config.json, used where `options` leaves them open.
+        text_eos: the tokens that end the text; None = those of the config.
+        Raises ValueError for more than MAX_EOS of them.
+        """
+        text_eos = config.tokens.text_eos if text_eos is None else text_eos
+        if len(text_eos) > MAX_EOS:
+            raise ValueError(
+                f"{len(text_eos)} end-of-text tokens given, at most {MAX_EOS} are supported"
+            )
+        text = {}
+        for name in ("top_p", "top_k", "repetition_penalty"):
+            for value in (getattr(options, name), (defaults or {}).get(name)):
+                if value is not None:
+                    text.setdefault(name, value)
+        padded = (*text_eos, *[-1] * (MAX_EOS - len(text_eos)))
+        return cls(
+            text=Sampling.of(batch, options.temperature, **text),
+            unit=Sampling.of(batch, options.unit_temperature, top_k=options.unit_top_k),
+            text_eos=jnp.tile(jnp.array(padded, jnp.int32), (batch, 1)),
+            max_text=jnp.full(batch, options.max_new_tokens, jnp.int32),
+            max_flush=jnp.full(batch, options.max_flush_units, jnp.int32),
+            key=jax.vmap(jax.random.fold_in, (None, 0))(
+                jax.random.key(options.seed), jnp.arange(batch)
+            ),
+        )
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class ReadWriteState:
-    """Everything between two bursts. All of it is donated to the next one."""
+    """The state of the two language models between two steps. Its buffers are donated to a step.
+
+    With batch size 1 it is a *prefix*: the state of one conversation outside of the engine's slots.
+    """
 
     phase: Array  # [B] IDLE, READING, FLUSHING or FAILED
     llm: KVCache
-    llm_length: Array  # [B] positions written
-    hidden: Array  # [B, D] the LLM's last hidden state: it produces, and is paired with, the next text token
-    seen: Array  # [B, V] text tokens generated in this turn (repetition penalty)
-    text_count: Array  # [B]
+    llm_length: Array  # [B] positions written to the LLM's cache
+    hidden: Array  # [B, D] the LLM's last hidden state: the next text token is sampled from it
+    generated_mask: Array  # [B, V] text tokens of this turn, for the repetition penalty
+    text_count: Array  # [B] text tokens of this turn
     speech: KVCache
-    speech_length: Array  # [B]
-    pending: Array  # [B] the last speech token, not yet in the cache; -1 = none
-    flush_count: Array  # [B]
+    speech_length: Array  # [B] positions written to the speech LM's cache
+    last_speech_token: Array  # [B] the last one, which is not in the cache yet; -1 = none
+    flush_count: Array  # [B] speech tokens since the end of the text
     request: Request
 
     @classmethod
@@ -66,79 +106,68 @@ class ReadWriteState:
         slots: int,
         llm_capacity: int,
         speech_capacity: int,
-        dtype=jnp.float32,
+        dtype: jnp.dtype | type = jnp.float32,
     ) -> "ReadWriteState":
-        """`slots` idle slots; capacities in positions of the two caches."""
-        zeros = lambda: jnp.zeros(slots, jnp.int32)  # noqa: E731 (a buffer each: all are donated)
+        """`slots` idle slots. The capacities are positions of the two KV caches, in `dtype`."""
+
+        def zeros() -> Array:  # a buffer for each field: a buffer cannot be donated twice
+            return jnp.zeros(slots, jnp.int32)
+
         return cls(
             phase=zeros(),
             llm=KVCache.empty(config.llm, slots, llm_capacity, dtype),
             llm_length=zeros(),
             hidden=jnp.zeros((slots, config.llm.width), dtype),
-            seen=jnp.zeros((slots, config.llm.vocabulary), bool),
+            generated_mask=jnp.zeros((slots, config.llm.vocabulary), bool),
             text_count=zeros(),
             speech=KVCache.empty(config.speech_lm, slots, speech_capacity, dtype),
             speech_length=zeros(),
-            pending=zeros() - 1,
+            last_speech_token=zeros() - 1,
             flush_count=zeros(),
-            request=request(config, slots),
+            request=Request.of(config, Options(), batch=slots),
         )
 
     def put(self, prefix: "ReadWriteState", slot: Array) -> "ReadWriteState":
-        """This state with a lane, a state of one slot, in one of its slots."""
-        return over_slots(
-            lambda axis, whole, one: jax.lax.dynamic_update_slice_in_dim(whole, one, slot, axis),
-            self,
-            prefix,
-        )
+        """Copy `prefix`, a state with batch size 1, into slot `slot`."""
+
+        def update(axis: int, array: Array, row: Array) -> Array:
+            return jax.lax.dynamic_update_slice_in_dim(array, row, slot, axis)
+
+        return map_slots(update, self, prefix)
 
     def take(self, slot: Array) -> "ReadWriteState":
-        """A slot as a lane. (As a dynamic slice, the caches of all slots would be gathered on every device of a mesh first.)"""
-        return over_slots(lambda axis, whole: jnp.take(whole, slot[None], axis, mode="clip"), self)
+        """Extract one slot as a prefix, a state with batch size 1.
+
+        This uses `jnp.take`: on a mesh, a dynamic slice would all-gather the caches first.
+        """
+
+        def row(axis: int, array: Array) -> Array:
+            return jnp.take(array, slot[None], axis, mode="clip")
+
+        return map_slots(row, self)
 
 
-def over_slots(function, *states: ReadWriteState) -> ReadWriteState:
-    """Map `function(axis of the slots, *arrays)` over the arrays of states: the caches' slots are on their second axis."""
-    bare = [dataclasses.replace(state, llm=None, speech=None) for state in states]
-    caches = {
-        name: jax.tree.map(functools.partial(function, 1), *(getattr(s, name) for s in states))
-        for name in ("llm", "speech")
-    }
-    return dataclasses.replace(jax.tree.map(functools.partial(function, 0), *bare), **caches)
+def map_slots(function: Callable[..., Array], *states: ReadWriteState) -> ReadWriteState:
+    """Map `function(slot axis, *arrays)` over the arrays of states.
+
+    The slot axis is the first one, but for the KV caches [L, B, S, K, H], where it is the second.
+    """
+
+    def map_node(node: KVCache | Array, *others: KVCache | Array):
+        axis = 1 if isinstance(node, KVCache) else 0
+        return jax.tree.map(lambda *arrays: function(axis, *arrays), node, *others)
+
+    return jax.tree.map(map_node, *states, is_leaf=lambda node: isinstance(node, KVCache))
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class ReadWriteOutput:
-    """What one read/write did: `tokens` [B, R] text and `speech` [B, W] speech-LM token ids, -1 where there is none."""
+    """The tokens of one read and write of every slot, -1 where there is none."""
 
-    tokens: Array
-    speech: Array
-    phase: Array  # [B] after the burst
-
-
-def request(
-    config: Omni2Config,
-    slots: int = 1,
-    text=None,
-    unit=None,
-    text_eos=None,
-    max_text: int = 256,
-    max_flush: int = 1024,
-    seed: int = 0,
-) -> Request:
-    """The same request for every slot; slot i draws from the seed's key folded with i."""
-    eos = tuple(config.tokens.text_eos if text_eos is None else text_eos)
-    if len(eos) > MAX_EOS:
-        raise ValueError(f"{len(eos)} end-of-text tokens given, at most {MAX_EOS} are supported")
-    return Request(
-        text=text or Sampling.of(slots),
-        unit=unit or Sampling.of(slots, temperature=1.0, top_k=50),
-        text_eos=jnp.tile(jnp.array(eos + (-1,) * (MAX_EOS - len(eos)), jnp.int32), (slots, 1)),
-        max_text=jnp.full(slots, max_text, jnp.int32),
-        max_flush=jnp.full(slots, max_flush, jnp.int32),
-        key=jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(slots)),
-    )
+    text_tokens: Array  # [B, R]
+    speech_tokens: Array  # [B, W] tokens of the speech LM: units, or its end token, or others
+    phase: Array  # [B] after the write
 
 
 def prefill(
@@ -151,181 +180,240 @@ def prefill(
     first: Array | int = 0,
     request: Request,
 ) -> ReadWriteState:
-    """Start a turn in every slot with lengths > 0, behind whatever its LLM cache holds already; the rest is left as it is.
+    """Append prompt tokens to every slot with lengths > 0 and start a turn there.
 
-    ids: [B, T] new prompt tokens, `model.SPEECH` at each speech position, right-padded. features: [B, F, D] speech features,
-    `first` of which were used by earlier pieces: a long prompt may come in several pieces, each through here.
+    ids: [B, T] prompt tokens, right-padded, with `model.SPEECH` at each speech position. They go
+    behind the tokens that the slot's LLM cache holds already. lengths: [B], how many of them count.
+    features: [B, F, D] speech features. first: how many of these earlier pieces of the prompt
+    have used; a long prompt takes several calls, one for each piece.
     """
     time = jnp.arange(ids.shape[1])[None]
     positions = jnp.where(time < lengths[:, None], state.llm_length[:, None] + time, -1)
     hidden, llm = model.llm(model.embed_prompt(ids, features, first), positions, state.llm)
     last = jnp.take_along_axis(hidden, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0]
-    start = lengths > 0
-    pick = lambda new, old: jnp.where(start.reshape((-1,) + (1,) * (old.ndim - 1)), new, old)  # noqa: E731
+    started = lengths > 0
+
+    def where_started(new: Array | int | bool, old: Array) -> Array:
+        return jnp.where(started.reshape((-1,) + (1,) * (old.ndim - 1)), new, old)
+
     return dataclasses.replace(
         state,
-        phase=pick(READING, state.phase),
+        phase=where_started(READING, state.phase),
         llm=llm,
         llm_length=state.llm_length + lengths,
-        hidden=pick(last.astype(state.hidden.dtype), state.hidden),
-        seen=pick(False, state.seen),
-        text_count=pick(0, state.text_count),
-        speech_length=pick(0, state.speech_length),
-        pending=pick(-1, state.pending),
-        flush_count=pick(0, state.flush_count),
-        request=jax.tree.map(pick, request, state.request),
+        hidden=where_started(last.astype(state.hidden.dtype), state.hidden),
+        generated_mask=where_started(False, state.generated_mask),
+        text_count=where_started(0, state.text_count),
+        speech_length=where_started(0, state.speech_length),
+        last_speech_token=where_started(-1, state.last_speech_token),
+        flush_count=where_started(0, state.flush_count),
+        request=jax.tree.map(where_started, request, state.request),
     )
 
 
 def read_write(
     model: Model, state: ReadWriteState, units_only: bool = True
 ) -> tuple[ReadWriteState, ReadWriteOutput]:
-    """One burst of every slot: up to R text tokens, their fusion, up to W speech tokens. `units_only` masks all but units and eos."""
-    state, tokens, hiddens, ended = read(model, state)
-    state, speech = write(model, state, tokens, hiddens, ended, units_only)
-    return state, ReadWriteOutput(tokens, speech, state.phase)
+    """One step of every slot: up to R text tokens, their fusion, up to W speech tokens.
+
+    units_only: only units and the end token can be sampled.
+    """
+    state, text_tokens, hiddens, ended = read(model, state)
+    state, speech_tokens = write(model, state, text_tokens, hiddens, ended, units_only)
+    return state, ReadWriteOutput(text_tokens, speech_tokens, state.phase)
 
 
 def read(model: Model, state: ReadWriteState) -> tuple[ReadWriteState, Array, Array, Array]:
-    """Up to R text tokens [B, R] with the hidden states that produced them [B, R, D], and which texts ended [B]."""
-    rows, asked, size = jnp.arange(state.phase.shape[0]), state.request, model.config.read
+    """Generate up to R text tokens -> (state, tokens, hiddens, ended).
 
-    def more(carry):
+    tokens: [B, R], -1 = none. hiddens: [B, R, D], the hidden states that produced them.
+    ended: [B], whether the text has ended in this read.
+    """
+    size = model.config.read
+
+    def condition(carry) -> Array:
         i, _, _, _, reading = carry
         return (i < size) & jnp.any(reading)
 
-    def one(carry):
+    def body(carry):
         i, state, tokens, hiddens, reading = carry
-        logits = model.llm.logits(state.hidden)
-        failed = reading & ~jnp.all(jnp.isfinite(logits), axis=-1)
-        reading &= ~failed
-        logits = penalize(logits, state.seen, asked.text.repetition_penalty)
-        keys = jax.vmap(jax.random.fold_in)(asked.key, 2 * state.text_count)
-        token = jnp.where(reading, sample(logits, asked.text, keys), -1)
-        count = state.text_count + reading
-        over = jnp.any(token[:, None] == asked.text_eos, axis=-1) | (count >= asked.max_text)
-        # The end token is fed too: it belongs to the history that the next turn continues.
-        positions = jnp.where(reading, state.llm_length, -1)
-        embedding = model.llm.embed(token).astype(state.hidden.dtype)
-        hidden, llm = model.llm(embedding[:, None], positions[:, None], state.llm)
-        tokens, hiddens = tokens.at[:, i].set(token), hiddens.at[:, i].set(state.hidden)
-        state = dataclasses.replace(
-            state,
-            phase=jnp.where(failed, FAILED, state.phase),
-            llm=llm,
-            llm_length=state.llm_length + reading,
-            hidden=jnp.where(reading[:, None], hidden[:, 0], state.hidden),
-            seen=state.seen.at[rows, jnp.maximum(token, 0)].max(reading),
-            text_count=count,
-        )
-        return i + 1, state, tokens, hiddens, reading & ~over
+        hiddens = hiddens.at[:, i].set(state.hidden)
+        state, token, reading = read_token(model, state, reading)
+        return i + 1, state, tokens.at[:, i].set(token), hiddens, reading
 
     reading = state.phase == READING
-    tokens = jnp.full((rows.size, size), -1, jnp.int32)
-    hiddens = jnp.zeros((rows.size, size, state.hidden.shape[-1]), state.hidden.dtype)
+    tokens = jnp.full((reading.size, size), -1, jnp.int32)
+    hiddens = jnp.zeros((reading.size, size, state.hidden.shape[-1]), state.hidden.dtype)
     _, state, tokens, hiddens, reading = jax.lax.while_loop(
-        more, one, (0, state, tokens, hiddens, reading)
+        condition, body, (0, state, tokens, hiddens, reading)
     )
     ended = (state.phase == READING) & ~reading
-    return (
-        dataclasses.replace(state, phase=jnp.where(ended, FLUSHING, state.phase)),
-        tokens,
-        hiddens,
-        ended,
+    state = dataclasses.replace(state, phase=jnp.where(ended, FLUSHING, state.phase))
+    return state, tokens, hiddens, ended
+
+
+def read_token(
+    model: Model, state: ReadWriteState, reading: Array
+) -> tuple[ReadWriteState, Array, Array]:
+    """Generate one text token in every slot where `reading` [B] -> (state, token [B], reading).
+
+    Afterwards `reading` is False where the token ended the text or the logits were not finite.
+    """
+    request = state.request
+    logits = model.llm.logits(state.hidden)
+    failed = reading & ~jnp.all(jnp.isfinite(logits), axis=-1)
+    reading &= ~failed
+    logits = penalize(logits, state.generated_mask, request.text.repetition_penalty)
+    # Even numbers for text tokens, odd ones for speech tokens: no key is used twice.
+    keys = jax.vmap(jax.random.fold_in)(request.key, 2 * state.text_count)
+    token = jnp.where(reading, sample(logits, request.text, keys), -1)
+    count = state.text_count + reading
+    is_eos = jnp.any(token[:, None] == request.text_eos, axis=-1)
+    # The end token is fed too: it belongs to the history that the next turn continues.
+    positions = jnp.where(reading, state.llm_length, -1)
+    embedding = model.llm.embed(token).astype(state.hidden.dtype)
+    hidden, llm = model.llm(embedding[:, None], positions[:, None], state.llm)
+    rows = jnp.arange(reading.size)
+    state = dataclasses.replace(
+        state,
+        phase=jnp.where(failed, FAILED, state.phase),
+        llm=llm,
+        llm_length=state.llm_length + reading,
+        hidden=jnp.where(reading[:, None], hidden[:, 0], state.hidden),
+        generated_mask=state.generated_mask.at[rows, jnp.maximum(token, 0)].max(reading),
+        text_count=count,
     )
+    return state, token, reading & ~(is_eos | (count >= request.max_text))
 
 
 def write(
     model: Model,
     state: ReadWriteState,
-    tokens: Array,
+    text_tokens: Array,
     hiddens: Array,
     ended: Array,
     units_only: bool,
 ) -> tuple[ReadWriteState, Array]:
-    """Feed the speech LM its last token, the fused rows and, where the text just ended, <sep>; then up to W speech tokens [B, W]."""
-    config, active = model.config, (state.phase == READING) | (state.phase == FLUSHING)
-    fused = model.fuse(hiddens, tokens)
-    edge = lambda ids: model.speech_lm.embed(ids).astype(fused.dtype)[:, None]  # noqa: E731
-    sep = jnp.full_like(state.pending, config.tokens.sep)
-    rows = jnp.concatenate([edge(state.pending), fused, edge(sep)], axis=1)  # [B, 1 + R + 1, D]
-    valid = (
-        jnp.concatenate([(state.pending >= 0)[:, None], tokens >= 0, ended[:, None]], axis=1)
-        & active[:, None]
-    )
+    """Feed a read to the speech LM and generate up to W speech tokens -> (state, tokens [B, W]).
+
+    text_tokens: [B, R], -1 = none. hiddens: [B, R, D]. ended: [B], whether the text has just ended.
+    The speech LM takes its own last token, the fused rows of the text tokens and, where the text
+    has ended, <sep>.
+    """
+    config = model.config
+    active = (state.phase == READING) | (state.phase == FLUSHING)
+    fused = model.fuse(hiddens, text_tokens)
+
+    def embed(tokens: Array) -> Array:
+        return model.speech_lm.embed(tokens).astype(fused.dtype)[:, None]
+
+    sep = jnp.full_like(state.last_speech_token, config.tokens.sep)
+    # [B, 1 + R + 1, D]
+    rows = jnp.concatenate([embed(state.last_speech_token), fused, embed(sep)], axis=1)
+    has_last = (state.last_speech_token >= 0)[:, None]
+    valid = jnp.concatenate([has_last, text_tokens >= 0, ended[:, None]], axis=1)
+    valid &= active[:, None]
     positions = jnp.where(valid, state.speech_length[:, None] + jnp.cumsum(valid, axis=1) - 1, -1)
     hidden, cache = model.speech_lm(rows, positions, state.speech)
-    last = jnp.argmax(positions, axis=1)
-    hidden = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
+    last_row = jnp.argmax(positions, axis=1)
+    hidden = jnp.take_along_axis(hidden, last_row[:, None, None], axis=1)[:, 0]
     state = dataclasses.replace(
         state, speech=cache, speech_length=state.speech_length + valid.sum(1)
     )
-    return burst(model, state, hidden, active, units_only)
+    return write_units(model, state, hidden, active, units_only)
 
 
-def burst(
+def write_units(
     model: Model, state: ReadWriteState, hidden: Array, active: Array, units_only: bool
 ) -> tuple[ReadWriteState, Array]:
-    """Up to W speech tokens, the first from `hidden` [B, D]; the last one stays pending, to be fed with the next rows."""
-    config, asked, size = model.config, state.request, model.config.write
+    """Generate up to W speech tokens in the slots that are `active` [B] -> (state, tokens [B, W]).
+
+    hidden: [B, D], which the first token is sampled from. The last token is not fed to the speech
+    LM here: the next write feeds it before its rows.
+    """
+    size = model.config.write
+    sample_token = make_sampler(model, units_only)
     flushing = state.phase == FLUSHING
-    next_token = chooser(model, units_only)
 
-    def put(i, state, hidden, speech, alive):
-        keys = jax.vmap(jax.random.fold_in)(asked.key, 2 * state.speech_length + 1)
-        failed = alive & ~jnp.all(
-            jnp.isfinite(hidden), axis=-1
-        )  # as finite as its logits, and a thousand times smaller
-        alive &= ~failed
-        token = jnp.where(alive, next_token(hidden, asked.unit, keys), -1)
-        flushed = state.flush_count + (alive & flushing)
-        state = dataclasses.replace(
-            state,
-            phase=jnp.where(failed, FAILED, state.phase),
-            pending=jnp.where(alive, token, state.pending),
-            flush_count=flushed,
-        )
-        over = (token == config.tokens.unit_eos) | (flushing & (flushed >= asked.max_flush))
-        return state, speech.at[:, i].set(token), alive & ~over
+    def append(i, state, hidden, tokens, alive):
+        state, token, alive = write_token(model, state, sample_token, hidden, flushing, alive)
+        return state, tokens.at[:, i].set(token), alive
 
-    def more(carry):
+    def condition(carry) -> Array:
         i, _, _, alive = carry
         return (i < size) & jnp.any(alive)
 
-    def one(carry):
-        i, state, speech, alive = carry
-        embedding = model.speech_lm.embed(state.pending).astype(hidden.dtype)
+    def body(carry):
+        i, state, tokens, alive = carry
+        embedding = model.speech_lm.embed(state.last_speech_token).astype(hidden.dtype)
         positions = jnp.where(alive, state.speech_length, -1)
         y, cache = model.speech_lm(embedding[:, None], positions[:, None], state.speech)
         state = dataclasses.replace(state, speech=cache, speech_length=state.speech_length + alive)
-        state, speech, alive = put(i, state, y[:, 0], speech, alive)
-        return i + 1, state, speech, alive
+        state, tokens, alive = append(i, state, y[:, 0], tokens, alive)
+        return i + 1, state, tokens, alive
 
-    state, speech, alive = put(
-        0, state, hidden, jnp.full((active.size, size), -1, jnp.int32), active
-    )
-    _, state, speech, alive = jax.lax.while_loop(more, one, (1, state, speech, alive))
-    # An eos in mid-stream only ends the burst; after the text it ends the turn, as does the cap.
+    tokens = jnp.full((active.size, size), -1, jnp.int32)
+    state, tokens, alive = append(0, state, hidden, tokens, active)
+    _, state, tokens, alive = jax.lax.while_loop(condition, body, (1, state, tokens, alive))
+    # An end token before the end of the text only ends the write. After it, it ends the turn, as
+    # does the limit of the request.
     done = flushing & ~alive & active & (state.phase != FAILED)
-    return dataclasses.replace(state, phase=jnp.where(done, IDLE, state.phase)), speech
+    return dataclasses.replace(state, phase=jnp.where(done, IDLE, state.phase)), tokens
 
 
-def chooser(model: Model, units_only: bool):
-    """A function (hidden [B, D], settings, keys) -> speech token [B].
+Sampler = Callable[[Array, Sampling, Array], Array]  # (hidden [B, D], settings, keys [B]) -> [B]
 
-    With `units_only` the head is the 6561 unit rows and eos alone: nothing else can be sampled, and 95 % of the head is not read.
+
+def write_token(
+    model: Model,
+    state: ReadWriteState,
+    sample_token: Sampler,
+    hidden: Array,
+    flushing: Array,
+    alive: Array,
+) -> tuple[ReadWriteState, Array, Array]:
+    """Sample one speech token in every slot where `alive` [B] -> (state, token [B], alive).
+
+    hidden: [B, D] of the speech LM. flushing: [B], whether the text ended before this write.
+    Afterwards `alive` is False where the token ends the write.
+    """
+    request = state.request
+    keys = jax.vmap(jax.random.fold_in)(request.key, 2 * state.speech_length + 1)
+    # The hidden state is finite exactly when its logits are, and has D numbers instead of V.
+    failed = alive & ~jnp.all(jnp.isfinite(hidden), axis=-1)
+    alive &= ~failed
+    token = jnp.where(alive, sample_token(hidden, request.unit, keys), -1)
+    flush_count = state.flush_count + (alive & flushing)
+    state = dataclasses.replace(
+        state,
+        phase=jnp.where(failed, FAILED, state.phase),
+        last_speech_token=jnp.where(alive, token, state.last_speech_token),
+        flush_count=flush_count,
+    )
+    is_eos = token == model.config.tokens.unit_eos
+    return state, token, alive & ~(is_eos | (flushing & (flush_count >= request.max_flush)))
+
+
+def make_sampler(model: Model, units_only: bool) -> Sampler:
+    """The function that samples a speech token from a hidden state.
+
+    With `units_only` its logits are those of the U units and of the end token alone: nothing else
+    can be sampled, and 95 % of the head's rows are not read.
     """
     lm, tokens, units = model.speech_lm, model.config.tokens, model.config.units
-    if not units_only:
-        return lambda hidden, settings, keys: sample(lm.logits(hidden), settings, keys)
-    first = tokens.sep + 1
-    head = constrain(
-        lm.head_rows(first, units, tokens.unit_eos), "vocabulary", None
-    )  # [U + 1, D], gathered before the loop, not in it
 
-    def choose(hidden, settings, keys):
+    def sample_any(hidden: Array, settings: Sampling, keys: Array) -> Array:
+        return sample(lm.logits(hidden), settings, keys)
+
+    first_unit = tokens.sep + 1
+
+    def sample_unit(hidden: Array, settings: Sampling, keys: Array) -> Array:
         logits = jnp.einsum("BD,UD->BU", hidden, head.astype(hidden.dtype)).astype(jnp.float32)
         unit = sample(logits, settings, keys)
-        return jnp.where(unit == units, tokens.unit_eos, first + unit)
+        return jnp.where(unit == units, tokens.unit_eos, first_unit + unit)
 
-    return choose
+    if not units_only:
+        return sample_any
+    # [U + 1, D], gathered here: before the loop over W tokens, not in it.
+    head = constrain(lm.head_rows(first_unit, units, tokens.unit_eos), "vocabulary", None)
+    return sample_unit

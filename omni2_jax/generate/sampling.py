@@ -1,6 +1,7 @@
-"""Choosing the next token, every row with its own settings and key. B batch, V vocabulary.
+"""Sample the next token of every row, each row with its own settings and key.
 
-The order is that of Hugging Face's generate: repetition penalty, temperature, top-k, top-p.
+B batch (rows), V vocabulary. The order of operations is that of `generate` of Hugging Face's
+transformers: repetition penalty, temperature, top-k, top-p.
 """
 
 from collections.abc import Callable
@@ -15,74 +16,103 @@ Array = jax.Array
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Sampling:
-    """Settings per row, each [B]. temperature 0 = greedy; top_k 0 and top_p 1 = off; repetition_penalty 1 = off."""
+    """Settings of every row, each an array [B]."""
 
-    temperature: Array
-    top_p: Array
-    top_k: Array
-    repetition_penalty: Array
+    temperature: Array  # float32; 0 = greedy
+    top_p: Array  # float32; 1 = off
+    top_k: Array  # int32; 0 = off
+    repetition_penalty: Array  # float32; 1 = off
 
     @classmethod
     def of(
-        cls, batch: int = 1, temperature=0.0, top_p=1.0, top_k=0, repetition_penalty=1.0
+        cls,
+        batch: int = 1,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        repetition_penalty: float = 1.0,
     ) -> "Sampling":
-        fill = lambda value, dtype: jnp.full(batch, value, dtype)  # noqa: E731
+        """The same settings for `batch` rows. What is not given is off."""
         return cls(
-            fill(temperature, jnp.float32),
-            fill(top_p, jnp.float32),
-            fill(top_k, jnp.int32),
-            fill(repetition_penalty, jnp.float32),
+            temperature=jnp.full(batch, temperature, jnp.float32),
+            top_p=jnp.full(batch, top_p, jnp.float32),
+            top_k=jnp.full(batch, top_k, jnp.int32),
+            repetition_penalty=jnp.full(batch, repetition_penalty, jnp.float32),
         )
 
 
-def penalize(logits: Array, seen: Array, penalty: Array) -> Array:
-    """Make tokens already generated (seen [B, V]) less likely (CTRL): positive logits divided, negative ones multiplied."""
+def penalize(logits: Array, generated_mask: Array, penalty: Array) -> Array:
+    """Make tokens that were generated before less likely. Source: CTRL (Keskar et al. 2019), 4.1.
+
+    logits: [B, V]. generated_mask: [B, V], True for those tokens. penalty: [B], 1 = off. Their
+    positive logits are divided by the penalty, their negative ones are multiplied by it.
+    """
     penalty = penalty[:, None]
-    return jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
+    penalized = jnp.where(logits > 0, logits / penalty, logits * penalty)
+    return jnp.where(generated_mask, penalized, logits)
 
 
 def truncate(logits: Array, top_k: Array, top_p: Array) -> Array:
-    """Put -inf outside the top-k and the smallest set whose probability reaches top-p; ties with the last one are kept.
+    """Set the logits of unlikely tokens to -inf.
 
-    Nothing is sorted: a vocabulary that is cut over devices stays so, and a TPU's compiler takes a minute for a sort of this size.
+    logits: [B, V]. What stays are the `top_k` [B] most likely tokens, and of these the smallest
+    set whose total probability is at least `top_p` [B]. Tokens as likely as the last one stay too.
+
+    Nothing is sorted: a sharded vocabulary stays sharded, and the TPU compiler needs a minute for
+    a sort of this size.
     """
-    keys, most = ordered(logits), jnp.where(top_k > 0, top_k, logits.shape[-1])
-    above = lambda key: keys > key[:, None]  # noqa: E731
-    in_k = keys >= least(lambda key: jnp.sum(above(key), -1) < most)[:, None]
-    probability = jax.nn.softmax(jnp.where(in_k, logits, -jnp.inf), axis=-1)
-    share = jnp.where(
-        top_p < 1, jnp.maximum(top_p, 1e-30), jnp.inf
-    )  # the likeliest token stays even where it is 0
-    least_p = least(lambda key: jnp.sum(jnp.where(above(key), probability, 0), -1) < share)
-    return jnp.where(in_k & (keys >= least_p[:, None]), logits, -jnp.inf)
+    keys = to_ordered_bits(logits)
+    count_limit = jnp.where(top_k > 0, top_k, logits.shape[-1])
+
+    def count_above(threshold: Array) -> Array:
+        return jnp.sum(keys > threshold[:, None], -1)
+
+    k_threshold = smallest_key(lambda threshold: count_above(threshold) < count_limit)
+    in_top_k = keys >= k_threshold[:, None]
+    probability = jax.nn.softmax(jnp.where(in_top_k, logits, -jnp.inf), axis=-1)
+    # With top_p = 0 the most likely token stays: the sum of nothing (0) is below 1e-30.
+    sum_limit = jnp.where(top_p < 1, jnp.maximum(top_p, 1e-30), jnp.inf)
+
+    def sum_above(threshold: Array) -> Array:
+        return jnp.sum(jnp.where(keys > threshold[:, None], probability, 0), -1)
+
+    p_threshold = smallest_key(lambda threshold: sum_above(threshold) < sum_limit)
+    return jnp.where(in_top_k & (keys >= p_threshold[:, None]), logits, -jnp.inf)
 
 
-def ordered(x: Array) -> Array:
-    """float32 as uint32 of the same order."""
+def to_ordered_bits(x: Array) -> Array:
+    """float32 -> uint32 in the same order: a < b exactly if bits(a) < bits(b)."""
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
     return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
 
 
-def least(enough: Callable[[Array], Array]) -> Array:
-    """The least uint32 of each row for which `enough` holds, as it does for all above it. Its bits are found one after the other."""
+def smallest_key(holds: Callable[[Array], Array]) -> Array:
+    """The smallest uint32 of every row, [B], for which `holds` is True.
 
-    def bit(i: Array, key: Array) -> Array:
-        lower = key & ~(jnp.uint32(1 << 31) >> i.astype(jnp.uint32))
-        return jnp.where(enough(lower), lower, key)
+    holds: keys [B] -> bool [B], monotonic: if it is True for a key, it is True for all larger
+    ones. This is a binary search: it decides one bit of the result after the other.
+    """
 
-    shape = jax.eval_shape(enough, jax.ShapeDtypeStruct((1,), jnp.uint32)).shape
-    return jax.lax.fori_loop(0, 32, bit, jnp.full(shape, 2**32 - 1, jnp.uint32))
+    def decide_bit(i: Array, key: Array) -> Array:
+        smaller = key & ~(jnp.uint32(1 << 31) >> i.astype(jnp.uint32))
+        return jnp.where(holds(smaller), smaller, key)
+
+    shape = jax.eval_shape(holds, jax.ShapeDtypeStruct((1,), jnp.uint32)).shape
+    return jax.lax.fori_loop(0, 32, decide_bit, jnp.full(shape, 2**32 - 1, jnp.uint32))
 
 
 def sample(logits: Array, settings: Sampling, keys: Array) -> Array:
-    """float32 logits [B, V] (penalty already applied), one key per row [B] -> token ids [B]."""
+    """Sample one token id for every row -> [B].
+
+    logits: float32 [B, V], after `penalize`. keys: [B], one PRNG key for every row. The repetition
+    penalty of `settings` is not applied here.
+    """
     greedy = jnp.argmax(logits, axis=-1)
 
-    def draw(logits):
+    def draw(logits: Array) -> Array:
         scaled = logits / jnp.maximum(settings.temperature, 1e-6)[:, None]
-        drawn = jax.vmap(jax.random.categorical)(
-            keys, truncate(scaled, settings.top_k, settings.top_p)
-        )
+        truncated = truncate(scaled, settings.top_k, settings.top_p)
+        drawn = jax.vmap(jax.random.categorical)(keys, truncated)
         return jnp.where(settings.temperature > 0, drawn, greedy)
 
     return jax.lax.cond(jnp.any(settings.temperature > 0), draw, lambda _: greedy, logits)

@@ -1,8 +1,12 @@
-"""The streaming step: in one compiled call for all slots, R text tokens, their fusion, W units, the mel they complete, the samples.
+"""One streaming step of all slots, compiled as one call.
 
-Four verbs over (params, state): `prefill` a lane (the language side's state of one slot) with a turn, `insert` it into a slot,
-`read_write_step` until the turn is over, `release` the lane again. Nothing is ever recomputed from the start.
-B slots, R/W tokens a step, M mel bins, S samples a step at most.
+It reads R text tokens, fuses them, writes W units, and computes the mel frames that these units
+complete and their samples. As in JetStream there are four functions: `prefill` a prompt into a
+prefix, `insert` the prefix into a slot, run `read_write_step` until the answer ends, `free` the
+slot. No step computes anything of an earlier step again, except the flow's open chunk.
+
+B slots, P prompt tokens of a piece, R text tokens and W speech tokens of a step, F speech features,
+D LLM width, S samples of a step at most.
 """
 
 import dataclasses
@@ -35,40 +39,41 @@ Array = jax.Array
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class DecodeState:
-    """All that lies between two steps; donated to the next one. Without a decoder, flow and vocoder are None."""
+    """The state of all slots between two steps. Its buffers are donated to a step.
+
+    Without a decoder, flow and vocoder are None.
+    """
 
     language: ReadWriteState
     flow: FlowState | None
     vocoder: VocoderState | None
-    steps: Array  # [B] steps of this turn so far: what the vocoder's draws are folded with
+    steps: Array  # [B] steps of this answer; folded into the key of the vocoder's noise
 
     @classmethod
-    def empty(cls, model: Model, engine_config: EngineConfig, dtype=jnp.float32) -> "DecodeState":
+    def empty(
+        cls, model: Model, engine_config: EngineConfig, dtype: jnp.dtype | type = jnp.float32
+    ) -> "DecodeState":
         """All slots idle; the KV caches of the two language models in `dtype`."""
-        slots = engine_config.slots
+        config, slots = model.config, engine_config.slots
         language = ReadWriteState.empty(
-            model.config, slots, engine_config.llm_capacity, engine_config.speech_capacity, dtype
+            config, slots, engine_config.llm_capacity, engine_config.speech_capacity, dtype
         )
-        if model.flow is None:
-            return cls(language, None, None, jnp.zeros(slots, jnp.int32))
-        config = model.config
-        flow = FlowState.empty(
-            model.flow,
-            jnp.zeros((slots, config.flow.mels)),
-            plan_of(config, engine_config),
-            jnp.dtype(engine_config.flow_cache_dtype),
-        )
-        return cls(
-            language, flow, VocoderState.empty(config.vocoder, slots), jnp.zeros(slots, jnp.int32)
-        )
+        flow = vocoder = None
+        if model.flow is not None:
+            flow = FlowState.empty(
+                model.flow,
+                jnp.zeros((slots, config.flow.mels)),
+                plan_of(config, engine_config),
+                jnp.dtype(engine_config.flow_cache_dtype),
+            )
+            vocoder = VocoderState.empty(config.vocoder, slots)
+        return cls(language, flow, vocoder, jnp.zeros(slots, jnp.int32))
 
 
 def plan_of(config: Omni2Config, engine_config: EngineConfig) -> StreamPlan:
     """The static sizes of the flow's streams."""
-    size, left_chunks = (
-        engine_config.flow_chunk or config.flow.chunk,
-        engine_config.flow_left_chunks,
-    )
+    size = engine_config.flow_chunk or config.flow.chunk
+    left_chunks = engine_config.flow_left_chunks
     # If one write is one chunk, the first chunk is shorter by the look-ahead; then every later
     # write completes exactly one chunk.
     chunks = Chunks(size, left_chunks, config.flow.lookahead if size == config.write else 0)
@@ -107,15 +112,21 @@ def prefill(
 def insert(
     model: Model, state: DecodeState, prefix: ReadWriteState, slot: Array, voice: Array | None
 ) -> DecodeState:
-    """Put a lane into a slot of the batch, to speak with an x-vector [192] (None without a decoder)."""
+    """Copy a prefix into a slot of the batch and reset the slot's flow and vocoder.
+
+    voice: x-vector [192] of the voice to speak with; None without a decoder.
+    """
     language = state.language.put(prefix, slot)
     if model.flow is None:
         return dataclasses.replace(state, language=language)
-    here = jnp.arange(state.steps.size) == slot
-    flow = state.flow.restart(
-        here, jnp.broadcast_to(model.flow.voice(voice[None]), state.flow.voice.shape)
+    is_slot = jnp.arange(state.steps.size) == slot
+    voices = jnp.broadcast_to(model.flow.voice(voice[None]), state.flow.voice.shape)
+    return DecodeState(
+        language=language,
+        flow=state.flow.restart(is_slot, voices),
+        vocoder=state.vocoder.restart(is_slot),
+        steps=jnp.where(is_slot, 0, state.steps),
     )
-    return DecodeState(language, flow, state.vocoder.restart(here), jnp.where(here, 0, state.steps))
 
 
 def free(state: DecodeState, slot: Array, length: Array) -> tuple[DecodeState, ReadWriteState]:
@@ -134,79 +145,102 @@ def free(state: DecodeState, slot: Array, length: Array) -> tuple[DecodeState, R
 def read_write_step(
     model: Model, engine_config: EngineConfig, state: DecodeState
 ) -> tuple[DecodeState, Array]:
-    """One step of every slot -> (state, packed chunk [B, ...] int32; see `Chunk`)."""
+    """One step of every slot -> (state, packed output [B, ...] int32; see `StepOutput`)."""
     active = (state.language.phase == READING) | (state.language.phase == FLUSHING)
-    language, burst = read_write.read_write(model, state.language, engine_config.units_only)
+    language, output = read_write.read_write(model, state.language, engine_config.units_only)
     state = dataclasses.replace(state, language=language)
     if model.flow is None:
-        return state, pack(language, burst, *silence(model.config, active.size))
-    # A step that finds every slot idle (the one dispatched before the host has seen the end) must not pay for the audio.
-    speak = lambda state: speak_step(
-        model, engine_config, state, burst, active & (language.phase == IDLE)
-    )  # noqa: E731
-    rest = lambda state: (state, *silence(model.config, active.size))  # noqa: E731
-    state, samples, heard = jax.lax.cond(jnp.any(active), speak, rest, state)
-    return state, pack(language, burst, samples, heard)
+        return state, pack(language, output, *silence(model.config, active.size))
+    final = active & (language.phase == IDLE)
+
+    def speak(state: DecodeState) -> tuple[DecodeState, Array, Array]:
+        return speak_step(model, engine_config, state, output, final)
+
+    def skip(state: DecodeState) -> tuple[DecodeState, Array, Array]:
+        return state, *silence(model.config, active.size)
+
+    # The host dispatches one step more before it has read that all slots are idle; this step must
+    # not pay for the audio.
+    state, samples, counts = jax.lax.cond(jnp.any(active), speak, skip, state)
+    return state, pack(language, output, samples, counts)
 
 
 def speak_step(
     model: Model,
     engine_config: EngineConfig,
     state: DecodeState,
-    burst: ReadWriteOutput,
+    output: ReadWriteOutput,
     final: Array,
 ) -> tuple[DecodeState, Array, Array]:
-    """The burst's units through flow and vocoder -> (state, samples [B, S], how many [B])."""
-    units, counts = units_of(model.config, burst.speech)
-    flow, mel, frames = flow_step(model.flow, state.flow, units, counts, final)
+    """Flow and vocoder for the units of one write -> (state, samples [B, S], sample counts [B]).
+
+    final: [B], whether these are the last units of the answer.
+    """
+    units, unit_counts = units_of(model.config, output.speech_tokens)
+    flow, mel, frames = flow_step(model.flow, state.flow, units, unit_counts, final)
     keys = jax.vmap(jax.random.fold_in)(state.language.request.key, 2**31 - 1 - state.steps)
     draws = draw(model.config.vocoder, keys, samples_per_step(model.config))
-    vocoder, samples, heard = vocoder_step(
+    vocoder, samples, sample_counts = vocoder_step(
         model.vocoder, state.vocoder, mel, frames, final, *draws, engine_config.seamless
     )
-    return DecodeState(state.language, flow, vocoder, state.steps + 1), samples, heard
+    return DecodeState(state.language, flow, vocoder, state.steps + 1), samples, sample_counts
 
 
 def samples_per_step(config: Omni2Config) -> int:
-    """Samples that a step gives at most: those of W units and of the look-ahead that a last step catches up, and the overlap."""
+    """S, the largest number of samples of a step.
+
+    They are those of W units, of the look-ahead units that the last step of an answer adds, and of
+    the vocoder's overlap.
+    """
     frames = config.flow.upsample * (config.write + config.flow.lookahead)
     return (config.vocoder.overlap + frames) * config.vocoder.samples_per_frame
 
 
 def silence(config: Omni2Config, slots: int) -> tuple[Array, Array]:
-    return jnp.zeros((slots, samples_per_step(config) if config.flow else 0)), jnp.zeros(
-        slots, jnp.int32
-    )
+    """Samples [B, S] and their counts [B] of a step without audio: zeros. S is 0 without a flow."""
+    size = samples_per_step(config) if config.flow else 0
+    return jnp.zeros((slots, size)), jnp.zeros(slots, jnp.int32)
 
 
-def units_of(config: Omni2Config, speech: Array) -> tuple[Array, Array]:
-    """Speech-LM tokens [B, W] -> their unit ids, moved to the left [B, W], and how many there are [B]."""
-    units = speech - config.tokens.sep - 1
-    valid = (speech > config.tokens.sep) & (units < config.units)
+def units_of(config: Omni2Config, speech_tokens: Array) -> tuple[Array, Array]:
+    """Speech-LM tokens [B, W] -> unit ids [B, W], moved to the left, and their counts [B]."""
+    units = speech_tokens - config.tokens.sep - 1
+    valid = (speech_tokens > config.tokens.sep) & (units < config.units)
     order = jnp.argsort(~valid, axis=1, stable=True)
     return jnp.take_along_axis(jnp.where(valid, units, 0), order, axis=1), valid.sum(1)
 
 
-def pack(language: ReadWriteState, burst: ReadWriteOutput, samples: Array, heard: Array) -> Array:
-    """Everything the host wants from a step in one array: one copy, not five."""
-    numbers = jnp.stack([language.phase, language.llm_length, heard], axis=1)
+def pack(
+    language: ReadWriteState, output: ReadWriteOutput, samples: Array, counts: Array
+) -> Array:
+    """All outputs of a step as one int32 array [B, 3 + R + W + S], for one copy to the host.
+
+    samples: [B, S], of which the first `counts` [B] count. They are stored as their bits.
+    """
+    numbers = jnp.stack([language.phase, language.llm_length, counts], axis=1)
     bits = jax.lax.bitcast_convert_type(samples.astype(jnp.float32), jnp.int32)
-    return jnp.concatenate([numbers, burst.tokens, burst.speech, bits], axis=1)
+    return jnp.concatenate([numbers, output.text_tokens, output.speech_tokens, bits], axis=1)
 
 
 @dataclass(frozen=True)
 class StepOutput:
-    """A slot's share of a packed step, on the host."""
+    """The output of one slot in one step, on the host."""
 
     phase: int
-    llm_length: int
-    tokens: list[int]
-    speech: list[int]
-    samples: np.ndarray  # float32, 24 kHz
+    llm_length: int  # LLM positions of the conversation after this step
+    text_tokens: list[int]
+    speech_tokens: list[int]
+    samples: np.ndarray  # float32 [N], 24 kHz
 
     @classmethod
     def of(cls, row: np.ndarray, config: Omni2Config) -> "StepOutput":
-        phase, length, heard = (int(n) for n in row[:3])
-        tokens, speech, bits = np.split(row[3:], [config.read, config.read + config.write])
-        keep = lambda ids: [int(i) for i in ids if i >= 0]  # noqa: E731
-        return cls(phase, length, keep(tokens), keep(speech), bits[:heard].view(np.float32).copy())
+        """Unpack one row of a packed output (see `pack`)."""
+        phase, llm_length, count = (int(number) for number in row[:3])
+        text, speech, bits = np.split(row[3:], [config.read, config.read + config.write])
+        return cls(
+            phase=phase,
+            llm_length=llm_length,
+            text_tokens=text[text >= 0].tolist(),
+            speech_tokens=speech[speech >= 0].tolist(),
+            samples=bits[:count].view(np.float32).copy(),
+        )
