@@ -19,6 +19,7 @@ FILES = (
     "chat_template.jinja",
 )
 SPEECH_TEXT = "<speech>"
+WRITTEN_SPEECH = "<\0speech>"  # stands for SPEECH_TEXT in a text; encoded as its two halves
 ANSWER_MARKER = "\0"  # an answer that no template changes, to find its place in a prompt
 
 
@@ -42,12 +43,16 @@ def load(directory: Path) -> Any:
 def render(tokenizer: Any, turns: Sequence[str | int], directory: Path) -> str:
     """Turns as the chat template spells them, up to where the next answer begins.
 
-    A spoken turn is its number of clips, spelled as SPEECH_TEXT; another turn is its text.
+    A spoken turn is its number of clips, spelled as SPEECH_TEXT; another turn is its text, in which
+    SPEECH_TEXT becomes WRITTEN_SPEECH.
     A template that knows of thinking (Qwen3's) is asked for an answer without it: it then spells an
     empty block of thoughts, behind which the answer begins. Other templates ignore the option.
     Raises ValueError naming the tokenizer's directory if the template cannot be used.
     """
-    content = [turn if isinstance(turn, str) else SPEECH_TEXT * turn for turn in turns]
+    content = [
+        turn.replace(SPEECH_TEXT, WRITTEN_SPEECH) if isinstance(turn, str) else SPEECH_TEXT * turn
+        for turn in turns
+    ]
     messages = [
         {"role": "assistant" if i % 2 else "user", "content": text}
         for i, text in enumerate(content)
@@ -97,7 +102,11 @@ class Tokenizer:
         A spoken turn is its number of clips, another turn is its text. The chat template is that of
         the released code (Qwen2.5's, with its default system line).
         """
-        return self.expand(self.text.encode(self.render(turns), add_special_tokens=False))
+        rendered = self.render(turns)
+        # The halves of "<speech>" in a text are encoded apart: together they would be the token.
+        parts = re.split(r"(?<=<)\0(?=speech>)", rendered)
+        encoded = [self.text.encode(part, add_special_tokens=False) for part in parts]
+        return self.expand([token for ids in encoded for token in ids])
 
     def continuation(self, clips: int, ended: bool) -> list[int]:
         """The prompt ids that follow an answer in the cache: a spoken turn of so many clips.

@@ -1,11 +1,13 @@
-"""Many speakers at once: slots, an admission queue and continuous batching over one compiled streaming step.
+"""Continuous batching: a queue of requests, the slots of a batch, and one compiled step for all.
 
-Requests join and leave between steps without a new compilation and without changing anybody else's answer. Step n + 1 is
-dispatched before step n is read back, so the device never waits for the host.
+Requests join and leave between two steps; this compiles nothing and does not change the answers of
+other requests. Step n + 1 is dispatched before the output of step n is fetched, so that the device
+does not wait for the host.
 """
 
 import collections
 import dataclasses
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -18,57 +20,58 @@ from omni2_jax import sharding
 from omni2_jax.config import Omni2Config
 from omni2_jax.generate import streaming_step
 from omni2_jax.generate.engine_config import EngineConfig
-from omni2_jax.generate.read_write import FAILED, IDLE, ReadWriteState, Request, request
+from omni2_jax.generate.options import Options
+from omni2_jax.generate.read_write import FAILED, IDLE, ReadWriteState, Request
 from omni2_jax.generate.streaming_step import DecodeState, StepOutput
 from omni2_jax.models.model import language_dtype
 
 
 class QueueFullError(RuntimeError):
-    """The engine has no room for another request."""
+    """The engine's queue is full."""
 
 
 class GenerationError(RuntimeError):
-    """A slot's numbers were not finite; its answer ends here."""
+    """The numbers of an answer were not finite; the answer was stopped."""
 
 
 @dataclass(frozen=True)
 class PromptPiece:
-    """A stretch of a prompt with the features of at most one spoken turn."""
+    """Consecutive prompt tokens, with the features of at most one clip."""
 
-    ids: np.ndarray  # [P] at most Shape.prompt
-    features: jax.Array  # [F, D] of that turn
-    first: int  # how many of its features earlier pieces used
+    ids: np.ndarray  # [P] at most EngineConfig.prefill_size
+    features: jax.Array  # [F, D] of the clip
+    first: int  # how many of these features earlier pieces of the prompt use
 
 
 @dataclass(eq=False)
 class ResponseStream:
-    """An answer on its way. Iterating over it drives the engine; `cancel` ends it at once."""
+    """An answer that is being generated.
+
+    Iterating over it runs the engine's steps, and so generates the answers of all other requests as
+    well. It raises GenerationError, after the last output, if the answer was stopped.
+    """
 
     engine: "Engine"
     pieces: Sequence[PromptPiece]
     request: Request
     voice: jax.Array | None
-    prefix: ReadWriteState | None  # the conversation so far; after the end, with this answer in it
-    keep: bool  # whether the lane is wanted back
-    heard: int  # LLM positions of the conversation up to what has been handed out
+    # The conversation before the turn; at the end, if `keep_prefix`, with prompt and answer.
+    prefix: ReadWriteState | None
+    keep_prefix: bool
+    num_delivered: int  # LLM positions of the conversation, up to the last output that was delivered
     slot: int | None = None
-    chunks: collections.deque = field(default_factory=collections.deque)
+    outputs: collections.deque[StepOutput] = field(default_factory=collections.deque)
     done: bool = False
     error: Exception | None = None
 
     def __iter__(self) -> Iterator[StepOutput]:
-        while self.chunks or not self.done:
-            if not self.chunks:
-                self.engine.step()
-                continue
-            chunk = self.chunks.popleft()
-            self.heard = chunk.llm_length
-            yield chunk
+        while (output := self.engine.next_output(self)) is not None:
+            yield output
         if self.error:
             raise self.error
 
     def cancel(self) -> None:
-        """Stop now. What was handed out stays in the conversation's lane, the rest is forgotten."""
+        """Stop now. Outputs that were delivered stay in the prefix, all others are dropped."""
         self.engine.cancel(self)
 
 
@@ -139,7 +142,10 @@ class Programs:
 
 
 class Engine:
-    """`submit` a turn, iterate over its stream."""
+    """Answers requests: `submit` a turn and iterate over its stream.
+
+    Threads may share an engine: one lock guards all of its methods.
+    """
 
     def __init__(
         self,
@@ -149,30 +155,34 @@ class Engine:
         engine_config: EngineConfig,
         queue: int = 64,
     ):
+        """queue: how many requests may wait for a slot."""
         self.config, self.params = config, params
         self.engine_config, self.queue = engine_config, queue
         self.dtype = language_dtype(params)
-        self.home = sharding.replicated(sharding.mesh_of(params))
+        self.feature_sharding = sharding.replicated(sharding.mesh_of(params))
         self.programs = Programs.of(config, graph, params, engine_config)
         self.state = self.programs.empty_state(params)
         self.slots: list[ResponseStream | None] = [None] * engine_config.slots
         self.waiting: collections.deque[ResponseStream] = collections.deque()
+        # Packed outputs of the steps that were not fetched yet, and the streams of their slots.
         self.dispatched: collections.deque[tuple[jax.Array, list[ResponseStream | None]]] = (
             collections.deque()
         )
+        self.lock = threading.RLock()
 
     def warm_up(self) -> None:
-        """Compile everything there is to compile, so that no conversation has to wait for it."""
-        width = self.config.llm.width
+        """Compile all programs, so that no conversation has to wait for it."""
+        config = self.config
         ids = np.zeros(self.engine_config.prefill_size, np.int32)
-        features = jnp.zeros((self.config.speech_positions, width), self.dtype)
-        voice = jnp.ones(self.config.flow.speaker) if self.config.flow else None
-        asked = request(self.config, max_text=1, max_flush=1)
-        for _ in self.submit([PromptPiece(ids, features, 0)], asked, voice, keep=True):
+        positions = config.speech_positions
+        features = jnp.zeros((positions, config.llm.width), self.dtype)
+        voice = jnp.ones(config.flow.speaker) if config.flow else None
+        request = Request.of(config, Options(max_new_tokens=1, max_flush_units=1))
+        for _ in self.submit([PromptPiece(ids, features, 0)], request, voice, keep_prefix=True):
             pass
 
     def compilations(self) -> int:
-        """Programs compiled so far."""
+        """How many times the programs were compiled so far."""
         return sum(
             getattr(self.programs, field.name)._cache_size()
             for field in dataclasses.fields(self.programs)
@@ -181,112 +191,164 @@ class Engine:
     def submit(
         self,
         pieces: Sequence[PromptPiece],
-        asked: Request,
+        request: Request,
         voice: jax.Array | None,
         prefix: ReadWriteState | None = None,
         length: int = 0,
-        keep: bool = False,
+        keep_prefix: bool = False,
     ) -> ResponseStream:
-        """Queue a turn: its prompt, behind the `length` positions of a conversation's lane.
+        """Queue a turn.
 
-        Raises QueueFullError, and ValueError for a turn that does not fit the engine's shape.
+        pieces: the prompt of the turn. voice: x-vector [192]; None without a decoder.
+        prefix: the conversation before the turn, which has `length` LLM positions; it is donated.
+        keep_prefix: whether the stream gets the prefix back at its end, with prompt and answer.
+        Raises QueueFullError, and ValueError for a turn that does not fit the engine's buffers.
         """
-        if len(self.waiting) >= self.queue:
-            raise QueueFullError(
-                f"all {self.engine_config.slots} slots are taken and {self.queue} requests wait; try again later"
-            )
-        sizes = [len(piece.ids) for piece in pieces]
-        if not sizes or not 0 < min(sizes) <= max(sizes) <= self.engine_config.prefill_size:
-            raise ValueError(
-                f"a prompt comes in pieces of 1 to {self.engine_config.prefill_size} positions; these have {sizes}"
-            )
-        length += sum(sizes)
-        self.engine_config.check(
-            self.config, length, int(asked.max_text[0]), int(asked.max_flush[0])
-        )
-        stream = ResponseStream(self, pieces, asked, voice, prefix, keep, length)
-        self.waiting.append(stream)
-        return stream
+        with self.lock:
+            if len(self.waiting) >= self.queue:
+                raise QueueFullError(
+                    f"{len(self.waiting)} requests are waiting for one of the "
+                    f"{self.engine_config.slots} slots, and no more than {self.queue} may wait; "
+                    "try again later"
+                )
+            sizes, limit = [len(piece.ids) for piece in pieces], self.engine_config.prefill_size
+            if not sizes or not 0 < min(sizes) <= max(sizes) <= limit:
+                raise ValueError(
+                    f"the pieces of a prompt have 1 to {limit} positions; these have {sizes}"
+                )
+            length += sum(sizes)
+            max_text, max_flush = int(request.max_text[0]), int(request.max_flush[0])
+            self.engine_config.check(self.config, length, max_text, max_flush)
+            stream = ResponseStream(self, pieces, request, voice, prefix, keep_prefix, length)
+            self.waiting.append(stream)
+            return stream
+
+    def next_output(self, stream: ResponseStream) -> StepOutput | None:
+        """Run steps until a stream has an output -> that output, or None after the last one."""
+        with self.lock:
+            while not stream.outputs and not stream.done:
+                self.step()
+            if not stream.outputs:
+                return None
+            output = stream.outputs.popleft()
+            stream.num_delivered = output.llm_length
+            return output
 
     def step(self) -> None:
-        """Admit who waits, dispatch a step if anybody speaks, and read back the step before it."""
-        self.admit()
-        if any(self.slots):
-            self.state, packed = self.programs.step(self.params, self.state)
-            packed.copy_to_host_async()
-            self.dispatched.append((packed, list(self.slots)))
-        if len(self.dispatched) > 1 or not any(self.slots):
-            self.read_back()
+        """Admit queued requests, dispatch a step if a slot is active, fetch the output before."""
+        with self.lock:
+            self.admit()
+            if any(self.slots):
+                self.state, packed = self.programs.step(self.params, self.state)
+                packed.copy_to_host_async()
+                self.dispatched.append((packed, list(self.slots)))
+            if len(self.dispatched) > 1 or not any(self.slots):
+                self.fetch()
 
     def admit(self) -> None:
-        """Give free slots to those who wait. A turn that cannot be started ends with its error, the others do not notice."""
-        for slot in range(self.engine_config.slots):
-            while self.slots[slot] is None and self.waiting:
-                stream = self.waiting.popleft()
-                try:
-                    prefix = self.start(stream)
-                except Exception as error:
-                    stream.error, stream.done = error, True
-                    continue
-                self.state = self.programs.insert(
-                    self.params, self.state, prefix, np.int32(slot), stream.voice
-                )
-                self.slots[slot], stream.slot = stream, slot
+        """Start queued requests in free slots.
 
-    def start(self, stream: ResponseStream) -> ReadWriteState:
-        """A stream's lane with its prompt in it."""
-        prefix, stream.prefix = stream.prefix, None  # donated: from here on it is nobody's
+        If a request cannot be started, its stream ends with the error; the others are not affected.
+        """
+        with self.lock:
+            for slot in range(self.engine_config.slots):
+                while self.slots[slot] is None and self.waiting:
+                    self.start(self.waiting.popleft(), slot)
+
+    def start(self, stream: ResponseStream, slot: int) -> None:
+        """Compute a stream's prompt and put it into a slot; an error of this ends the stream."""
+        try:
+            prefix = self.prefill(stream)
+            self.state = self.programs.insert(
+                self.params, self.state, prefix, np.int32(slot), stream.voice
+            )
+            self.slots[slot], stream.slot = stream, slot
+        except Exception as error:
+            stream.error, stream.done = error, True
+        except BaseException:  # Ctrl-C
+            stream.error = GenerationError("interrupted while the prompt was computed")
+            stream.done = True
+            raise
+
+    def prefill(self, stream: ResponseStream) -> ReadWriteState:
+        """The prefix of a stream with its prompt."""
+        prefix, stream.prefix = stream.prefix, None  # donated: it must not be used again
         prefix = self.programs.empty_prefix() if prefix is None else prefix
         for piece in stream.pieces:
-            ids = np.pad(piece.ids, (0, self.engine_config.prefill_size - len(piece.ids)))
-            features = jax.device_put(piece.features, self.home)
+            padding = self.engine_config.prefill_size - len(piece.ids)
             prefix = self.programs.prefill(
                 self.params,
                 prefix,
-                ids=ids,
+                ids=np.pad(piece.ids, (0, padding)),
                 length=np.int32(len(piece.ids)),
-                features=features,
+                features=jax.device_put(piece.features, self.feature_sharding),
                 first=np.int32(piece.first),
                 request=stream.request,
             )
         return prefix
 
-    def read_back(self) -> None:
-        """Hand the oldest dispatched step to its streams."""
-        if not self.dispatched:
-            return
-        packed, streams = self.dispatched.popleft()
-        rows = np.asarray(packed)
-        for slot, stream in enumerate(streams):
-            if stream is None or stream.done:
-                continue
-            chunk = StepOutput.of(rows[slot], self.config)
-            stream.chunks.append(chunk)
-            if chunk.phase in (IDLE, FAILED):
-                if chunk.phase == FAILED:
-                    stream.error = GenerationError(
-                        "the model's numbers were not finite (NaN or infinite); the answer was stopped"
-                    )
-                self.free(stream, chunk.llm_length)
+    def fetch(self) -> None:
+        """Fetch the output of the oldest dispatched step and give it to the streams."""
+        with self.lock:
+            if not self.dispatched:
+                return
+            packed, streams = self.dispatched.popleft()
+            rows = np.asarray(packed)
+            for slot, stream in enumerate(streams):
+                if stream is not None and not stream.done:
+                    self.give(stream, StepOutput.of(rows[slot], self.config))
 
-    def free(self, stream: ResponseStream, heard: int) -> None:
-        """Take a stream out of its slot; the lane goes back to it if it wants it."""
+    def give(self, stream: ResponseStream, output: StepOutput) -> None:
+        """Append an output to its stream; free the slot if this was the last one."""
+        stream.error = failure(stream, output)
+        if not np.isfinite(output.samples).all():
+            output = dataclasses.replace(output, samples=output.samples[:0])
+        stream.outputs.append(output)
+        if stream.error or output.phase == IDLE:
+            self.free(stream, output.llm_length)
+
+    def free(self, stream: ResponseStream, length: int) -> None:
+        """Free the slot of a stream, keeping `length` LLM positions of its prefix."""
+        assert stream.slot is not None
         stream.done = True
         self.slots[stream.slot] = None
-        self.state, prefix = self.programs.free(self.state, np.int32(stream.slot), np.int32(heard))
-        stream.prefix = prefix if stream.keep and not stream.error else None
+        self.state, prefix = self.programs.free(
+            self.state, np.int32(stream.slot), np.int32(length)
+        )
+        stream.prefix = prefix if stream.keep_prefix and not stream.error else None
+        stream.pieces = ()  # a clip's features take megabytes, and the stream may live for long
 
     def cancel(self, stream: ResponseStream) -> None:
-        """End a stream wherever it is: waiting, in a slot, or over but not yet heard to its end."""
-        stream.chunks.clear()
-        if stream.slot is None:
-            if stream in self.waiting:
-                self.waiting.remove(stream)
-            stream.prefix = None  # it lacks this turn, which its conversation goes on from
-        elif not stream.done:
-            self.free(stream, stream.heard)
-        elif stream.prefix is not None:
-            stream.prefix = dataclasses.replace(
-                stream.prefix, llm_length=jnp.array([stream.heard], jnp.int32)
+        """End a stream, whether it waits, is in a slot, or is done but not delivered to its end."""
+        with self.lock:
+            stream.outputs.clear()
+            if stream.slot is None:
+                if stream in self.waiting:
+                    self.waiting.remove(stream)
+                # The turn was never prefilled into it, so the conversation cannot go on from it.
+                stream.prefix = None
+            elif not stream.done:
+                self.free(stream, stream.num_delivered)
+            elif stream.prefix is not None:
+                length = jnp.array([stream.num_delivered], jnp.int32)
+                stream.prefix = dataclasses.replace(stream.prefix, llm_length=length)
+            stream.done = True
+
+
+def failure(stream: ResponseStream, output: StepOutput) -> GenerationError | None:
+    """The error of an output that is not finite, with its cause as far as it can be known."""
+    if output.phase != FAILED and np.isfinite(output.samples).all():
+        return None
+    clips = {id(piece.features): piece.features for piece in stream.pieces}.values()
+    for number, features in enumerate(clips, 1):
+        if not np.isfinite(np.asarray(features, np.float32)).all():
+            return GenerationError(
+                f"the answer was stopped: the speech features of clip {number} of {len(clips)} are "
+                "not finite (NaN or infinite); the checkpoint's speech encoder or adapter is at "
+                "fault (parameters or config.json)"
             )
-        stream.done = True
+    part = "llm, fusion or speech_lm" if output.phase == FAILED else "flow or vocoder"
+    return GenerationError(
+        "the answer was stopped: the model's numbers were not finite (NaN or infinite), while the "
+        f"speech features were; the checkpoint's {part} is at fault (parameters or config.json)"
+    )

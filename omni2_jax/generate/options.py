@@ -27,7 +27,7 @@ CHOICES: dict[str, tuple[object, ...]] = {
     "unit_vocabulary": ("units", "all"),
     "flow_cache_dtype": CACHE_DTYPES,
     "seamless": (True, False),
-    "long": ("refuse", "truncate", "split"),
+    "long_turns": ("refuse", "truncate", "split"),
 }
 
 
@@ -57,7 +57,7 @@ class Options:
     flow_cache_dtype: str = "float32"  # bfloat16 halves the memory of the flow's KV cache
     # Join the waveforms of two steps without the small jumps that the released code makes.
     seamless: bool = True
-    long: Literal["refuse", "truncate", "split"] = "refuse"  # what to do with turns over 30 s
+    long_turns: Literal["refuse", "truncate", "split"] = "refuse"  # of over 30 s
 
     def __post_init__(self):
         for name in LIMITS:

@@ -1,16 +1,14 @@
-"""A conversation: spoken turns in, text and speech out as they are made. The LLM's cache lives on from turn to turn.
+"""A conversation of several turns: speech in, text and speech out, step by step.
 
     session = model.session(voice="jane")
-    for chunk in session.respond("question.wav"):
-        chunk.text, chunk.units, chunk.samples
+    for reply in session.respond("question.wav"):
+        reply.text, reply.units, reply.samples
 
+The LLM's cache is kept from turn to turn, so that a new turn only computes its own positions.
 `interrupt` stops an answer at once; leaving the loop does the same.
 """
 
-import contextlib
-import itertools
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import jax
@@ -18,173 +16,174 @@ import numpy as np
 
 from omni2_jax.checkpoint.tokenizer import Tokenizer, parse_units
 from omni2_jax.generate.engine import Engine, PromptPiece, ResponseStream
+from omni2_jax.generate.prompts import Sound, split
 from omni2_jax.generate.read_write import ReadWriteState, Request
-from omni2_jax.models.model import SPEECH
 
 
 @dataclass(frozen=True)
 class Reply:
-    """What one step added to the answer: text, units (25 a second), the same as the released scripts spell them, samples at 24 kHz."""
+    """What one step adds to an answer."""
 
     text: str
-    units: list[int]
-    unit_text: str
-    samples: np.ndarray
+    units: list[int]  # 25 a second
+    unit_text: str  # the units as the released scripts write them, "<12><6560>"
+    samples: np.ndarray  # float32 [N], 24 kHz
 
 
 @dataclass
 class Turn:
-    """One exchange of the past: what the user said, as the LLM heard it, and what the model answered."""
+    """One exchange of the conversation: the user's speech features and the model's text."""
 
-    features: list[jax.Array]  # [300, D] for every 30 s
-    answer: list[int]
+    features: list[jax.Array]  # [300, D] for every clip of 30 s
+    answer: list[int]  # text tokens that were delivered
 
 
 class Session:
-    """One speaker's conversation over an engine that others may share. `Omni2.session` makes one."""
+    """One conversation. It uses an engine that other sessions may share.
+
+    `Omni2.session` creates one. At most one answer is generated at a time.
+    """
 
     def __init__(
         self,
-        hear: Callable,
+        hear: Callable[..., list[jax.Array]],
         engine: Engine,
         tokenizer: Tokenizer,
         request: Request,
         voice: jax.Array | None,
         overflow: str = "error",
     ):
-        """hear: sound -> its speech features; overflow: when the conversation outgrows the engine's LLM cache, "error" refuses
-        the turn, "drop" forgets the oldest turns."""
+        """hear: the function from a sound to its speech features, [300, D] for every clip of 30 s.
+
+        request: the settings of every turn. voice: x-vector [192]; None without a decoder.
+        overflow: if the conversation does not fit the LLM's cache any more, "error" refuses the
+        turn, "drop" drops the oldest turns. Raises ValueError for another value.
+        """
         if overflow not in ("error", "drop"):
             raise ValueError(f"overflow is {overflow!r}, expected 'error' or 'drop'")
-        self.hear, self.engine, self.tokenizer, self.overflow = hear, engine, tokenizer, overflow
-        self.request, self.voice = request, voice
+        self.hear, self.engine, self.tokenizer = hear, engine, tokenizer
+        self.request, self.voice, self.overflow = request, voice, overflow
         self.eos = {int(token) for token in np.asarray(request.text_eos[0]) if token >= 0}
         self.turns: list[Turn] = []
         self.prefix: ReadWriteState | None = None
-        self.length = 0  # LLM positions in the lane
-        self.stream: ResponseStream | None = None
-        self.stages: dict[str, float] | None = (
-            None  # set it to {} to have the seconds of hearing and prefill measured
-        )
+        self.length = 0  # LLM positions of the prefix
+        self.stream: ResponseStream | None = None  # the answer that is being generated
 
-    def respond(self, sound) -> Iterator[Reply]:
-        """Answer a spoken turn (a file, or samples [N] at 16 kHz). Leaving the loop early is an interruption.
+    def respond(self, sound: Sound) -> Iterator[Reply]:
+        """Answer a spoken turn. Leaving the loop early interrupts the answer.
 
-        Raises ValueError for bad audio or a conversation that has become too long.
+        sound: a file, or samples [N] at 16 kHz. Raises ValueError for bad audio or a conversation
+        that is too long, RuntimeError while another answer is being generated, QueueFullError, and
+        GenerationError.
         """
-        if self.stream is not None:
-            raise RuntimeError("the last answer is still on its way; interrupt() it first")
-        with self.stage("hearing") as settle:
-            features = settle(self.hear(sound))
-        pieces, prefix = self.admit(features)
-        turn = Turn(features, [])
+        self.check_idle()
+        yield from self.reply(self.hear(sound))
+
+    def reply(self, features: list[jax.Array]) -> Iterator[Reply]:
+        """Answer a turn whose speech features are given, as `hear` returns them.
+
+        When this method returns, the prompt has been dispatched to the device if a slot is free.
+        Iterate over the result, or call `interrupt`. Raises the errors of `respond`.
+        """
+        self.check_idle()
+        pieces, prefix = self.prompt(features)
         stream = self.stream = self.engine.submit(
-            pieces, self.request, self.voice, prefix, self.length, keep=True
+            pieces, self.request, self.voice, prefix, self.length, keep_prefix=True
         )
+        turn = Turn(features, [])
         self.turns.append(turn)
         try:
-            with self.stage("prefill") as settle:
-                self.engine.admit()
-                settle(self.engine.state)
+            self.engine.admit()
+        except BaseException:
+            self.interrupt()
+            raise
+        return self.deliver(stream, turn)
+
+    def deliver(self, stream: ResponseStream, turn: Turn) -> Iterator[Reply]:
+        """The replies of a stream; afterwards the session is ready for the next turn."""
+        try:
             yield from replies(stream, self.tokenizer, turn.answer)
         finally:
-            if (
-                self.stream is stream
-            ):  # else it was interrupted before, and another answer may be on its way
+            # Otherwise `interrupt` was called before, and another answer may have begun.
+            if self.stream is stream:
                 self.interrupt()
 
-    @contextlib.contextmanager
-    def stage(self, name: str) -> Iterator[Callable]:
-        """Times a block where times are wanted; the block passes what it computes through `settle`, which then waits for it."""
-        start = time.perf_counter()
-        yield jax.block_until_ready if self.stages is not None else lambda value: value
-        if self.stages is not None:
-            self.stages[name] = time.perf_counter() - start
+    def check_idle(self) -> None:
+        """Raise RuntimeError while an answer is being generated."""
+        if self.stream is not None:
+            raise RuntimeError("the last answer is not complete yet; interrupt() it first")
 
     def interrupt(self) -> None:
-        """Stop the answer at once. What was handed out stays in the history; the user's next turn follows it."""
+        """Stop the answer at once. What was delivered stays in the conversation."""
         if self.stream is None:
             return
         stream, self.stream = self.stream, None
-        if stream.chunks or not stream.done:
+        if stream.outputs or not stream.done:
             stream.cancel()
-        if stream.error:  # nothing of a failed answer is worth keeping: the next turn starts from the turns before it
+        if stream.error:  # the next turn follows the turns before the failed one
             self.turns.pop()
-        self.prefix, self.length = stream.prefix, stream.heard if stream.prefix is not None else 0
+        self.prefix = stream.prefix
+        self.length = stream.num_delivered if stream.prefix is not None else 0
 
-    def admit(self, features: list[jax.Array]) -> tuple[list[PromptPiece], ReadWriteState | None]:
-        """The prompt of a new turn: behind the lane if it fits, else (overflow "drop") from scratch behind the newest turns that fit."""
-        room, size, past = (
-            self.engine.engine_config.llm_capacity - int(self.request.max_text[0]),
-            self.engine.engine_config.prefill_size,
-            self.turns,
-        )
+    def prompt(self, features: list[jax.Array]) -> tuple[list[PromptPiece], ReadWriteState | None]:
+        """The prompt of a new turn, and the prefix that it follows.
+
+        If the turn does not fit behind the prefix, the prompt is that of the whole conversation
+        (overflow "drop": of the newest turns that fit), and the prefix is None. Raises ValueError
+        if that does not fit either.
+        """
+        config = self.engine.engine_config
+        max_text = int(self.request.max_text[0])
+        limit = config.llm_capacity - max_text
         if self.prefix is not None:
-            ids = self.tokenizer.continuation(len(features), self.ended(past[-1]))
-            if self.length + len(ids) <= room:
-                return split(ids, features, size), self.prefix
-        droppable = len(past) if self.overflow == "drop" else 0
-        for dropped in range(droppable + 1):
-            turns = past[dropped:]
+            ids = self.tokenizer.continuation(len(features), self.has_ended(self.turns[-1]))
+            if self.length + len(ids) <= limit:
+                return split(ids, features, config.prefill_size), self.prefix
+        num_turns = len(self.turns)
+        for first in range(num_turns + 1 if self.overflow == "drop" else 1):
+            turns = self.turns[first:]
             ids = self.dialogue(turns, len(features))
-            if len(ids) <= room:
+            if len(ids) <= limit:
                 self.turns, self.prefix, self.length = turns, None, 0
-                return split(
-                    ids, [f for turn in turns for f in turn.features] + features, size
-                ), None
+                all_features = [f for turn in turns for f in turn.features] + features
+                return split(ids, all_features, config.prefill_size), None
         raise ValueError(
-            f"the conversation takes {len(ids)} positions and {self.engine.engine_config.llm_capacity - room} more for the answer, "
-            f"but there are {self.engine.engine_config.llm_capacity}; start a new one, or let the oldest turns be dropped"
+            f"the conversation takes {len(ids)} positions and its answer up to {max_text} more, "
+            f"but the LLM's cache has {config.llm_capacity}; start a new conversation, or use "
+            "overflow='drop' to drop the oldest turns"
         )
 
-    def ended(self, turn: Turn) -> bool:
-        """Whether an answer holds its end token (it does not when it was cut short)."""
+    def has_ended(self, turn: Turn) -> bool:
+        """Whether an answer has its end token; it has none if it was cut short."""
         return bool(turn.answer) and turn.answer[-1] in self.eos
 
     def dialogue(self, turns: list[Turn], clips: int) -> list[int]:
-        """The prompt of a whole conversation with the answers that were given, token for token, up to the next answer."""
+        """The prompt of a conversation: `turns` with their answers, then a turn of `clips` clips.
+
+        Its token ids equal those that the turns put into the cache one after the other.
+        """
         if not turns:
             return self.tokenizer.prompt([clips])
         ids = self.tokenizer.prompt([len(turns[0].features)])
-        spoken = [len(turn.features) for turn in turns[1:]] + [clips]
-        for turn, following in zip(turns, spoken, strict=True):
-            ids += [*turn.answer, *self.tokenizer.continuation(following, self.ended(turn))]
+        next_clips = [len(turn.features) for turn in turns[1:]] + [clips]
+        for turn, count in zip(turns, next_clips, strict=True):
+            ids += [*turn.answer, *self.tokenizer.continuation(count, self.has_ended(turn))]
         return ids
 
 
 def replies(stream: ResponseStream, tokenizer: Tokenizer, answer: list[int]) -> Iterator[Reply]:
-    """A stream's chunks as replies; the text tokens are also appended to `answer`. A character is given out once it is whole."""
-    told, units = "", tokenizer.config.units
-    for chunk in stream:
-        answer += chunk.tokens
+    """The outputs of a stream as replies; the text tokens are also appended to `answer`.
+
+    Text is delivered in whole characters: a character may need the tokens of several steps.
+    """
+    delivered = ""
+    for output in stream:
+        answer += output.text_tokens
         text = tokenizer.decode(answer)
-        whole = text if stream.done and not stream.chunks else text.rstrip("\ufffd")
-        fresh, told = whole[len(told) :], max(told, whole, key=len)
-        unit_text = tokenizer.unit_text(chunk.speech)
-        yield Reply(fresh, parse_units(unit_text, units), unit_text, chunk.samples)
-
-
-def split(ids: Sequence[int], features: Sequence[jax.Array], size: int) -> list[PromptPiece]:
-    """A prompt as pieces of at most `size` positions, each with the features of at most one 30 s clip, in order."""
-    ids = np.asarray(ids, np.int32)
-    speech, positions = ids == SPEECH, features[0].shape[0]
-    count = np.cumsum(speech)  # features used up to and with each position
-    if count[-1] != positions * len(features):
-        raise ValueError(
-            f"the prompt has {count[-1]} speech positions, but {len(features)} clips of {positions} were given"
-        )
-    starts = np.searchsorted(
-        count, np.arange(1, len(features)) * positions + 1
-    )  # where every clip but the first begins
-    edges = [0, *starts, len(ids)]
-    pieces = []
-    for clip, (begin, end) in enumerate(itertools.pairwise(edges)):
-        for start in range(begin, end, size):
-            pieces.append(
-                PromptPiece(
-                    ids[start : min(start + size, end)],
-                    features[clip],
-                    int(speech[begin:start].sum()),
-                )
-            )
-    return pieces
+        is_last = stream.done and not stream.outputs
+        whole = text if is_last else text.rstrip("\ufffd")
+        new_text = whole[len(delivered) :]
+        delivered = max(delivered, whole, key=len)
+        unit_text = tokenizer.unit_text(output.speech_tokens)
+        units = parse_units(unit_text, tokenizer.config.units)
+        yield Reply(new_text, units, unit_text, output.samples)

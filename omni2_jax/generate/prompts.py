@@ -1,0 +1,91 @@
+"""Conversations and spoken turns as prompts for the LLM."""
+
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from omni2_jax.audio import recordings
+from omni2_jax.checkpoint.tokenizer import Tokenizer
+from omni2_jax.generate.engine import PromptPiece
+from omni2_jax.models.model import SPEECH
+
+Sound = str | Path | np.ndarray  # a file, or samples [N] at 16 kHz
+# One sound, or sounds at even places (the user's turns) and texts between them (the model's).
+Conversation = Sound | Sequence[Sound | str]
+
+
+def turns_of(conversation: Conversation) -> list[Sound | str]:
+    """The turns of a conversation, from the user's first to the user's last.
+
+    Raises ValueError for an even number of turns or a turn of the wrong kind.
+    """
+    if isinstance(conversation, str | Path | np.ndarray):
+        return [conversation]
+    turns = list(conversation)
+    if len(turns) % 2 == 0:
+        raise ValueError(f"a conversation of {len(turns)} turns does not end with the user's")
+    for index, turn in enumerate(turns):
+        if index % 2 and not isinstance(turn, str):
+            raise ValueError(f"turn {index} is {type(turn).__name__}, expected the model's text")
+    return turns
+
+
+def load_clips(sound: Sound, long_turns: str) -> list[np.ndarray]:
+    """A sound as clips of at most 30 s, samples [N] at 16 kHz.
+
+    long_turns: "refuse", "truncate" or "split" a longer one. Raises ValueError for bad audio.
+    """
+    if isinstance(sound, str | Path):
+        return recordings.load_turn(sound, long_turns)
+    samples = recordings.check(np.asarray(sound, np.float32), "the samples given")
+    return recordings.fit(samples, long_turns)
+
+
+def prompt_ids(
+    tokenizer: Tokenizer, conversation: Conversation, long_turns: str, limit: int
+) -> np.ndarray:
+    """The prompt of a conversation, int32 [P], with SPEECH at each speech position.
+
+    A sound is only read if its length decides how many clips it has (long_turns "split").
+    Raises ValueError for a conversation that `turns_of` refuses, or of more than `limit` positions.
+    """
+    turns = turns_of(conversation)
+    parts: list[str | int] = []
+    for index, turn in enumerate(turns):
+        if index % 2:
+            assert isinstance(turn, str)
+            parts.append(turn)
+        else:
+            parts.append(len(load_clips(turn, long_turns)) if long_turns == "split" else 1)
+    ids = tokenizer.prompt(parts)
+    if len(ids) > limit:
+        raise ValueError(
+            f"the conversation takes {len(ids)} positions, at most {limit} fit; leave out old turns"
+        )
+    return np.asarray(ids, np.int32)
+
+
+def split(
+    ids: Sequence[int] | np.ndarray, features: Sequence[jax.Array], size: int
+) -> list[PromptPiece]:
+    """Split a prompt into pieces of at most `size` positions, each with at most one clip.
+
+    ids: with SPEECH at each speech position. features: [F, D] of every clip, in order.
+    """
+    prompt = np.asarray(ids, np.int32)
+    is_speech, positions = prompt == SPEECH, features[0].shape[0]
+    count = np.cumsum(is_speech)  # features used up to each position, inclusive
+    assert count[-1] == positions * len(features), "the tokenizer and the features disagree"
+    # The positions where the clips begin, but for the first clip.
+    starts = np.searchsorted(count, np.arange(1, len(features)) * positions + 1)
+    edges = [0, *starts.tolist(), len(prompt)]
+    pieces = []
+    for clip, (begin, end) in enumerate(itertools.pairwise(edges)):
+        for start in range(begin, end, size):
+            used = int(is_speech[begin:start].sum())
+            piece = prompt[start : min(start + size, end)]
+            pieces.append(PromptPiece(piece, features[clip], used))
+    return pieces
