@@ -41,7 +41,8 @@ from omni2_jax.configs import stage1a, stage2
 from omni2_jax.devices import MEMORY_GIB
 from omni2_jax.generate.engine import Programs
 from omni2_jax.generate.engine_config import EngineConfig
-from omni2_jax.generate.read_write import request
+from omni2_jax.generate.options import Options
+from omni2_jax.generate.read_write import Request
 from omni2_jax.models.model import abstract_state
 from omni2_jax.train import flops, overrides, step
 from omni2_jax.train.settings import TrainConfig
@@ -174,7 +175,8 @@ def prompt(config: Omni2Config, engine_config: EngineConfig, mesh: Mesh) -> dict
         "features": shape(jnp.bfloat16, features, config.llm.width),
         "first": shape(jnp.int32),
         "request": jax.tree.map(
-            lambda leaf: shape(leaf.dtype, *leaf.shape), jax.eval_shape(lambda: request(config))
+            lambda leaf: shape(leaf.dtype, *leaf.shape),
+            jax.eval_shape(lambda: Request.of(config, Options())),
         ),
     }
 

@@ -24,7 +24,8 @@ from omni2_jax.config import UNITS_PER_SECOND
 from omni2_jax.generate import read_write, streaming_step
 from omni2_jax.generate.engine import Engine, PromptPiece, ResponseStream
 from omni2_jax.generate.engine_config import EngineConfig
-from omni2_jax.generate.read_write import ReadWriteOutput
+from omni2_jax.generate.options import Options
+from omni2_jax.generate.read_write import ReadWriteOutput, Request
 from omni2_jax.models.flow.attention import cached_attention
 from omni2_jax.models.flow.mask import Window
 from omni2_jax.models.model import SPEECH
@@ -48,7 +49,9 @@ class Bench:
         self.voice = jnp.ones(config.flow.speaker)
         # No text token ends the answer, so that every step reads R and writes W.
         room = engine_config.llm_capacity - engine_config.prefill_size - 4 * config.read
-        self.request = read_write.request(config, text_eos=(), max_text=room, max_flush=1)
+        self.request = Request.of(
+            config, Options(max_new_tokens=room, max_flush_units=1), text_eos=()
+        )
         self.engine.warm_up()
         streams = self.fill()
         for _ in range(

@@ -95,7 +95,9 @@ def test_shares(job, kind):
         made = aot.job_of(job, SIZES["tiny"], mesh, 8, [])
         shares.append({kind: aot.share(tree) for kind, tree in made.kinds.items()})
         whole = sum(shares[-1].values())
-        assert whole <= aot.share(made.arguments) <= whole + 64  # counters of steps besides
+        assert (
+            whole <= aot.share((made.arguments, made.keywords)) <= whole + 64
+        )  # counters of steps besides
     alone, cut = shares
     assert alone.keys() == cut.keys() and all(cut[name] <= alone[name] for name in cut)
     assert alone[kind] / 8 <= cut[kind] < alone[kind] / 2 * 1.2
@@ -114,7 +116,7 @@ def test_compiled_for_eight():
 
 def test_what_a_device_holds():
     mesh = make_mesh(fsdp=4, tensor=2)
-    made = aot.job_of("step", SIZES["tiny"], mesh, 8, ["llm=512"])
+    made = aot.job_of("step", SIZES["tiny"], mesh, 8, ["llm_capacity=512"])
     params, state = made.arguments
     assert (
         language_dtype(params) == jnp.bfloat16

@@ -38,12 +38,12 @@ def omni2(monkeypatch, capsys):
 
 
 @pytest.fixture
-def loaded(monkeypatch, model, text_model):
+def loaded(monkeypatch, model, text_model, checkpoint_dir):
     """The checkpoint is in memory already."""
     monkeypatch.setattr(
         Omni2, "load", lambda directory, decoder=True, mesh=None: model if decoder else text_model
     )
-    return "CKPT"
+    return checkpoint_dir
 
 
 def write_questions(path: Path, *conversations: list) -> Path:

@@ -9,13 +9,13 @@ import pytest
 
 from omni2_jax.checkpoint.tokenizer import parse_units
 from omni2_jax.config import Omni2Config
-from omni2_jax.generate.engine import GenerationError, QueueFullError
+from omni2_jax.generate.engine import GenerationError, QueueFullError, ResponseStream
 from omni2_jax.generate.read_write import FLUSHING, IDLE, READING
 from omni2_jax.models.model import abstract_model
-from tests.support.conversations import CASES, Said, asked, broken, pieces, submit
+from tests.support.conversations import CASES, Said, broken, pieces, request_of, submit
 
 # Turns that have nothing in common: greedy and sampled, with keys of their own, of one to six steps before they flush.
-ASKED = [
+TURNS = [
     ("B", {}),
     ("A", {"temperature": 0.8, "top_p": 0.9, "seed": 3}),
     ("E", {}),
@@ -46,16 +46,17 @@ def test_released_conversations_through_three_slots(engine, model):
 
 def test_company_changes_nothing(engine, model):
     """Turns that join one after the other, beside one that fails and one that is cancelled, are bit by bit what they are alone."""
-    send = lambda name, changes: submit(
-        engine, model, name, max_new_tokens=18, max_flush_units=20, **changes
-    )  # noqa: E731
-    alone = [Said.by(send(*turn)) for turn in ASKED]
-    assert len({tuple(said.speech) for said in alone}) == len(ASKED)
+
+    def send(name: str, changes: dict) -> ResponseStream:
+        return submit(engine, model, name, max_new_tokens=18, max_flush_units=20, **changes)
+
+    alone = [Said.by(send(*turn)) for turn in TURNS]
+    assert len({tuple(said.speech) for said in alone}) == len(TURNS)
     failing = engine.submit(
-        [broken(piece) for piece in pieces(model, "A")], asked(model, "A"), model.voice(None)
+        [broken(piece) for piece in pieces(model, "A")], request_of(model, "A"), model.voice(None)
     )
     streams, cancelled = [], send("A", {})
-    for turn in ASKED:
+    for turn in TURNS:
         streams.append(send(*turn))
         engine.step()
         engine.step()
@@ -78,17 +79,17 @@ def test_slots_read_flush_and_rest_in_the_same_step(text_engine, text_model, alo
 
 def test_next_step_is_dispatched_before_the_last_is_read(text_engine, text_model, monkeypatch):
     while text_engine.dispatched:
-        text_engine.read_back()
-    events, programs, read_back = [], text_engine.programs, text_engine.read_back
+        text_engine.fetch()
+    events, programs, fetch = [], text_engine.programs, text_engine.fetch
 
     def step(*arguments):
         events.append("dispatch")
         return programs.step(*arguments)
 
     monkeypatch.setattr(text_engine, "programs", dataclasses.replace(programs, step=step))
-    monkeypatch.setattr(text_engine, "read_back", lambda: (events.append("read"), read_back())[1])
-    chunks = list(submit(text_engine, text_model, "A"))
-    assert events == ["dispatch"] + ["dispatch", "read"] * len(chunks)
+    monkeypatch.setattr(text_engine, "fetch", lambda: (events.append("fetch"), fetch())[1])
+    outputs = list(submit(text_engine, text_model, "A"))
+    assert events == ["dispatch"] + ["dispatch", "fetch"] * len(outputs)
 
 
 # --- faults
@@ -100,20 +101,23 @@ def test_full_queue_is_refused(text_engine, text_model, alone, monkeypatch):
     for name in "ECEE":
         streams.append(submit(text_engine, text_model, name))
         text_engine.admit()
-    with pytest.raises(QueueFullError, match="all 3 slots are taken and 1 requests wait"):
+    with pytest.raises(
+        QueueFullError,
+        match="1 requests are waiting for one of the 3 slots, and no more than 1 may",
+    ):
         submit(text_engine, text_model, "A")
     for name, stream in zip("ECEE", streams, strict=True):
         assert Said.by(stream) == alone[name]
 
 
-def test_cancelled_lane_goes_to_whoever_waits(text_engine, text_model, alone):
+def test_a_cancelled_slot_goes_to_a_waiting_request(text_engine, text_model, alone):
     streams = [submit(text_engine, text_model, name) for name in "ABCDE"]
-    heard = next(iter(streams[0]))
+    output = next(iter(streams[0]))
     streams[0].cancel()
     streams[3].cancel()  # was only waiting
     text_engine.step()
     assert text_engine.slots == [streams[4], streams[1], streams[2]]
-    assert heard.tokens == alone["A"].text[:3] and list(streams[0]) == list(streams[3]) == []
+    assert output.text_tokens == alone["A"].text[:3] and list(streams[0]) == list(streams[3]) == []
     for name, i in {"B": 1, "C": 2, "E": 4}.items():
         assert Said.by(streams[i]) == alone[name]
     streams[1].cancel()  # over already
@@ -122,9 +126,9 @@ def test_cancelled_lane_goes_to_whoever_waits(text_engine, text_model, alone):
 def test_nan_ends_one_slot(text_engine, text_model, alone):
     failing = text_engine.submit(
         [broken(piece) for piece in pieces(text_model, "A")],
-        asked(text_model, "A"),
+        request_of(text_model, "A"),
         None,
-        keep=True,
+        keep_prefix=True,
     )
     beside = submit(text_engine, text_model, "C")
     with pytest.raises(GenerationError, match="not finite"):
@@ -134,8 +138,8 @@ def test_nan_ends_one_slot(text_engine, text_model, alone):
     assert Said.by(submit(text_engine, text_model, "A")) == alone["A"]  # in the slot that failed
 
 
-def test_turn_that_cannot_start_disturbs_nobody(text_engine, text_model, alone, monkeypatch):
-    programs, bad = text_engine.programs, asked(text_model, "A")
+def test_a_turn_that_cannot_start_disturbs_no_other(text_engine, text_model, alone, monkeypatch):
+    programs, bad = text_engine.programs, request_of(text_model, "A")
 
     def out_of_memory(*arguments, request, **piece):
         if request is bad:
@@ -155,9 +159,9 @@ def test_turn_that_cannot_start_disturbs_nobody(text_engine, text_model, alone, 
 
 
 def test_turn_that_does_not_fit_is_refused(text_engine, text_model):
-    (piece,), request = pieces(text_model, "A"), asked(text_model, "A")
+    (piece,), request = pieces(text_model, "A"), request_of(text_model, "A")
     long = dataclasses.replace(piece, ids=np.zeros(429, np.int32))
-    with pytest.raises(ValueError, match=r"pieces of 1 to 428 positions; these have \[429\]"):
+    with pytest.raises(ValueError, match=r"have 1 to 428 positions; these have \[429\]"):
         text_engine.submit([long], request, None)
     with pytest.raises(ValueError, match=r"these have \[\]"):
         text_engine.submit([], request, None)

@@ -11,8 +11,8 @@ from flax import nnx
 
 from omni2_jax.convert import read
 from omni2_jax.generate import read_write
-from omni2_jax.generate.read_write import IDLE, ReadWriteState
-from omni2_jax.generate.sampling import Sampling
+from omni2_jax.generate.options import Options
+from omni2_jax.generate.read_write import IDLE, ReadWriteState, Request
 from omni2_jax.models.layers import scan
 from omni2_jax.models.model import SPEECH, abstract_model
 
@@ -93,26 +93,20 @@ def generate(model, prompts, requests):
     )
     text, speech = [[] for _ in prompts], [[] for _ in prompts]
     for _ in range(100):
-        state, burst = step(model.params, state, False)
+        state, output = step(model.params, state, False)
         for row in range(slots):
-            text[row] += [int(t) for t in burst.tokens[row] if t >= 0]
-            speech[row] += [int(t) for t in burst.speech[row] if t >= 0]
+            text[row] += [int(t) for t in output.text_tokens[row] if t >= 0]
+            speech[row] += [int(t) for t in output.speech_tokens[row] if t >= 0]
         if np.all(np.asarray(state.phase) == IDLE):
             return list(zip(text, speech, strict=True))
     raise AssertionError("generation does not end")
 
 
 def request(model, case, slots=1):
-    given = case["generate_kwargs"]
-    return read_write.request(
-        model.config,
-        slots,
-        text=Sampling.of(slots, repetition_penalty=given.get("repetition_penalty", 1.0)),
-        unit=Sampling.of(slots),
-        text_eos=given.get("eos_token_id"),
-        max_text=given["max_new_tokens"],
-        max_flush=case["flush_cap"],
-    )
+    settings = dict(case["generate_kwargs"])
+    text_eos = settings.pop("eos_token_id", None)
+    options = Options(unit_temperature=0.0, max_flush_units=case["flush_cap"], **settings)
+    return Request.of(model.config, options, text_eos=text_eos, batch=slots)
 
 
 def test_speech_features(features, cases, arrays):
@@ -189,7 +183,7 @@ def collect(golden, what):
 
 @pytest.mark.parametrize("name", INSIDE)
 def test_speech_logits(name, parts, arrays, model):
-    """The speech LM's first logits of every burst, from one pass over its whole context."""
+    """The speech LM's first logits of every write, from one pass over its whole context."""
     golden = arrays[name]
     context = jnp.asarray(golden["tts_inputs_final"])[None]
     logits = parts.speech_lm.logits(
@@ -227,22 +221,23 @@ def test_batch_of_different_lengths_equals_one_by_one(model, cases, arrays, feat
 def test_sampling_does_not_depend_on_the_batch(model, cases, arrays, features):
     """The same key and prompt give the same answer alone and next to another slot."""
     prompts = [prompt(cases[name], arrays[name], features) for name in "CE"]
-    asked = read_write.request(
-        model.config, 2, text=Sampling.of(2, 0.8, 0.9, 20), max_text=12, max_flush=20, seed=3
+    options = Options(
+        temperature=0.8, top_p=0.9, top_k=20, max_new_tokens=12, max_flush_units=20, seed=3
     )
-    together = generate(model, prompts, asked)
+    requests = Request.of(model.config, options, batch=2)
+    together = generate(model, prompts, requests)
     for row in range(2):
         alone = generate(
             model,
             prompts[row : row + 1],
-            jax.tree.map(lambda leaf: leaf[row : row + 1], asked),  # noqa: B023
+            jax.tree.map(lambda leaf: leaf[row : row + 1], requests),  # noqa: B023
         )
         assert alone == together[row : row + 1]
 
 
 def test_units_only_samples_nothing_else(model, cases, arrays, features):
     ids, heard = prompt(cases["A"], arrays["A"], features)
-    asked = read_write.request(model.config, 1, max_text=30, max_flush=50)
+    options = Options(max_new_tokens=30, max_flush_units=50)
     prefill, step = programs(model)
     state = ReadWriteState.empty(model.config, 1, 1024, 1024)
     state = prefill(
@@ -251,14 +246,14 @@ def test_units_only_samples_nothing_else(model, cases, arrays, features):
         ids=jnp.asarray(ids)[None],
         lengths=jnp.array([len(ids)]),
         features=jnp.asarray(heard)[None],
-        request=asked,
+        request=Request.of(model.config, options),
     )
-    tokens, seen = model.config.tokens, set()
+    tokens, sampled = model.config.tokens, set()
     while int(state.phase[0]) != IDLE:
-        state, burst = step(model.params, state, True)
-        seen |= set(np.asarray(burst.speech).ravel().tolist())
-    assert len(seen) > 50
+        state, output = step(model.params, state, True)
+        sampled |= set(np.asarray(output.speech_tokens).ravel().tolist())
+    assert len(sampled) > 50
     assert all(
         t in (-1, tokens.unit_eos) or tokens.sep < t <= tokens.sep + model.config.units
-        for t in seen
+        for t in sampled
     )

@@ -110,10 +110,6 @@ def test_defaults_of_the_release(text_model):
             [clip("short_d"), "Yes. " * 1000, clip("short_d")],
             r"takes \d+ positions, at most 4096 fit",
         ),
-        (
-            [clip("short_d"), "<speech>", clip("short_d")],
-            "900 speech positions, but 2 clips of 300",
-        ),
     ],
 )
 def test_bad_conversations(text_model, given, message):

@@ -64,7 +64,7 @@ def test_turns_go_on_from_the_cache(text_model, session, monkeypatch):
     lengths = [sum(len(piece.ids) for piece in pieces) for pieces in taken]
     first, second, second_whole, third, third_whole = lengths
     for before, new in zip(session.turns, (second, third), strict=False):
-        assert new == 300 + len(text_model.tokenizer.continuation(0, session.ended(before))) < first
+        assert new == 300 + len(text_model.tokenizer.continuation(0, session.has_ended(before))) < first
     assert second_whole == first + len(session.turns[0].answer) + second
     assert third_whole == second_whole + len(session.turns[1].answer) + third
 
@@ -119,7 +119,7 @@ def test_last_replies_unheard(text_model, session):
 def test_one_answer_at_a_time(session):
     replies = session.respond(A)
     next(replies)
-    with pytest.raises(RuntimeError, match="still on its way"):
+    with pytest.raises(RuntimeError, match="not complete yet"):
         next(session.respond(B))
     session.interrupt()
     following = session.respond(B)
@@ -152,7 +152,7 @@ def test_too_long_a_conversation(text_model, session):
     length, turns = session.length, list(session.turns)
     with pytest.raises(
         ValueError,
-        match=r"takes 1\d\d\d positions and 64 more .* but there are 1280; start a new one",
+        match=r"takes 1\d\d\d positions and its answer up to 64 more, .* has 1280; start a new",
     ):
         next(session.respond(A))
     assert session.length == length and session.turns == turns
@@ -169,9 +169,9 @@ def test_too_long_a_conversation(text_model, session):
 
 def test_turn_that_alone_is_too_long(text_model):
     session = text_model.session(
-        options=dataclasses.replace(GREEDY, long="split"), turns=1, overflow="drop"
+        options=dataclasses.replace(GREEDY, long_turns="split"), turns=1, overflow="drop"
     )
-    with pytest.raises(ValueError, match="but there are 1280"):
+    with pytest.raises(ValueError, match="but the LLM's cache has 1280"):
         next(session.respond(np.zeros(16000 * 121, np.float32)))
     assert session.turns == [] and said(session.respond(A))[0] == CASES["A"]["text"].strip()
 

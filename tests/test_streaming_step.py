@@ -86,11 +86,14 @@ def test_released_streams(decoder, entry, monkeypatch):
     ]
     heard = [[], []]
     for i in range(len(s1["chunks"])):
-        burst, final = np.full((2, WRITE), -1), np.array([i == len(stream) - 1 for stream in given])
-        for row, stream in zip(burst, given, strict=True):
+        tokens, final = (
+            np.full((2, WRITE), -1),
+            np.array([i == len(stream) - 1 for stream in given]),
+        )
+        for row, stream in zip(tokens, given, strict=True):
             if i < len(stream):
-                row[-len(stream[i]) :] = stream[i]  # wherever they stand in the burst
-        state, samples, counts = step(params, state, jnp.asarray(burst), jnp.asarray(final))
+                row[-len(stream[i]) :] = stream[i]  # at any place in the write
+        state, samples, counts = step(params, state, jnp.asarray(tokens), jnp.asarray(final))
         for mine, row, count in zip(heard, samples, counts, strict=True):
             mine.append(np.asarray(row[:count]))
     for i, samples in enumerate(heard[0]):
@@ -186,9 +189,11 @@ def test_idle_slots_stay_as_they_are(engine):
     after, packed = engine.programs.step(engine.params, copied(state))
     assert tree_equal(state, after)
     for row in np.asarray(packed):
-        chunk = StepOutput.of(row, engine.config)
+        output = StepOutput.of(row, engine.config)
         assert (
-            chunk.phase == IDLE and chunk.tokens == chunk.speech == [] and chunk.samples.size == 0
+            output.phase == IDLE
+            and output.text_tokens == output.speech_tokens == []
+            and output.samples.size == 0
         )
 
 
@@ -208,21 +213,21 @@ def test_packed_chunk_comes_out_as_it_went_in(engine):
         jnp.asarray(samples),
         jnp.array([0, 50, 3]),
     )
-    chunks = [StepOutput.of(row, config) for row in np.asarray(packed)]
-    assert [chunk.phase for chunk in chunks] == [READING, IDLE, READING] and [
-        chunk.llm_length for chunk in chunks
+    outputs = [StepOutput.of(row, config) for row in np.asarray(packed)]
+    assert [output.phase for output in outputs] == [READING, IDLE, READING] and [
+        output.llm_length for output in outputs
     ] == [7, 8, 9]
     assert (
-        chunks[0].tokens == [11, 12]
-        and chunks[1].speech == [13, 14]
-        and chunks[2].tokens == chunks[2].speech == []
+        outputs[0].text_tokens == [11, 12]
+        and outputs[1].speech_tokens == [13, 14]
+        and outputs[2].text_tokens == outputs[2].speech_tokens == []
     )
-    for chunk, row, count in zip(chunks, samples, (0, 50, 3), strict=True):
-        np.testing.assert_array_equal(chunk.samples, row[:count])
+    for output, row, count in zip(outputs, samples, (0, 50, 3), strict=True):
+        np.testing.assert_array_equal(output.samples, row[:count])
 
 
 def test_only_units_are_spoken(engine):
-    """Text tokens, <sep>, the end token and empty places of a burst are left out; the units keep their order."""
+    """Text tokens, <sep>, the end token and empty places of a write are left out; the units keep their order."""
     first, last = engine.config.tokens.sep + 1, engine.config.tokens.sep + engine.config.units
     speech = [
         [first + 5, 3, -1, last, last + 1],

@@ -58,7 +58,9 @@ class ResponseStream:
     # The conversation before the turn; at the end, if `keep_prefix`, with prompt and answer.
     prefix: ReadWriteState | None
     keep_prefix: bool
-    num_delivered: int  # LLM positions of the conversation, up to the last output that was delivered
+    num_delivered: (
+        int  # LLM positions of the conversation, up to the last output that was delivered
+    )
     slot: int | None = None
     outputs: collections.deque[StepOutput] = field(default_factory=collections.deque)
     done: bool = False
@@ -312,9 +314,7 @@ class Engine:
         assert stream.slot is not None
         stream.done = True
         self.slots[stream.slot] = None
-        self.state, prefix = self.programs.free(
-            self.state, np.int32(stream.slot), np.int32(length)
-        )
+        self.state, prefix = self.programs.free(self.state, np.int32(stream.slot), np.int32(length))
         stream.prefix = prefix if stream.keep_prefix and not stream.error else None
         stream.pieces = ()  # a clip's features take megabytes, and the stream may live for long
 

@@ -146,9 +146,7 @@ class Omni2:
 
         Options that need the same buffers share an engine, so that nothing is compiled again.
         """
-        units, speech = longest_answer(
-            self.config, options.max_new_tokens, options.max_flush_units
-        )
+        units, speech = longest_answer(self.config, options.max_new_tokens, options.max_flush_units)
         engine_config = EngineConfig(
             slots=slots,
             prefill_size=self.tokenizer.positions + TEMPLATE,

@@ -210,9 +210,7 @@ def units_of(config: Omni2Config, speech_tokens: Array) -> tuple[Array, Array]:
     return jnp.take_along_axis(jnp.where(valid, units, 0), order, axis=1), valid.sum(1)
 
 
-def pack(
-    language: ReadWriteState, output: ReadWriteOutput, samples: Array, counts: Array
-) -> Array:
+def pack(language: ReadWriteState, output: ReadWriteOutput, samples: Array, counts: Array) -> Array:
     """All outputs of a step as one int32 array [B, 3 + R + W + S], for one copy to the host.
 
     samples: [B, S], of which the first `counts` [B] count. They are stored as their bits.

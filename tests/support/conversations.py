@@ -11,8 +11,8 @@ import numpy as np
 
 from omni2_jax.generate.engine import Engine, PromptPiece, ResponseStream
 from omni2_jax.generate.omni2 import Omni2, Options
-from omni2_jax.generate.read_write import Request, request
-from omni2_jax.generate.session import split
+from omni2_jax.generate.prompts import split
+from omni2_jax.generate.read_write import Request
 from tests.support.paths import AUDIO, GOLDENS
 
 CASES = json.loads((GOLDENS / "omni2" / "cases.json").read_text())["cases"]
@@ -40,13 +40,12 @@ def conversation(name: str) -> list[Path | str]:
     ]
 
 
-def asked(model: Omni2, name: str, **changes) -> Request:
-    """A case's own request, with its end token, cap and penalty, but for some changes of the options."""
-    given = dict(CASES[name]["generate_kwargs"])
-    eos = request(model.config, text_eos=given.pop("eos_token_id", None)).text_eos
-    return dataclasses.replace(
-        model.request(dataclasses.replace(GREEDY, **(given | changes))), text_eos=eos
-    )
+def request_of(model: Omni2, name: str, **changes) -> Request:
+    """A case's request, with its end token, limits and penalty; `changes` are other options."""
+    settings = dict(CASES[name]["generate_kwargs"])
+    text_eos = settings.pop("eos_token_id", None)
+    options = dataclasses.replace(GREEDY, **(settings | changes))
+    return Request.of(model.config, options, model.defaults, text_eos)
 
 
 @functools.cache
@@ -59,7 +58,7 @@ def pieces(model: Omni2, name: str) -> list[PromptPiece]:
 
 def submit(engine: Engine, model: Omni2, name: str, **changes) -> ResponseStream:
     """Queue a case, its options changed."""
-    return engine.submit(pieces(model, name), asked(model, name, **changes), model.voice(None))
+    return engine.submit(pieces(model, name), request_of(model, name, **changes), model.voice(None))
 
 
 @dataclasses.dataclass
@@ -72,12 +71,12 @@ class Said:
 
     @classmethod
     def by(cls, stream: ResponseStream) -> "Said":
-        chunks = list(stream)
-        join = lambda lists: list(itertools.chain.from_iterable(lists))  # noqa: E731
+        outputs = list(stream)
+        chain = itertools.chain.from_iterable
         return cls(
-            join(c.tokens for c in chunks),
-            join(c.speech for c in chunks),
-            np.concatenate([c.samples for c in chunks]),
+            text=list(chain(output.text_tokens for output in outputs)),
+            speech=list(chain(output.speech_tokens for output in outputs)),
+            samples=np.concatenate([output.samples for output in outputs]),
         )
 
     def __eq__(self, other: "Said") -> bool:
