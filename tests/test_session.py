@@ -64,7 +64,11 @@ def test_turns_go_on_from_the_cache(text_model, session, monkeypatch):
     lengths = [sum(len(piece.ids) for piece in pieces) for pieces in taken]
     first, second, second_whole, third, third_whole = lengths
     for before, new in zip(session.turns, (second, third), strict=False):
-        assert new == 300 + len(text_model.tokenizer.continuation(0, session.has_ended(before))) < first
+        assert (
+            new
+            == 300 + len(text_model.tokenizer.continuation(0, session.has_ended(before)))
+            < first
+        )
     assert second_whole == first + len(session.turns[0].answer) + second
     assert third_whole == second_whole + len(session.turns[1].answer) + third
 
