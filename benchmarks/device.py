@@ -2,12 +2,13 @@
 
 import time
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 
-def seconds(run: Callable[[], jax.Array], repeats: int = 5) -> float:
+def seconds(run: Callable[[], Any], repeats: int = 5) -> float:
     """The shortest of several runs, the compiling one not counted."""
     jax.block_until_ready(run())
     times = []
@@ -19,7 +20,10 @@ def seconds(run: Callable[[], jax.Array], repeats: int = 5) -> float:
 
 
 def copy_bandwidth() -> float:
-    """Bytes a second, read and written, of a pass over 256 MB. In place: a CPU would spend most of the time on new pages."""
+    """Bytes a second, read and written, of a pass over 256 MB.
+
+    The pass is in place: otherwise a CPU spends most of the time on new pages.
+    """
     x = jnp.zeros(2**26, jnp.float32)
     add = jax.jit(lambda x: x + 1, donate_argnums=0)
 

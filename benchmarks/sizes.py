@@ -54,6 +54,7 @@ SIZES = {
 
 
 def of(size: str) -> Omni2Config:
+    """The dimensions of a size. Raises ValueError if there is no such size."""
     if size not in SIZES:
         raise ValueError(f"there is no size {size!r}; it is one of {', '.join(SIZES)}")
     return SIZES[size]
@@ -62,7 +63,11 @@ def of(size: str) -> Omni2Config:
 def load(
     size: str, directory: Path | None, dtype: jnp.dtype
 ) -> tuple[Omni2Config, nnx.GraphDef, dict]:
-    """To talk with: a checkpoint, or random weights of a size, the language side in `dtype`, the decoder in float32."""
+    """A model to generate with: a checkpoint, or a size with random weights.
+
+    dtype: of the language side; the decoder is float32. Raises ValueError for an unknown size, and
+    what `parameters.load` raises.
+    """
     if directory is not None:
         config = Omni2Config.load(directory / "config.json").replace(speaker=None)
         return config, *for_serving(*parameters.load(directory, config, dtype))
@@ -99,7 +104,11 @@ def dtype_of(path: str, dtype: jnp.dtype) -> jnp.dtype:
 def random(
     shapes: Mapping[str, jax.ShapeDtypeStruct], shardings: Mapping[str, Sharding] | None = None
 ) -> Params:
-    """Small uniform numbers. "rbg" draws two billion of them in seconds, where the default generator takes minutes on a CPU."""
+    """Small uniform numbers of these shapes.
+
+    The generator is "rbg": it draws two billion numbers in seconds on a CPU, the default generator
+    takes minutes.
+    """
 
     def draw(key: jax.Array) -> Params:
         keys = jax.random.split(key, len(shapes))

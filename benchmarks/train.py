@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,7 @@ from benchmarks import device, dialogues
 from benchmarks.sizes import SIZES, for_training
 from omni2_jax import devices, sharding
 from omni2_jax.audio import features
+from omni2_jax.checkpoint.tokenizer import Tokenizer
 from omni2_jax.cli.console import run_function
 from omni2_jax.config import Omni2Config
 from omni2_jax.configs import flow, stage1a, stage1b, stage2
@@ -51,7 +52,7 @@ class Bench:
         self.mesh = sharding.make_mesh(*dataclasses.astuple(train.mesh))
         dialogues.write(folder, train, config, max(2 * train.batch, 64))
         self.examples = self.stage.examples(
-            self.config, dialogues.Words(config), Dataset(folder), "data"
+            self.config, cast(Tokenizer, dialogues.WordTokenizer(config)), Dataset(folder), "data"
         )
         indices = range(len(self.examples.data))
         self.catalogue = catalogue(self.examples, indices, train.buckets[:1], strict=True)

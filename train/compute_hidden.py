@@ -62,7 +62,8 @@ def write(folder: Path, split: Split, states: Callable, metadata: dict) -> None:
     """
     folder.mkdir()
     data = split.examples.data
-    shards, places = Shards(folder, "states", SHARD_BYTES), [None] * len(data)
+    shards = Shards(folder, "states", SHARD_BYTES)
+    places: list[int | None] = [None] * len(data)
     with progress_bar() as bar:
         task = bar.add_task(f"hidden states of {data.path}", total=len(split.batches))
         for batch, (placed, raw) in zip(split.batches, split.loader.start(0), strict=True):

@@ -58,6 +58,7 @@ class DialogueExamples(Examples):
         clips = [
             clip
             for turn in dialogue.turns[::2]
+            if turn.clip is not None
             for clip in recordings.fit(self.data.clip(turn.clip), "split", window)
         ]
         if len(clips) != sum(conversation.clips):

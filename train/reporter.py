@@ -103,7 +103,7 @@ class Reporter:
         if all(np.isfinite(value) for value in values.values()):
             return
         path = self.out / f"bad-batch-{result.number}-{jax.process_index()}.npz"
-        np.savez_compressed(path, **result.rows)
+        np.savez_compressed(path, **result.rows)  # pyright: ignore[reportArgumentType]
         bad = ", ".join(
             f"{name} is {value}" for name, value in values.items() if not np.isfinite(value)
         )

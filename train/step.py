@@ -33,20 +33,25 @@ class Objective(Protocol):
 
     def initial(self, params: Params) -> Any:
         """The state before the first step, from the trained parameters in float32."""
+        ...
 
     def shardings(self, params: Params, mesh: Mesh) -> Any:
         """The sharding of every array of the state."""
+        ...
 
     def step(self, state: Any, frozen: Params, batch: dict) -> tuple[Any, Metrics]:
         """One step. The metrics are scalars, "loss" among them; the run stops if one of them is not
         finite.
         """
+        ...
 
     def validate(self, params: Params, frozen: Params, batch: dict) -> tuple[jax.Array, jax.Array]:
         """The loss of the weights `result(state)`: its sum, and the number of its terms."""
+        ...
 
     def result(self, state: Any) -> Params:
         """The weights that are validated, sampled from and exported."""
+        ...
 
 
 @jax.tree_util.register_dataclass
@@ -76,13 +81,13 @@ class SingleObjective:
         average = None if self.train.optimizer.ema is None else jax.tree.map(jnp.copy, params)
         return State(jnp.zeros((), jnp.int32), params, self.optimizer.init(params), average)
 
-    def shardings(self, params: Params, mesh: Mesh) -> State:
+    def shardings(self, params: Params, mesh: Mesh) -> Any:
         """What belongs to a parameter is cut as the parameter is; the rest is replicated."""
         replicated = sharding.replicated(mesh)
         of_params = {path: self.weights.shardings[path] for path in params}
         of_optimizer = optimizer_shardings(self.optimizer, params, of_params, mesh)
         average = None if self.train.optimizer.ema is None else of_params
-        return State(replicated, of_params, of_optimizer, average)
+        return State(replicated, of_params, of_optimizer, average)  # pyright: ignore[reportArgumentType]
 
     def model(self, params: Params, frozen: Params):
         """The model with its trained weights cast for the computation."""
@@ -110,7 +115,7 @@ class SingleObjective:
     def update(self, state: State, grads: Params) -> tuple[State, jax.Array]:
         """The state after a step with these gradients of the mean loss, and their norm."""
         updates, opt = self.optimizer.update(grads, state.opt, state.params)
-        params = optax.apply_updates(state.params, updates)
+        params: Any = optax.apply_updates(state.params, updates)
         decay, average = self.train.optimizer.ema, None
         if decay is not None:
             average = jax.tree.map(

@@ -6,7 +6,7 @@ other members have a default for it, and are overridden where a stage differs.
 """
 
 import abc
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import jax
@@ -130,7 +130,7 @@ class Stage(abc.ABC):
         return {}
 
     def flops(
-        self, config: Omni2Config, shapes: dict[str, jax.ShapeDtypeStruct], bucket: Bucket
+        self, config: Omni2Config, shapes: Mapping[str, jax.ShapeDtypeStruct], bucket: Bucket
     ) -> dict[str, tuple[float, float]]:
         """FLOPs of one batch by part: (forward pass, forward and backward pass). Empty if they are
         not known.

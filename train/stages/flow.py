@@ -49,7 +49,7 @@ class RecordingExamples(ReplyExamples):
     def fill(self, row: Row, item: Item) -> None:
         """The recording and its units are cut to the shorter of the two, in whole units."""
         reply = self.reply(item)
-        assert reply.units is not None
+        assert reply.units is not None and reply.clip is not None
         samples = self.data.clip(reply.clip)
         units = reply.units[: len(samples) // OUTPUT_SAMPLES]
         speech = samples[: len(units) * OUTPUT_SAMPLES]
