@@ -1,6 +1,6 @@
 """LLaMA-Omni2-1.5B: the speech side of every size around Qwen2.5-1.5B-Instruct.
 
-omni2 convert --omni2 LLaMA-Omni2-1.5B --decoder cosy2_decoder --voice NAME=prompt.wav --out omni2-1_5b
+omni2 convert --omni2 LLaMA-Omni2-1.5B --decoder cosy2_decoder --voice NAME=a.wav --out omni2-1_5b
 """
 
 from omni2_jax.config import DecoderConfig, Omni2Config

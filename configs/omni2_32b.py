@@ -1,6 +1,8 @@
-"""LLaMA-Omni2-32B-Bilingual (the only release of this size): the speech side of every size around Qwen2.5-32B-Instruct.
+"""LLaMA-Omni2-32B-Bilingual, the only release of this size: the speech side of every size around
+Qwen2.5-32B-Instruct.
 
-omni2 convert --omni2 LLaMA-Omni2-32B-Bilingual --decoder cosy2_decoder --voice NAME=prompt.wav --out omni2-32b
+omni2 convert --omni2 LLaMA-Omni2-32B-Bilingual --decoder cosy2_decoder --voice A=a.wav \
+  --out omni2-32b
 """
 
 from omni2_jax.config import DecoderConfig, Omni2Config

@@ -1,6 +1,6 @@
 """LLaMA-Omni2-7B: the speech side of every size around Qwen2.5-7B-Instruct.
 
-omni2 convert --omni2 LLaMA-Omni2-7B --decoder cosy2_decoder --voice NAME=prompt.wav --out omni2-7b
+omni2 convert --omni2 LLaMA-Omni2-7B --decoder cosy2_decoder --voice NAME=a.wav --out omni2-7b
 """
 
 from omni2_jax.config import DecoderConfig, Omni2Config

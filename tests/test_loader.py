@@ -1,4 +1,4 @@
-"""What a step sees: rows that follow from seed and step alone, however they are cut, and an example's arrays by hand."""
+"""The rows of a step follow from seed and step alone; the arrays of each stage by hand."""
 
 import dataclasses
 import shutil
@@ -92,13 +92,13 @@ def tokenizer(checkpoint_dir, config) -> Tokenizer:
 
 
 @pytest.fixture(scope="module")
-def made(path, config, tokenizer):
+def plan(path, config, tokenizer):
     """Examples, catalogue and schedule of some settings."""
 
     def make(train: TrainConfig = TRAIN, path: Path = path):
         examples = stage_of(train).examples(config, tokenizer, Dataset(path), "data")
-        found = catalogue(examples, range(len(examples.data)), train.buckets, train.strict)
-        return examples, found, schedule(found, train)
+        measured = catalogue(examples, range(len(examples.data)), train.buckets, train.strict)
+        return examples, measured, schedule(measured, train)
 
     return make
 
@@ -118,67 +118,69 @@ def order(batches) -> list[tuple]:
     return [(batch.bucket, *batch.rows.tolist()) for batch in batches]
 
 
-def test_rows_follow_from_seed_and_step(made):
-    """Not from how long the run is, nor from how it is computed."""
-    expected = order(made()[2])
+def test_rows_follow_from_seed_and_step(plan):
+    """They do not depend on the number of steps, nor on how these are computed."""
+    expected = order(plan()[2])
     assert len(expected) == 9 and {bucket for bucket, *_ in expected} == {SHORT, LONG}
-    assert order(made(changed(workers=1, microbatches=2, remat="none"))[2]) == expected
-    assert order(made(changed(steps=30))[2])[:9] == expected
-    assert order(made(changed(steps=None, epochs=9))[2])[:9] == expected
-    assert order(made(changed(seed=1))[2]) != expected
+    assert order(plan(changed(workers=1, microbatches=2, remat="none"))[2]) == expected
+    assert order(plan(changed(steps=30))[2])[:9] == expected
+    assert order(plan(changed(steps=None, epochs=9))[2])[:9] == expected
+    assert order(plan(changed(seed=1))[2]) != expected
 
 
-def test_every_example_once_an_epoch(made):
-    _, found, batches = made(changed(steps=None, epochs=3))
+def test_every_example_once_an_epoch(plan):
+    _, measured, batches = plan(changed(steps=None, epochs=3))
     rows = np.concatenate([batch.rows for batch in batches])
     assert Counter(rows[rows != EMPTY_ROW].tolist()) == dict.fromkeys(range(9), 3)
     for batch in batches:
-        sizes = {found.items[row].size.tokens for row in batch.rows if row != EMPTY_ROW}
+        sizes = {measured.items[row].size.tokens for row in batch.rows if row != EMPTY_ROW}
         assert max(sizes) <= batch.bucket.tokens and (
             batch.bucket == SHORT or min(sizes) > SHORT.tokens
         )
     rows = np.concatenate(
-        [batch.rows for batch in made(changed(batch=3, steps=None, epochs=3, buckets=(LONG,)))[2]]
+        [batch.rows for batch in plan(changed(batch=3, steps=None, epochs=3, buckets=(LONG,)))[2]]
     ).reshape(3, 9)
     assert [sorted(epoch) for epoch in rows.tolist()] == [list(range(9))] * 3
     assert len({tuple(epoch) for epoch in rows.tolist()}) == 3
 
 
 @pytest.mark.parametrize("epochs, examples", [(0.5, 5), (0.01, 1), (1.5, 14)])
-def test_part_of_an_epoch(made, epochs, examples):
-    rows = np.concatenate([batch.rows for batch in made(changed(steps=None, epochs=epochs))[2]])
+def test_part_of_an_epoch(plan, epochs, examples):
+    rows = np.concatenate([batch.rows for batch in plan(changed(steps=None, epochs=epochs))[2]])
     assert np.count_nonzero(rows != EMPTY_ROW) == examples
 
 
-def test_fewer_examples_than_rows(made):
-    batches = made(changed(batch=32, steps=2, buckets=(LONG,)))[2]
+def test_fewer_examples_than_rows(plan):
+    batches = plan(changed(batch=32, steps=2, buckets=(LONG,)))[2]
     assert [len(batch.rows) for batch in batches] == [32, 32]
     assert set(batches[0].rows) == set(range(9))
 
 
-def test_padding(made):
+def test_padding(plan):
     """Two buckets, by hand."""
-    _, found, batches = made(changed(batch=2, steps=2))
-    sizes = [found.items[row].size.tokens for batch in batches for row in batch.rows]
-    assert filled(found, batches) == sum(sizes) / (
+    _, measured, batches = plan(changed(batch=2, steps=2))
+    sizes = [measured.items[row].size.tokens for batch in batches for row in batch.rows]
+    assert filled(measured, batches) == sum(sizes) / (
         2 * sum(batch.bucket.tokens for batch in batches)
     )
-    _, found, (batch,) = made(TrainConfig("2", batch=16, epochs=1, buckets=(Bucket(2, 800, 100),)))
-    used = sum(item.size.positions + item.size.clips * item.size.tokens for item in found.items)
-    assert filled(found, [batch]) == used / (16 * (800 + 2 * 100))
+    _, measured, (batch,) = plan(
+        TrainConfig("2", batch=16, epochs=1, buckets=(Bucket(2, 800, 100),))
+    )
+    used = sum(item.size.positions + item.size.clips * item.size.tokens for item in measured.items)
+    assert filled(measured, [batch]) == used / (16 * (800 + 2 * 100))
 
 
 # --- cut over processes, devices and microbatches
 
 
-def test_rows_of_processes(made):
-    """Each reads its own; together they are the batch."""
+def test_rows_of_processes(plan):
+    """The rows of all processes, put together, are the batch."""
     for train in (TRAIN, changed(microbatches=2)):
-        examples, found, batches = made(train)
+        examples, measured, batches = plan(train)
         size = train.batch // train.microbatches
-        whole = Source(examples, found, batches, slice(0, size))
+        whole = Source(examples, measured, batches, slice(0, size))
         parts = [
-            Source(examples, found, batches, slice(start, start + size // 2))
+            Source(examples, measured, batches, slice(start, start + size // 2))
             for start in (0, size // 2)
         ]
         for step in range(len(batches)):
@@ -190,8 +192,8 @@ def test_rows_of_processes(made):
             assert joined["tokens"].shape == (train.microbatches, size, batches[step].bucket.tokens)
 
 
-def test_microbatches_are_the_same_rows(made):
-    one, two = (Source(*made(changed(microbatches=n)), slice(0, 4 // n)) for n in (1, 2))
+def test_microbatches_are_the_same_rows(plan):
+    one, two = (Source(*plan(changed(microbatches=n)), slice(0, 4 // n)) for n in (1, 2))
     for step in range(9):
         assert same(
             {name: value[0] for name, value in one[step].items()},
@@ -200,10 +202,12 @@ def test_microbatches_are_the_same_rows(made):
 
 
 def test_local_rows():
-    """Of the rows of devices: those of this process, whatever else the devices share."""
-    held = lambda *slices: SimpleNamespace(
-        addressable_devices_indices_map=lambda _: dict(enumerate((s,) for s in slices))
-    )
+    """From the slices of its devices, which may be parts, copies of each other, or everything."""
+
+    def held(*slices: slice) -> SimpleNamespace:
+        indices = dict(enumerate((part,) for part in slices))
+        return SimpleNamespace(addressable_devices_indices_map=lambda _: indices)
+
     assert local_rows(held(slice(4, 6), slice(6, 8)), 8) == slice(4, 8)
     assert local_rows(held(slice(0, 4), slice(0, 4)), 8) == slice(0, 4)
     assert local_rows(held(slice(None), slice(None)), 8) == slice(0, 8)
@@ -216,9 +220,9 @@ def alone() -> NamedSharding:
 
 
 @pytest.mark.parametrize("workers", [1, 3])
-def test_taken_up_at_a_step(made, workers):
-    """The batches from there on, to the bit, and none after the last."""
-    loader = Loader(*made(changed(workers=workers, microbatches=2)), alone())
+def test_start_at_a_step(plan, workers):
+    """The batches are those of a loader that started at 0, and end with the last one."""
+    loader = Loader(*plan(changed(workers=workers, microbatches=2)), alone())
     batches = list(loader.start(0))
     assert len(batches) == 9
     for on_device, on_host in batches:
@@ -231,27 +235,29 @@ def test_taken_up_at_a_step(made, workers):
         assert all(same(a, b) for (a, _), (b, _) in zip(again, batches[step:], strict=True))
 
 
-def test_a_batch_that_the_mesh_does_not_divide(made):
+def test_a_batch_that_the_mesh_does_not_divide(plan):
     mesh = AbstractMesh((2, 4, 2), sharding.AXES)
-    for train, says in (
+    for train, expected in (
         (changed(batch=12), "a batch of 16 can"),
         (changed(batch=16, microbatches=4), "a batch of 32 can"),
     ):
         with pytest.raises(
             ValueError,
-            match=f"cannot be cut over the 8 devices of the mesh's replica and fsdp axes; {says}$",
+            match="cannot be cut over the 8 devices of the mesh's replica and fsdp axes; "
+            + expected
+            + "$",
         ):
-            Loader(*made(train), sharding.row_sharding(mesh))
+            Loader(*plan(train), sharding.row_sharding(mesh))
 
 
-# --- what carries no loss
+# --- padding has no loss
 
 
-def test_empty_rows_carry_no_loss(made, checkpoint_dir, config):
-    """Nor a gradient, nor one that is not a number."""
-    examples, found, batches = made(changed(steps=None, epochs=1, buckets=(LONG,)))
+def test_empty_rows_carry_no_loss(plan, checkpoint_dir, config):
+    """They change neither the sum of the loss nor its terms, and all gradients are finite."""
+    examples, measured, batches = plan(changed(steps=None, epochs=1, buckets=(LONG,)))
     assert batches[-1].rows[1:].tolist() == [EMPTY_ROW] * 3
-    row = Source(examples, found, batches, slice(0, 4))[2]
+    row = Source(examples, measured, batches, slice(0, 4))[2]
     batch = {name: jnp.asarray(value[0]) for name, value in row.items()}
     assert (batch["tokens"][1:] == PAD).all() and (batch["targets"][1:] == IGNORE).all()
     graph, params = parameters.load(checkpoint_dir, config.only("speech_lm"), jnp.float32)
@@ -271,10 +277,10 @@ def test_empty_rows_carry_no_loss(made, checkpoint_dir, config):
 
 
 @pytest.mark.parametrize("stage", ["1a", "1b", "2", "flow"])
-def test_an_empty_row_is_shaped_as_others(made, stage):
+def test_an_empty_row_is_shaped_as_others(plan, stage):
     train = TrainConfig(stage, batch=9, epochs=1, buckets=(Bucket(2, 800, 100),))
-    examples, found, (batch,) = made(train)
-    row, empty = examples.row(found.items[0], batch.bucket), examples.empty(batch.bucket)
+    examples, measured, (batch,) = plan(train)
+    row, empty = examples.row(measured.items[0], batch.bucket), examples.empty(batch.bucket)
     assert {name: (value.shape, value.dtype) for name, value in row.items()} == {
         n: (v.shape, v.dtype) for n, v in empty.items()
     }
@@ -285,29 +291,31 @@ def test_an_empty_row_is_shaped_as_others(made, stage):
 # --- what cannot be used
 
 
-def test_longer_than_every_bucket(made, path):
+def test_longer_than_every_bucket(plan, path):
     train = changed(buckets=(SHORT,))
-    _, found, _ = made(train)
-    assert list(found.skipped) == [
+    _, measured, _ = plan(train)
+    assert list(measured.skipped) == [
         "dialogue 5",
         "dialogue 7",
     ]  # (the first reply of this would fit)
     assert (
-        found.skipped["dialogue 5"] == "too long for every bucket (0 clips, 0 positions, 63 tokens)"
+        measured.skipped["dialogue 5"]
+        == "too long for every bucket (0 clips, 0 positions, 63 tokens)"
     )
-    assert found.reasons(1) == [f"2 x dialogue 5: {found.skipped['dialogue 5']}"]
-    assert {item.dialogue for item in found.items} == {0, 1, 2, 3, 4, 6}
+    assert measured.reasons(1) == [f"2 x dialogue 5: {measured.skipped['dialogue 5']}"]
+    assert {item.dialogue for item in measured.items} == {0, 1, 2, 3, 4, 6}
     with pytest.raises(ValueError, match=rf"^{path}: dialogue 5: too long for every bucket"):
-        made(dataclasses.replace(train, strict=True))
+        plan(dataclasses.replace(train, strict=True))
     with pytest.raises(
         ValueError,
-        match=rf"^{path} has nothing to train stage 1b on: 8 x dialogue 0: too long for every bucket ",
+        match=rf"^{path} has nothing to train stage 1b on: "
+        "8 x dialogue 0: too long for every bucket ",
     ):
-        made(changed(buckets=(Bucket(0, 0, 5),)))
+        plan(changed(buckets=(Bucket(0, 0, 5),)))
 
 
-def test_what_a_stage_needs(made, config, tokenizer, tmp_path):
-    """Recordings of the questions, units or recordings of the replies, tokens."""
+def test_what_a_stage_needs(plan, config, tokenizer, tmp_path):
+    """Every stage names what a dialogue lacks: recordings, units, or tokens of a reply."""
     with Writer(tmp_path / "bare") as writer:
         writer.add(Dialogue("x", (Turn("user", "hi"), Turn("assistant", "no"))))
     needs = {
@@ -315,14 +323,15 @@ def test_what_a_stage_needs(made, config, tokenizer, tmp_path):
         "1b": "a reply has no units",
         "flow": "turn 1 has no recording or no units",
     }
-    for stage, says in needs.items():
+    for stage, expected in needs.items():
         with pytest.raises(
             ValueError,
-            match=rf"^{tmp_path / 'bare'} has nothing to train stage {stage} on: 1 x dialogue 0: {says}",
+            match=rf"^{tmp_path / 'bare'} has nothing to train stage {stage} on: "
+            rf"1 x dialogue 0: {expected}",
         ):
-            made(TrainConfig(stage, buckets=(LONG,)), tmp_path / "bare")
-    mute = SimpleNamespace(text=SimpleNamespace(encode=lambda *_, **__: []))
-    examples = stage_of(TRAIN).examples(config, mute, Dataset(tmp_path / "bare"), "data")
+            plan(TrainConfig(stage, buckets=(LONG,)), tmp_path / "bare")
+    no_tokens = SimpleNamespace(text=SimpleNamespace(encode=lambda *_, **__: []))
+    examples = stage_of(TRAIN).examples(config, no_tokens, Dataset(tmp_path / "bare"), "data")
     with pytest.raises(ValueError, match="dialogue 0: the reply 'no' has no tokens"):
         catalogue(examples, [0], (LONG,), strict=False)
 
@@ -331,12 +340,12 @@ def test_what_a_stage_needs(made, config, tokenizer, tmp_path):
 def damaged(path, tmp_path) -> Path:
     """The data set with a byte of the question of dialogue 3 changed, and one of dialogue 5."""
     copy = shutil.copytree(path, tmp_path / "damaged")
-    for file, where in (
+    for file, content_of_record in (
         (min(copy.glob("clips-*")), encode_clip(QUESTIONS[3] / 32768, 16000)[200:240]),
         (min(copy.glob("dialogues-*")), b"d5"),
     ):
         content = bytearray(file.read_bytes())
-        content[content.index(where)] ^= 1
+        content[content.index(content_of_record)] ^= 1
         file.write_bytes(content)
     return copy
 
@@ -344,23 +353,23 @@ def damaged(path, tmp_path) -> Path:
 SPOKEN = TrainConfig(stage="1a", batch=8, steps=2, buckets=(Bucket(2, 800),), workers=2)
 
 
-def test_damage_is_left_out_by_name(made, damaged):
-    """A dialogue that cannot be read when all are measured."""
-    _, found, _ = made(SPOKEN, damaged)
-    assert list(found.skipped) == ["dialogue 5"] and found.skipped["dialogue 5"].startswith(
+def test_damage_is_left_out_by_name(plan, damaged):
+    """A dialogue that cannot be read is left out before training begins."""
+    _, measured, _ = plan(SPOKEN, damaged)
+    assert list(measured.skipped) == ["dialogue 5"] and measured.skipped["dialogue 5"].startswith(
         f"{damaged}: dialogue 5 is damaged: "
     )
-    assert [item.dialogue for item in found.items] == [0, 1, 2, 3, 4, 6, 7]
+    assert [item.dialogue for item in measured.items] == [0, 1, 2, 3, 4, 6, 7]
     with pytest.raises(ValueError, match="dialogue 5 is damaged") as error:
-        made(dataclasses.replace(SPOKEN, strict=True), damaged)
+        plan(dataclasses.replace(SPOKEN, strict=True), damaged)
     assert "\n" not in str(error.value)
 
 
-def test_damage_becomes_a_masked_row(made, damaged):
-    """Met while training: everything else stays as it is."""
-    examples, found, batches = made(SPOKEN)
-    whole = Source(examples, found, batches, slice(0, 8))[0]
-    loader = Loader(examples, found, batches, alone())
+def test_damage_becomes_a_masked_row(plan, damaged):
+    """A record that cannot be read during training is an empty row; other rows do not change."""
+    examples, measured, batches = plan(SPOKEN)
+    whole = Source(examples, measured, batches, slice(0, 8))[0]
+    loader = Loader(examples, measured, batches, alone())
     examples.data = Dataset(damaged)
     (_, batch), _ = loader.start(0)
     broken = np.isin(batches[0].rows, (3, 5))
@@ -374,29 +383,29 @@ def test_damage_becomes_a_masked_row(made, damaged):
     assert loader.source.damaged["dialogue 3"].startswith(f"{damaged}: clip 6 is damaged: ")
 
 
-def test_damage_is_fatal_when_strict(made, damaged):
-    examples, found, batches = made(dataclasses.replace(SPOKEN, strict=True))
+def test_damage_is_fatal_when_strict(plan, damaged):
+    examples, measured, batches = plan(dataclasses.replace(SPOKEN, strict=True))
     examples.data = Dataset(damaged)
     with pytest.raises(RecordError, match=rf"^{damaged}: (clip 6|dialogue 5) is damaged: .*$"):
-        list(Loader(examples, found, batches, alone()).start(0))
+        list(Loader(examples, measured, batches, alone()).start(0))
 
 
 # --- arrays by hand
 
 
 def row_of(
-    made, stage: str, dialogue: int, bucket: Bucket, path: Path | None = None, **changes
+    plan, stage: str, dialogue: int, bucket: Bucket, path: Path | None = None, **changes
 ) -> dict[str, np.ndarray]:
-    examples, found, _ = made(
+    examples, measured, _ = plan(
         TrainConfig(stage, steps=1, buckets=(bucket,), **changes), *([path] if path else [])
     )
-    (item,) = [item for item in found.items if item.dialogue == dialogue][:1]
+    (item,) = [item for item in measured.items if item.dialogue == dialogue][:1]
     return examples.row(item, bucket)
 
 
-def test_row_of_text(made, config, tokenizer):
-    """Stage 1a on a dialogue of two turns: Omni2's own prompt; targets stand one before what they are, replies alone have any."""
-    row = row_of(made, "1a", 7, Bucket(3, 900))
+def test_row_of_text(plan, config, tokenizer):
+    """Stage 1a, two turns: ids as in Omni2's prompt; replies have targets, one position early."""
+    row = row_of(plan, "1a", 7, Bucket(3, 900))
     replies = [
         tokenizer.text.encode(TEXTS[number % 6], add_special_tokens=False) for number in (7, 8)
     ]
@@ -417,25 +426,29 @@ def test_row_of_text(made, config, tokenizer):
     assert not row["audio"][2].any()
 
 
-def test_row_of_units(made, config, tokenizer, path):
+def test_row_of_units(plan, config, tokenizer, path):
     """Stage 1b: a reply alone, its text ended; offline all of it first."""
     reply = Dataset(path).dialogue(2).turns[1]
     text = [*tokenizer.text.encode(TEXTS[2], add_special_tokens=False), config.tokens.text_eos[0]]
     assert len(text) > config.read
     for layout in ("read_write", "offline"):
-        row, laid = (
-            row_of(made, "1b", 2, LONG, layout=layout),
+        row, arranged = (
+            row_of(plan, "1b", 2, LONG, layout=layout),
             arrange(text, reply.units.tolist(), config, layout == "offline"),
         )
-        assert row["tokens"].tolist() == laid.tokens.tolist() + [PAD] * (96 - len(laid.tokens))
-        assert row["targets"].tolist() == laid.targets.tolist() + [IGNORE] * (96 - len(laid.tokens))
+        assert row["tokens"].tolist() == arranged.tokens.tolist() + [PAD] * (
+            96 - len(arranged.tokens)
+        )
+        assert row["targets"].tolist() == arranged.targets.tolist() + [IGNORE] * (
+            96 - len(arranged.tokens)
+        )
         assert (row["tokens"][: len(text)].tolist() == text) == (layout == "offline")
 
 
-def test_row_of_speech(made, config, tokenizer, path):
-    """Stage 2 on two turns: the replies in the layout, each text row with the position whose hidden state produced its token."""
+def test_row_of_speech(plan, config, tokenizer, path):
+    """Stage 2, two turns: each text token has the position whose hidden state produced it."""
     bucket = Bucket(3, 900, 96)
-    row, spoken = row_of(made, "2", 7, bucket), row_of(made, "1a", 7, Bucket(3, 900))
+    row, spoken = row_of(plan, "2", 7, bucket), row_of(plan, "1a", 7, Bucket(3, 900))
     np.testing.assert_array_equal(row["ids"], spoken["ids"])
     np.testing.assert_array_equal(row["audio"], spoken["audio"])
     for turn, number in enumerate((7, 8)):
@@ -443,19 +456,21 @@ def test_row_of_speech(made, config, tokenizer, path):
             *tokenizer.text.encode(TEXTS[number % 6], add_special_tokens=False),
             config.tokens.text_eos[0],
         ]
-        laid = arrange(text, Dataset(path).dialogue(7).turns[2 * turn + 1].units.tolist(), config)
-        size = len(laid.tokens)
+        arranged = arrange(
+            text, Dataset(path).dialogue(7).turns[2 * turn + 1].units.tolist(), config
+        )
+        size = len(arranged.tokens)
         np.testing.assert_array_equal(
-            row["tokens"][turn], np.pad(laid.tokens, (0, 96 - size), constant_values=PAD)
+            row["tokens"][turn], np.pad(arranged.tokens, (0, 96 - size), constant_values=PAD)
         )
         np.testing.assert_array_equal(
-            row["targets"][turn], np.pad(laid.targets, (0, 96 - size), constant_values=IGNORE)
+            row["targets"][turn], np.pad(arranged.targets, (0, 96 - size), constant_values=IGNORE)
         )
-        heard = row["source"][turn] != PAD
-        assert heard.tolist() == [*(laid.source >= 0), *[False] * (96 - size)]
-        # What the LLM was to say at such a position in stage 1a is the token that is heard.
+        is_text = row["source"][turn] != PAD
+        assert is_text.tolist() == [*(arranged.source >= 0), *[False] * (96 - size)]
+        # The target of that position in stage 1a is the text token itself.
         np.testing.assert_array_equal(
-            spoken["targets"][row["source"][turn][heard]], row["tokens"][turn][heard]
+            spoken["targets"][row["source"][turn][is_text]], row["tokens"][turn][is_text]
         )
     assert (
         (row["tokens"][2] == PAD).all()
@@ -464,9 +479,9 @@ def test_row_of_speech(made, config, tokenizer, path):
     )
 
 
-def test_row_of_a_recording(made, path):
-    """The flow: units and recording are cut to the shorter, here 20 units of the recording's 0.8 s."""
-    row = row_of(made, "flow", 3, Bucket(0, 0, 40))
+def test_row_of_a_recording(plan, path):
+    """The flow: units and recording are cut to the shorter one, here 20 units of 0.8 s."""
+    row = row_of(plan, "flow", 3, Bucket(0, 0, 40))
     units = Dataset(path).dialogue(3).turns[1].units
     assert row["units"].tolist() == units[:20].tolist() + [PAD] * 20
     np.testing.assert_array_equal(row["audio_24k"][: 960 * 20], REPLIES[3])
@@ -477,8 +492,8 @@ def test_row_of_a_recording(made, path):
     )
 
 
-def test_a_question_over_30_seconds(made, config, tokenizer, tmp_path):
-    """Two clips of one turn, as Omni2 hears it with long="split"."""
+def test_a_question_over_30_seconds(plan, config, tokenizer, tmp_path):
+    """One turn becomes two clips, as with Omni2's option to split."""
     samples = (np.arange(31 * 16000) % 1000).astype(np.int16)
     with Writer(tmp_path / "long") as writer:
         turns = (
@@ -486,7 +501,7 @@ def test_a_question_over_30_seconds(made, config, tokenizer, tmp_path):
             Turn("assistant", "No.", np.arange(5, dtype=np.int32)),
         )
         writer.add(Dialogue("long", turns), [encode_clip(samples / 32768, 16000), None])
-    row = row_of(made, "1a", 0, Bucket(2, 800), tmp_path / "long")
+    row = row_of(plan, "1a", 0, Bucket(2, 800), tmp_path / "long")
     np.testing.assert_array_equal(
         row["audio"].ravel(), np.pad(samples, (0, 2 * clip_samples(config) - len(samples)))
     )
@@ -495,4 +510,4 @@ def test_a_question_over_30_seconds(made, config, tokenizer, tmp_path):
     with pytest.raises(
         ValueError, match=r"too long for every bucket \(2 clips, 6\d\d positions, 0 tokens\)"
     ):
-        row_of(made, "1a", 0, Bucket(1, 800), tmp_path / "long")
+        row_of(plan, "1a", 0, Bucket(1, 800), tmp_path / "long")

@@ -16,13 +16,15 @@ from omni2_jax.train.stages.speech_to_speech import reply_loss
 
 
 def test_training_batch(model, goldens):
-    """A right-padded batch of one and two spoken turns: features, logits at the targets, and the mean loss."""
+    """A right-padded batch of one and two spoken turns: features, logits at the targets, and the
+    mean loss.
+    """
     golden = np.load(goldens / "omni2" / "train.npz")
     dialogues = json.loads((goldens / "omni2" / "train.json").read_text())["conversations"]
     parts = nnx.merge(model.graph, model.params)
-    heard = golden["speech_features"]  # of the three clips, in order
+    speech = golden["speech_features"]  # of the three clips, in order
     clips = [turn["clip"] for dialogue in dialogues for turn in dialogue if "clip" in turn]
-    for clip, features in zip(clips, heard, strict=True):
+    for clip, features in zip(clips, speech, strict=True):
         np.testing.assert_allclose(
             model.hear(goldens / "audio" / f"{clip}.wav")[0], features, atol=1e-4, rtol=0
         )
@@ -31,13 +33,13 @@ def test_training_batch(model, goldens):
     rows = labels.shape[1]
     ids = np.full((2, rows), PAD, np.int32)
     for i in range(2):
-        given = golden["input_ids"][i][golden["attention_mask"][i] == 1]
+        prompt = golden["input_ids"][i][golden["attention_mask"][i] == 1]
         expanded = np.concatenate(
-            [[SPEECH] * 300 if token == SPEECH else [token] for token in given]
+            [[SPEECH] * 300 if token == SPEECH else [token] for token in prompt]
         )
         ids[i, : len(expanded)] = expanded
     features = np.stack(
-        [np.concatenate([heard[0], np.zeros_like(heard[0])]), np.concatenate(heard[1:])]
+        [np.concatenate([speech[0], np.zeros_like(speech[0])]), np.concatenate(speech[1:])]
     )
     hidden, _ = parts.llm(
         parts.embed_prompt(jnp.asarray(ids), jnp.asarray(features)),
@@ -51,8 +53,8 @@ def test_training_batch(model, goldens):
     np.testing.assert_allclose(
         parts.llm.logits(hidden)[counted], golden["logits_at_targets"], atol=1e-4, rtol=0
     )
-    for chunk in (rows, 100):  # whole, and in pieces that do not divide it
-        total, terms = token_loss(hidden, jnp.asarray(targets), parts.llm.logits, chunk)
+    for block in (rows, 100):  # whole, and in pieces that do not divide it
+        total, terms = token_loss(hidden, jnp.asarray(targets), parts.llm.logits, block)
         assert terms == counted.sum()
         np.testing.assert_allclose(total / terms, golden["loss"][0], atol=1e-4, rtol=0)
 
@@ -69,19 +71,18 @@ def test_ignored_targets_carry_no_loss():
     assert token_loss(logits, jnp.full((1, 4), IGNORE), lambda x: x) == (0, 0)
 
 
-def test_logits_exist_for_a_chunk_only():
-    """Never [B, T, V]: neither forwards nor backwards does the compiled loss hold the logits of all positions."""
-    rows, width, vocabulary, chunk = 512, 8, 4096, 32
+def test_logits_exist_for_a_block_only():
+    """The compiled gradient has less temporary memory than a quarter of all logits [T, V]."""
+    time, width, vocabulary = 512, 8, 4096
     table = jax.ShapeDtypeStruct((vocabulary, width), jnp.float32)
-    hidden, targets = (
-        jax.ShapeDtypeStruct((1, rows, width), jnp.float32),
-        jax.ShapeDtypeStruct((1, rows), jnp.int32),
-    )
-    loss = lambda table, hidden, targets: token_loss(hidden, targets, lambda x: x @ table.T, chunk)[
-        0
-    ]  # noqa: E731
+    hidden = jax.ShapeDtypeStruct((1, time, width), jnp.float32)
+    targets = jax.ShapeDtypeStruct((1, time), jnp.int32)
+
+    def loss(table, hidden, targets):
+        return token_loss(hidden, targets, lambda x: x @ table.T, block=32)[0]
+
     compiled = jax.jit(jax.grad(loss)).lower(table, hidden, targets).compile()
-    assert compiled.memory_analysis().temp_size_in_bytes < rows * vocabulary * 4 / 4
+    assert compiled.memory_analysis().temp_size_in_bytes < time * vocabulary * 4 / 4
 
 
 def test_speech_loss_by_hand(model):

@@ -1,4 +1,4 @@
-"""Two processes with two devices each hold one model: they say what one process says, and save what one process restores."""
+"""Two processes of two devices hold one model: its answers and files are those of one process."""
 
 import dataclasses
 import json
@@ -35,7 +35,7 @@ def free_port() -> int:
 def together(
     jobs: str, checkpoint_dir: Path, out: Path, processes: int = 2, seconds: float = 300
 ) -> None:
-    """Run jobs of tests/worker.py in so many processes. The first one that fails ends them all."""
+    """Run jobs of tests/support/worker.py in several processes; all are ended if one fails."""
     env, port = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}, free_port()
     logs = [out / f"{index}.log" for index in range(processes)]
     running = []
@@ -74,7 +74,7 @@ def together(
 
 @pytest.fixture(scope="module")
 def out(checkpoint_dir, tmp_path_factory) -> Path:
-    """What two processes have written."""
+    """The directory that two processes have written to."""
     out = tmp_path_factory.mktemp("processes")
     (out / "talks").mkdir()
     prepared(out / "talks", ("sea", "tea"))
@@ -85,9 +85,9 @@ def out(checkpoint_dir, tmp_path_factory) -> Path:
 def test_answers(out, text_model):
     options = dataclasses.replace(GREEDY, **SHORT)
     for index in range(2):
-        for name, said in json.loads((out / f"{index}.json").read_text()).items():
+        for name, output in json.loads((out / f"{index}.json").read_text()).items():
             answer = text_model.answer(conversation(name), options=options)
-            assert said == [answer.text, answer.units]
+            assert output == [answer.text, answer.units]
 
 
 def restored(directory: Path, config: Omni2Config) -> dict:
@@ -100,8 +100,11 @@ def test_saved_by_two_restored_by_one(out, checkpoint_dir):
     assert tree_equal(restored(out, config), restored(checkpoint_dir, config))
 
 
-def test_training_of_two_processes_goes_on_in_one(out, checkpoint_dir, tmp_path):
-    """Their steps are those of one device, from the first on and from a state that both have saved; they leave a whole checkpoint."""
+def test_run_of_two_processes_resumed_by_one(out, checkpoint_dir, tmp_path):
+    """Losses are those of one device, also after one process resumes a state that two have saved.
+
+    The exported checkpoint is complete.
+    """
     settings = toy_run(checkpoint_dir, out / "talks" / "data")
     Run(settings, tmp_path / "alone", jax.devices()[:1]).go()
     np.testing.assert_allclose(losses(out / "run"), losses(tmp_path / "alone"), rtol=0, atol=1e-4)
@@ -117,7 +120,7 @@ def test_training_of_two_processes_goes_on_in_one(out, checkpoint_dir, tmp_path)
 
 
 def test_shards_of_one_process_are_missing(out, checkpoint_dir, tmp_path):
-    """One line that names the part, from eight devices that each want their share of it."""
+    """The error is one line that names the part, on eight devices that read it at the same time."""
     damaged = linked(checkpoint_dir, tmp_path / "damaged")
     shutil.rmtree(damaged / "params" / "llm")
     shutil.copytree(out / "params" / "llm", damaged / "params" / "llm")

@@ -1,4 +1,4 @@
-"""A run of `python -m train`: killed at any moment it goes on to the bit; what it reports and keeps."""
+"""Training runs: killed at any moment, they resume bit for bit; what they report and keep."""
 
 import dataclasses
 import os
@@ -40,7 +40,7 @@ def run(train: TrainConfig, out: Path) -> Run:
 
 
 def state(run: Path, step: int) -> dict:
-    """What is saved of a step."""
+    """The saved state after a step."""
     with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
         return checkpointer.restore((run / "steps" / str(step) / "default").absolute())
 
@@ -49,7 +49,7 @@ def part(directory: Path, name: str) -> dict[str, np.ndarray]:
     return {path: leaf.read() for path, leaf in parameters.stored(directory, name).items()}
 
 
-# --- cut off and taken up again
+# --- interrupted and resumed
 
 
 def start(arguments: list[str]) -> subprocess.Popen:
@@ -64,10 +64,10 @@ def start(arguments: list[str]) -> subprocess.Popen:
 
 
 def ended(process: subprocess.Popen, code: int) -> str:
-    """Its last line, when it has ended with this code."""
-    told = process.communicate(timeout=120)[1]
-    assert process.returncode == code, told
-    return told.splitlines()[-1]
+    """The last line of a process that has to end with this code."""
+    output = process.communicate(timeout=120)[1]
+    assert process.returncode == code, output
+    return output.splitlines()[-1]
 
 
 def wait_for(condition: Callable[[], bool], process: subprocess.Popen) -> None:
@@ -81,8 +81,10 @@ def lines(run: Path) -> int:
     return len(path.read_text().splitlines()) if path.exists() else 0
 
 
-def test_cut_off_and_taken_up(arguments, tmp_path):
-    """Killed, then told to stop, then to its end: every step once, and all of it as if nothing had happened."""
+def test_interrupted_and_resumed(arguments, tmp_path):
+    """Killed, then stopped by SIGTERM, then finished: every step is reported once, and all numbers
+    are those of an uninterrupted run.
+    """
     straight, cut = tmp_path / "straight", tmp_path / "cut"
     length = {"steps": 60, "save_every": 5}
     assert ended(start(arguments(straight, **length)), 0).startswith(
@@ -94,7 +96,7 @@ def test_cut_off_and_taken_up(arguments, tmp_path):
     process.kill()
     process.communicate()
     assert process.returncode == -9 and not (cut / "final").exists()
-    # At the worst moments, too: while a line, a state and the last checkpoint are being written.
+    # As if it had been killed while it wrote a line, a state and the last checkpoint.
     reached, saved = lines(cut), max(int(path.name) for path in (cut / "steps").glob("*[0-9]"))
     with open(cut / "metrics.jsonl", "a") as file:
         file.write('{"step": 1')
@@ -108,9 +110,9 @@ def test_cut_off_and_taken_up(arguments, tmp_path):
     process = start(arguments(cut, **length))
     wait_for(lambda: lines(cut) > reached + 5, process)
     process.terminate()
-    told = ended(process, 0)
+    last_line = ended(process, 0)
     stopped = lines(cut)
-    assert told == f"stopped at step {stopped} of 60; the same command resumes it"
+    assert last_line == f"stopped at step {stopped} of 60; the same command resumes it"
     assert (
         saved < stopped < 60
         and (cut / "steps" / str(stopped)).exists()
@@ -136,15 +138,15 @@ def test_cut_off_and_taken_up(arguments, tmp_path):
 
 
 def test_a_run_that_has_ended(toy, tmp_path, monkeypatch):
-    """It does not train again, and what it made may be made anew."""
+    """It takes no further step, and exports the same checkpoint again if that is missing."""
     out = tmp_path / "run"
     run(toy(), out)
-    told, made = (out / "metrics.jsonl").read_bytes(), part(out / "final", "speech_lm")
+    reports, exported = (out / "metrics.jsonl").read_bytes(), part(out / "final", "speech_lm")
     shutil.rmtree(out / "final")
     monkeypatch.setattr(step, "compile_step", lambda *_: None)
     run(toy(), out)
-    assert (out / "metrics.jsonl").read_bytes() == told
-    assert tree_equal(part(out / "final", "speech_lm"), made)
+    assert (out / "metrics.jsonl").read_bytes() == reports
+    assert tree_equal(part(out / "final", "speech_lm"), exported)
 
 
 def test_saved_states_that_cannot_be_read(toy, tmp_path):
@@ -161,10 +163,15 @@ def test_saved_states_that_cannot_be_read(toy, tmp_path):
 # --- the same numbers, however they are computed
 
 
-def test_taken_up_on_another_mesh(toy, tmp_path):
-    """Saved by six devices (width in three, hidden size in two), taken up by one."""
+def test_from_six_devices_to_one(toy, tmp_path):
+    """A state saved by six devices (width in three, hidden size in two) is resumed by one.
+
+    The parameters are compared as well as the losses.
+    """
     out, settings = tmp_path / "run", toy(save_every=2)
-    # Keys' biases hardly change a softmax: their gradients are close to rounding, which Adam would scale up to whole steps.
+    # The biases of keys hardly change a softmax. Their gradients are close to rounding errors,
+    # which
+    # Adam with a smaller eps scales up to full steps.
     settings = dataclasses.replace(
         settings, optimizer=dataclasses.replace(settings.optimizer, eps=1e-4)
     )
@@ -184,10 +191,10 @@ def computed(toy) -> Callable[..., tuple]:
     """Loss, terms and gradients of the first batch."""
 
     def computed(**changes) -> tuple:
-        begun = Run(toy(**changes), Path("nowhere"), jax.devices()[:1])
-        model, trained, frozen = weights.load(begun.stage, begun.start, begun.mesh)
-        batch, _ = next(begun.data.loader.start(0))
-        gradients = jax.jit(begun.stage.objective(model, begun.steps).gradients)
+        run = Run(toy(**changes), Path("nowhere"), jax.devices()[:1])
+        loaded, trained, frozen = weights.load(run.stage, run.start, run.mesh)
+        batch, _ = next(run.data.loader.start(0))
+        gradients = jax.jit(run.stage.objective(loaded, run.steps).gradients)
         return jax.device_get(gradients(trained, frozen, batch, jax.random.key(0)))
 
     return computed
@@ -212,7 +219,10 @@ def test_microbatches_and_remat(computed):
 
 @pytest.fixture(scope="module")
 def low_rank(toy, tmp_path_factory) -> Run:
-    """Stage 1a with a rank and an average: 7 times the one dialogue that fits, so in the last of 4 batches a row is empty."""
+    """Stage 1a with a rank and an average of the weights.
+
+    One dialogue fits into the bucket. 7 epochs of it fill 4 batches of 2 rows but for the last row.
+    """
     optimizer = OptimizerConfig(peak=5e-3, ema=0.5)
     short = {
         "buckets": (Bucket(1, 400),),
@@ -229,7 +239,7 @@ def low_rank(toy, tmp_path_factory) -> Run:
 
 
 def test_low_rank_updates(low_rank, checkpoint_dir):
-    """The LLM's kernels stay as they are while updates are trained, which are merged in the end."""
+    """The LLM's kernels do not change while the updates are trained; the export merges them."""
     losses = list(reported(low_rank.out).values())
     assert len(losses) == 4 and losses[-1] < losses[0] - 1
     final = low_rank.out / "final"
@@ -259,7 +269,7 @@ def test_low_rank_updates(low_rank, checkpoint_dir):
 
 
 def test_average_of_the_weights(low_rank, checkpoint_dir):
-    """By hand from the states of every step; it is what is exported."""
+    """The exported weights are the average, computed here from the states of all steps."""
     average = part(checkpoint_dir, "adapter")
     for number in (1, 2, 3, 4):
         saved = state(low_rank.out, number)
@@ -274,7 +284,7 @@ def test_average_of_the_weights(low_rank, checkpoint_dir):
 
 
 def traced_only(objective: step.Objective, shardings) -> Callable:
-    """A step that is traced but not compiled; it returns the state unchanged, and zeros as metrics."""
+    """A step that is traced but not compiled: it returns the state unchanged, and zeros."""
 
     def take_step(*inputs):
         _, metrics = jax.eval_shape(objective.step, *inputs)
@@ -285,7 +295,7 @@ def traced_only(objective: step.Objective, shardings) -> Callable:
 
 @pytest.mark.parametrize("mix, reset", [("sum", ("speech_lm",)), ("hidden", ())])
 def test_ablations_of_gate_fusion(toy, checkpoint_dir, tmp_path, monkeypatch, mix, reset):
-    """They begin from a checkpoint with a gate, `reset` parts anew, and leave one that says what it is."""
+    """They start from a checkpoint with a gate; the export states the ablation in its config."""
     monkeypatch.setattr(step, "compile_step", traced_only)
     out = tmp_path / "run"
     run(
@@ -305,14 +315,18 @@ def test_ablations_of_gate_fusion(toy, checkpoint_dir, tmp_path, monkeypatch, mi
 
 
 def test_validation_and_samples(toy, checkpoint_dir, talks, tmp_path, monkeypatch):
-    """Loss on other data and its questions answered, in text and units where the checkpoint has no decoder."""
+    """The loss of the validation data, and answers in text and units from a checkpoint without a
+    decoder.
+    """
     monkeypatch.setattr(sampler, "UNITS", 30)
-    mute = linked(checkpoint_dir, tmp_path / "mute")
+    silent = linked(checkpoint_dir, tmp_path / "silent")
     for name in ("flow", "vocoder"):
-        shutil.rmtree(mute / "params" / name)
+        shutil.rmtree(silent / "params" / name)
     out = tmp_path / "run"
-    run(toy(checkpoint=str(mute), validation=str(talks), validate_every=2, max_sample_text=6), out)
-    # All there is to learn is in every batch, so what is validated after a step is the loss of the next one.
+    run(
+        toy(checkpoint=str(silent), validation=str(talks), validate_every=2, max_sample_text=6), out
+    )
+    # Every batch holds all of the data, so the validation loss is that of the next training step.
     assert reported(out, "validation_loss") == {1: pytest.approx(reported(out)[2], rel=1e-5)}
     folder, data = out / "samples" / "2", Dataset(talks)
     assert {path.name for path in folder.iterdir()} == {"0.txt", "1.txt"}
@@ -323,18 +337,21 @@ def test_validation_and_samples(toy, checkpoint_dir, talks, tmp_path, monkeypatc
 
 
 def test_spoken_samples(toy, talks, tmp_path, monkeypatch):
-    """With a decoder and a voice also aloud. (Answering is what test_omni2.py tests; a stand-in is quicker to compile.)"""
-    heard = []
+    """With a decoder and a voice there is also a sound file.
+
+    `Omni2.answer` is replaced: test_omni2.py tests it, and it takes long to compile.
+    """
+    questions = []
 
     def answer(model: Omni2, question: np.ndarray, options: Options) -> Answer:
         assert {"speech_lm", "flow", "vocoder"} <= model.params.keys() and model.voice(
             None
         ).size == 192
-        heard.append(question)
+        questions.append(question)
         return Answer("Blue.", [1, 2], "<1><2>", np.linspace(-0.5, 0.5, 1920, dtype=np.float32))
 
     monkeypatch.setattr(Omni2, "answer", answer)
-    # The second question cannot be read, which is no reason to stop.
+    # The second question cannot be read; the run goes on.
     damaged, data = shutil.copytree(talks, tmp_path / "damaged"), Dataset(talks)
     file = min(damaged.glob("clips-*"))
     second = encode_clip(data.clip(data.dialogue(1).turns[0].clip), recordings.INPUT_RATE)
@@ -343,7 +360,7 @@ def test_spoken_samples(toy, talks, tmp_path, monkeypatch):
     run(toy(validation=str(damaged), validate_every=2), out)
     folder = out / "samples" / "2"
     assert {path.name for path in folder.iterdir()} == {"0.txt", "0.wav"}
-    np.testing.assert_array_equal(heard, [data.clip(data.dialogue(0).turns[0].clip)])
+    np.testing.assert_array_equal(questions, [data.clip(data.dialogue(0).turns[0].clip)])
     assert (folder / "0.txt").read_text() == "What color is the sea?\nBlue.\n<1><2>\n"
     np.testing.assert_allclose(
         recordings.load(folder / "0.wav", recordings.OUTPUT_RATE),
@@ -352,16 +369,16 @@ def test_spoken_samples(toy, talks, tmp_path, monkeypatch):
     )
 
 
-def test_what_is_left_out_is_named(low_rank, toy, talks, tmp_path, capsys):
-    """Before the first step, and where a record is damaged later."""
+def test_examples_that_are_left_out(low_rank, toy, talks, tmp_path, capsys):
+    """Examples without a bucket are listed at the start, damaged records when they are read."""
     left_out = "dialogue 1: too long for every bucket (2 clips, 724 positions, 0 tokens)\n"
     assert (low_rank.out / "left-out.txt").read_text() == left_out
     damaged, out = shutil.copytree(talks, tmp_path / "damaged"), tmp_path / "run"
     file = min(damaged.glob("dialogues-*"))
     file.write_bytes(file.read_bytes().replace(b"With milk?", b"With mould"))
-    begun = Run(toy(), out, jax.devices()[:1])
-    begun.data.examples.data = Dataset(damaged)
-    begun.go()
+    resumed = Run(toy(), out, jax.devices()[:1])
+    resumed.data.examples.data = Dataset(damaged)
+    resumed.go()
     assert (
         reported(out, "damaged") == {0: 1, 1: 1, 2: 1} and (out / "left-out.txt").read_text() == ""
     )
@@ -369,7 +386,7 @@ def test_what_is_left_out_is_named(low_rank, toy, talks, tmp_path, capsys):
 
 
 def test_traced_steps(toy, tmp_path):
-    """Also if they began before the run was taken up, or would go on after its end."""
+    """Also if the first of them lies before the resumed step, or the last after the run's end."""
     out = tmp_path / "run"
     run(toy(save_every=2), out)
     shutil.rmtree(out / "steps" / "3")

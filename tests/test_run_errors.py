@@ -1,4 +1,4 @@
-"""What `python -m train` refuses, in one line, before anything is compiled or written; and a loss that is no number."""
+"""What `omni2 train` refuses in one line before it compiles or writes anything, and a NaN loss."""
 
 import functools
 import json
@@ -27,10 +27,10 @@ jax.monitoring.register_event_duration_secs_listener(
 
 
 @pytest.fixture
-def told(monkeypatch) -> Callable[..., str]:
-    """The one line that `python -m train` ends with; run in this process."""
+def error_line(monkeypatch) -> Callable[..., str]:
+    """The error line of `omni2 train`, run in this process."""
 
-    def told(arguments: list[str]) -> str:
+    def error_line(arguments: list[str]) -> str:
         monkeypatch.setattr(sys, "argv", ["omni2", "train", *arguments])
         monkeypatch.setattr(loop, "Run", functools.partial(Run, devices=jax.devices()[:1]))
         with pytest.raises(SystemExit) as exit:
@@ -38,17 +38,17 @@ def told(monkeypatch) -> Callable[..., str]:
         assert str(exit.value.code).startswith("error: ") and "\n" not in str(exit.value.code)
         return exit.value.code.removeprefix("error: ")
 
-    return told
+    return error_line
 
 
 @pytest.fixture
-def refused(told, arguments, tmp_path) -> Callable[..., str]:
-    """What it says before anything is compiled or written."""
+def refused(error_line, arguments, tmp_path) -> Callable[..., str]:
+    """The error line; asserts that nothing was compiled or written before it."""
 
     def refused(out: Path | None = None, **changes) -> str:
         before, out = len(COMPILED), out or tmp_path / "out"
         content = sorted(path.name for path in out.iterdir()) if out.is_dir() else None
-        message = told(arguments(out, **changes))
+        message = error_line(arguments(out, **changes))
         assert len(COMPILED) == before
         assert (sorted(path.name for path in out.iterdir()) if out.is_dir() else None) == content
         return message
@@ -56,12 +56,14 @@ def refused(told, arguments, tmp_path) -> Callable[..., str]:
     return refused
 
 
-def test_a_loss_that_is_no_number(arguments, told, tmp_path):
+def test_nan_loss(arguments, error_line, tmp_path):
     out = tmp_path / "run"
-    message = told(arguments(out, steps=9, save_every=1, optimizer=OptimizerConfig(peak=1e30)))
+    message = error_line(
+        arguments(out, steps=9, save_every=1, optimizer=OptimizerConfig(peak=1e30))
+    )
     assert (
-        message
-        == f"step 1: gradient_norm is nan, loss is nan; the batch was saved as {out}/bad-batch-1-0.npz"
+        message == "step 1: gradient_norm is nan, loss is nan; "
+        f"the batch was saved as {out}/bad-batch-1-0.npz"
     )
     batch = np.load(out / "bad-batch-1-0.npz")
     assert {name: batch[name].shape for name in batch} == {
@@ -81,9 +83,9 @@ def test_bad_checkpoints(refused, checkpoint_dir, tmp_path):
         refused(checkpoint="gone") == "gone is not an omni2-jax checkpoint: it has no config.json"
     )
     bad = linked(checkpoint_dir, tmp_path / "bad")
-    told = json.loads((bad / "config.json").read_text())
-    told["speech_lm"]["hidden"] //= 2
-    replace(bad / "config.json", json.dumps(told))
+    config = json.loads((bad / "config.json").read_text())
+    config["speech_lm"]["hidden"] //= 2
+    replace(bad / "config.json", json.dumps(config))
     message = refused(checkpoint=str(bad))
     assert message.startswith(
         f"{bad}/params/speech_lm does not fit the checkpoint's configuration: "
@@ -97,8 +99,8 @@ def test_bad_checkpoints(refused, checkpoint_dir, tmp_path):
     assert refused(reset=("llm",)) == "reset llm: stage 1b trains speech_lm only"
     inside = refused(checkpoint_dir / "run")
     assert (
-        inside
-        == f"{checkpoint_dir}/run lies within the checkpoint {checkpoint_dir}; give a directory outside of it"
+        inside == f"{checkpoint_dir}/run lies within the checkpoint {checkpoint_dir}; "
+        "give a directory outside of it"
     )
 
 
@@ -117,7 +119,7 @@ def test_bad_data(refused, talks, tmp_path):
     assert refused(data=str(empty)) == f"{empty} is empty: it holds no dialogue"
     with Writer(tmp_path / "bare") as writer:
         writer.add(Dialogue("x", (Turn("user", "hi"), Turn("assistant", "no"))))
-    needs = "has nothing to train stage 1b on: 1 x dialogue 0: a reply has no units; omni2 prepare --speech-tokenizer makes them"
+    needs = "has nothing to train stage 1b on: 1 x dialogue 0: a reply has no units; omni2 prepare"
     assert refused(data=str(tmp_path / "bare")).startswith(f"{tmp_path}/bare {needs}")
     assert "2 x dialogue 0: too long for every bucket (0 clips, 0 positions, 51 tokens)" in refused(
         buckets=(Bucket(0, 0, 8),)
@@ -130,10 +132,10 @@ def test_bad_mesh(refused):
     )
 
 
-def test_bad_out(refused, arguments, told, toy, tmp_path):
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "letter").write_text("dear")
-    for out in (tmp_path / "mine", tmp_path / "mine" / "letter"):
+def test_bad_out(refused, arguments, error_line, toy, tmp_path):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "file").write_text("content")
+    for out in (tmp_path / "other", tmp_path / "other" / "file"):
         assert refused(out) == f"{out} exists and is not a run; give a new directory"
     out = tmp_path / "run"
     checkpoints.write_metadata(out, Run(toy(), out, jax.devices()[:1]).metadata)

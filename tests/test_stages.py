@@ -1,4 +1,4 @@
-"""The registry of stages, and a stage of another kind than ours: own model, two sets of parameters, two optimizers."""
+"""The registry of stages, and a stage with a model and two optimizers of its own."""
 
 import os
 import signal
@@ -66,7 +66,7 @@ loop.Run({settings!r}, Path({str(out)!r}), jax.devices()[:1]).go()
 
 
 def test_two_optimizers(settings, checkpoint_dir, tmp_path):
-    """Killed and resumed, it is bit for bit the run that was not; the critic stays out of the export."""
+    """A killed and resumed run is equal to an uninterrupted one; the critic is not exported."""
     straight, killed = tmp_path / "straight", tmp_path / "killed"
     run = Run(settings, straight, jax.devices()[:1])
     run.go()

@@ -1,4 +1,6 @@
-"""Settings of a training run: values, faults with the nearest key, and what may change when resumed."""
+"""Settings of a training run: values, faults with the nearest key, and what may change when
+resumed.
+"""
 
 import dataclasses
 import json
@@ -71,10 +73,10 @@ VALUES = {
 
 @pytest.mark.parametrize("change, value", VALUES.items())
 def test_values(change, value):
-    found = read(change)
+    setting = read(change)
     for name in change.partition("=")[0].strip().split("."):
-        found = getattr(found, name)
-    assert found == value and type(found) is type(value)
+        setting = getattr(setting, name)
+    assert setting == value and type(setting) is type(value)
 
 
 def test_the_rest_stays_and_the_last_change_wins():
@@ -137,16 +139,18 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("change, says", FAULTS.items())
-def test_faults(change, says):
+@pytest.mark.parametrize("change, expected", FAULTS.items())
+def test_faults(change, expected):
     message = fault(change)
     assert message.startswith(f"--set {change.strip()}: ") or change == "batch"
-    assert says in message
+    assert expected in message
 
 
 def test_all_faults_at_once():
     message = fault("batch=0", "workers=0", "rank=2")
-    assert all(says in message for says in ("batch is 0", "workers is 0", "rank is for stage 1a"))
+    assert all(
+        expected in message for expected in ("batch is 0", "workers is 0", "rank is for stage 1a")
+    )
     assert "did you mean" in fault("optimizer=1", "optimizer.peak=1")
 
 
@@ -161,6 +165,7 @@ def test_settings_of_a_stage():
         read("layout=offline", name="stage1a")
 
 
+IMPORT = "from omni2_jax.train.settings import *"
 FILES = {
     "raises": ("1 / 0", "ZeroDivisionError: division by zero"),
     "no Python": ("config = (", "SyntaxError"),
@@ -173,15 +178,15 @@ FILES = {
         "defines no `config` of type omni2_jax.train.settings.TrainConfig",
     ),
     "a typo": (
-        "from omni2_jax.train.settings import TrainConfig\nconfig = TrainConfig(stage='1b', bacth=3)",
+        f"{IMPORT}\nconfig = TrainConfig(stage='1b', bacth=3)",
         "'bacth'; did you mean batch?",
     ),
     "a typo within": (
-        "from omni2_jax.train.settings import *\nconfig = TrainConfig('1b', optimizer=OptimizerConfig(peek=3))",
+        f"{IMPORT}\nconfig = TrainConfig('1b', optimizer=OptimizerConfig(peek=3))",
         "'peek'; did you mean peak?",
     ),
     "an old name": (
-        "from omni2_jax.train.settings import TrainConfig\nconfig = TrainConfig('1b', loss_chunk=3)",
+        f"{IMPORT}\nconfig = TrainConfig('1b', loss_chunk=3)",
         "'loss_chunk'; it is now called loss_block",
     ),
     "an old class": (
@@ -189,23 +194,23 @@ FILES = {
         "; it is now called OptimizerConfig",
     ),
     "a wrong type": (
-        "from omni2_jax.train.settings import TrainConfig\nconfig = TrainConfig(stage='1b', data=3)",
+        f"{IMPORT}\nconfig = TrainConfig(stage='1b', data=3)",
         "data: Input should be a valid string",
     ),
     "a wrong value": (
-        "from omni2_jax.train.settings import TrainConfig\nconfig = TrainConfig(stage='1b', batch=0)",
+        f"{IMPORT}\nconfig = TrainConfig(stage='1b', batch=0)",
         "batch is 0, expected at least 1",
     ),
 }
 
 
-@pytest.mark.parametrize("content, says", FILES.values(), ids=FILES)
-def test_bad_files(content, says, tmp_path):
+@pytest.mark.parametrize("content, expected", FILES.values(), ids=FILES)
+def test_bad_files(content, expected, tmp_path):
     path = tmp_path / "mine.py"
     path.write_text(content)
     with pytest.raises(ValueError) as error:
         config_files.read(path, ["batch=8"])
-    assert str(error.value).startswith(f"config {path}") and says in str(error.value)
+    assert str(error.value).startswith(f"config {path}") and expected in str(error.value)
 
 
 def test_no_file(tmp_path):
@@ -222,9 +227,7 @@ def test_by_name(tmp_path, monkeypatch):
     """A shipped config by its name from any directory; a file of that name comes first."""
     monkeypatch.chdir(tmp_path)
     assert config_files.read("stage1b") == read()
-    (tmp_path / "mine.py").write_text(
-        "from omni2_jax.train.settings import TrainConfig\nconfig = TrainConfig('2', seed=7)"
-    )
+    (tmp_path / "mine.py").write_text(f"{IMPORT}\nconfig = TrainConfig('2', seed=7)")
     assert config_files.read("mine.py").seed == 7
     shipped = "flow, stage1a, stage1b, stage2"
     for name in ("stage1", "omni2_7b", "__init__"):
@@ -238,12 +241,12 @@ def test_by_name(tmp_path, monkeypatch):
 
 
 def run(out: Path, *changes: str) -> dict:
-    """What a run writes down."""
+    """The metadata of a run."""
     return {"config": dataclasses.asdict(read(*changes)), "examples": 3, "steps": 9}
 
 
 @pytest.fixture
-def begun(tmp_path) -> Path:
+def started(tmp_path) -> Path:
     checkpoints.write_metadata(tmp_path / "run", run(tmp_path))
     return tmp_path / "run"
 
@@ -288,54 +291,55 @@ def test_settings_all_looked_at():
 
 
 @pytest.mark.parametrize("key", OTHER)
-def test_what_may_differ(begun, key):
+def test_what_may_differ(started, key):
     """What changes the result may not, and is named; what changes speed, memory or reports may."""
     changes = OTHER[key].split(" ") if OTHER[key].startswith("stage=") else [OTHER[key]]
-    now = run(begun, *changes)
+    now = run(started, *changes)
     if key in MUTABLE_SETTINGS:
-        checkpoints.check_metadata(begun, now)
+        checkpoints.check_metadata(started, now)
     else:
         named = ", ".join(sorted((change.partition("=")[0] for change in changes), reverse=True))
         with pytest.raises(
             ValueError,
-            match=rf"^{begun} holds a run with another {named}; give another --out, or the same settings$",
+            match=rf"^{started} holds a run with another {named}; "
+            "give another --out, or the same settings$",
         ):
-            checkpoints.check_metadata(begun, now)
+            checkpoints.check_metadata(started, now)
 
 
-def test_other_data_of_the_same_name(begun):
+def test_other_data_of_the_same_name(started):
     with pytest.raises(ValueError, match="another examples, steps;"):
-        checkpoints.check_metadata(begun, run(begun) | {"examples": 4, "steps": 10})
+        checkpoints.check_metadata(started, run(started) | {"examples": 4, "steps": 10})
 
 
-def test_what_is_no_run(begun, tmp_path):
-    checkpoints.check_metadata(begun, run(begun))
-    checkpoints.check_metadata(tmp_path / "new", run(begun))
+def test_what_is_no_run(started, tmp_path):
+    checkpoints.check_metadata(started, run(started))
+    checkpoints.check_metadata(tmp_path / "new", run(started))
     (tmp_path / "cut").mkdir()
     (tmp_path / "cut" / ".run.json.7.partial").write_text("{")  # killed within its first moment
-    checkpoints.check_metadata(tmp_path / "cut", run(begun))
+    checkpoints.check_metadata(tmp_path / "cut", run(started))
     (tmp_path / "file").write_text("mine")
     for directory in (tmp_path, tmp_path / "file"):
         with pytest.raises(
             ValueError, match=f"^{directory} exists and is not a run; give a new directory$"
         ):
-            checkpoints.check_metadata(directory, run(begun))
+            checkpoints.check_metadata(directory, run(started))
     for content in ("{", "[]", json.dumps(3)):
-        (begun / "run.json").write_text(content)
+        (started / "run.json").write_text(content)
         with pytest.raises(ValueError, match=r"run.json does not describe a run"):
-            checkpoints.check_metadata(begun, run(begun))
+            checkpoints.check_metadata(started, run(started))
 
 
-def test_a_run_of_an_older_version(begun):
+def test_a_run_of_an_older_version(started):
     """Its settings had other names, which the message translates."""
-    content = json.loads((begun / "run.json").read_text())
+    content = json.loads((started / "run.json").read_text())
     content["config"]["optimiser"] = content["config"].pop("optimizer")
     content["config"]["loss_chunk"] = content["config"].pop("loss_block")
-    (begun / "run.json").write_text(json.dumps(content))
+    (started / "run.json").write_text(json.dumps(content))
     names = "optimiser is now optimizer, loss_chunk is now loss_block"
     with pytest.raises(ValueError) as error:
-        checkpoints.check_metadata(begun, run(begun))
+        checkpoints.check_metadata(started, run(started))
     assert str(error.value) == (
-        f"{begun}/run.json was written by an older version, whose settings had other names "
+        f"{started}/run.json was written by an older version, whose settings had other names "
         f"({names}); start a new run with another --out"
     )

@@ -1,4 +1,4 @@
-"""Training on real spoken dialogues at toy size: it learns, resumes, and changes nothing that is frozen."""
+"""Training on real dialogues at toy size: every stage learns, and frozen parts stay equal."""
 
 import dataclasses
 from pathlib import Path
@@ -43,7 +43,7 @@ def talks(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def chain(checkpoint_dir, talks, tmp_path_factory) -> dict[str, Path]:
-    """Stage 1a, 1b and 2, each from what the one before it left."""
+    """Runs of the stages 1a, 1b and 2, each from the checkpoint of the one before it."""
     out = tmp_path_factory.mktemp("chain")
     run(toy(stage1a.config, checkpoint_dir, talks, 60, 3e-3, SPOKEN_TURNS), out / "1a")
     run(toy(stage1b.config, out / "1a" / "final", talks, 80, 5e-3, REPLIES, batch=5), out / "1b")
@@ -61,7 +61,7 @@ def chain(checkpoint_dir, talks, tmp_path_factory) -> dict[str, Path]:
 
 
 def files(directory: Path, part: str) -> dict[str, bytes]:
-    """What a checkpoint stores of a part."""
+    """The files of a part by name, with their content."""
     folder = directory / "params" / part
     return {
         str(path.relative_to(folder)): path.read_bytes()
@@ -75,12 +75,12 @@ def files(directory: Path, part: str) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("stage", ["1a", "1b", "2"])
 def test_stage_overfits(chain, stage):
-    found = losses(chain[stage])
-    assert found[-1] < 0.03 and (stage == "2" or found[0] > 4)
+    values = losses(chain[stage])
+    assert values[-1] < 0.03 and (stage == "2" or values[0] > 4)
 
 
 def test_hidden_states_from_the_disk(chain):
-    """The first loss is that with the LLM at work, to the bit."""
+    """The first loss is equal, bit for bit, to that of a run which computes the states itself."""
     assert losses(chain["2"])[0] == losses(chain["2-computed"])[0]
 
 
@@ -97,13 +97,14 @@ def test_hidden_states_of_other_data(chain, checkpoint_dir, tmp_path):
     )
     with pytest.raises(
         ValueError,
-        match=r"hidden/data was made from other data than .*, or by an LLM of another width than 64$",
+        match=r"hidden/data was made from other data than .*, "
+        r"or by an LLM of another width than 64$",
     ):
         run(settings, tmp_path / "run")
 
 
 def test_answer_of_a_training_example(chain, talks):
-    """Text and units of what it was trained on come back out of the streaming step, to the unit."""
+    """The streaming step answers the training questions with their replies, text and every unit."""
     model, data = Omni2.load(chain["2"] / "final", decoder=False), Dataset(talks)
     for index in range(len(data)):
         question, reply = data.dialogue(index).turns[:2]
@@ -113,7 +114,7 @@ def test_answer_of_a_training_example(chain, talks):
 
 
 def test_frozen_parts_do_not_change_by_a_bit(chain):
-    """And the parts that are trained do."""
+    """The files of frozen parts are equal; those of trained parts are not."""
     trained = {"1a": {"adapter", "llm"}, "1b": {"speech_lm"}, "2": {"fusion", "speech_lm"}}
     before = chain["start"]
     for stage, changing in trained.items():

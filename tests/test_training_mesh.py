@@ -1,4 +1,4 @@
-"""Training over a mesh of 8 devices: the losses of one device, and a run that moves from one mesh to another."""
+"""Training on meshes of 8 devices: the losses are those of one device, also if a run moves."""
 
 import dataclasses
 import shutil
@@ -27,7 +27,7 @@ def settings(checkpoint_dir, talks) -> TrainConfig:
 
 @pytest.fixture(scope="module")
 def alone(settings, tmp_path_factory) -> Path:
-    """The run of one device."""
+    """A run on one device."""
     out = tmp_path_factory.mktemp("alone") / "run"
     Run(settings, out, jax.devices()[:1]).go()
     return out
@@ -35,7 +35,7 @@ def alone(settings, tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("mesh", MESHES)
 def test_steps_on_a_mesh(settings, alone, tmp_path, mesh):
-    """And what every device holds of the state is its share."""
+    """The losses are those of one device; the parameters lie on the mesh of the settings."""
     run = Run(dataclasses.replace(settings, mesh=MeshConfig(*MESHES[mesh])), tmp_path / "run")
     run.go()
     np.testing.assert_allclose(losses(tmp_path / "run"), losses(alone), rtol=0, atol=1e-4)
@@ -45,12 +45,12 @@ def test_steps_on_a_mesh(settings, alone, tmp_path, mesh):
     )
 
 
-def test_run_taken_up_on_another_mesh(settings, alone, tmp_path):
-    """Two steps on one device, the others on 2x4."""
+def test_from_one_device_to_eight(settings, alone, tmp_path):
+    """Two steps on one device, the others on 2x4, with the default eps of Adam."""
     shutil.copytree(alone, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "final")
     shutil.rmtree(tmp_path / "run" / "steps" / "4")
     Run(dataclasses.replace(settings, mesh=MeshConfig(1, 2, 4)), tmp_path / "run").go()
-    found = losses(tmp_path / "run")
-    assert found[:2] == losses(alone)[:2]
-    np.testing.assert_allclose(found[2:], losses(alone)[2:], rtol=0, atol=1e-5)
+    moved = losses(tmp_path / "run")
+    assert moved[:2] == losses(alone)[:2]
+    np.testing.assert_allclose(moved[2:], losses(alone)[2:], rtol=0, atol=1e-5)

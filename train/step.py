@@ -167,7 +167,7 @@ def optimizer_shardings(
 
 
 def compile_step(objective: Objective, shardings: Any) -> Callable:
-    """The jitted step: (state, frozen, batch) -> (state, metrics). The state keeps its shardings."""
+    """The jitted step: (state, frozen, batch) -> (state, metrics). The state stays where it is."""
     return jax.jit(objective.step, donate_argnums=0, out_shardings=(shardings, None))
 
 

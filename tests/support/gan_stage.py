@@ -1,4 +1,4 @@
-"""A stage with two sets of parameters and two optimizers, as a GAN has: gate fusion as a generator, and a critic.
+"""A stage with two sets of parameters and two optimizers: gate fusion as a generator, and a critic.
 
 What it learns has no meaning. B batch, S units, D width of the speech LM.
 """
@@ -38,7 +38,7 @@ class UnitsOnly(ReplyExamples):
 
 
 class Pair(nnx.Module):
-    """The stage's own model: a part of the checkpoint, and a part that is private to the training."""
+    """The model of the stage: a part of the checkpoint, and a part that is private to it."""
 
     def __init__(self, config: Omni2Config, rngs: nnx.Rngs):
         assert config.llm and config.speech_lm
