@@ -3,8 +3,8 @@
 omni2 train --config flow --set checkpoint=omni2-7b --set data=recordings --out runs/flow
 
 The recordings are the assistant turns of the data set; their units are needed, too. As in the
-training of CosyVoice2, the learning rate is constant after the warm-up, and the chunk masks are those
-of 50 units or of the whole reply.
+training of CosyVoice2, the learning rate is constant after the warm-up, and the chunk masks are
+those of 50 units or of the whole reply.
 """
 
 from omni2_jax.train.settings import Bucket, OptimizerConfig, TrainConfig
