@@ -9,12 +9,11 @@ from pathlib import Path
 import numpy as np
 
 from omni2_jax.audio import recordings
-from omni2_jax.config import Omni2Config
+from omni2_jax.config import UNITS_PER_SECOND, Omni2Config
 from omni2_jax.models.model import SPEECH
 from omni2_jax.train.data.records import RATES, Dialogue, Turn, encode_clip
 from omni2_jax.train.data.writer import Writer
 from omni2_jax.train.dialogues import speech_positions
-from omni2_jax.train.examples import UNITS_PER_SECOND
 from omni2_jax.train.settings import TrainConfig
 from omni2_jax.train.stages import stage_class
 
