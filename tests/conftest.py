@@ -1,4 +1,4 @@
-"""What all tests share: one compilation cache, the goldens, the tiny release converted once, and the engines compiled once."""
+"""What all tests share: a compilation cache, the tiny release converted once, and warm engines."""
 
 import atexit
 import dataclasses
@@ -8,18 +8,24 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-# Before jax is imported, and inherited by the command lines that the tests run.
+# JAX reads these variables when it is imported, below. Processes that the tests start inherit them.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ["XLA_FLAGS"] = (
-    f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
-)  # for meshes
-# XLA's threads, otherwise 8: where each device's waits for the others in a collective, one of those may be waiting for a thread.
+# Eight devices, for meshes.
+os.environ["XLA_FLAGS"] = " ".join(
+    [os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8"]
+).strip()
+# XLA's number of threads, 8 by default. In a collective, one thread for each device waits for the
+# others, and with few threads one of those may never get to run.
 os.environ.setdefault("NPROC", "32")
-if (
-    "JAX_COMPILATION_CACHE_DIR" not in os.environ
-):  # set it to keep what was compiled for the next run
+# Set JAX_COMPILATION_CACHE_DIR to keep what was compiled for the next run. The workers of
+# pytest-xdist get a directory each: JAX does not write entries atomically.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="omni2-jax-cache-")
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = os.path.join(
+        os.environ["JAX_COMPILATION_CACHE_DIR"], os.environ["PYTEST_XDIST_WORKER"]
+    )
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
@@ -37,7 +43,8 @@ from tests.support.conversations import GREEDY
 from tests.support.paths import DECODER, EXAMPLES, GOLDENS, ROOT
 from tests.support.runs import prepared, toy_config
 
-omni2.BUCKET = 1280  # all conversations of the tests in one shape: compiling is most of their time
+# All conversations of the tests get buffers of one size: compilation is most of the tests' time.
+omni2.BUCKET = 1280
 
 
 @pytest.fixture(scope="session")
@@ -47,7 +54,7 @@ def goldens() -> Path:
 
 @pytest.fixture(scope="session")
 def checkpoint_dir(tmp_path_factory) -> Path:
-    """The tiny release, language side and decoder, as a checkpoint with one voice."""
+    """The tiny release, with the decoder and one voice, as a checkpoint."""
     out = tmp_path_factory.mktemp("tiny") / "ckpt"
     release = combine([read.read_omni2(GOLDENS / "omni2"), read.read_decoder(DECODER)])
     write.write(out, release, {"espeak": EXAMPLES / "voice.wav"})
@@ -62,7 +69,7 @@ def talks(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def toy(checkpoint_dir, talks) -> Callable[..., TrainConfig]:
-    """Settings of a toy run: (config, **changes). The default is stage 1b, the quickest to compile."""
+    """Settings of a toy run: (config, **changes). Stage 1b, the default, is quick to compile."""
 
     def toy(config: TrainConfig = stage1b.config, **changes) -> TrainConfig:
         return toy_config(config, checkpoint_dir, talks, **changes)
@@ -89,7 +96,7 @@ def model(checkpoint_dir) -> Omni2:
 
 @pytest.fixture(scope="session")
 def text_model(checkpoint_dir) -> Omni2:
-    """The same without the audio side, which takes most of the time to compile."""
+    """The same model without the decoder, which takes most of the time to compile."""
     return Omni2.load(checkpoint_dir, dtype=jnp.float32, decoder=False)
 
 
@@ -111,13 +118,13 @@ def warm_text_engine(text_model) -> Engine:
 
 @pytest.fixture
 def engine(warm_engine):
-    """Three slots with everything behind them; a test must leave it idle, with nothing newly compiled."""
+    """A warm engine of three slots. A test must leave it idle, and compile nothing."""
     yield from left_idle(warm_engine)
 
 
 @pytest.fixture
 def text_engine(warm_text_engine):
-    """Three slots, text and units only."""
+    """The same for text and units only."""
     yield from left_idle(warm_text_engine)
 
 

@@ -1,4 +1,4 @@
-"""The installed package: what the wheel of an sdist holds, and all commands in an empty directory."""
+"""The installed package: what the wheel holds, and all commands in an empty directory."""
 
 import json
 import os

@@ -1,1 +1,1 @@
-"""What several test files share: paths, comparisons, tiny networks, released conversations and toy runs."""
+"""What several test files share: paths, comparisons, tiny networks, conversations, toy runs."""

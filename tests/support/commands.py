@@ -20,7 +20,7 @@ def chat(checkpoint: Path | str, *args: object) -> list[object]:
 
 
 def process(*args: object) -> subprocess.CompletedProcess:
-    """Run `omni2` in a process of its own, with the tests' buffer sizes, whose compilations are cached."""
+    """Run `omni2` in a process of its own, with the tests' buffer sizes: the cache holds them."""
     code = (
         "from omni2_jax.cli.main import main; from omni2_jax.generate import omni2; "
         f"omni2.BUCKET = {omni2_module.BUCKET}; main()"
@@ -38,7 +38,7 @@ def is_error_line(line: object) -> bool:
 def assert_refused(
     result: tuple[object, str, str], directory: Path, *words: str, allowed: set[str]
 ) -> None:
-    """Assert one error line with `words`, nothing on stdout, and only `allowed` in the directory."""
+    """Assert one error line with `words`, no output, and only `allowed` in the directory."""
     line, out, _ = result
     assert is_error_line(line) and isinstance(line, str) and out == ""
     for word in words:

@@ -118,7 +118,7 @@ def tokenizer_manifest() -> dict[str, list]:
 
 
 def draw_tokenizer() -> dict[str, np.ndarray]:
-    """The weights behind the goldens, by torch name: two released layers at a tenth of the width."""
+    """The goldens' weights by torch name: two of the released layers at a tenth of the width."""
     # RandomState's stream is frozen, and uniform draws need no libm: the same bits everywhere.
     random = np.random.RandomState(TOKENIZER_SEED)
     state = {}

@@ -1,4 +1,7 @@
-"""What each of the processes of test_processes.py does: python -m tests.support.worker JOB PORT PROCESSES INDEX CKPT OUT."""
+"""A process of tests/test_processes.py.
+
+python -m tests.support.worker JOBS PORT PROCESSES INDEX CKPT OUT
+"""
 
 import dataclasses
 import json
@@ -19,7 +22,7 @@ from tests.support.runs import toy_run
 
 
 def answer(ckpt: Path, out: Path) -> None:
-    """Answers of a model that both hold half of, to INDEX.json."""
+    """Write the answers of a model that is sharded over the processes to INDEX.json."""
     model = Omni2.load(ckpt, dtype=jnp.float32, decoder=False, mesh=make_mesh(fsdp=2, tensor=2))
     options = dataclasses.replace(GREEDY, **SHORT)
     answers = {name: model.answer(conversation(name), options=options) for name in "BE"}
@@ -29,7 +32,7 @@ def answer(ckpt: Path, out: Path) -> None:
 
 
 def save(ckpt: Path, out: Path) -> None:
-    """The LLM, restored into shards and saved from them."""
+    """Restore the LLM into shards, and save it from them."""
     config = Omni2Config.load(ckpt / "config.json").only("llm")
     _, params = parameters.load(ckpt, config, jnp.float32, make_mesh(fsdp=2, tensor=2))
     assert not any(leaf.is_fully_addressable for leaf in jax.tree.leaves(params))
@@ -37,7 +40,7 @@ def save(ckpt: Path, out: Path) -> None:
 
 
 def train(ckpt: Path, out: Path) -> None:
-    """A few steps of stage 1b on what OUT/talks holds, every process reading its rows; to OUT/run."""
+    """Train a few steps of stage 1b on OUT/talks into OUT/run; every process reads its rows."""
     Run(toy_run(ckpt, out / "talks" / "data", mesh=MeshConfig(1, 2, 2)), out / "run").go()
 
 
