@@ -1,4 +1,6 @@
-"""The dimensions of every part, and the range of each. Defaults: the released LLaMA-Omni2-0.5B with its CosyVoice2 decoder.
+"""The dimensions of every part, and the range of each.
+
+Defaults: the released LLaMA-Omni2-0.5B with its CosyVoice2 decoder.
 
 Configurations are frozen dataclasses that pydantic checks when they are made, from a file or in
 Python: ranges by the types of the fields, relations within a part in `__post_init__`, those between
@@ -56,7 +58,10 @@ def require(fits: object, message: str) -> None:
 
 @dataclass(frozen=True, config=STRICT)
 class DecoderConfig:
-    """A decoder-only language model: the LLM, and with a larger vocabulary the speech LM. The defaults are Qwen2.5-0.5B's."""
+    """A decoder-only language model: the LLM, and with a larger vocabulary the speech LM.
+
+    The defaults are Qwen2.5-0.5B's.
+    """
 
     vocabulary: Vocabulary = 151936
     width: Size = 896
@@ -105,7 +110,7 @@ class SpeechEncoderConfig:
 
 @dataclass(frozen=True, config=STRICT)
 class AdapterConfig:
-    """Concatenate `stride` encoder frames, then a two-layer FFN to the LLM's width (paper section 2.1)."""
+    """`stride` encoder frames through two layers to the LLM's width (paper section 2.1)."""
 
     stride: Annotated[int, Field(ge=1, le=1500)] = 5
     hidden: Size = 2048
@@ -164,7 +169,7 @@ class HiftConfig:
     slope: Fraction = 0.1
     limit: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] = 0.99
     f0_channels: Size = 512
-    # Mel frames that a stream's next step vocodes again; their samples are held back and cross-faded.
+    # Mel frames that a stream's next step vocodes again, with a cross-fade of their samples.
     overlap: Annotated[int, Field(ge=1, le=1000)] = 8
 
     def __post_init__(self):
@@ -218,7 +223,10 @@ class SpeakerConfig:
 
 @dataclass(frozen=True, config=STRICT)
 class SpeechTokenizerConfig:
-    """S3 speech tokenizer v2: 100 mel frames to 25 units a second. It makes training data and is no part of the model."""
+    """S3 speech tokenizer v2: 100 mel frames to 25 units a second.
+
+    It makes training data and is no part of the model.
+    """
 
     mels: Size = 128
     width: Size = 1280
@@ -322,7 +330,8 @@ class Omni2Config:
     def speech_positions(self) -> int:
         """LLM positions that 30 s of speech take: 300 in the released models.
 
-        Raises ValueError without a speech encoder and an adapter, or if the encoder is not made for 30 s.
+        Raises ValueError without a speech encoder and an adapter, or if the encoder is not made
+        for 30 s.
         """
         require(
             self.speech_encoder and self.adapter,
@@ -351,14 +360,17 @@ class Omni2Config:
         require(not absent, f"{path}: {', '.join(absent)} is null, expected the part's settings")
 
     def save(self, path: Path) -> None:
-        """Write config.json, whole or not at all. Raises ValueError if the parts do not fit (`check`)."""
+        """Write config.json, whole or not at all.
+
+        Raises ValueError if the parts do not fit (`check`).
+        """
         self.check()
         with atomic_write(path) as file:
             file.write(json.dumps(dataclasses.asdict(self), indent=1) + "\n")
 
     @classmethod
     def load(cls, path: Path) -> "Omni2Config":
-        """Read config.json. Raises ValueError, one line, naming the file and every wrong setting."""
+        """Read config.json. Raises ValueError, one line, with the file and every wrong setting."""
         try:
             content = path.read_bytes()
         except FileNotFoundError:

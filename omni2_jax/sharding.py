@@ -1,7 +1,8 @@
-"""One mesh, `(replica, fsdp, tensor)`, and one table from the logical axes of arrays to the axes of the mesh.
+"""One mesh, `(replica, fsdp, tensor)`, and one table from logical array axes to mesh axes.
 
-One device is a 1 x 1 x 1 mesh, so there is one code path. Where a mesh axis does not divide an array's axis (2 key/value
-heads over a tensor axis of 8; the speech LM's 158227 tokens, a prime), every device of it holds that axis whole.
+One device is a 1 x 1 x 1 mesh, so there is one code path. Where a mesh axis does not divide an
+array's axis (2 key/value heads over a tensor axis of 8; the speech LM's 158227 tokens, a prime),
+every device of it holds that axis whole.
 """
 
 import contextlib
@@ -17,7 +18,7 @@ from flax import nnx
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 AXES = ("replica", "fsdp", "tensor")
-# Logical axis -> mesh axes. Axes that are not named here (head sizes, layers, time) are not sharded.
+# Logical axis -> mesh axes. Axes that are missing here (head sizes, layers, time) are not sharded.
 # Parameters are sharded over `fsdp` along their width and over `tensor` along everything wide;
 # activations along their rows.
 RULES: Mapping[str, tuple[str, ...]] = {
@@ -72,9 +73,9 @@ def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
 
 
 def make_mesh(
-    replica: int = 1, fsdp: int = -1, tensor: int = 1, devices: Sequence[jax.Device] | None = None
+    replica: int = 1, fsdp: int = -1, tensor: int = 1, devices: Sequence[Any] | None = None
 ) -> Mesh:
-    """A mesh over `devices` (default: all). One size may be -1: it takes the rest of the devices.
+    """A mesh over `devices` (jax.Device; default: all). One size may be -1: it takes the rest of the devices.
 
     Raises ValueError if the sizes do not fit the devices.
     """
@@ -97,7 +98,7 @@ def make_mesh(
     return Mesh(np.asarray(devices).reshape(sizes), AXES)
 
 
-def parse_mesh(text: str, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def parse_mesh(text: str, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh written as "tensor=8" or "replica=2,tensor=4", over `devices` (default: all).
 
     Without `fsdp`, that axis takes the rest of the devices. Raises ValueError if the text is not
@@ -117,8 +118,11 @@ def parse_mesh(text: str, devices: Sequence[jax.Device] | None = None) -> Mesh:
     return make_mesh(**sizes, devices=devices)
 
 
-def mesh_of(params: Mapping) -> Mesh:
-    """The mesh that parameters lie on; for parameters without one, a mesh of their devices."""
+def mesh_of(params: Mapping) -> Any:
+    """The mesh (abstract for abstract parameters) that parameters lie on.
+
+    For parameters without one it is a mesh of their devices.
+    """
     sharding = jax.tree.leaves(params)[0].sharding
     if isinstance(sharding, NamedSharding):
         return sharding.mesh
@@ -142,7 +146,10 @@ def check(mesh: Mesh | AbstractMesh, width: int, hidden: int) -> None:
 
 
 def check_rows(mesh: Mesh | AbstractMesh, batch: int, microbatches: int = 1) -> None:
-    """Check that a mesh divides the rows of each microbatch. Raises ValueError with a batch that fits."""
+    """Check that a mesh divides the rows of each microbatch.
+
+    Raises ValueError with a batch that fits.
+    """
     rows, count = batch // microbatches, math.prod(mesh.shape[axis] for axis in RULES["batch"])
     if rows % count:
         raise ValueError(
@@ -168,7 +175,7 @@ def _activated() -> Iterator[None]:
 
 @contextlib.contextmanager
 def use(mesh: Mesh) -> Iterator[None]:
-    """Around calls of jitted functions: `constrain` takes effect in functions traced in this block."""
+    """A block for calls of jitted functions: in what they trace, `constrain` takes effect."""
     with _activated(), jax.set_mesh(mesh):
         yield
 

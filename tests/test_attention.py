@@ -8,7 +8,9 @@ from omni2_jax.models import layers
 
 
 def test_causal_attention_is_that_of_the_mask():
-    """Rows of different lengths: what a position gives, and the gradients, are those of causal and padding masks together."""
+    """Rows of different lengths: what a position gives, and the gradients, are those of causal and
+    padding masks together.
+    """
     random, lengths, size = np.random.default_rng(0), np.array([9, 4, 1]), 9
     draw = lambda heads: jnp.asarray(random.standard_normal((3, size, heads, 8)), jnp.float32)  # noqa: E731
     q, k, v, weight = draw(4), draw(2), draw(2), draw(4)

@@ -56,7 +56,7 @@ def test_saved_and_loaded(tmp_path):
     "bad", [-1, 10**9, 10**19, 1e19, float("nan"), float("inf"), "x", [[]]], ids=repr
 )
 def test_no_setting_takes_nonsense(tmp_path, bad):
-    """Negative, too large, not finite, of another type: each setting refuses it and is named."""
+    """Negative, too large, not finite, of another type: each setting refuses and names it."""
     whole = settings(Omni2Config())
     for path in leaves(whole):
         if bad == 10**9 and path[-1] == "rope_theta":
@@ -66,7 +66,7 @@ def test_no_setting_takes_nonsense(tmp_path, bad):
 
 
 def test_null(tmp_path):
-    """A part may be absent and a hidden size may follow from the width; nothing else may be null."""
+    """A part may be absent, and a hidden size that follows from the width; nothing else."""
     whole = settings(Omni2Config())
     parts = {path for path in leaves(whole) if len(path) == 1 and isinstance(whole[path[0]], dict)}
     optional = parts - {("tokens",)} | {("speech_encoder", "hidden")}

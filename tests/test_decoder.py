@@ -1,4 +1,6 @@
-"""The decoder's family options: stated head size, norms of queries and keys, no query, key and value biases."""
+"""The decoder's family options: stated head size, norms of queries and keys, no query, key and
+value biases.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +33,9 @@ def test_head_size():
 
 
 def test_parameters_of_the_families():
-    """Norms of queries and keys exist with `qk_norm`, biases with `qkv_bias`, in shapes by `head_size`."""
+    """Norms of queries and keys exist with `qk_norm`, biases with `qkv_bias`, in shapes by
+    `head_size`.
+    """
     qwen2 = nnx.to_pure_dict(nnx.state(Decoder(DecoderConfig(**SIZES), nnx.Rngs(0))))
     qwen3 = nnx.to_pure_dict(nnx.state(Decoder(QWEN3, nnx.Rngs(0))))
     attention = jax.tree.map(jnp.shape, qwen3["layers"]["attention"])

@@ -1,4 +1,6 @@
-"""Speech encoder, adapter, both language models, gate fusion and the read/write rules against the released PyTorch code."""
+"""Speech encoder, adapter, both language models, gate fusion and the read/write rules against the
+released PyTorch code.
+"""
 
 import functools
 import json
@@ -116,7 +118,9 @@ def test_speech_features(features, cases, arrays):
 
 
 def test_encoder_inside(goldens):
-    """An OpenAI Whisper file alone: after the convolutions, after every block, and after the last norm."""
+    """An OpenAI Whisper file alone: after the convolutions, after every block, and after the last
+    norm.
+    """
     release = read.read_whisper(goldens / "whisper" / "tiny.pt")
     graph, _ = abstract_model(release.config)
     encoder = nnx.merge(
@@ -148,7 +152,9 @@ def test_prefill(name, parts, cases, arrays, features):
 
 @pytest.mark.parametrize("name", INSIDE)
 def test_teacher_forced_hidden_states_and_fusion(name, parts, arrays, features, cases):
-    """The released step-by-step hidden states, logits, gates and fused rows, from one pass over prompt and answer."""
+    """The released step-by-step hidden states, logits, gates and fused rows, from one pass over
+    prompt and answer.
+    """
     golden = arrays[name]
     ids, heard = prompt(cases[name], golden, features)
     text = golden["text_ids"]

@@ -1,4 +1,6 @@
-"""Over a mesh of 8 devices: the same numbers, the same answers, and no device holds more than its share."""
+"""Over a mesh of 8 devices: the same numbers, the same answers, and no device holds more than its
+share.
+"""
 
 import re
 
@@ -156,7 +158,9 @@ def load(directory, shapes, part, mesh) -> dict:
 
 
 def test_restored_in_shards(checkpoint_dir, shapes):
-    """Saved by one device, restored on 2 x 4: no device is given more of a parameter than its share."""
+    """Saved by one device, restored on 2 x 4: no device is given more of a parameter than its
+    share.
+    """
     mesh = make_mesh(fsdp=2, tensor=4)
     one = make_mesh(devices=jax.devices()[:1])
     for part in nnx.to_pure_dict(shapes):
@@ -210,7 +214,8 @@ def test_axes_that_do_not_divide_are_held_whole():
     [
         (
             "fsdp=3",
-            "mesh 1 x 3 x 1 (replica x fsdp x tensor) does not fit the 8 devices there are; give sizes that make as many",
+            "mesh 1 x 3 x 1 (replica x fsdp x tensor) does not fit the 8 devices there are;"
+            " give sizes that make as many",
         ),
         (
             "replica=2,fsdp=2,tensor=4",
@@ -218,12 +223,14 @@ def test_axes_that_do_not_divide_are_held_whole():
         ),
         (
             "tensor=3",
-            "mesh 1 x -1 x 3 (replica x fsdp x tensor) does not fit the 8 devices there are; give sizes that divide them",
+            "mesh 1 x -1 x 3 (replica x fsdp x tensor) does not fit the 8 devices there are;"
+            " give sizes that divide them",
         ),
         ("tensor=0", "expected positive sizes"),
         (
             "data=8",
-            "mesh 'data=8' is not understood, expected sizes of replica, fsdp, tensor, as in fsdp=2,tensor=4",
+            "mesh 'data=8' is not understood, expected sizes of replica, fsdp, tensor,"
+            " as in fsdp=2,tensor=4",
         ),
         ("tensor", "mesh 'tensor' is not understood"),
         ("tensor=two", "mesh 'tensor=two' is not understood"),

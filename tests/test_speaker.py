@@ -1,4 +1,4 @@
-"""CAM++ against the released encoder's x-vectors, from the released ONNX file and from torch names."""
+"""CAM++ against the released encoder's x-vectors, from the ONNX file and from torch names."""
 
 import json
 
@@ -78,7 +78,10 @@ def test_one_clip_as_the_released_front_end(encoder, golden):
 
 
 def test_a_batch_is_its_clips_one_by_one(encoder, golden, batch):
-    """Each golden is a clip alone; here noise lies behind the ends. Other lengths take no other compilation."""
+    """Each golden is a clip alone; here noise lies behind the ends.
+
+    Other lengths take no other compilation.
+    """
     x, lengths = batch
     x_vectors = embed(encoder, x, lengths)
     for x_vector, clip in zip(x_vectors, CLIPS, strict=True):
@@ -133,7 +136,9 @@ def test_there_and_back(params):
 
 
 def test_batch_norms_are_folded(source, params):
-    """The same network with its normalisations moved out of the convolutions again, as a torch state dict has them."""
+    """The same network with its normalisations moved out of the convolutions again, as a torch
+    state dict has them.
+    """
     draw, state = np.random.default_rng(0), {name: tensor.read() for name, tensor in source.items()}
     convs = [(c, n) for c, n in CONV_NORMS if f"{n}.weight" in state]
     assert len(convs) == 12 + 1 + 52 + 1
@@ -154,7 +159,9 @@ def test_batch_norms_are_folded(source, params):
 
 
 def test_onnx_names_do_not_matter(tmp_path, params):
-    """Another exporter numbers its initialisers otherwise, names no node, and shares or copies through Identity nodes."""
+    """Another exporter numbers its initialisers otherwise, names no node, and shares or copies
+    through Identity nodes.
+    """
     model = onnx.load(ONNX)
     graph, names = model.graph, {}
     for i, tensor in enumerate(graph.initializer):

@@ -1,4 +1,6 @@
-"""The speech tokenizer against s3tokenizer 0.3.0, from its state dict and from the released ONNX layout."""
+"""The speech tokenizer against s3tokenizer 0.3.0, from its state dict and from the released ONNX
+layout.
+"""
 
 import dataclasses
 from pathlib import Path
@@ -193,7 +195,9 @@ def test_a_torch_file(tmp_path, state, params):
 
 
 class Exporter:
-    """An ONNX graph with the nodes that hold the tokenizer's weights, in the released order, and some that hold none."""
+    """An ONNX graph with the nodes that hold the tokenizer's weights, in the released order, and
+    some that hold none.
+    """
 
     def __init__(self, state: dict[str, np.ndarray]):
         self.state, self.nodes, self.initializers = state, [], []

@@ -8,7 +8,7 @@ from omni2_jax.models.layers import Linear
 
 
 class Adapter(nnx.Module):
-    """Two linear layers with a ReLU over groups of `stride` frames: 1500 frames of 30 s -> 300 embeddings."""
+    """Two linear layers with a ReLU over groups of `stride` frames: 1500 frames become 300."""
 
     def __init__(self, config: AdapterConfig, encoder_width: int, llm_width: int, rngs: nnx.Rngs):
         self.stride = config.stride

@@ -1,9 +1,10 @@
-"""The language-model decoder of Qwen2.5 and Qwen3: the LLM and, with a larger vocabulary, the speech LM.
+"""The decoder of Qwen2.5 and Qwen3: the LLM and, with a larger vocabulary, the speech LM.
 
 RMSNorm before each sublayer, rotary positions, grouped queries, SwiGLU. The differences between the
-families are stated in the configuration: `qkv_bias` (Qwen2), `qk_norm` (Qwen3), `head_size`, `tied`.
+families are stated in the configuration: `qkv_bias` (Qwen2), `qk_norm` (Qwen3), `head_size` and
+`tied`.
 
-B batch, T query time, S key time, D width, N heads, K kv heads, H head size, V vocabulary, L layers.
+B batch, T query time, S key time, D width, N heads, K kv heads, H head size, V vocabulary.
 """
 
 from typing import Any
@@ -53,7 +54,10 @@ class Attention(nnx.Module):
     def __call__(
         self, x: Array, positions: Array, layer: Array, cache: KVCache | None
     ) -> tuple[Array, KVCache | None]:
-        """x [B, T, D] at positions [B, T] -> [B, T, D] and the cache with this layer's new keys and values."""
+        """x [B, T, D] at positions [B, T] -> [B, T, D] and the cache.
+
+        layer: the layer's index in the cache, which gets its new keys and values.
+        """
         q, k, v = self.query(x), self.key(x), self.value(x)
         if self.query_norm is not None and self.key_norm is not None:
             q, k = self.query_norm(q), self.key_norm(k)
@@ -68,7 +72,7 @@ class Attention(nnx.Module):
 
 
 class SwiGLU(nnx.Module):
-    """Gated feed-forward network down(silu(gate(x)) * up(x)), [..., D] -> [..., D] (arXiv 2002.05202)."""
+    """Feed-forward network down(silu(gate(x)) * up(x)), [..., D] -> [..., D] (arXiv 2002.05202)."""
 
     def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
         d, f = config.width, config.hidden
@@ -81,7 +85,7 @@ class SwiGLU(nnx.Module):
 
 
 class Block(nnx.Module):
-    """One layer: attention and feed-forward network, each on its normalized input and added to it."""
+    """One layer: attention, then a feed-forward network, each with a norm and a residual."""
 
     def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
         self.attention_norm = RMSNorm(config.width, config.norm_eps)
@@ -98,7 +102,7 @@ class Block(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """A language model in three steps: `embed` ids, call it on embeddings, `logits` of hidden states."""
+    """A language model: `embed` ids, call it on embeddings, take `logits` of hidden states."""
 
     def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
         self.config = config
@@ -115,11 +119,12 @@ class Decoder(nnx.Module):
     def __call__(
         self, x: Array, positions: Array, cache: KVCache | None = None, remat: str = "none"
     ) -> tuple[Array, KVCache | None]:
-        """Embeddings [B, T, D] at positions [B, T] -> hidden states after the last norm [B, T, D], and the cache.
+        """Embeddings x [B, T, D] at positions [B, T] -> hidden states [B, T, D], and the cache.
 
-        Without a cache each row has the positions 0, 1, 2 ... and padding (-1) only behind them. With
-        a cache x continues its rows: keys and values are written at `positions` (-1 = padding, not
-        written), and a query attends to all positions up to its own.
+        Without a cache each row has the positions 0, 1, 2 ... and padding (-1) only after them.
+        With a cache x continues its rows: keys and values are written at `positions`, except at
+        padding (-1), and a query attends to all positions up to its own. The hidden states are
+        those after the last norm.
         remat: what training keeps of a layer, see `layers.scan`.
         """
 
@@ -141,7 +146,7 @@ class Decoder(nnx.Module):
         return constrain(logits, *axes).astype(jnp.float32)
 
     def head_rows(self, first: int, count: int, last: int) -> Array:
-        """Rows of the output matrix for `count` tokens from `first` on, then for token `last`: [count + 1, D].
+        """Rows [count + 1, D] of the output matrix: `count` tokens from `first` on, then `last`.
 
         Logits over these rows alone can give no other token.
         """

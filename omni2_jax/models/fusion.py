@@ -1,4 +1,4 @@
-"""Gate fusion: the LLM's hidden state and the token it produced, mixed elementwise (paper equations 1-4)."""
+"""Gate fusion: an LLM hidden state and the token it produced, mixed elementwise (paper eq. 1-4)."""
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +10,8 @@ from omni2_jax.models.layers import Linear
 class GateFusion(nnx.Module):
     """c = g * projected + (1 - g) * embedding, with g from both; LLM width -> speech-LM width D.
 
-    mix: "gate" as above, or an ablation of the paper (table 2): "sum" of both without a gate, or the
-    "hidden" state alone.
+    mix: "gate" as above, or an ablation of the paper (table 2): "sum" of both without a gate, or
+    the "hidden" state alone.
     """
 
     def __init__(self, llm_width: int, width: int, mix: str, rngs: nnx.Rngs):
@@ -25,11 +25,18 @@ class GateFusion(nnx.Module):
         return self.down(jax.nn.relu(self.up(hidden)))
 
     def gate_values(self, projected: jax.Array, embedding: jax.Array) -> jax.Array:
-        """The gate g of projected hidden states and token embeddings [..., D]; 1 = the hidden state alone."""
+        """The gate g [..., D] of `projected` hidden states and token embeddings [..., D].
+
+        1 = the hidden state alone, 0 = the embedding alone.
+        """
+        assert self.gate is not None, "the ablations have no gate"
         return jax.nn.sigmoid(self.gate(jnp.concatenate([projected, embedding], -1)))
 
     def __call__(self, hidden: jax.Array, embedding: jax.Array) -> jax.Array:
-        """Hidden states [..., D_llm] and speech-LM embeddings [..., D] of the tokens they produced -> [..., D]."""
+        """LLM hidden states [..., D_llm] -> inputs of the speech LM [..., D].
+
+        embedding: the speech-LM embeddings [..., D] of the tokens that the states produced.
+        """
         projected = self.project(hidden)
         if self.mix != "gate":
             return projected + embedding if self.mix == "sum" else projected

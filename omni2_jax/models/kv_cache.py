@@ -1,8 +1,10 @@
-"""Keys and values of a decoder for all layers at once. L layers, B batch, S cache time, K kv heads, H head size.
+"""Keys and values of a decoder for all layers at once.
 
-A row's positions begin at 0 without gaps, so position p lies at index p of S and a query at p attends
-to indices 0 to p: rows of different lengths need no padding on the left, and the length of a row is
-all that has to be known of it.
+L layers, B batch, S cache time, K kv heads, H head size.
+
+A row's positions begin at 0 without gaps, so position p lies at index p of S and a query at p
+attends to indices 0 to p: rows of different lengths need no padding on the left, and the length of
+a row is all that has to be known of it.
 """
 
 from dataclasses import dataclass

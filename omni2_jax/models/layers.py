@@ -1,7 +1,10 @@
-"""The layers that all parts are made of. B batch, T query time, S key time, D width, N heads, K key/value heads, H head size.
+"""The layers that all parts are made of.
 
-A module computes in the dtype of its input and casts its weights to it (a no-op when they agree), so the caller chooses
-the precision. Each parameter carries `axes`, its logical axis names; `sharding.Rules` maps those to the mesh.
+B batch, T query time, S key time, D width, N heads, K key/value heads, H head size.
+
+A module computes in the dtype of its input and casts its weights to it (a no-op when they agree),
+so the caller chooses the precision. Each parameter carries `axes`, its logical axis names;
+`sharding.RULES` maps those to the mesh.
 """
 
 import math
@@ -33,11 +36,11 @@ def param(
 
 
 class Linear(nnx.Module):
-    """y[..., out] = x[..., in] kernel[in, out] + bias[out]; `in` and `out` may span several axes (heads).
+    """y[..., out] = x[..., in] kernel[in, out] + bias[out]; `in` and `out` may be several axes.
 
     in_dims: how many leading axes of `shape` are `in`. axes: the logical names of all of them.
-    rank: of a low-rank update beside the kernel, LORA_SCALE * low[in, rank] high[rank, out], zero at
-    first (LoRA, arXiv 2106.09685).
+    rank: of a low-rank update beside the kernel, LORA_SCALE * low[in, rank] high[rank, out], zero
+    at first (LoRA, arXiv 2106.09685).
     """
 
     def __init__(
@@ -91,7 +94,7 @@ class Conv1d(nnx.Module):
         axes: Sequence[str | None] = (None, None, None),
     ):
         self.stride, self.dilation = stride, dilation
-        self.padding, self.groups = tuple(padding), groups
+        self.padding, self.groups = padding, groups
         self.kernel = param(rngs, shape, axes, fan_in=shape[0] * shape[1])
         self.bias = param(rngs, shape[2:], axes[2:]) if bias else None
 
@@ -155,17 +158,17 @@ class Embedding(nnx.Module):
 
 
 def inside(lengths: Array, size: int) -> Array:
-    """Mask of padded rows: lengths [B] -> bool [B, size], True at positions below a row's length."""
+    """Mask of padded rows: lengths [B] -> bool [B, size], True at indices below a row's length."""
     return jnp.arange(size)[None] < lengths[:, None]
 
 
 def attention(
     q: Array, k: Array, v: Array, mask: Array | None = None, causal: bool = False
 ) -> Array:
-    """Softmax attention, q [B, T, N, H], k and v [B, S, K, H] -> [B, T, N, H]; N is a multiple of K.
+    """Softmax attention, q [B, T, N, H], k and v [B, S, K, H] -> [B, T, N, H].
 
-    Scores are scaled by H ** -0.5. mask: bool, broadcast to [B, N, T, S], True = attend. causal: query
-    t attends to keys 0 to t.
+    N is a multiple of K; scores are scaled by H ** -0.5. mask: bool, broadcast to [B, N, T, S],
+    True = attend. causal: query t attends to keys 0 to t.
     """
     kernel = "cudnn" if mask is None and has_fused_attention(q) else None
     return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=causal, implementation=kernel)
@@ -182,7 +185,7 @@ def has_fused_attention(q: Array) -> bool:
 
 
 def stack(count: int, build: Callable[[nnx.Rngs], nnx.Module], rngs: nnx.Rngs) -> nnx.Module:
-    """`count` copies of a module as one, its parameters stacked on a leading axis; `scan` runs it."""
+    """`count` copies of a module as one with stacked parameters [count, ...]; `scan` runs it."""
     return nnx.vmap(build, in_axes=0, out_axes=0)(rngs.split(count))
 
 
@@ -204,7 +207,9 @@ def unstack(layers: nnx.Module) -> nnx.List:
 def scan(
     layers: nnx.Module, body: Callable, carry: Any, xs: Any = None, remat: str = "none"
 ) -> tuple[Any, Any]:
-    """Run layers in order: `body(layer, carry, x) -> (carry, y)`. Returns the last carry and the stacked ys.
+    """Run layers in order: `body(layer, carry, x) -> (carry, y)`.
+
+    Returns the last carry and the stacked ys.
 
     Stacked layers are compiled once, as a scan; listed ones (`unstack`) are unrolled.
     xs: one slice for each layer, on a leading axis. remat: a key of REMAT, for stacked layers only.

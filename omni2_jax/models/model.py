@@ -1,6 +1,6 @@
 """The whole model, its parts in the order of the paper's figure 1.
 
-    log-mel -> speech encoder -> adapter -> LLM -> gate fusion -> speech LM -> flow matching -> vocoder
+    log-mel -> speech encoder -> adapter -> LLM -> gate fusion -> speech LM -> flow -> vocoder
 
 B batch, T time, M mel bins, F speech features, D LLM width, D' speech-LM width.
 """
@@ -29,7 +29,7 @@ SPEECH = -200  # a speech position in a prompt's ids (the released SPEECH_TOKEN_
 
 
 class Model(nnx.Module):
-    """All parts of a configuration as attributes, named as in `config.PARTS`; an absent part is None.
+    """All parts of a configuration as attributes, named as in `config.PARTS`; None if absent.
 
     The adapter exists if the encoder and the LLM do, the fusion if both language models do and
     `config.mix` is not "text". Generation and training call the parts themselves; the methods here
@@ -76,13 +76,13 @@ class Model(nnx.Module):
         )
 
     def fuse(self, hidden: Array, tokens: Array) -> Array:
-        """LLM hidden states [..., D] and the text tokens they produced [...] -> speech-LM inputs [..., D']."""
+        """LLM hidden states [..., D] and the tokens they produced [...] -> speech-LM inputs."""
         embedding = self.speech_lm.embed(tokens).astype(hidden.dtype)
         return embedding if self.fusion is None else self.fusion(hidden, embedding)
 
 
 def language_dtype(params: Mapping[str, Any]) -> jnp.dtype:
-    """The dtype of a model's LLM parameters {part: nested dict}, and so of all its language side."""
+    """The dtype of the LLM in parameters {part: nested dict}, and so of the whole language side."""
     return params["llm"]["norm"]["scale"].dtype
 
 
@@ -137,7 +137,7 @@ class ConstantKey:
 def abstract_state(
     config: Omni2Config, build: Callable[..., nnx.Module] = Model
 ) -> tuple[nnx.GraphDef, nnx.State]:
-    """The graph of the model `build(config, rngs)` and its parameters as shapes with their logical axes.
+    """The graph of the model `build(config, rngs)`, and its parameters as shapes with their axes.
 
     Nothing is allocated.
     """

@@ -1,7 +1,9 @@
-"""CAM++ speaker encoder: fbank [B, T, M] -> x-vector [B, E]. B batch, T frames, M mel bins, C channels, S segments.
+"""CAM++ speaker encoder: fbank [B, T, M] -> x-vector [B, E].
 
-3D-Speaker's CAMPPlus (arXiv 2303.00332) for inference. The converter folds a batch normalization after
-a convolution into it; one before a ReLU is a scale and a shift (`Affine`).
+B batch, T frames, M mel bins, C channels, S segments.
+
+3D-Speaker's CAMPPlus (arXiv 2303.00332) for inference. The converter folds a batch normalization
+after a convolution into it; one before a ReLU is a scale and a shift (`Affine`).
 """
 
 import functools
@@ -19,12 +21,12 @@ relu = jax.nn.relu
 
 SEGMENT = 100  # frames that share one local context
 DILATIONS = (1, 2, 2)  # of the three dense blocks
-# Over mel bins, of the head's residual blocks; its last convolution halves them once more.
+# Over mel bins, of the head's residual blocks; the head's last convolution halves them once more.
 HEAD_STRIDES = (2, 1, 2, 1)
 
 
 class Conv2d(nnx.Module):
-    """Same-padded convolution over time and mel bins, [B, T, M, C_in] -> [B, T, M / stride, C_out]."""
+    """Convolution over time and mel bins, [B, T, M, C_in] -> [B, T, M / stride, C_out]."""
 
     def __init__(self, rngs: nnx.Rngs, size: int, inputs: int, outputs: int, stride: int = 1):
         self.stride, self.padding = stride, size // 2
@@ -45,7 +47,7 @@ class Conv2d(nnx.Module):
 
 
 class Affine(nnx.Module):
-    """A batch normalization with fixed statistics: a scale (row 0) and a shift (row 1) per channel."""
+    """A batch normalization with fixed statistics: scale (row 0) and shift (row 1) per channel."""
 
     def __init__(self, channels: int):
         self.rows = nnx.Param(
@@ -58,7 +60,10 @@ class Affine(nnx.Module):
 
 
 class Residual(nnx.Module):
-    """Two convolutions around a shortcut, [B, T, M, C] -> [B, T, M / stride, C] (3D-Speaker's BasicResBlock)."""
+    """Two convolutions and a shortcut, [B, T, M, C] -> [B, T, M / stride, C].
+
+    Reference: 3D-Speaker's BasicResBlock.
+    """
 
     def __init__(self, channels: int, stride: int, rngs: nnx.Rngs):
         self.conv1 = Conv2d(rngs, 3, channels, channels, stride)
@@ -72,7 +77,7 @@ class Residual(nnx.Module):
 
 
 class Head(nnx.Module):
-    """2-D convolutions over time and frequency, mel bins reduced by 8: [B, T, M] -> [B, T, M / 8 * C]."""
+    """2-D convolutions over time and frequency, [B, T, M] -> [B, T, M / 8 * C]."""
 
     def __init__(self, config: SpeakerConfig, rngs: nnx.Rngs):
         channels = config.head_channels
@@ -81,7 +86,7 @@ class Head(nnx.Module):
         self.conv2 = Conv2d(rngs, 3, channels, channels, 2)
 
     def __call__(self, x: Array, mask: Array) -> Array:
-        """mask [B, T, 1]: it keeps frames beyond a row's end zero before each convolution over time."""
+        """mask [B, T, 1] zeroes frames beyond a row's end before each convolution over time."""
         mask = mask[..., None]
         x = relu(self.conv1(x[..., None] * mask)) * mask
         for block in self.blocks:
@@ -91,7 +96,7 @@ class Head(nnx.Module):
 
 
 class ContextMask(nnx.Module):
-    """A convolution over time, gated by means over the whole row and over each segment of 100 frames (section 2.2)."""
+    """A convolution over time, gated by means over the row and over each segment (section 2.2)."""
 
     def __init__(self, inputs: int, outputs: int, dilation: int, rngs: nnx.Rngs):
         self.local = Conv1d(
@@ -129,7 +134,10 @@ class DenseLayer(nnx.Module):
 
 
 class DenseBlock(nnx.Module):
-    """Densely connected layers, each on the outputs of all layers before it, then a transition that halves the channels."""
+    """Densely connected layers, then a transition that halves the channels.
+
+    A layer's input is the block's input and the outputs of all layers before it.
+    """
 
     def __init__(
         self,
@@ -152,7 +160,7 @@ class DenseBlock(nnx.Module):
 
 
 class Speaker(nnx.Module):
-    """The whole network: 2-D head, three dense blocks over time, statistics pooling, one linear layer.
+    """The network: 2-D head, three dense blocks over time, statistics pooling, a linear layer.
 
     `embed` runs it on samples.
     """
@@ -171,7 +179,10 @@ class Speaker(nnx.Module):
         self.out = Linear(rngs, (2 * channels, config.embedding), (None, None))
 
     def __call__(self, fbank: Array, lengths: Array) -> Array:
-        """Mean-free fbank [B, T, M] and its lengths [B] in frames (at least 3) -> x-vectors [B, embedding]."""
+        """Mean-free fbank [B, T, M] -> x-vectors [B, E].
+
+        lengths: [B] in frames, at least 3.
+        """
         x = self.head(fbank, inside(lengths, fbank.shape[1])[..., None].astype(fbank.dtype))
         x = relu(self.tdnn(x))
         mask = inside((lengths + 1) // 2, x.shape[1])[..., None].astype(x.dtype)
@@ -181,7 +192,10 @@ class Speaker(nnx.Module):
 
 
 def statistics(x: Array, mask: Array) -> Array:
-    """Mean and unbiased standard deviation over time of x [B, T, C] where mask [B, T, 1] is 1 -> [B, 2C]."""
+    """Mean and unbiased standard deviation over time, [B, T, C] -> [B, 2C].
+
+    mask: [B, T, 1], 1 for the frames that count.
+    """
     count = mask.sum(1)
     mean = (x * mask).sum(1) / count
     variance = (jnp.square(x - mean[:, None]) * mask).sum(1) / (count - 1)
@@ -189,9 +203,10 @@ def statistics(x: Array, mask: Array) -> Array:
 
 
 def embed(speaker: Speaker, wav: Array, lengths: Array | None = None) -> Array:
-    """x-vectors [B, embedding] of voice prompts [B, N] at 16 kHz in [-1, 1], `lengths` [B] in samples if they differ.
+    """x-vectors [B, E] of voice prompts [B, N] at 16 kHz in [-1, 1].
 
-    Reference: the released front end's `_extract_spk_embedding`. Raises ValueError if N is under 720 samples (45 ms).
+    lengths: [B] in samples, if they differ. Reference: the released front end's
+    `_extract_spk_embedding`. Raises ValueError if N is under 720 samples (45 ms).
     """
     if features.fbank_frames(wav.shape[1]) < 3:
         raise ValueError(

@@ -1,6 +1,8 @@
-"""Whisper's encoder: log-mel [B, 2T, M] -> frames [B, T, D], T = 1500 for 30 s. Every training stage freezes it.
+"""Whisper's encoder: log-mel [B, 2T, M] -> frames [B, T, D], T = 1500 for 30 s.
 
-B batch, T frames, M mel bins, D width, N heads, H head size, F hidden size. Reference: whisper.model.AudioEncoder.
+Every training stage freezes it.
+
+B batch, T frames, M mel bins, D width. Reference: whisper.model.AudioEncoder.
 """
 
 import jax
@@ -19,7 +21,7 @@ def gelu(x: Array) -> Array:
 
 
 class Block(nnx.Module):
-    """Self-attention over all frames and a feed-forward network, each on its normalized input and added to it."""
+    """Self-attention over all frames, then a feed-forward network, each plus its input."""
 
     def __init__(self, config: SpeechEncoderConfig | SpeechTokenizerConfig, rngs: nnx.Rngs):
         d, n = config.width, config.heads

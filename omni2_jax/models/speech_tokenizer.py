@@ -1,8 +1,8 @@
 """S3 speech tokenizer v2: 16 kHz speech -> 25 units a second, the training data of the speech LM.
 
 The first layers of SenseVoice's encoder (Whisper's blocks with rotary positions and an FSMN memory)
-and a finite scalar quantization (CosyVoice 2, arXiv 2412.10117, section 2.2; s3tokenizer's model_v2).
-B batch, T frames or units, M mel bins, D width, N heads, H head size.
+and a finite scalar quantization (CosyVoice 2, arXiv 2412.10117, section 2.2; s3tokenizer's
+model_v2). B batch, T frames or units, M mel bins, D width, N heads, H head size.
 """
 
 import dataclasses
@@ -37,7 +37,7 @@ RENAMED = {"memory": "is called fsmn_taps now; rename it"}  # former names of se
 
 
 class Block(speech_encoder.Block):
-    """Whisper's block with an FSMN memory beside its attention: a depthwise convolution of the values over time."""
+    """Whisper's block with an FSMN memory: a depthwise convolution over the attention's values."""
 
     def __init__(self, config: SpeechTokenizerConfig, rngs: nnx.Rngs):
         super().__init__(config, rngs)
@@ -48,7 +48,7 @@ class Block(speech_encoder.Block):
         )
 
     def fsmn(self, value: Array, valid: Array) -> Array:
-        """Values [B, T, N, H] and `valid` [B, T, 1] -> [B, T, D]; values beyond a row's end count as zeros."""
+        """Values [B, T, N, H] -> [B, T, D]; zeros where `valid` [B, T, 1] is False."""
         x = value.reshape(*value.shape[:2], -1) * valid
         return x + self.memory(x)
 
@@ -64,7 +64,7 @@ class Block(speech_encoder.Block):
 
 
 class SpeechTokenizer(nnx.Module):
-    """Two convolutions of stride 2, blocks, and the quantizer: log-mel -> units in [0, 3 ** digits).
+    """Two convolutions of stride 2, blocks, and the quantizer; units are in [0, 3 ** digits).
 
     `tokenize` runs it on samples; calling it on log-mel is the network alone.
     """
@@ -93,24 +93,24 @@ class SpeechTokenizer(nnx.Module):
         return digits @ LEVELS ** jnp.arange(digits.shape[-1])
 
     def __call__(self, mel: Array, lengths: Array) -> tuple[Array, Array]:
-        """Log-mel [B, T, M] and lengths [B] in frames -> units [B, ceil(T / 4)] int32, and their lengths [B].
+        """Log-mel [B, T, M] and lengths [B] in frames -> units [B, ceil(T / 4)] int32, lengths [B].
 
-        Units are zeros beyond their length. More than `window` frames are read in overlapping windows.
+        Units beyond their length are 0. More than `window` frames are read in overlapping windows.
         """
         read = self.read if mel.shape[1] <= self.config.window else self.read_windows
         units, counts = read(mel, lengths), units_of(lengths)
         return jnp.where(inside(counts, units.shape[1]), units, 0), counts
 
     def read(self, mel: Array, lengths: Array) -> Array:
-        """The units of log-mel [B, T, M] in one pass, [B, ceil(T / 4)]; those beyond the end are undefined."""
+        """Units [B, ceil(T / 4)] of log-mel [B, T, M] in one pass; undefined beyond the end."""
         return self.quantize(self.encode(mel, lengths))
 
     def read_windows(self, mel: Array, lengths: Array) -> Array:
-        """The same in windows of `window` frames that overlap by `overlap`, up to the one that reaches a row's end.
+        """The same in windows that overlap, up to the window that reaches a row's end.
 
-        Every unit comes from the window in which it is farther from an inner edge. s3tokenizer 0.3.0
-        does so too, but if its last window would hold less than `overlap` frames, it loses up to half
-        an `overlap` of units.
+        Every unit comes from the window in which it is farther from an inner edge. s3tokenizer
+        0.3.0 does so too, but if its last window would hold less than `overlap` frames, it loses up
+        to half an `overlap` of units.
         """
         size, overlap = self.config.window, self.config.overlap
         step = size - overlap
@@ -143,9 +143,10 @@ def units_of(frames: Any) -> Any:
 def tokenize(
     tokenizer: SpeechTokenizer, wav: Array, lengths: Array | None = None
 ) -> tuple[Array, Array]:
-    """Units [B, T] int32 and their lengths [B], of recordings [B, N] at 16 kHz in [-1, 1]; zeros beyond the lengths.
+    """Units [B, T] int32 and their lengths [B], of recordings [B, N] at 16 kHz in [-1, 1].
 
-    `lengths` [B] in samples if they differ. Raises ValueError if N is under 160 samples (10 ms).
+    Units beyond their length are 0. lengths: [B] in samples, if they differ. Raises ValueError
+    if N is under 160 samples (10 ms).
     """
     if wav.shape[1] < features.WHISPER_HOP:
         raise ValueError(
@@ -185,7 +186,7 @@ def save_config(directory: Path, config: SpeechTokenizerConfig) -> None:
 def load_config(directory: Path) -> SpeechTokenizerConfig:
     """The configuration in FILE of a checkpoint.
 
-    Raises ValueError, one line naming the checkpoint, if it has no speech tokenizer or FILE is damaged.
+    Raises ValueError naming the checkpoint if it has no speech tokenizer or FILE is damaged.
     """
     path = directory / FILE
     try:
@@ -211,9 +212,12 @@ def load(directory: Path) -> SpeechTokenizer:
 
 
 def fingerprint(tokenizer: SpeechTokenizer) -> str:
-    """A hash of the parameters (16 hexadecimal digits), by which data sets name the tokenizer of their units."""
+    """A hash of the parameters, 16 hexadecimal digits.
+
+    Data sets store it, so that units of different tokenizers are not mixed.
+    """
     digest = hashlib.sha256()
     for path, leaf in sorted(parameters.flatten(nnx.to_pure_dict(nnx.state(tokenizer))).items()):
         digest.update(path.encode())
-        digest.update(np.ascontiguousarray(leaf))
+        digest.update(np.ascontiguousarray(leaf).data)
     return digest.hexdigest()[:16]
