@@ -1,4 +1,4 @@
-"""Causal attention without a mask, over right-padded rows."""
+"""Causal attention without a mask over right-padded rows, and the mask of such rows."""
 
 import jax
 import jax.numpy as jnp
@@ -27,3 +27,8 @@ def test_causal_attention_is_that_of_the_mask():
     ours = jax.value_and_grad(total, (0, 1, 2), has_aux=True)(q, k, v, causal=True)
     by_mask = jax.value_and_grad(total, (0, 1, 2), has_aux=True)(q, k, v, mask=mask)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6, rtol=0), ours, by_mask)
+
+
+def test_inside():
+    mask = layers.inside(jnp.array([0, 2, 5]), 4)
+    assert mask.tolist() == [[False] * 4, [True, True, False, False], [True] * 4]

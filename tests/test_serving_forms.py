@@ -1,0 +1,82 @@
+"""Other forms of the tiny release: stacked layers, as GPUs and TPUs serve them, and an encoder with
+80 mel bins.
+"""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from omni2_jax.audio import features, recordings
+from omni2_jax.configs import stage1a
+from omni2_jax.convert import read, write
+from omni2_jax.generate.omni2 import Omni2
+from omni2_jax.train.loop import Run
+from omni2_jax.train.settings import Bucket
+from tests.support.compare import assert_wav
+from tests.support.conversations import GREEDY, SHORT, Said, clip, submit
+from tests.support.paths import GOLDENS
+
+
+def test_stacked_layers_answer_like_unrolled_ones(checkpoint_dir, engine, model):
+    """Layers scanned with a cache: the same tokens and units, of two conversations at once, one of
+    two turns.
+    """
+    stacked = Omni2.load(checkpoint_dir, dtype=jnp.float32, unroll=False)
+    gate = stacked.params["llm"]["layers"]["mlp"]["gate"]["kernel"]
+    assert gate.shape == (2, 64, 128)
+    assert set(model.params["llm"]["layers"]) == {0, 1}  # the CPU's default is unrolled
+    stacked_engine = stacked.engine(GREEDY, 1000, slots=2)
+    streams = [
+        [submit(e, m, name, **SHORT) for name in "AB"]
+        for e, m in ((engine, model), (stacked_engine, stacked))
+    ]
+    for unrolled, scanned in zip(*streams, strict=True):
+        expected, answer = Said.by(unrolled), Said.by(scanned)
+        assert (answer.text, answer.speech) == (expected.text, expected.speech)
+        assert expected.text and expected.speech and expected.samples.size
+        assert_wav(answer.samples, expected.samples, 2e-2, 1e-3)
+    assert stacked_engine.compilations() == engine.compilations()
+
+
+@pytest.fixture(scope="module")
+def whisper80(tmp_path_factory) -> Path:
+    """The tiny release with the first 80 of its encoder's 128 mel bins, as Whisper tiny to medium
+    have.
+    """
+    release = read.read_omni2(GOLDENS / "omni2")
+    encoder = release.params["speech_encoder"]
+    kernel = np.asarray(encoder["conv1"]["kernel"].read())[:, :80]  # [3, M, D]
+    encoder = encoder | {"conv1": encoder["conv1"] | {"kernel": kernel}}
+    config = release.config.replace(
+        speech_encoder=dataclasses.replace(release.config.speech_encoder, mels=80)
+    )
+    out = tmp_path_factory.mktemp("whisper80") / "ckpt"
+    params = release.params | {"speech_encoder": encoder}
+    write.write(out, dataclasses.replace(release, config=config, params=params), {})
+    return out
+
+
+def test_encoder_with_80_mel_bins_answers(whisper80):
+    """The encoder gets log-mel of its own number of bins."""
+    model = Omni2.load(whisper80, dtype=jnp.float32, decoder=False)
+    samples = recordings.load(clip("short_d"))
+    (speech,) = model.hear(samples)
+    padded = np.pad(samples, (0, recordings.INPUT_RATE * 30 - len(samples)))[None]
+    mel = features.log_mel(padded, mels=80)
+    encode = jax.jit(lambda params: nnx.merge(model.graph, params).encode_speech(mel))
+    np.testing.assert_allclose(speech, encode(model.params)[0], atol=1e-5, rtol=0)
+    answer = model.answer(samples, options=dataclasses.replace(GREEDY, **SHORT))
+    assert answer.text and answer.units
+
+
+def test_encoder_with_80_mel_bins_trains(whisper80, toy, tmp_path):
+    """One step of stage 1a."""
+    train = toy(stage1a.config, checkpoint=str(whisper80), buckets=(Bucket(1, 400),))
+    train = dataclasses.replace(train, steps=1, batch=1, samples=0)
+    Run(train, tmp_path / "run", jax.devices()[:1]).go()
+    assert (tmp_path / "run" / "final" / "config.json").exists()
