@@ -1,5 +1,6 @@
 """What a step costs, against the matmuls and convolutions in what is traced of it, and by hand."""
 
+import dataclasses
 import math
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -11,6 +12,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from benchmarks.sizes import SIZES
 from omni2_jax import sharding
+from omni2_jax.config import Omni2Config
 from omni2_jax.models import layers
 from omni2_jax.train import flops
 from omni2_jax.train.settings import Bucket, TrainConfig
@@ -44,12 +46,12 @@ def counted(jaxpr: Jaxpr) -> int:
     return total
 
 
-def traced(train: TrainConfig) -> SimpleNamespace:
+def traced(train: TrainConfig, config: Omni2Config = TINY) -> SimpleNamespace:
     """FLOPs of a stage's loss and gradients: counted in the traced program, and by train.flops."""
     stage, (bucket,) = stage_of(train), train.buckets
-    weights = stage_weights(stage, TINY, sharding.make_mesh(devices=jax.devices()[:1]))
+    weights = stage_weights(stage, config, sharding.make_mesh(devices=jax.devices()[:1]))
     trained, frozen = split_params(stage, weights.shapes)
-    row = stage.example_type(train, TINY, None, None).empty(bucket)
+    row = stage.example_type(train, config, None, None).empty(bucket)
     batch = {
         name: jax.ShapeDtypeStruct((1, train.batch, *leaf.shape), leaf.dtype)
         for name, leaf in row.items()
@@ -63,12 +65,12 @@ def traced(train: TrainConfig) -> SimpleNamespace:
         microbatch = jax.tree.map(lambda leaf: leaf[0], batch)
         return flow.condition(weights.model(params, frozen), microbatch)
 
-    by_part = stage.flops(TINY, weights.shapes, bucket)
+    by_part = stage.flops(config, weights.shapes, bucket)
     return SimpleNamespace(
         forward=trace(objective.validate),
         both=trace(objective.gradients, jax.eval_shape(lambda: jax.random.key(0))),
         counted_forward=sum(forward for forward, _ in by_part.values()),
-        counted_both=flops.step(stage, TINY, weights.shapes, bucket),
+        counted_both=flops.step(stage, config, weights.shapes, bucket),
         voice=trace(condition) if train.stage == "flow" else 0,
     )
 
@@ -79,8 +81,8 @@ def sized(stage: str, bucket: Bucket, **changes) -> TrainConfig:
     )
 
 
-def log_mel(clips: int) -> int:
-    return 2 * clips * 3000 * 201 * TINY.speech_encoder.mels
+def log_mel(clips: int, frames: int = 1500) -> int:
+    return 2 * clips * 2 * frames * 201 * TINY.speech_encoder.mels
 
 
 def masked(llm, rows: int, time: int) -> int:
@@ -98,6 +100,14 @@ def test_text_stage(rank):
     result, half = traced(sized("1a", Bucket(2, 640), rank=rank)), masked(TINY.llm, 2, 640)
     assert result.counted_forward == result.forward - log_mel(4) - half
     assert result.counted_both == result.both - log_mel(4) - 3 * half - logits(TINY.llm, 2 * 640)
+
+
+def test_shorter_window():
+    """An encoder with a window of 5 s: 50 positions of the LLM for each clip."""
+    short = TINY.replace(speech_encoder=dataclasses.replace(TINY.speech_encoder, frames=250))
+    result = traced(sized("1a", Bucket(2, 140)), short)
+    expected = result.forward - log_mel(4, frames=250) - masked(TINY.llm, 2, 140)
+    assert result.counted_forward == expected
 
 
 def test_unit_stage():

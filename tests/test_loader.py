@@ -30,6 +30,7 @@ from omni2_jax.train.data.loader import (
 )
 from omni2_jax.train.data.records import Dialogue, Turn, encode_clip
 from omni2_jax.train.data.writer import Writer
+from omni2_jax.train.dialogues import speech_positions
 from omni2_jax.train.examples import PAD, clip_samples
 from omni2_jax.train.layout import arrange
 from omni2_jax.train.losses import IGNORE
@@ -492,8 +493,9 @@ def test_row_of_a_recording(plan, path):
     )
 
 
-def test_a_question_over_30_seconds(plan, config, tokenizer, tmp_path):
-    """One turn becomes two clips, as with Omni2's option to split."""
+@pytest.mark.parametrize("frames, clips", [(1500, 2), (250, 7)])
+def test_a_question_longer_than_the_window(checkpoint_dir, config, tmp_path, frames, clips):
+    """31 s are two clips of the encoder's window of 30 s, or seven of one of 5 s."""
     samples = (np.arange(31 * 16000) % 1000).astype(np.int16)
     with Writer(tmp_path / "long") as writer:
         turns = (
@@ -501,13 +503,20 @@ def test_a_question_over_30_seconds(plan, config, tokenizer, tmp_path):
             Turn("assistant", "No.", np.arange(5, dtype=np.int32)),
         )
         writer.add(Dialogue("long", turns), [encode_clip(samples / 32768, 16000), None])
-    row = row_of(plan, "1a", 0, Bucket(2, 800), tmp_path / "long")
+    encoder = dataclasses.replace(config.speech_encoder, frames=frames)
+    config = config.replace(speech_encoder=encoder)
+    tokenizer = Tokenizer(checkpoint_dir, config, speech_positions(config))
+    data = Dataset(tmp_path / "long")
+    examples = stage_of(TrainConfig("1a")).examples(config, tokenizer, data, "data")
+    (item,) = examples.items(0)
+    row = examples.row(item, Bucket(clips, 800))
+    assert clip_samples(config) == 320 * frames and item.size.clips == clips
     np.testing.assert_array_equal(
-        row["audio"].ravel(), np.pad(samples, (0, 2 * clip_samples(config) - len(samples)))
+        row["audio"].ravel(), np.pad(samples, (0, clips * clip_samples(config) - len(samples)))
     )
-    prompt = tokenizer.prompt([2])
-    assert row["ids"][: len(prompt)].tolist() == prompt and row["ids"].tolist().count(SPEECH) == 600
-    with pytest.raises(
-        ValueError, match=r"too long for every bucket \(2 clips, 6\d\d positions, 0 tokens\)"
-    ):
-        row_of(plan, "1a", 0, Bucket(1, 800), tmp_path / "long")
+    prompt = tokenizer.prompt([clips])
+    assert row["ids"][: len(prompt)].tolist() == prompt
+    assert row["ids"].tolist().count(SPEECH) == clips * frames // 5
+    expected = rf"too long for every bucket \({clips} clips, \d\d\d positions, 0 tokens\)"
+    with pytest.raises(ValueError, match=expected):
+        catalogue(examples, [0], [Bucket(clips - 1, 800)], strict=True)
