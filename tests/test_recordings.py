@@ -57,7 +57,7 @@ def test_blocks_give_what_one_pass_gives(tmp_path, monkeypatch, rate, channels):
     expected = soundfile.read(tmp_path / "x.wav", dtype="float32", always_2d=True)[0].mean(axis=1)
     if rate != 16000:
         expected = soxr.resample(expected, rate, 16000, quality="HQ")
-    for block in (1000, 2**18):
+    for block in (1000, 2**20):
         monkeypatch.setattr(recordings, "BLOCK", block)
         np.testing.assert_array_equal(recordings.load(tmp_path / "x.wav"), expected)
         cut = recordings.load(tmp_path / "x.wav", seconds=1, over="truncate")

@@ -30,7 +30,7 @@ MIN_RATE, MAX_RATE = 2000, 192_000  # Hz, of a file
 MAX_SECONDS = 3600  # of a file: 230 MB as float32 at 16 kHz
 MAX_SAMPLES = 2**30  # of a file, all channels together: an hour of 6 channels at 48 kHz
 MAX_MAGNITUDE = 1e10  # of a sample; a power spectrum of larger ones comes near float32's 3e38
-BLOCK = 2**18  # samples decoded at once, all channels together
+BLOCK = 2**20  # samples decoded at once, all channels together: 4 MB
 # Seconds decoded behind the end of a cut, and thrown away: the resampler reads ahead by less.
 MARGIN = 1
 PIPED = 0x7FFF0000  # a wav that was written to a pipe claims this many bytes or more
@@ -162,25 +162,29 @@ def decode(file: soundfile.SoundFile, path: str | Path, rate: int, frames: int) 
 
     Raises ValueError naming `path` if a sample is not finite or beyond MAX_MAGNITUDE.
     """
-    resampler = None
-    if file.samplerate != rate:
+    frames = min(frames, file.frames)
+    size = max(1, BLOCK // file.channels)
+    resampler = None  # for several blocks; it gives the same numbers as `resample`, more slowly
+    if file.samplerate != rate and frames > size:
         resampler = soxr.ResampleStream(file.samplerate, rate, 1, dtype="float32", quality="HQ")
     blocks: list[np.ndarray] = []
     total = bad = 0
     peak = 0.0
-    size = max(1, BLOCK // file.channels)
-    while len(block := file.read(min(size, frames), dtype="float32", always_2d=True)):
+    while frames:
+        block = file.read(min(size, frames), dtype="float32", always_2d=True)
+        if not len(block):  # the header claims more than there is
+            break
         frames -= len(block)
-        finite = np.isfinite(block)
         total += block.size
-        bad += int(np.count_nonzero(~finite))
-        peak = max(peak, float(np.max(np.abs(block), where=finite, initial=0)))
-        with np.errstate(invalid="ignore", over="ignore"):  # `bad` tells of these
+        block_bad, block_peak = extremes(block)
+        bad, peak = bad + block_bad, max(peak, block_peak)
+        with np.errstate(invalid="ignore", over="ignore"):  # `bad` counts what makes these
             mono = block.mean(axis=1)
         blocks.append(resampler.resample_chunk(mono) if resampler else mono)
     check_values(total, bad, peak, path)
-    if resampler:
-        blocks.append(resampler.resample_chunk(np.zeros(0, np.float32), last=True))
+    if not resampler:
+        return resample(np.concatenate(blocks), file.samplerate, rate)
+    blocks.append(resampler.resample_chunk(np.zeros(0, np.float32), last=True))
     return np.concatenate(blocks)
 
 
@@ -192,10 +196,16 @@ def check(samples: np.ndarray, name: str | Path) -> np.ndarray:
     """
     if samples.ndim != 1:
         raise ValueError(f"{name}: shape {list(samples.shape)}, expected one dimension")
-    finite = np.isfinite(samples)
-    peak = float(np.max(np.abs(samples), where=finite, initial=0))
-    check_values(samples.size, int(np.count_nonzero(~finite)), peak, name)
+    check_values(samples.size, *extremes(samples), name)
     return samples
+
+
+def extremes(samples: np.ndarray) -> tuple[int, float]:
+    """The number of NaN or infinite samples; and, if there are none, the largest magnitude."""
+    peak = float(np.max(np.abs(samples), initial=0))  # NaN if one sample is
+    if math.isfinite(peak):
+        return 0, peak
+    return int(np.count_nonzero(~np.isfinite(samples))), 0.0
 
 
 def check_values(total: int, bad: int, peak: float, name: str | Path) -> None:

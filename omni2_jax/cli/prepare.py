@@ -37,7 +37,10 @@ def prepare(
         int, typer.Option(min=1, help="Approximate size of the data set's files, in MB.")
     ] = 512,
     batch: Annotated[
-        int, typer.Option(min=1, help="Recordings that the speech tokenizer processes at once.")
+        int,
+        typer.Option(
+            min=1, max=1024, help="Recordings that the speech tokenizer processes at once."
+        ),
     ] = 16,
     max_seconds: Annotated[
         float, typer.Option(help="Leave out dialogues with a longer recording.")

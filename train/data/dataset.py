@@ -141,12 +141,11 @@ class Dataset:
 def read_info(directory: Path) -> Info:
     """The content of dataset.json. Raises ValueError, see `Dataset`."""
     path = directory / "dataset.json"
-    try:
-        content = path.read_bytes()
-    except OSError:
+    if not path.is_file():
         raise ValueError(
             f"{directory} is no data set: it has no dataset.json; make one with omni2 prepare"
-        ) from None
+        )
+    content = path.read_bytes()
     try:
         version = json.loads(content)["version"]
         info = None if version > VERSION else pydantic.TypeAdapter(Info).validate_json(content)

@@ -36,6 +36,7 @@ from omni2_jax.train.data.writer import SHARD_BYTES, Writer
 BATCH_SECONDS = (3, 6, 10, 15, 20, 30)
 # Batches of dialogues that are read at once, so that recordings of like length share a batch.
 GROUP_BATCHES = 4
+MAX_BATCH = 1024
 MAX_NAMED = 3  # dialogues left out that are named for each kind of fault
 
 Item = TypeVar("Item")
@@ -58,9 +59,10 @@ def prepare(
     """
     if not 0 < max_seconds <= recordings.MAX_SECONDS:
         raise ValueError(
-            f"at most {max_seconds:g} s of a recording; expected more than 0, up to "
-            f"{recordings.MAX_SECONDS}"
+            f"max_seconds is {max_seconds:g}; expected more than 0, up to {recordings.MAX_SECONDS}"
         )
+    if not 1 <= batch <= MAX_BATCH:
+        raise ValueError(f"batch is {batch}; expected 1 to {MAX_BATCH}")
     entries = sources.read(source, format)
     if out.exists():
         raise ValueError(f"{out} exists already; give a new directory")
