@@ -4,7 +4,7 @@ omni2 train --config stage1a --set checkpoint=start --set data=dialogues --out r
 
 `start` comes from
 
-omni2 convert --whisper large-v3.pt --qwen Qwen2.5-7B-Instruct --speech-lm Qwen2.5-0.5B --out start
+omni2 convert --whisper large-v3.pt --llm Qwen2.5-7B-Instruct --speech-lm Qwen2.5-0.5B --out start
 
 With --set rank=16 low-rank updates are trained instead of the LLM itself.
 """

@@ -55,12 +55,12 @@ def check_families(directory: Path, config: Omni2Config) -> None:
     """Raise ConversionError unless both language models are Qwen2, all that a release can be."""
     for part in ("llm", "speech_lm"):
         lm: DecoderConfig = getattr(config, part)
-        derived = lm.qkv_bias and lm.head_size * lm.heads == lm.width
-        if families.of_decoder(lm) is not qwen2 or not derived:
-            name = families.of_decoder(lm).NAME
+        if not qwen2.holds(lm):
+            family = families.of_decoder(lm)
             raise ConversionError(
-                f"{directory}: its {part} is a {name}, but the released layout and code hold "
-                "Qwen2.5 only, so this checkpoint cannot be written with --to-torch"
+                f"{directory}: its {part} is a {family.NAME if family else 'model of no family'}, "
+                "but the released layout and code hold Qwen2.5 only, so this checkpoint cannot be "
+                "written with --to-torch"
             )
 
 

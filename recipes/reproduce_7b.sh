@@ -26,7 +26,7 @@ mkdir -p "$work"
 #    Qwen2.5-0.5B as the speech LM with new rows for the units, and CosyVoice2's decoder.
 [ -e "$work/start" ] || omni2 convert \
     --whisper openai/whisper-large-v3 \
-    --qwen Qwen/Qwen2.5-7B-Instruct \
+    --llm Qwen/Qwen2.5-7B-Instruct \
     --speech-lm Qwen/Qwen2.5-0.5B \
     --decoder ICTNLP/cosy2_decoder \
     --out "$work/start"

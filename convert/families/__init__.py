@@ -1,6 +1,6 @@
 """The families of language models that can be the LLM or the speech LM.
 
-A family is a module with the five names of `Family`. Adding one is such a module and its line in
+A family is a module with the six names of `Family`. Adding one is such a module and its line in
 FAMILIES; `decoder_names.py` has what families in Hugging Face's layout share.
 """
 
@@ -18,6 +18,10 @@ class Family(Protocol):
 
     NAME: str  # for messages
     ARCHITECTURE: str  # Hugging Face's class, as config.json names it
+
+    def holds(self, config: DecoderConfig) -> bool:
+        """Whether this family's layout holds a decoder with these dimensions."""
+        ...
 
     def read_config(self, config: Mapping[str, Any], context: Path | str) -> DecoderConfig:
         """The dimensions in a Hugging Face config. Raises ConversionError if they do not fit."""
@@ -50,6 +54,6 @@ def of_config(config: Mapping[str, Any], context: Path | str) -> Family:
     return FAMILIES[kind]
 
 
-def of_decoder(config: DecoderConfig) -> Family:
-    """The family whose layout holds a decoder with these dimensions."""
-    return qwen3 if config.qk_norm else qwen2
+def of_decoder(config: DecoderConfig) -> Family | None:
+    """The family whose layout holds a decoder with these dimensions, or None."""
+    return next((family for family in FAMILIES.values() if family.holds(config)), None)

@@ -16,6 +16,12 @@ NAME: str = "Qwen2"
 ARCHITECTURE: str = "Qwen2ForCausalLM"
 
 
+def holds(config: DecoderConfig) -> bool:
+    """Whether Qwen2's layout holds a decoder with these dimensions."""
+    derived = config.head_size * config.heads == config.width
+    return config.qkv_bias and not config.qk_norm and derived
+
+
 def read_config(config: Mapping[str, Any], context: Path | str) -> DecoderConfig:
     """The dimensions in a Hugging Face config.
 

@@ -17,6 +17,11 @@ NAME: str = "Qwen3"
 ARCHITECTURE: str = "Qwen3ForCausalLM"
 
 
+def holds(config: DecoderConfig) -> bool:
+    """Whether Qwen3's layout holds a decoder with these dimensions."""
+    return config.qk_norm and not config.qkv_bias
+
+
 def read_config(config: Mapping[str, Any], context: Path | str) -> DecoderConfig:
     """The dimensions in a Hugging Face config.
 
