@@ -82,3 +82,9 @@ def remove_directory(directory: Path, seconds: float = 10) -> None:
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, or its class where it has no message."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def short(value: object) -> str:
+    """A value as it is written in Python, for a message: at most its first 40 characters."""
+    text = repr(value)
+    return text if len(text) <= 40 else f"{text[:40]}..."

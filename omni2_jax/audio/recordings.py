@@ -1,8 +1,8 @@
 """Sound files in and out; spoken turns cut or padded to what the speech encoder reads at once.
 
 N samples, float32, mono. Files may be hostile: their length and rate are read from the header and
-refused there, and they are decoded block by block, so that neither time nor memory follows a
-header's claims.
+refused there, and they are decoded block by block, so that a false header costs neither time nor
+memory.
 """
 
 import contextlib
@@ -31,10 +31,10 @@ MAX_SECONDS = 3600  # of a file: 230 MB as float32 at 16 kHz
 MAX_SAMPLES = 2**30  # of a file, all channels together: an hour of 6 channels at 48 kHz
 MAX_MAGNITUDE = 1e10  # of a sample; a power spectrum of larger ones comes near float32's 3e38
 BLOCK = 2**20  # samples decoded at once, all channels together: 4 MB
-# Seconds decoded behind the end of a cut, and thrown away: the resampler reads ahead by less.
+# Seconds decoded after the end of a cut and dropped: the resampler looks ahead by less than this.
 MARGIN = 1
 PIPED = 0x7FFF0000  # a wav that was written to a pipe claims this many bytes or more
-UNKNOWN = 2**62  # libsndfile's count of the samples of a file that does not state it is above
+UNKNOWN = 2**62  # libsndfile reports a larger length for a file that does not state it
 
 NO_AUDIO = "is not audio that can be read (wav, flac or ogg)"
 # libsndfile decodes a damaged or shortened MP3 without an error, and prints to stderr.

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from omni2_jax.audio import recordings
+from omni2_jax.files import short
 
 MAX_PATH = 4096  # characters of a path; Linux takes no longer ones
 MAX_NAME = 200  # bytes of an id; a file's name has 255, of which suffixes take some
@@ -126,11 +127,6 @@ def is_unicode(text: str) -> bool:
 def is_path(text: str) -> bool:
     """Whether a text can be the path of a file."""
     return 0 < len(text) <= MAX_PATH and "\0" not in text and is_unicode(text)
-
-
-def short(text: str) -> str:
-    """A text for a message."""
-    return repr(text) if len(text) <= 40 else f"{text[:40]!r}..."
 
 
 def sound_path(questions: Path, sound: str) -> Path:

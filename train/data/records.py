@@ -23,6 +23,7 @@ import soundfile
 
 from omni2_jax.audio import recordings
 from omni2_jax.config import SpeechTokenizerConfig
+from omni2_jax.files import short
 
 RATES = {"user": recordings.INPUT_RATE, "assistant": recordings.OUTPUT_RATE}  # in Hz
 UNITS = SpeechTokenizerConfig().units
@@ -78,12 +79,6 @@ def check_units(units: np.ndarray, context: str) -> None:
         raise ValueError(f"{context} has the unit {outside[0]}, expected 0 to {UNITS - 1}")
     if not len(units):
         raise ValueError(f"{context} has no units in its units")
-
-
-def short(value: object) -> str:
-    """A value for a message, at most 40 characters of it."""
-    text = repr(value)
-    return text if len(text) <= 40 else f"{text[:40]}..."
 
 
 # ---- dialogues ----

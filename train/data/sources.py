@@ -30,8 +30,9 @@ from typing import BinaryIO, TextIO
 import numpy as np
 
 from omni2_jax.audio.recordings import check_regular
+from omni2_jax.files import short
 from omni2_jax.generate.questions import is_path, is_unicode, sound_path
-from omni2_jax.train.data.records import UNITS, Dialogue, Turn, check, short
+from omni2_jax.train.data.records import UNITS, Dialogue, Turn, check
 
 ROLES = {"human": "user", "gpt": "assistant"}
 UNIT_TEXT = re.compile(r"(?:<\d{1,9}>)+|\d{1,9}(?:[\s,]+\d{1,9})*")
