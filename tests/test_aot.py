@@ -175,7 +175,7 @@ def test_without_a_compiler(monkeypatch):
         ),
         ("train", 8, ["microbatches=4"], "2 rows .* a batch of 16 can"),
         ("train2", 8, ["remta=full"], "there is no 'remta'; did you mean remat"),
-        ("step", 8, ["chnk=10"], "EngineConfig has no 'chnk'; did you mean chunk"),
+        ("step", 8, ["chnk=10"], "EngineConfig has no 'chnk'; did you mean flow_chunk"),
     ],
 )
 def test_bad_jobs(job, batch, changes, message):

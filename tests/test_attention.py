@@ -12,16 +12,19 @@ def test_causal_attention_is_that_of_the_mask():
     padding masks together.
     """
     random, lengths, size = np.random.default_rng(0), np.array([9, 4, 1]), 9
-    draw = lambda heads: jnp.asarray(random.standard_normal((3, size, heads, 8)), jnp.float32)  # noqa: E731
+
+    def draw(heads: int) -> jax.Array:
+        return jnp.asarray(random.standard_normal((3, size, heads, 8)), jnp.float32)
+
     q, k, v, weight = draw(4), draw(2), draw(2), draw(4)
     positions = np.where(np.arange(size) < lengths[:, None], np.arange(size), -1)
     mask = jnp.asarray(
         (positions[:, None, :] <= positions[:, :, None]) & (positions[:, None, :] >= 0)
     )[:, None]
-    held = jnp.asarray(positions >= 0)[..., None, None]
+    is_inside = jnp.asarray(positions >= 0)[..., None, None]
 
-    def total(q, k, v, **how):
-        y = jnp.where(held, layers.attention(q, k, v, **how), 0)
+    def total(q, k, v, **options):
+        y = jnp.where(is_inside, layers.attention(q, k, v, **options), 0)
         return jnp.sum(y * weight), y
 
     ours = jax.value_and_grad(total, (0, 1, 2), has_aux=True)(q, k, v, causal=True)

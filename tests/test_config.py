@@ -24,11 +24,11 @@ def settings(config) -> dict:
 
 def leaves(tree: dict, *path: str) -> list[tuple[str, ...]]:
     """The paths of everything in nested settings, inner objects too."""
-    found = []
+    paths = []
     for name, value in tree.items():
-        found.append((*path, name))
-        found += leaves(value, *path, name) if isinstance(value, dict) else []
-    return found
+        paths.append((*path, name))
+        paths += leaves(value, *path, name) if isinstance(value, dict) else []
+    return paths
 
 
 def changed(tree: dict, path: tuple[str, ...], value: object) -> dict:
@@ -37,7 +37,7 @@ def changed(tree: dict, path: tuple[str, ...], value: object) -> dict:
 
 
 def message(path: Path, content: str | bytes) -> str:
-    """What is said of a config.json with this content."""
+    """The message that refuses a config.json with this content, without its beginning."""
     path.write_bytes(content.encode() if isinstance(content, str) else content)
     with pytest.raises(ValueError, match=f"^{path}") as caught:
         Omni2Config.load(path)

@@ -59,7 +59,7 @@ def prompt(case, golden, features):
 
 @functools.cache
 def programs(model):
-    """The two compiled functions that generation is made of."""
+    """The compiled prefill and read/write step."""
     merge = functools.partial(nnx.merge, model.graph)
     prefill = jax.jit(
         lambda params, state, **turn: read_write.prefill(merge(params), state, **turn),
@@ -142,8 +142,8 @@ def test_encoder_inside(goldens):
 @pytest.mark.parametrize("name", INSIDE)
 def test_prefill(name, parts, cases, arrays, features):
     golden = arrays[name]
-    ids, heard = prompt(cases[name], golden, features)
-    embeds = parts.embed_prompt(jnp.asarray(ids)[None], jnp.asarray(heard)[None])
+    ids, speech = prompt(cases[name], golden, features)
+    embeds = parts.embed_prompt(jnp.asarray(ids)[None], jnp.asarray(speech)[None])
     hidden, _ = parts.llm(embeds, jnp.arange(len(ids))[None])
     np.testing.assert_allclose(hidden[0, -1], golden["prefill_hidden_last"], **CLOSE)
     np.testing.assert_allclose(hidden[0, -40:], golden["prefill_hidden_rows"], **CLOSE)
@@ -156,10 +156,10 @@ def test_teacher_forced_hidden_states_and_fusion(name, parts, arrays, features, 
     prompt and answer.
     """
     golden = arrays[name]
-    ids, heard = prompt(cases[name], golden, features)
+    ids, speech = prompt(cases[name], golden, features)
     text = golden["text_ids"]
     embeds = parts.embed_prompt(
-        jnp.asarray(np.concatenate([ids, text]))[None], jnp.asarray(heard)[None]
+        jnp.asarray(np.concatenate([ids, text]))[None], jnp.asarray(speech)[None]
     )
     hidden = parts.llm(embeds, jnp.arange(embeds.shape[1])[None])[0][
         0, len(ids) - 1 : -1
@@ -242,7 +242,7 @@ def test_sampling_does_not_depend_on_the_batch(model, cases, arrays, features):
 
 
 def test_units_only_samples_nothing_else(model, cases, arrays, features):
-    ids, heard = prompt(cases["A"], arrays["A"], features)
+    ids, speech = prompt(cases["A"], arrays["A"], features)
     options = Options(max_new_tokens=30, max_flush_units=50)
     prefill, step = programs(model)
     state = ReadWriteState.empty(model.config, 1, 1024, 1024)
@@ -251,7 +251,7 @@ def test_units_only_samples_nothing_else(model, cases, arrays, features):
         state,
         ids=jnp.asarray(ids)[None],
         lengths=jnp.array([len(ids)]),
-        features=jnp.asarray(heard)[None],
+        features=jnp.asarray(speech)[None],
         request=Request.of(model.config, options),
     )
     tokens, sampled = model.config.tokens, set()

@@ -68,7 +68,7 @@ def forward_alone(text_model):
 
 
 def test_forward(sharded, forward_alone):
-    """As many rows as there are devices to share them."""
+    """One row for each device along the batch axes."""
     mesh = mesh_of(sharded.params)
     rows = mesh.shape["replica"] * mesh.shape["fsdp"]
     for ours, alone in zip(forward(sharded, rows), forward_alone, strict=True):
@@ -76,7 +76,7 @@ def test_forward(sharded, forward_alone):
 
 
 def test_unrolled_layers_keep_their_places(sharded):
-    """Layers in lists, as a CPU serves them, still say their axes, and lie where these say."""
+    """Layers in lists, as on a CPU, keep their axes and the shardings that follow from them."""
     state = nnx.state(nnx.merge(sharded.graph, sharded.params))
     places = sharding.of_params(state, mesh_of(sharded.params))
     assert isinstance(sharded.params["llm"]["layers"], dict) and set(
@@ -121,7 +121,7 @@ def test_generation(sharded, alone):
 
 
 def test_speech(checkpoint_dir, engine, model):
-    """What is heard, of two slots on different devices."""
+    """Samples of two slots on different devices."""
     mesh = make_mesh(fsdp=2, tensor=2, devices=jax.devices()[:4])
     sharded = Omni2.load(checkpoint_dir, dtype=jnp.float32, mesh=mesh)
     theirs = sharded.engine(GREEDY, 1000, slots=2)
@@ -133,9 +133,12 @@ def test_speech(checkpoint_dir, engine, model):
         for e, m in ((engine, model), (theirs, sharded))
     ]
     for ours, other in zip(*streams, strict=True):
-        said, expected = Said.by(other), Said.by(ours)
-        assert (said.text, said.speech) == (expected.text, expected.speech) and said.samples.size
-        assert_wav(said.samples, expected.samples, 2e-2, 1e-3)
+        answer, expected = Said.by(other), Said.by(ours)
+        assert (answer.text, answer.speech) == (
+            expected.text,
+            expected.speech,
+        ) and answer.samples.size
+        assert_wav(answer.samples, expected.samples, 2e-2, 1e-3)
 
 
 # --- checkpoints
@@ -166,20 +169,24 @@ def test_restored_in_shards(checkpoint_dir, shapes):
     for part in nnx.to_pure_dict(shapes):
         params = load(checkpoint_dir, shapes, part, mesh)
         assert tree_equal(params, load(checkpoint_dir, shapes, part, one))
-        for leaf, where in zip(
+        for leaf, sharded in zip(
             *map(jax.tree.leaves, (params, sharding.of_params(shapes, mesh)[part])), strict=True
         ):
             assert {shard.data.shape for shard in leaf.addressable_shards} == {
-                where.shard_shape(leaf.shape)
+                sharded.shard_shape(leaf.shape)
             }
-    mine = lambda leaf: leaf.addressable_shards[0].data.size / leaf.size  # noqa: E731
+
+    def share(leaf: jax.Array) -> float:
+        """The part of an array that one device holds."""
+        return leaf.addressable_shards[0].data.size / leaf.size
+
     llm = load(checkpoint_dir, shapes, "llm", mesh)
     assert (
-        mine(llm["layers"]["mlp"]["up"]["kernel"]) == 1 / 8
-        and mine(llm["layers"]["attention"]["query"]["kernel"]) == 1 / 8
+        share(llm["layers"]["mlp"]["up"]["kernel"]) == 1 / 8
+        and share(llm["layers"]["attention"]["query"]["kernel"]) == 1 / 8
     )
     assert (
-        mine(llm["layers"]["attention"]["key"]["kernel"]) == 1 / 2
+        share(llm["layers"]["attention"]["key"]["kernel"]) == 1 / 2
     )  # two heads, which four devices hold whole
 
 
