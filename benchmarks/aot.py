@@ -1,12 +1,13 @@
-"""`python -m benchmarks.aot`: compile for a slice of TPUs that is not there, and tell what it would hold, compute and communicate.
+"""`python -m benchmarks.aot`: compile for a TPU slice without having one.
 
-Nothing is allocated: all inputs are shapes that say how they are cut. The compiler is libtpu's, the programs are those of
-train/step.py and of the engine. Sizes are of one device, FLOPs of all of them.
+It reports the memory, FLOPs and collectives of the compiled program. Nothing is allocated: all
+inputs are shapes with shardings. The compiler is libtpu's, the programs are those of train/step.py
+and of the engine. Sizes are of one device, FLOPs of all devices.
 """
 
 import os
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")  # these before jax is imported
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # read when jax is imported
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
 os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-8")
@@ -20,7 +21,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -50,16 +51,20 @@ from omni2_jax.train.stages import stage_of
 from omni2_jax.train.weights import split_params, stage_weights
 
 GIB = 2**30
-WORKING = "v5e:1x1, v5e:2x2, v5e:2x4, v5e:4x4, v5e:4x8, v5e:8x8, v5e:16x16, v4:2x2x1, v5p:2x2x1, v5p:4x4x4, v6e:2x4 and tpu7x:2x2x1"
+# Names of slices that were tried.
+KNOWN_SLICES = (
+    "v5e:1x1, v5e:2x2, v5e:2x4, v5e:4x4, v5e:4x8, v5e:8x8, v5e:16x16, v4:2x2x1, v5p:2x2x1, "
+    "v5p:4x4x4, v6e:2x4 and tpu7x:2x2x1"
+)
 TRAINING = {"train": stage1a.config, "train2": stage2.config}
 STREAMING = ("prefill", "step")
-STEPS = 1000  # of a schedule of the learning rate; only constants depend on it
+STEPS = 1000  # length of the learning rate schedule; it changes constants only
 console = rich.console.Console()
 
 
 @dataclass(frozen=True)
 class Job:
-    """A jitted function and the shapes of its arguments, the same by kind, and the FLOPs of one call."""
+    """A jitted function, the shapes of its arguments, the same shapes by kind, and its FLOPs."""
 
     function: jax.stages.Wrapped
     arguments: tuple
@@ -69,28 +74,32 @@ class Job:
 
 
 def devices(topology: str) -> Sequence[jax.Device]:
-    """Those of a slice, "v5e:4x4". Raises ValueError if there is no such slice, or no compiler for it."""
+    """The devices of a slice, as "v5e:4x4".
+
+    Raises ValueError if the slice does not exist, or if libtpu is not installed.
+    """
     if importlib.util.find_spec("libtpu") is None:
         raise ValueError(
-            "compiling for TPUs needs libtpu, which is not installed: pip install 'omni2-jax[tpu-aot]'"
+            "compiling for TPUs needs libtpu, which is not installed: "
+            "pip install 'omni2-jax[tpu-aot]'"
         )
     alone = {"chips_per_host_bounds": (1, 1, 1)} if re.fullmatch(r"\w+:1x1(x1)?", topology) else {}
     try:
         return topologies.get_topology_desc(topology, "tpu", **alone).devices
-    except Exception as error:  # of many kinds, libtpu's own among them
-        why = files.first_line(error)
+    except Exception as error:  # libtpu raises errors of many classes
+        reason = files.first_line(error)
         raise ValueError(
-            f"topology {topology!r} does not exist ({why}); names that work are {WORKING}"
+            f"topology {topology!r} does not exist ({reason}); names that work are {KNOWN_SLICES}"
         ) from None
 
 
-def placed(shapes, where):
-    """A tree of shapes that say how they are cut."""
-    return jax.tree.map(lambda leaf, place: leaf.update(sharding=place), shapes, where)
+def with_shardings(shapes: Any, shardings: Any) -> Any:
+    """A tree of shapes with the shardings of another tree."""
+    return jax.tree.map(lambda leaf, spec: leaf.update(sharding=spec), shapes, shardings)
 
 
 def share(tree) -> int:
-    """Bytes that a device holds of a tree of shapes, before they are laid out in tiles."""
+    """Bytes of one device's shards of a tree of shapes, without the padding of tiles."""
     return sum(
         roofline.size(leaf.update(shape=leaf.sharding.shard_shape(leaf.shape)))
         for leaf in jax.tree.leaves(tree)
@@ -98,7 +107,7 @@ def share(tree) -> int:
 
 
 def training(train: TrainConfig, config: Omni2Config, mesh: Mesh) -> Job:
-    """A step of a stage, in the first of its buckets."""
+    """One optimizer step of a stage, with the first of its buckets."""
     stage, bucket = stage_of(train), train.buckets[0]
     config = stage.configure(config)
     weights = stage_weights(stage, config, mesh)
@@ -109,7 +118,7 @@ def training(train: TrainConfig, config: Omni2Config, mesh: Mesh) -> Job:
     trained, frozen = split_params(stage, params)
     objective = stage.objective(weights, STEPS)
     shardings = objective.shardings(trained, mesh)
-    state = placed(jax.eval_shape(objective.initial, trained), shardings)
+    state = with_shardings(jax.eval_shape(objective.initial, trained), shardings)
     rows = NamedSharding(mesh, PartitionSpec(None, sharding.RULES["batch"]))
     empty = stage.example_type(train, config, None, None).empty(bucket)
     cut = (train.microbatches, train.batch // train.microbatches)
@@ -131,19 +140,22 @@ def training(train: TrainConfig, config: Omni2Config, mesh: Mesh) -> Job:
 
 
 def streaming(name: str, engine_config: EngineConfig, config: Omni2Config, mesh: Mesh) -> Job:
-    """A call of the engine's: a step of all slots, or a piece of a turn's prompt."""
+    """A program of the engine: "step", for all slots, or "prefill", for a piece of a prompt."""
     config = config.replace(speaker=None)
     graph, state = abstract_state(config)
-    dtype = lambda path, leaf: leaf.update(dtype=dtype_of(path[0].key, jnp.bfloat16))  # noqa: E731
-    shapes = jax.tree_util.tree_map_with_path(dtype, nnx.to_pure_dict(state))
-    params = placed(shapes, sharding.of_params(state, mesh))
+
+    def with_dtype(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        return leaf.update(dtype=dtype_of(path[0].key, jnp.bfloat16))
+
+    shapes = jax.tree_util.tree_map_with_path(with_dtype, nnx.to_pure_dict(state))
+    params = with_shardings(shapes, sharding.of_params(state, mesh))
     programs = Programs.of(config, graph, params, engine_config)
     empty = (
         jax.eval_shape(programs.empty_state, params)
         if name == "step"
         else jax.eval_shape(programs.empty_prefix)
     )
-    state = placed(empty, sharding.of_state(empty, mesh))
+    state = with_shardings(empty, sharding.of_state(empty, mesh))
     language = state.language if name == "step" else state
     rest = dataclasses.replace(language, llm=None, speech=None)
     kinds = {
@@ -182,9 +194,12 @@ def prompt(config: Omni2Config, engine_config: EngineConfig, mesh: Mesh) -> dict
 
 
 def compiled(job: Job, mesh: Mesh) -> dict:
-    """Compile it; bytes of a device by kind and in all, what its collectives move, and the seconds it took."""
+    """Compile a job -> its figures: bytes of one device, FLOPs, bytes of collectives, seconds.
+
+    A program that does not fit the device's memory has the figures that XLA's message states.
+    """
     kinds = {kind: share(tree) for kind, tree in job.kinds.items()}
-    found = {"bytes": kinds, "flops": job.flops}
+    figures = {"bytes": kinds, "flops": job.flops}
     start = time.perf_counter()
     with sharding.use(mesh):
         lowered = job.function.lower(*job.arguments, **job.keywords)
@@ -192,38 +207,42 @@ def compiled(job: Job, mesh: Mesh) -> dict:
     try:
         program = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        if (peak := wanted(str(error))) is None:
+        if (peak := required_bytes(str(error))) is None:
             raise
         exceeded = {"peak": peak, "fits": False}
-        return found | exceeded | {"compile_s": time.perf_counter() - lowering}
-    memory, moved = program.memory_analysis(), collectives(program.as_text())
-    return found | {
+        return figures | exceeded | {"compile_s": time.perf_counter() - lowering}
+    memory, communication = program.memory_analysis(), collectives(program.as_text())
+    return figures | {
         "arguments": memory.argument_size_in_bytes,
         "temporaries": memory.temp_size_in_bytes,
         "peak": memory.peak_memory_in_bytes,
-        "collectives": dict(moved.bytes),
-        "open_loops": moved.open_loops,
+        "collectives": dict(communication.bytes),
+        "open_loops": communication.open_loops,
         "lower_s": lowering - start,
         "compile_s": time.perf_counter() - lowering,
     }
 
 
-def wanted(message: str) -> float | None:
-    """Bytes that XLA says a program would take, where it refuses to compile it for their sake: of all, or of temporaries alone."""
-    if not (
-        found := re.search(
-            r"Used ([\d.]+)([MG]) of|temporaries \(([\d.]+)([MG])\) exceeds", message
-        )
-    ):
+def required_bytes(message: str) -> float | None:
+    """The bytes that a program would need, from XLA's refusal to compile it; None if it has none.
+
+    XLA states the bytes of everything, or those of temporaries alone.
+    """
+    pattern = r"Used ([\d.]+)([MG]) of|temporaries \(([\d.]+)([MG])\) exceeds"
+    match = re.search(pattern, message)
+    if match is None:
         return None
-    size, unit = (group for group in found.groups() if group)
+    size, unit = (group for group in match.groups() if group)
     return float(size) * (GIB if unit == "G" else 2**20)
 
 
 def job_of(
     name: str, config: Omni2Config, mesh: Mesh, batch: int | None, changes: Sequence[str]
 ) -> Job:
-    """Raises ValueError for a mesh that divides neither the model nor the batch, and for settings there are not."""
+    """The job of this name.
+
+    Raises ValueError if the mesh divides neither the model nor the batch, and for unknown settings.
+    """
     sharding.check(mesh, config.llm.width, config.llm.hidden)
     if name in STREAMING:
         return streaming(name, shaped(batch or 64, changes), config, mesh)
@@ -233,7 +252,10 @@ def job_of(
 
 
 def shaped(slots: int, changes: Sequence[str]) -> EngineConfig:
-    """What an engine for many speakers is compiled for."""
+    """The settings of an engine for many conversations, with `key=value` changes.
+
+    Raises ValueError for a key that EngineConfig does not have.
+    """
     engine_config = EngineConfig(slots=slots, flow_chunk=10, flow_left_chunks=3)
     for key, _, text in (change.partition("=") for change in changes):
         if not hasattr(engine_config, key):
@@ -245,48 +267,43 @@ def shaped(slots: int, changes: Sequence[str]) -> EngineConfig:
     return engine_config
 
 
-def report(title: str, found: dict) -> None:
-    """The same figures as a table."""
-    table, gib = (
-        rich.table.Table("of a device", "GiB", title=title),
-        lambda size: f"{size / GIB:.3f}",
-    )
-    rows = {kind: gib(size) for kind, size in found["bytes"].items()}
-    if "temporaries" in found:
-        rows |= {
-            "all of these as XLA lays them out": gib(found["arguments"]),
-            "temporaries": gib(found["temporaries"]),
-        }
-    rows |= {
-        "peak": gib(found["peak"]),
-        "memory of the device": f"{found['hbm'] / GIB:g}: {'fits' if found['fits'] else 'does not fit'}",
-    }
-    for kind, size in found.get("collectives", {}).items():
+def report(title: str, figures: dict) -> None:
+    """Print the figures as a table."""
+
+    def gib(size: float) -> str:
+        return f"{size / GIB:.3f}"
+
+    rows = {kind: gib(size) for kind, size in figures["bytes"].items()}
+    if "temporaries" in figures:
+        rows["all of these as XLA lays them out"] = gib(figures["arguments"])
+        rows["temporaries"] = gib(figures["temporaries"])
+    rows["peak"] = gib(figures["peak"])
+    fits = "fits" if figures["fits"] else "does not fit"
+    rows["memory of the device"] = f"{figures['hbm'] / GIB:g}: {fits}"
+    for kind, size in figures.get("collectives", {}).items():
         rows[f"{kind}, output of a call"] = gib(size)
+    table = rich.table.Table("of one device", "GiB", title=title)
     for row in rows.items():
         table.add_row(*row)
     console.print(table)
-    loops = (
-        f"; {n} loops whose turns the data decide counted once"
-        if (n := found.get("open_loops"))
-        else ""
-    )
-    console.print(
-        f"{found['flops'] / 1e12:.3f} TFLOP on all devices, counted from shapes; compiled in {found['compile_s']:.0f} s{loops}"
-    )
+    line = f"{figures['flops'] / 1e12:.3f} TFLOP on all devices, counted from shapes; "
+    line += f"compiled in {figures['compile_s']:.0f} s"
+    if loops := figures.get("open_loops"):
+        line += f"; {loops} loops whose iterations depend on data are counted once"
+    console.print(line)
 
 
 def main(
-    topology: Annotated[str, typer.Option(help=f"The slice: {WORKING} work.")],
+    topology: Annotated[str, typer.Option(help=f"The slice: {KNOWN_SLICES} work.")],
     size: Annotated[str, typer.Option(help=f"Dimensions, one of {', '.join(SIZES)}.")],
     job: Annotated[
         str,
         typer.Option(
-            help="train (stage I(a)), train2 (stage II), prefill (of a turn) or step (of all slots)."
+            help="train: stage I(a); train2: stage II; prefill: of a turn; step: of all slots."
         ),
     ],
     mesh: Annotated[
-        str, typer.Option(help="fsdp=4,tensor=2; without fsdp, that is the rest of the devices.")
+        str, typer.Option(help="As fsdp=4,tensor=2; fsdp is the rest of the devices by default.")
     ] = "replica=1",
     batch: Annotated[
         int | None, typer.Option(min=1, help="Rows, or slots. [default: the stage's own, 64 slots]")
@@ -303,32 +320,29 @@ def main(
         Path | None, typer.Option("--json", help="Write the figures here.")
     ] = None,
 ) -> None:
-    """Compile a job for a slice of TPUs that is not there."""
+    """Compile a job for a TPU slice without having one."""
     config = sizes.of(size)
     if job not in (*TRAINING, *STREAMING):
         raise ValueError(
-            f"there is no job {job!r}; it is one of {', '.join((*TRAINING, *STREAMING))}"
+            f"--job {job!r} does not exist; expected one of {', '.join((*TRAINING, *STREAMING))}"
         )
-    there = devices(topology)
-    where = sharding.parse_mesh(mesh, there)
-    found = compiled(job_of(job, config, where, batch, changes or []), where)
-    hbm = MEMORY_GIB[there[0].device_kind] * GIB
-    found |= {"hbm": hbm, "fits": found.get("fits", found["peak"] <= hbm)}
-    named = (
-        ", ".join(f"{axis}={count}" for axis, count in where.shape.items() if count > 1)
-        or "one device"
-    )
-    report(f"{job} of {size} on {topology}: {named}", found)
+    slice_devices = devices(topology)
+    device_mesh = sharding.parse_mesh(mesh, slice_devices)
+    figures = compiled(job_of(job, config, device_mesh, batch, changes or []), device_mesh)
+    hbm = MEMORY_GIB[slice_devices[0].device_kind] * GIB
+    figures |= {"hbm": hbm, "fits": figures.get("fits", figures["peak"] <= hbm)}
+    axes = [f"{axis}={count}" for axis, count in device_mesh.shape.items() if count > 1]
+    report(f"{job} of {size} on {topology}: {', '.join(axes) or 'one device'}", figures)
     if json_file:
-        given = {
+        settings = {
             "topology": topology,
             "size": size,
             "job": job,
-            "mesh": dict(where.shape),
+            "mesh": dict(device_mesh.shape),
             "batch": batch,
             "set": changes or [],
         }
-        json_file.write_text(json.dumps(given | found, indent=1) + "\n")
+        json_file.write_text(json.dumps(settings | figures, indent=1) + "\n")
 
 
 if __name__ == "__main__":

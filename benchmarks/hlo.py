@@ -1,7 +1,8 @@
-"""What the devices tell one another in a compiled program, counted from its text: bytes that each collective puts out on a device.
+"""The output bytes of a compiled program's collectives on one device, counted from its HLO text.
 
-Of an all-gather that is the whole, of a reduce-scatter the share that stays. A loop counts as often as it may run; where nothing but
-the data says how often, once. Of a conditional's branches the costliest counts.
+The output of an all-gather is the whole array, that of a reduce-scatter the share of the device. A
+collective in a loop counts once for each iteration that may run; if only data determine their
+number, it counts once. Of the branches of a conditional the one with the most bytes counts.
 """
 
 import math
@@ -38,39 +39,40 @@ BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 
 @dataclass
 class Collectives:
-    """Each by its channel: an asynchronous one, or one among the steps of another operation, stands in the text several times."""
+    """Collectives by channel id: async pairs and fused steps repeat an operation in the text."""
 
-    moved: dict[str, tuple[str, int]] = field(default_factory=dict)  # its kind and bytes
-    open_loops: int = 0  # of which nothing but the data says how often they run
+    by_channel: dict[str, tuple[str, int]] = field(default_factory=dict)  # kind, output bytes
+    open_loops: int = 0  # loops with collectives whose number of iterations depends on data
 
     def add(self, other: "Collectives", times: int = 1) -> None:
-        self.moved |= {
-            channel: (kind, times * size) for channel, (kind, size) in other.moved.items()
+        """Add the collectives of a part of the program that runs `times` times."""
+        self.by_channel |= {
+            channel: (kind, times * size) for channel, (kind, size) in other.by_channel.items()
         }
         self.open_loops += other.open_loops
 
     @property
     def bytes(self) -> Counter:
-        """By kind."""
-        found = Counter()
-        for kind, size in self.moved.values():
-            found[kind] += size
-        return found
+        """Output bytes on one device, by kind of collective."""
+        totals = Counter()
+        for kind, size in self.by_channel.values():
+            totals[kind] += size
+        return totals
 
 
 def collectives(text: str) -> Collectives:
-    """Those of a compiled program (`compiled.as_text()`), all that it calls included."""
+    """The collectives of a compiled program (`compiled.as_text()`) and of all that it calls."""
     entry, computations = split(text)
     return count(entry, computations, {})
 
 
 def split(text: str) -> tuple[str, dict[str, list[str]]]:
-    """The name of the computation that a program begins with, and the lines of all of them."""
+    """The name of the entry computation, and the lines of every computation by its name."""
     entry, lines, computations = "", [], {}
     for line in text.splitlines():
-        if found := COMPUTATION.match(line):
-            lines = computations[found[2]] = []
-            entry = found[2] if found[1] else entry
+        if header := COMPUTATION.match(line):
+            lines = computations[header[2]] = []
+            entry = header[2] if header[1] else entry
         else:
             lines.append(line)
     return entry, computations
@@ -79,23 +81,24 @@ def split(text: str) -> tuple[str, dict[str, list[str]]]:
 def count(
     name: str, computations: Mapping[str, list[str]], known: dict[str, Collectives]
 ) -> Collectives:
+    """The collectives of a computation and of all that it calls. known: results so far, by name."""
     if name not in known:
         known[name] = total = Collectives()
         for line in computations.get(name, ()):
-            if found := INSTRUCTION.match(line):
-                total.add(*of_instruction(found, line, computations, known))
+            if instruction := INSTRUCTION.match(line):
+                total.add(*of_instruction(instruction, line, computations, known))
     return known[name]
 
 
 def of_instruction(
-    found: re.Match, line: str, computations: Mapping, known: dict
+    instruction: re.Match, line: str, computations: Mapping, known: dict
 ) -> tuple[Collectives, int]:
-    """What an instruction and all that it calls move, and how often."""
-    kind = found["op"].removesuffix("-done")
+    """The collectives of an instruction and of all that it calls, and how often they run."""
+    kind = instruction["op"].removesuffix("-done")
     if kind in KINDS:
         channel = CHANNEL.search(line)
         return Collectives(
-            {channel[1] if channel else found["name"]: (kind, size(found["type"]))}
+            {channel[1] if channel else instruction["name"]: (kind, size(instruction["type"]))}
         ), 1
     called = [count(name, computations, known) for name in CALLED.findall(line)]
     called += [
@@ -103,37 +106,42 @@ def of_instruction(
         for names in BRANCHES.findall(line)
         for name in names.split(",")
     ]
-    if found["op"] == "conditional":
+    if instruction["op"] == "conditional":
         return max(called, key=lambda one: one.bytes.total()), 1
     total = Collectives()
     for one in called:
         total.add(one)
-    if found["op"] != "while":
+    if instruction["op"] != "while":
         return total, 1
-    turns = trips(line, computations)
-    total.open_loops += turns is None and bool(total.moved)
-    return total, 1 if turns is None else turns
+    iterations = trips(line, computations)
+    total.open_loops += iterations is None and bool(total.by_channel)
+    return total, 1 if iterations is None else iterations
 
 
 def trips(line: str, computations: Mapping[str, list[str]]) -> int | None:
-    """How often a loop runs at most: what XLA knows, else the number that its condition compares a counter with, which begins at 0."""
+    """The largest number of iterations of a loop; None if it depends on data.
+
+    If XLA does not state it, it follows from the limit that the condition compares a counter with,
+    which starts at 0.
+    """
     if known := TRIPS.search(line):
         return int(known[1])
-    condition, body = ("\n".join(computations[name]) for name in LOOP.search(line).groups())
+    loop = LOOP.search(line)
+    if loop is None:
+        return None
+    condition, body = ("\n".join(computations[name]) for name in loop.groups())
     limit = max((int(number) for _, number in CONSTANT.findall(condition)), default=None)
-    return (
-        None
-        if limit is None
-        else -(-limit // pace(body, {index for _, index in COUNTER.findall(condition)}))
-    )
+    if limit is None:
+        return None
+    return -(-limit // increment(body, {index for _, index in COUNTER.findall(condition)}))
 
 
-def pace(body: str, counters: set[str]) -> int:
-    """What is added to a loop's counter in a turn: 1, or more where XLA has unrolled one of its own."""
+def increment(body: str, counters: set[str]) -> int:
+    """The increment of a loop's counter: 1, or more if XLA has partly unrolled the loop."""
     names = {name for name, index in COUNTER.findall(body) if index in counters}
     constants = dict(CONSTANT.findall(body))
     return max(
-        (int(constants[by]) for what, by in ADD.findall(body) if what in names and by in constants),
+        (int(constants[b]) for a, b in ADD.findall(body) if a in names and b in constants),
         default=1,
     )
 
@@ -149,6 +157,6 @@ def size(kind: str) -> int:
 
 
 def width(name: str) -> float:
-    """Bytes of an element: its bits are in its name, but for a bool's."""
+    """Bytes of an element of a dtype: its name holds the number of bits, except for pred (bool)."""
     bits = re.search(r"\d+", name)
     return int(bits[0]) / 8 if bits else 1

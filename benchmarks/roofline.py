@@ -1,4 +1,7 @@
-"""Bytes and FLOPs of one streaming step, counted from the dimensions: every weight is read once a pass and used once a position."""
+"""Bytes and FLOPs of one streaming step, counted from the dimensions.
+
+Every weight is read once in a pass, and used once for each position.
+"""
 
 import collections
 import math
@@ -15,26 +18,31 @@ from omni2_jax.models.flow.streaming import StreamPlan
 
 @dataclass(frozen=True)
 class Work:
-    """Bytes moved and floating-point operations."""
+    """Bytes that are read, and floating-point operations."""
 
     bytes: float
     flops: float
 
     def least_seconds(self, bandwidth: float, rate: float) -> float:
-        """What the device needs at best for this."""
+        """The least time for this work. bandwidth: bytes a second. rate: FLOPs a second."""
         return max(self.bytes / bandwidth, self.flops / rate)
 
 
 def count(tree) -> int:
+    """The number of parameters in a tree of arrays or shapes."""
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
 
 
 def size(tree) -> int:
+    """The bytes of a tree of arrays or shapes."""
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def decoder_pass(lm: DecoderConfig, params: dict, head: int, slots: int, capacity: int) -> Work:
-    """One token of every slot through a language model with `head` rows of its head, reading its whole cache."""
+    """One token of every slot through a language model that reads its whole KV cache.
+
+    head: how many rows of the output head are computed. capacity: positions of the KV cache.
+    """
     width = params["norm"]["scale"].dtype.itemsize
     layers, rows = count(params["layers"]), head * lm.width
     cache = 2 * lm.layers * lm.kv_heads * lm.head_size * capacity * slots
@@ -47,7 +55,7 @@ def times(work: Work, passes: float) -> Work:
 
 
 def step(config: Omni2Config, params: dict, engine_config: EngineConfig) -> dict[str, Work]:
-    """What one step of all slots has to do, by stage."""
+    """The work of one step of all slots, by stage of the step."""
     text = decoder_pass(
         config.llm,
         params["llm"],
@@ -71,61 +79,59 @@ def step(config: Omni2Config, params: dict, engine_config: EngineConfig) -> dict
 
 
 def flow(config: Omni2Config, params: dict, engine_config: EngineConfig) -> Work:
-    """The passes of an average step of full writes."""
+    """The flow's passes in an average step, if every step writes W units."""
     windows = usual_windows(streaming_step.plan_of(config, engine_config))
     passes = [
-        times(flow_pass(config, params, engine_config, window), often)
-        for window, often in windows.items()
+        times(flow_pass(config, params, engine_config, window), passes)
+        for window, passes in windows.items()
     ]
     return Work(sum(work.bytes for work in passes), sum(work.flops for work in passes))
 
 
 def flow_pass(config: Omni2Config, params: dict, engine_config: EngineConfig, window: int) -> Work:
-    """`window` units of every slot: the encoder once, the estimator for each Euler step and guidance branch.
+    """One pass over `window` units of every slot.
 
-    Where the flow sees all of its past, as long a one as there is room for.
+    The encoder runs once, the estimator for each Euler step and guidance branch. Where the flow
+    sees all of the past, the past is as long as the cache.
     """
     c = config.flow
-    seen = (
+    past_units = (
         engine_config.max_units
         if engine_config.flow_left_chunks is None
         else engine_config.flow_left_chunks * (engine_config.flow_chunk or c.chunk)
     )
-    frames, past, branches = c.upsample * window, c.upsample * seen, 2 * c.steps
-    width = (
-        (2 + c.mid_blocks) * c.blocks * c.estimator_heads * c.estimator_head_size
-    )  # of all attentions
-    attention, kept = (
-        4 * width * frames * (frames + past),
-        2 * width * past * jnp.dtype(engine_config.flow_cache_dtype).itemsize,
-    )
+    frames, past, branches = c.upsample * window, c.upsample * past_units, 2 * c.steps
+    # The width of all attentions together.
+    width = (2 + c.mid_blocks) * c.blocks * c.estimator_heads * c.estimator_head_size
+    attention = 4 * width * frames * (frames + past)
+    cached = 2 * width * past * jnp.dtype(engine_config.flow_cache_dtype).itemsize
     flops = 2 * count(params["encoder"]) * frames + branches * (
         2 * count(params["estimator"]) * frames + attention
     )
-    moved = (
+    read = (
         size(params["encoder"])
         + c.steps * size(params["estimator"])
-        + branches * engine_config.slots * kept
+        + branches * engine_config.slots * cached
     )
-    return Work(moved, flops * engine_config.slots)
+    return Work(read, flops * engine_config.slots)
 
 
 def usual_windows(plan: StreamPlan) -> dict[int, float]:
-    """The sizes of windows that steps of full writes compute, and how many of each a step does on average."""
-    steps, found = 20 * plan.chunks.size, collections.Counter()
-    start = given = 0
+    """{window size in units: passes of that size in a step, on average}, if every step writes W."""
+    steps, passes = 20 * plan.chunks.size, collections.Counter()
+    start = done = 0  # the open chunk's first unit, and the first unit without a mel
     for step in range(1, steps + 1):
         ready = step * plan.write - plan.lookahead
-        while given < ready:
+        while done < ready:
             end = plan.chunks.end(start)
-            given = min(ready, end)
-            found[next(width for width in plan.window_buckets if width >= given - start)] += 1
-            start = end if given == end else start
-    return {width: times / steps for width, times in found.items()}
+            done = min(ready, end)
+            passes[next(width for width in plan.window_buckets if width >= done - start)] += 1
+            start = end if done == end else start
+    return {width: count / steps for width, count in passes.items()}
 
 
 def vocoder(config: Omni2Config, params: dict, engine_config: EngineConfig) -> Work:
-    """The new frames and the overlap: a stage's weights are used once a position of its own rate."""
+    """The new frames and the overlap. A stage uses its weights once a position, at its own rate."""
     c = config.vocoder
     frames = c.overlap + config.flow.upsample * (config.write + config.flow.lookahead)
     flops, rate = 2 * count([params["conv_in"], params["f0"]]) * frames, 1

@@ -150,7 +150,7 @@ def test_what_a_device_holds():
     ],
 )
 def test_what_xla_says_that_does_not_fit(message, gib):
-    assert aot.wanted(message) == (gib and gib * 2**30)
+    assert aot.required_bytes(message) == (gib and gib * 2**30)
 
 
 # --- what cannot be
