@@ -1,5 +1,6 @@
 """Many streams in one engine: each is what it would be alone, whoever comes, goes, waits or fails beside it."""
 
+import concurrent.futures
 import dataclasses
 
 import jax
@@ -9,8 +10,14 @@ import pytest
 
 from omni2_jax.checkpoint.tokenizer import parse_units
 from omni2_jax.config import Omni2Config
-from omni2_jax.generate.engine import GenerationError, QueueFullError, ResponseStream
-from omni2_jax.generate.read_write import FLUSHING, IDLE, READING
+from omni2_jax.generate.engine import (
+    GenerationError,
+    QueueFullError,
+    ResponseStream,
+    failure,
+)
+from omni2_jax.generate.read_write import FAILED, FLUSHING, IDLE, READING
+from omni2_jax.generate.streaming_step import StepOutput
 from omni2_jax.models.model import abstract_model
 from tests.support.conversations import CASES, Said, broken, pieces, request_of, submit
 
@@ -77,6 +84,14 @@ def test_slots_read_flush_and_rest_in_the_same_step(text_engine, text_model, alo
         assert Said.by(stream) == alone[name]
 
 
+def test_two_threads_iterate_over_two_streams(text_engine, text_model, alone):
+    """The engine's lock makes each answer what it is alone."""
+    streams = [submit(text_engine, text_model, name) for name in "ABE"]
+    with concurrent.futures.ThreadPoolExecutor(3) as pool:
+        answers = list(pool.map(Said.by, streams, timeout=120))
+    assert answers == [alone[name] for name in "ABE"]
+
+
 def test_next_step_is_dispatched_before_the_last_is_read(text_engine, text_model, monkeypatch):
     while text_engine.dispatched:
         text_engine.fetch()
@@ -131,11 +146,26 @@ def test_nan_ends_one_slot(text_engine, text_model, alone):
         keep_prefix=True,
     )
     beside = submit(text_engine, text_model, "C")
-    with pytest.raises(GenerationError, match="not finite"):
+    message = (
+        "speech features of clip 1 of 1 are not finite .* speech encoder or adapter is at fault"
+    )
+    with pytest.raises(GenerationError, match=message):
         list(failing)
     assert failing.prefix is None
     assert Said.by(beside) == alone["C"]
     assert Said.by(submit(text_engine, text_model, "A")) == alone["A"]  # in the slot that failed
+
+
+@pytest.mark.parametrize(
+    ("phase", "part"), [(FAILED, "llm, fusion or speech_lm"), (READING, "flow or vocoder")]
+)
+def test_a_failure_names_the_parts_at_fault(text_model, phase, part):
+    """The features are finite, the logits (phase FAILED) or the samples are not."""
+    samples = np.zeros(3, np.float32) if phase == FAILED else np.array([0, np.nan, 0], np.float32)
+    stream = ResponseStream(None, pieces(text_model, "A"), None, None, None, False, 0)
+    error = failure(stream, StepOutput(phase, 0, [], [], samples))
+    assert f"speech features were; the checkpoint's {part} is at fault" in str(error)
+    assert failure(stream, StepOutput(READING, 0, [], [], np.zeros(3, np.float32))) is None
 
 
 def test_a_turn_that_cannot_start_disturbs_no_other(text_engine, text_model, alone, monkeypatch):

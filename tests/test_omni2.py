@@ -3,13 +3,13 @@
 import copy
 import dataclasses
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import soundfile
 
 from omni2_jax.checkpoint import voices
-from omni2_jax.generate.omni2 import Omni2, Options
+from omni2_jax.generate.omni2 import Omni2
+from omni2_jax.models.model import SPEECH
 from tests.support.conversations import CASES, GREEDY, clip, conversation
 
 
@@ -87,19 +87,6 @@ def test_voices(model, tmp_path, monkeypatch):
         model.answer(clip("short_d"), voice="nobody", options=GREEDY)
 
 
-def test_defaults_of_the_release(text_model):
-    """generation_config.json fills in what the options leave open; null there means off."""
-    model = copy.copy(text_model)
-    model.defaults = {"top_p": 0.8, "top_k": None, "repetition_penalty": 1.1, "temperature": 0.7}
-    text = model.request(Options(top_p=0.5)).text
-    assert (text.top_p[0], text.top_k[0], text.repetition_penalty[0], text.temperature[0]) == (
-        0.5,
-        0,
-        jnp.float32(1.1),
-        0,
-    )
-
-
 @pytest.mark.parametrize(
     ("given", "message"),
     [
@@ -117,20 +104,16 @@ def test_bad_conversations(text_model, given, message):
         text_model.answer(given, options=GREEDY)
 
 
-@pytest.mark.parametrize(
-    "option",
-    [
-        {"temperature": -1.0},
-        {"temperature": float("nan")},
-        {"repetition_penalty": 0},
-        {"max_new_tokens": 0},
-        {"unit_vocabulary": "x"},
-        {"chunk": 0},
-    ],
-)
-def test_bad_options(option):
-    with pytest.raises(ValueError, match=next(iter(option))):
-        Options(**option)
+def test_speech_in_a_text_is_text(text_model):
+    """ "<speech>" as an assistant's text makes no speech positions and comes back as it is."""
+    tokenizer = text_model.tokenizer
+    text = "Say <speech> <<speech>> twice."
+    ids = tokenizer.prompt([1, text, 2])
+    assert ids.count(SPEECH) == 3 * tokenizer.positions
+    assert tokenizer.config.tokens.speech not in ids
+    assert text in tokenizer.decode([token for token in ids if token != SPEECH])
+    answer = text_model.answer([clip("short_d"), text, clip("short_d")], options=GREEDY)
+    assert answer.unit_text
 
 
 def test_chunks_smaller_than_a_write(model):
