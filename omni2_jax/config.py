@@ -328,22 +328,15 @@ class Omni2Config:
 
     @property
     def speech_positions(self) -> int:
-        """LLM positions that 30 s of speech take: 300 in the released models.
+        """LLM positions of one window of the speech encoder: 300 for the released 30 s.
 
-        Raises ValueError without a speech encoder and an adapter, or if the encoder is not made
-        for 30 s.
+        Raises ValueError without a speech encoder and an adapter.
         """
-        require(
-            self.speech_encoder and self.adapter,
-            "speech_encoder or adapter is null, but the LLM's speech positions depend on both",
-        )
-        assert self.speech_encoder and self.adapter  # for type checkers
-        frames = self.speech_encoder.frames
-        require(
-            frames == SEGMENT_FRAMES,
-            f"speech_encoder.frames is {frames}, expected {SEGMENT_FRAMES}: it gets 30 s at a time",
-        )
-        return frames // self.adapter.stride
+        if self.speech_encoder is None or self.adapter is None:
+            raise ValueError(
+                "speech_encoder or adapter is null, but the LLM's speech positions depend on both"
+            )
+        return self.speech_encoder.frames // self.adapter.stride
 
     def replace(self, **changes) -> "Omni2Config":
         """A copy with other fields. Raises ValueError if the result is not valid."""
@@ -358,6 +351,16 @@ class Omni2Config:
         """Raise ValueError naming the file `path` if the settings of one of `parts` are null."""
         absent = [part for part in parts if getattr(self, part, True) is None]
         require(not absent, f"{path}: {', '.join(absent)} is null, expected the part's settings")
+
+    def need_full_window(self, path: Path) -> None:
+        """Raise ValueError naming the file `path` unless the speech encoder's window is 30 s.
+
+        Training takes any window; generation cuts and pads turns to 30 s.
+        """
+        if self.speech_encoder and (frames := self.speech_encoder.frames) != SEGMENT_FRAMES:
+            raise ValueError(
+                f"{path}: speech_encoder.frames is {frames}, expected {SEGMENT_FRAMES} to generate"
+            )
 
     def save(self, path: Path) -> None:
         """Write config.json, whole or not at all.

@@ -147,12 +147,12 @@ def test_a_part_without_settings():
 
 def test_speech_positions():
     assert Omni2Config().speech_positions == 300
-    for config, text in (
-        (Omni2Config(adapter=None), "speech_encoder or adapter is null"),
-        (Omni2Config(speech_encoder=SpeechEncoderConfig(frames=750)), "frames is 750, expected"),
-    ):
-        with pytest.raises(ValueError, match=text):
-            _ = config.speech_positions
+    with pytest.raises(ValueError, match="speech_encoder or adapter is null"):
+        _ = Omni2Config(adapter=None).speech_positions
+    short = Omni2Config(speech_encoder=SpeechEncoderConfig(frames=750))
+    assert short.speech_positions == 150
+    with pytest.raises(ValueError, match="^config.json: speech_encoder.frames is 750, expected"):
+        short.need_full_window(Path("config.json"))
 
 
 def test_a_checkpoint_without_head_sizes(tmp_path):

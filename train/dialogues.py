@@ -101,10 +101,7 @@ class DialogueExamples(Examples):
 
 
 def speech_positions(config: Omni2Config) -> int:
-    """LLM positions of one clip (300 for a window of 30 s); 0 without a speech encoder.
-
-    Unlike `Omni2Config.speech_positions` for any window: only generation is limited to 30 s.
-    """
+    """LLM positions of one clip (300 for a window of 30 s); 0 without a speech encoder."""
     if config.speech_encoder is None or config.adapter is None:
         return 0
-    return config.speech_encoder.frames // config.adapter.stride
+    return config.speech_positions

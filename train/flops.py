@@ -70,7 +70,7 @@ def inputs(stage: "Stage", config: Omni2Config, path: str, bucket: Bucket) -> in
         case "speech_encoder":
             return clips * frames * (2 if names[0] == "conv1" else 1)
         case "adapter" if config.adapter:
-            return clips * (frames // config.adapter.stride)
+            return clips * config.speech_positions
         case "fusion":
             return clips * bucket.tokens
         case "llm" if config.llm:

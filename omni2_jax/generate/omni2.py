@@ -290,6 +290,7 @@ def describe(directory: Path, decoder: bool) -> tuple[Omni2Config, Tokenizer, di
             f"{directory} lacks {', '.join(missing)}: add it with `omni2 convert` from a {release}"
         )
     config.need(directory / "config.json", *parts_of(decoder))
+    config.need_full_window(directory / "config.json")
     tokenizer = Tokenizer(directory, config, config.speech_positions)
     defaults = generation_defaults(directory / "generation_config.json")
     return config.only(*parts_of(decoder), "speaker"), tokenizer, defaults
