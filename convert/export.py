@@ -176,7 +176,7 @@ def release_json(config: Omni2Config, dtype: str) -> dict[str, Any]:
     assert llm and speech_lm and encoder and adapter
     eos = config.tokens.text_eos
     generator = {
-        "architectures": [qwen2.ARCHITECTURE],
+        "architectures": ["Qwen2ForCausalLM"],
         "model_type": "qwen2",
         "torch_dtype": dtype,
         "bos_token_id": config.tokens.unit_eos,

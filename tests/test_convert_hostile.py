@@ -329,6 +329,18 @@ def test_chat_template(name, option, qwen, tmp_path):
     assert str(source) in message and ("template" in message or "tokenizer" in message)
 
 
+def test_code_of_a_tokenizer_is_not_run(tmp_path):
+    """Nor is it asked whether to run it."""
+    release = linked(OMNI2, tmp_path / "release")
+    source = release / "tts_tokenizer"
+    code = f"import pathlib; pathlib.Path({str(tmp_path / 'ran')!r}).touch()"
+    (source / "theirs.py").write_text(code)
+    theirs = {"tokenizer_class": "Theirs", "auto_map": {"AutoTokenizer": ["theirs.Theirs", None]}}
+    edited(source / "tokenizer_config.json", lambda content: content.update(theirs))
+    assert f"{source} is not a readable tokenizer" in refused(tmp_path, "--omni2", release)
+    assert not (tmp_path / "ran").exists()
+
+
 def test_a_family_that_is_not_known(qwen, tmp_path):
     for kind, shown in {"qwen3_moe": "'qwen3_moe'", 3: "3", None: "None"}.items():
         source = linked(qwen, tmp_path / f"source {kind}")

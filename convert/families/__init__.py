@@ -1,6 +1,6 @@
 """The families of language models that can be the LLM or the speech LM.
 
-A family is a module with the six names of `Family`. Adding one is such a module and its line in
+A family is a module with the five names of `Family`. Adding one is such a module and its line in
 FAMILIES; `decoder_names.py` has what families in Hugging Face's layout share.
 """
 
@@ -17,7 +17,6 @@ class Family(Protocol):
     """What the converter has to know of a family."""
 
     NAME: str  # for messages
-    ARCHITECTURE: str  # Hugging Face's class, as config.json names it
 
     def holds(self, config: DecoderConfig) -> bool:
         """Whether this family's layout holds a decoder with these dimensions."""

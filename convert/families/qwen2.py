@@ -13,7 +13,6 @@ from omni2_jax.convert.families.decoder_names import LAYER
 from omni2_jax.convert.plan import Rule, Table, flat
 
 NAME: str = "Qwen2"
-ARCHITECTURE: str = "Qwen2ForCausalLM"
 
 
 def holds(config: DecoderConfig) -> bool:

@@ -14,7 +14,6 @@ from omni2_jax.convert.json_files import short
 from omni2_jax.convert.plan import ConversionError, Rule, Table
 
 NAME: str = "Qwen3"
-ARCHITECTURE: str = "Qwen3ForCausalLM"
 
 
 def holds(config: DecoderConfig) -> bool:

@@ -35,7 +35,10 @@ def load(directory: Path) -> Any:
         )
     transformers.logging.set_verbosity_error()
     try:
-        return transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        # Without the last option, transformers would ask on the terminal whether to run code.
+        return transformers.AutoTokenizer.from_pretrained(
+            directory, local_files_only=True, trust_remote_code=False
+        )
     except Exception as error:  # transformers, tokenizers and jinja raise many kinds
         raise ValueError(f"{directory} is not a readable tokenizer: {first_line(error)}") from None
 
