@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
 
 from omni2_jax.config import FlowConfig, HiftConfig, SpeechTokenizerConfig
@@ -61,6 +62,7 @@ def decoder_golden(name: str) -> dict[str, np.ndarray]:
 @functools.cache
 def tiny_flow() -> Flow:
     """The tiny release, with the noise that its goldens were made with."""
+    pytest.importorskip("torch")
     path = DECODER / "flow.pt"
     graph, shapes = abstract_model(Flow, TINY_FLOW)
     params = plan(flow_table.table(), formats.torch_file(path), shapes, path.name)
@@ -86,6 +88,7 @@ def full_pass() -> Callable[..., Any]:
 
 def hift_params(source: dict[str, Any] | None = None) -> dict:
     """The parameters of the tiny vocoder, from `source` {torch name: tensor} or the golden file."""
+    pytest.importorskip("torch")
     if source is None:
         source = hift_table.plain_names(formats.torch_file(DECODER / "hift.pt"))
     shapes = abstract_model(Hift, TINY_HIFT)[1]
