@@ -3,10 +3,13 @@
 import contextlib
 import os
 import shutil
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
+
+from omni2_jax import buckets
 
 
 @contextlib.contextmanager
@@ -22,6 +25,13 @@ def atomic_write(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
     mode: "w" for text (UTF-8), "wb" for bytes. Raises ValueError naming `path` if the file system
     refuses it: no such directory, no permission, no space.
     """
+    if buckets.in_bucket(path):
+        with tempfile.TemporaryDirectory() as folder:
+            with atomic_write(Path(folder) / path.name, mode) as file:
+                yield file
+            # An object appears when all of it has arrived.
+            buckets.copy_directory(Path(folder), path.parent)
+        return
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         with open(partial, mode, encoding=None if "b" in mode else "utf-8") as file:
@@ -46,10 +56,20 @@ def is_partial(path: Path) -> bool:
 def atomic_directory(out: Path) -> Iterator[Path]:
     """A new directory that becomes `out` when the block ends without an error.
 
-    Otherwise nothing is left behind. Raises ValueError if `out` exists, or cannot be written to.
+    Otherwise nothing is left behind. A directory in a bucket is made on this machine and then
+    copied. Raises ValueError if `out` exists, or cannot be written to.
     """
     if out.exists():
         raise ValueError(f"{out} exists already; give a new directory")
+    if buckets.in_bucket(out):
+        with tempfile.TemporaryDirectory() as folder:
+            yield Path(folder)
+            try:
+                buckets.copy_directory(Path(folder), out)
+            except BaseException:
+                buckets.remove(out)
+                raise
+        return
     partial = out.with_name(out.name + ".partial")
     new_parents = [parent for parent in out.parents if not parent.exists()]
     try:
@@ -73,6 +93,9 @@ def remove_directory(directory: Path, seconds: float = 10) -> None:
 
     It is tried again and again, because an interrupted tensorstore goes on writing for a moment.
     """
+    if buckets.in_bucket(directory):
+        buckets.remove(directory)
+        return
     deadline = time.monotonic() + seconds
     while directory.exists() and time.monotonic() < deadline:
         shutil.rmtree(directory, ignore_errors=True)

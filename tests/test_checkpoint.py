@@ -109,7 +109,7 @@ def test_no_flipped_bit_of_a_run_state_changes_it(tmp_path):
 
     assert all(map(np.array_equal, jax.tree.leaves(read()), jax.tree.leaves(vars(state))))
     refused, silent = undetected(tmp_path / "steps" / "7", read, 8)
-    checkpoints.close()
+    checkpoints.manager.close()
     assert refused > 20 and silent == []
 
 

@@ -48,6 +48,10 @@ class Metrics:
         """Show samples [N] at `rate` Hz in TensorBoard."""
         self.board.add_audio(name, samples, step, sample_rate=rate)
 
+    def flush(self) -> None:
+        """Write what TensorBoard's writer still holds."""
+        self.board.flush()
+
     def close(self) -> None:
         self.file.close()
         self.board.close()

@@ -16,7 +16,7 @@ import numpy as np
 import rich.table
 import rich.text
 
-from omni2_jax import devices
+from omni2_jax import buckets, devices
 from omni2_jax.cli.console import console, say
 from omni2_jax.train import flops
 from omni2_jax.train.data.loader import Batch, filled
@@ -45,11 +45,13 @@ class Reporter:
     """
 
     def __init__(self, stage: Stage, out: Path, split: Split, weights: Weights, first: int):
-        self.stage, self.train, self.out = stage, stage.train, out
+        self.stage, self.train = stage, stage.train
+        self.mirror = buckets.Mirror(out, ["metrics.jsonl"])
+        self.out = self.mirror.local
         self.split, self.weights = split, weights
         self.first, self.steps = first, len(split.batches)
         self.is_first_process = jax.process_index() == 0
-        self.metrics = Metrics(out, first) if self.is_first_process else None
+        self.metrics = Metrics(self.out, first) if self.is_first_process else None
         name = f"stage {self.train.stage}"
         self.line = Line(name, self.steps, first, enabled=self.is_first_process)
         self.clock, self.tracing, self.damaged = Clock(), False, 0
@@ -65,6 +67,13 @@ class Reporter:
         self.line.__exit__(*error)
         if self.metrics:
             self.metrics.close()
+        self.push()
+
+    def push(self) -> None:
+        """Copy what was written so far to the bucket, if the run's directory is in one."""
+        if self.metrics:
+            self.metrics.flush()
+        self.mirror.push()
 
     def say(self, text: str) -> None:
         """Print a note."""
@@ -107,7 +116,8 @@ class Reporter:
         bad = ", ".join(
             f"{name} is {value}" for name, value in values.items() if not np.isfinite(value)
         )
-        raise ValueError(f"step {result.number}: {bad}; the batch was saved as {path}")
+        saved = self.mirror.directory / path.name
+        raise ValueError(f"step {result.number}: {bad}; the batch was saved as {saved}")
 
     def stop_trace(self) -> None:
         """End the profiler's trace if there is one."""

@@ -18,7 +18,7 @@ from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 
-from omni2_jax import sharding
+from omni2_jax import buckets, sharding
 from omni2_jax.checkpoint import parameters
 from omni2_jax.config import Omni2Config
 from omni2_jax.models.layers import LORA_SCALE
@@ -165,13 +165,12 @@ def export(stage: "Stage", start: Path, params: Params, out: Path) -> None:
     params: of all trained parts, from `merged`. Every process of a run calls it. `out` appears
     whole or not at all. Parts that did not change are hard links where the file system allows it.
     """
-    work = out.with_name(out.name + ".partial")
+    # A bucket has no rename: there `out` becomes a checkpoint with its config.json.
+    renames = not buckets.in_bucket(out)
+    work = out.with_name(out.name + ".partial") if renames else out
     if jax.process_index() == 0:
-        shutil.rmtree(work, ignore_errors=True)
+        buckets.remove(work)
         copy_checkpoint(start, work, without=stage.trained)
-        # A new file: writing into a link would change the checkpoint that the run started from.
-        (work / "config.json").unlink()
-        configure(stage, start).save(work / "config.json")
     sync("exporting")
     for part in stage.trained:
         stored = parameters.metadata(start, part) if part in parameters.parts(start) else {}
@@ -181,14 +180,21 @@ def export(stage: "Stage", start: Path, params: Params, out: Path) -> None:
         parameters.save_part(work, part, leaves)
     sync("exported")
     if jax.process_index() == 0:
-        shutil.rmtree(out, ignore_errors=True)
-        work.rename(out)
+        configure(stage, start).save(work / "config.json")
+        if renames:
+            buckets.remove(out)
+            work.rename(out)
     sync("renamed")
 
 
 def copy_checkpoint(start: Path, out: Path, without: Collection[str]) -> None:
-    """Link or copy the files of a checkpoint, except the parameters of some parts."""
-    excluded = [f"{start}/params/{part}" for part in without]
+    """Link or copy a checkpoint, except its config.json and the parameters of some parts."""
+    if buckets.in_bucket(start) or buckets.in_bucket(out):
+        skipped = [start / "config.json", *(start / "params" / part for part in without)]
+        paths = [path for path in buckets.files(start) if not {path, *path.parents} & {*skipped}]
+        buckets.copy_files(start, out, paths)
+        return
+    excluded = [f"{start}/config.json", *(f"{start}/params/{part}" for part in without)]
 
     def ignore(folder: str, names: list[str]) -> list[str]:
         return [name for name in names if f"{folder}/{name}" in excluded]

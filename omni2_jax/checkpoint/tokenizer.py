@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from omni2_jax import buckets
 from omni2_jax.config import Omni2Config
 from omni2_jax.files import first_line
 from omni2_jax.models.model import SPEECH
@@ -34,10 +35,11 @@ def load(directory: Path) -> Any:
             f"{directory} has no tokenizer: expected tokenizer.json, or vocab.json and merges.txt"
         )
     transformers.logging.set_verbosity_error()
+    files = buckets.local_copy(directory)
     try:
         # Without the last option, transformers would ask on the terminal whether to run code.
         return transformers.AutoTokenizer.from_pretrained(
-            directory, local_files_only=True, trust_remote_code=False
+            files, local_files_only=True, trust_remote_code=False
         )
     except Exception as error:  # transformers, tokenizers and jinja raise many kinds
         raise ValueError(f"{directory} is not a readable tokenizer: {first_line(error)}") from None

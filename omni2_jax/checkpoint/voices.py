@@ -78,7 +78,7 @@ def load(path: Path, config: Omni2Config) -> np.ndarray:
     """
     size = config.flow.speaker if config.flow else SpeakerConfig.embedding
     try:
-        with open(path, "rb") as file:
+        with path.open("rb") as file:
             shape, dtype = read_header(file)
             if math.prod(shape) != size or dtype.kind not in "fiu":
                 raise ValueError(f"an array of shape {list(shape)} and type {dtype}")

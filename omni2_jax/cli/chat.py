@@ -12,6 +12,7 @@ import typer
 from omni2_jax.cli.chat_questions import answer_questions, save_speech
 from omni2_jax.cli.chat_timing import Timing, timed_replies
 from omni2_jax.cli.console import console, say
+from omni2_jax.cli.paths import directory
 from omni2_jax.generate.options import LIMITS, Options
 
 if TYPE_CHECKING:
@@ -32,7 +33,8 @@ def chat(
         typer.Argument(metavar="QUESTION.wav ...", help="Spoken turns of one conversation."),
     ] = None,
     checkpoint: Annotated[
-        Path, typer.Option(help="A checkpoint directory made by `omni2 convert`.")
+        Path,
+        typer.Option(parser=directory, help="A checkpoint directory made by `omni2 convert`."),
     ] = ...,  # pyright: ignore[reportArgumentType]
     out: Annotated[
         Path | None,

@@ -8,6 +8,7 @@ import rich.progress
 import typer
 
 from omni2_jax.cli.console import console, progress_bar, say
+from omni2_jax.cli.paths import directory
 
 if TYPE_CHECKING:
     from omni2_jax.convert.release import Release
@@ -59,8 +60,9 @@ def convert(
     out: Annotated[
         Path,
         typer.Option(
+            parser=directory,
             help="The checkpoint to make, or to add missing parts and voices to; "
-            "with --to-torch, the release to make."
+            "with --to-torch, the release to make.",
         ),
     ],
     omni2: Annotated[
@@ -109,7 +111,10 @@ def convert(
         typer.Option(help="A voice to speak with (repeatable).", metavar="NAME=prompt.wav"),
     ] = None,
     to_torch: Annotated[
-        Path | None, typer.Option(help="A checkpoint to write back in the released PyTorch layout.")
+        Path | None,
+        typer.Option(
+            parser=directory, help="A checkpoint to write back in the released PyTorch layout."
+        ),
     ] = None,
 ) -> None:
     """Convert released weights into a checkpoint, or a checkpoint back into the released layout.

@@ -5,12 +5,13 @@ from typing import Annotated
 
 import typer
 
+from omni2_jax.cli.paths import directory
 from omni2_jax.cli.train import Changes, Config
 
 
 def hidden(
     config: Config,
-    out: Annotated[Path, typer.Option(help="A new directory.")],
+    out: Annotated[Path, typer.Option(parser=directory, help="A new directory.")],
     changes: Changes = None,
 ) -> None:
     """Compute the LLM's hidden states for runs of stage 2 with this config."""

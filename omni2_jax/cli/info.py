@@ -10,10 +10,13 @@ import rich.text
 import typer
 
 from omni2_jax.cli.console import progress_bar, say
+from omni2_jax.cli.paths import directory
 
 
 def info(
-    checkpoint: Annotated[Path, typer.Argument(metavar="CKPT", help="A checkpoint directory.")],
+    checkpoint: Annotated[
+        Path, typer.Argument(parser=directory, metavar="CKPT", help="A checkpoint directory.")
+    ],
     verify: Annotated[
         bool, typer.Option("--verify", help="Read all parameters and check their checksums.")
     ] = False,

@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from omni2_jax.cli.paths import directory
+
 
 def prepare(
     source: Annotated[
@@ -13,7 +15,9 @@ def prepare(
             help="A questions.json, a .jsonl, a folder with data.jsonl, or InstructS2S-200K's JSON."
         ),
     ],
-    out: Annotated[Path, typer.Option(help="The data set to make: a new directory.")],
+    out: Annotated[
+        Path, typer.Option(parser=directory, help="The data set to make: a new directory.")
+    ],
     format: Annotated[
         str | None,
         typer.Option(help="questions, jsonl or instructs2s. [default: inferred from the file]"),
@@ -23,6 +27,7 @@ def prepare(
         typer.Option(
             help="A checkpoint with a speech tokenizer, which makes units of recorded replies "
             "that bring none.",
+            parser=directory,
             metavar="CKPT",
         ),
     ] = None,

@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from omni2_jax.cli.paths import directory
+
 Config = Annotated[
     str,
     typer.Option("--config", help="stage1a, stage1b, stage2, flow, or a Python file like them."),
@@ -18,7 +20,11 @@ Changes = Annotated[
 def train(
     config: Config,
     out: Annotated[
-        Path, typer.Option(help="The run's directory; an interrupted run in it is resumed.")
+        Path,
+        typer.Option(
+            parser=directory,
+            help="The run's directory; an interrupted run in it is resumed.",
+        ),
     ],
     changes: Changes = None,
     distributed: Annotated[

@@ -17,7 +17,7 @@ import numpy as np
 import pydantic
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 
-from omni2_jax import files
+from omni2_jax import buckets, files
 from omni2_jax.train.data.records import RATES, Dialogue, decode_clip, unpack
 
 VERSION = 1
@@ -77,8 +77,9 @@ class Dataset:
     """
 
     def __init__(self, path: str | Path):
-        self.path = Path(path)
+        self.path = buckets.as_path(path)
         self.info = read_info(self.path)
+        self.files = buckets.local_copy(self.path)  # ArrayRecord reads local files only
         self.dialogues = self.open("dialogues", self.info.dialogues)
         self.clips = self.open("clips", self.info.clips)
 
@@ -87,7 +88,7 @@ class Dataset:
 
         Raises ValueError if they cannot be opened, or hold another number of records than `count`.
         """
-        paths = sorted(map(str, self.path.glob(f"{name}-*-of-*.array_record")))
+        paths = sorted(map(str, self.files.glob(f"{name}-*-of-*.array_record")))
         try:
             source = ArrayRecordDataSource(paths) if paths else None
         except (RuntimeError, ValueError) as error:

@@ -5,12 +5,11 @@ The loss is that of stage I(b). B batch, C clips (and replies), T LLM positions,
 speech LM, D LLM width.
 """
 
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from omni2_jax import buckets
 from omni2_jax.checkpoint.tokenizer import Tokenizer
 from omni2_jax.config import Omni2Config
 from omni2_jax.models.model import Model
@@ -101,7 +100,7 @@ class SpeechToSpeech(Stage):
         examples = SpeechExamples(self.train, config, tokenizer, data)
         if self.train.hidden:
             assert config.llm is not None
-            path = Path(self.train.hidden) / split
+            path = buckets.as_path(self.train.hidden) / split
             examples.hidden = HiddenStates(path, data, config.llm.width)
         return examples
 

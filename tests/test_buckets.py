@@ -1,0 +1,188 @@
+"""Checkpoints, data sets and runs in gs://, with gcsfs and tensorstore against a stand-in of the
+service."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from omni2_jax import buckets, files
+from omni2_jax.checkpoint import info, parameters, voices
+from omni2_jax.config import Omni2Config
+from omni2_jax.generate.omni2 import Omni2
+from omni2_jax.train.data.dataset import Dataset
+from omni2_jax.train.hidden_states import HiddenStates
+from omni2_jax.train.loop import Run
+from tests.support.bucket import Bucket, serve
+from tests.support.commands import process
+from tests.support.runs import losses, reported, toy_run
+
+
+@pytest.fixture(scope="module")
+def bucket(tmp_path_factory) -> Iterator[Bucket]:
+    """The service, for this process and those that it starts."""
+    with pytest.MonkeyPatch.context() as patch, serve() as (bucket, environment):
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        patch.setenv("OMNI2_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield bucket
+
+
+@pytest.fixture(scope="module")
+def remote(bucket, checkpoint_dir, talks) -> Path:
+    """The tiny checkpoint and a data set in a bucket: ckpt, data."""
+    directory = buckets.as_path("gs://speech/tiny")
+    buckets.copy_directory(checkpoint_dir, directory / "ckpt")
+    buckets.copy_directory(talks, directory / "data")
+    return directory
+
+
+def test_paths(bucket):
+    assert buckets.as_path("a/b") == Path("a/b") and not buckets.in_bucket(Path("a/b"))
+    path = buckets.as_path("gs://speech/a/b")
+    assert str(path) == "gs://speech/a/b" and str(path.parent / "c") == "gs://speech/a/c"
+    assert buckets.in_bucket(path) and buckets.absolute(path) == path
+    for text in ("s3://speech/a", "http://x/y", "gs://", "gs:///a"):
+        line = f"^{text}: expected a local path or gs://BUCKET/DIRECTORY$"
+        with pytest.raises(ValueError, match=line):
+            buckets.as_path(text)
+
+
+def test_a_file_appears_when_it_is_complete(bucket):
+    path = buckets.as_path("gs://speech/files/a.json")
+    with pytest.raises(KeyError), files.atomic_write(path) as file:
+        file.write("half")
+        raise KeyError
+    assert bucket.names("speech/files") == []
+    with files.atomic_write(path) as file:
+        file.write("é")
+    assert path.read_text() == "é" and bucket.names("speech/files") == ["speech/files/a.json"]
+
+
+def test_a_directory_has_its_marker_last(bucket):
+    out = buckets.as_path("gs://speech/atomic/out")
+    with pytest.raises(KeyError), files.atomic_directory(out) as work:
+        (work / "config.json").write_text("{}")
+        raise KeyError
+    assert bucket.names("speech/atomic") == []
+    with files.atomic_directory(out) as work:
+        (work / "config.json").write_text("{}")
+        (work / "z").mkdir()
+        (work / "z" / "last").write_text("1")
+    names = ["speech/atomic/out/config.json", "speech/atomic/out/z/last"]
+    assert bucket.names("speech/atomic") == names
+    generation = {name: bucket.objects[tuple(name.split("/", 1))][1] for name in names}
+    assert max(names, key=generation.__getitem__) == names[0]
+    with pytest.raises(ValueError, match="exists already"), files.atomic_directory(out):
+        pass
+
+
+def test_a_copy_is_made_once_and_follows_changes(bucket):
+    source = buckets.as_path("gs://speech/copied")
+    (source / "a").write_text("1")
+    copy = buckets.local_copy(source)
+    assert (copy / "a").read_text() == "1"
+    before = len(bucket.requests)
+    assert buckets.local_copy(source) == copy
+    assert not any("alt=media" in request for request in bucket.requests[before:])
+    (source / "a").write_text("2")
+    assert (buckets.local_copy(source) / "a").read_text() == "2"
+    assert buckets.local_copy(copy) == copy
+
+
+def test_a_checkpoint_is_read_from_a_bucket(remote, checkpoint_dir, text_model):
+    directory = remote / "ckpt"
+    assert info.parts(directory) == info.parts(checkpoint_dir)
+    assert voices.names(directory) == ["espeak"]
+    config = Omni2Config.load(directory / "config.json")
+    x_vector = voices.resolve(directory, config, "espeak")
+    assert np.array_equal(x_vector, voices.resolve(checkpoint_dir, config, "espeak"))
+    model = Omni2.load(str(directory), decoder=False)
+    ours, theirs = (parameters.flatten(m.params) for m in (model, text_model))
+    assert ours.keys() == theirs.keys()
+    assert all(np.array_equal(ours[path], theirs[path]) for path in ours)
+    assert model.tokenizer.prompt([1]) == text_model.tokenizer.prompt([1])
+
+
+def test_info_of_a_bucket(remote, bucket):
+    result = process("info", remote / "ckpt", "--verify")
+    assert result.returncode == 0 and b"are sound\n" in result.stdout, result.stderr.decode()
+    names = bucket.names("speech/tiny/ckpt/params/llm")
+    name = max(names, key=lambda name: len(content(bucket, name)))
+    key, damaged = tuple(name.split("/", 1)), bytearray(content(bucket, name))
+    damaged[len(damaged) // 2] ^= 1
+    sound, bucket.objects[key] = bucket.objects[key], (bytes(damaged), 10**6)
+    result = process("info", remote / "ckpt", "--verify")
+    bucket.objects[key] = sound
+    assert result.returncode == 1
+    assert b"error: gs://speech/tiny/ckpt/params/llm is damaged: its parameter" in result.stderr
+    result = process("info", "gs://speech/nowhere")
+    line = b"error: gs://speech/nowhere is not an omni2-jax checkpoint: it has no config.json\n"
+    assert result.stderr.endswith(line)
+
+
+def content(bucket: Bucket, name: str) -> bytes:
+    return bucket.objects[tuple(name.split("/", 1))][0]
+
+
+def test_a_run_in_a_bucket_is_resumed_and_exported(
+    remote, bucket, checkpoint_dir, talks, tmp_path, monkeypatch
+):
+    """Interrupted after its third step, with a state saved after the second."""
+    Run(toy_run(checkpoint_dir, talks), tmp_path / "run").go()
+    train = toy_run(str(remote / "ckpt"), str(remote / "data"))
+    out = buckets.as_path("gs://speech/runs/1b")
+    interrupted = Run(train, out)
+    take_steps = interrupted.steps_from
+
+    def fail(first, state, saved):
+        step, taken = interrupted.take_step, []
+
+        def take_step(*arguments):
+            if len(taken) == 3:
+                raise KeyboardInterrupt
+            taken.append(1)
+            return step(*arguments)
+
+        interrupted.take_step = take_step
+        return take_steps(first, state, saved)
+
+    monkeypatch.setattr(interrupted, "steps_from", fail)
+    with pytest.raises(KeyboardInterrupt):
+        interrupted.go()
+    assert not (out / "final").exists() and (out / "steps" / "2").exists()
+    Run(train, out).go()
+    assert reported(out) == reported(tmp_path / "run")
+    assert len(losses(out)) == 4
+    assert any("tensorboard/events" in name for name in bucket.names("speech/runs/1b"))
+    final, local = out / "final", tmp_path / "run" / "final"
+    assert parameters.parts(final) == parameters.parts(local)
+    assert json.loads((final / "config.json").read_text()) == json.loads(
+        (local / "config.json").read_text()
+    )
+    for part in parameters.parts(local):
+        stored = parameters.stored(final, part)
+        for path, leaf in parameters.stored(local, part).items():
+            assert np.array_equal(stored[path].read(), leaf.read())
+    Omni2.load(final, decoder=False)
+
+
+def test_a_data_set_is_read_from_a_bucket(remote, talks):
+    ours, theirs = Dataset(str(remote / "data")), Dataset(talks)
+    assert len(ours) == len(theirs)
+    assert ours.dialogue(1).id == theirs.dialogue(1).id
+    assert np.array_equal(ours.clip(0), theirs.clip(0))
+    with pytest.raises(ValueError, match="holds no hidden states"):
+        HiddenStates(remote / "data", ours, 64)
+
+
+def test_a_bucket_that_cannot_be_read(bucket, monkeypatch):
+    buckets.check_bucket.cache_clear()
+    monkeypatch.setattr("fsspec.filesystem", lambda _: (_ for _ in ()).throw(OSError("no access")))
+    with pytest.raises(ValueError, match=r"^gs://speech cannot be read: no access$"):
+        buckets.as_path("gs://speech/a")
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    with pytest.raises(ValueError, match=r"pip install 'omni2-jax\[gcs\]'"):
+        buckets.as_path("gs://speech/a")
