@@ -1,6 +1,6 @@
 """What a run is resumed from: RUN/run.json, its settings, and RUN/steps/STEP/, its last few states.
 
-States are saved asynchronously, whole or not at all, and restored on any mesh.
+States are saved in the background and restored on any mesh.
 """
 
 import dataclasses
@@ -19,9 +19,7 @@ from omni2_jax.train.settings import MUTABLE_SETTINGS, RENAMED
 
 
 def check_metadata(run: Path, metadata: dict) -> None:
-    """Raise ValueError unless `run` is new, or a run with the same metadata; the message names what
-    differs.
-    """
+    """Raise ValueError, naming what differs, unless `run` is new or has the same metadata."""
     path = run / "run.json"
     if not path.exists():
         if run.exists() and not (run.is_dir() and all(map(is_partial, run.iterdir()))):
@@ -64,8 +62,7 @@ def write_metadata(run: Path, metadata: dict) -> None:
 
 
 class Checkpoints:
-    """The saved states of a run. A context manager: at its end everything that was saved is on the
-    disk.
+    """The saved states of a run. When this context ends, all of them are on the disk.
 
     Orbax writes in the background and renames a state when it is complete, so an interrupted one is
     never restored.

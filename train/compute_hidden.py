@@ -57,9 +57,7 @@ def compute(train: TrainConfig, out: Path, devices: Sequence[jax.Device] | None 
 
 
 def write(folder: Path, split: Split, states: Callable, metadata: dict) -> None:
-    """Write the states of one data set, and hidden.json. states: a batch on the devices -> [B, T,
-    D].
-    """
+    """Write the states of one data set, and hidden.json. states: batch -> [B, T, D]."""
     folder.mkdir()
     data = split.examples.data
     shards = Shards(folder, "states", SHARD_BYTES)

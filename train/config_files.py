@@ -33,9 +33,7 @@ def read(source: str | Path, changes: Sequence[str] = ()) -> TrainConfig:
 
 
 def config_file(source: str | Path) -> Path:
-    """The file of a config that is given by path or by the name of a shipped one. Raises ValueError
-    if there is none.
-    """
+    """The file of a config, given by path or by name. Raises ValueError if there is none."""
     path = Path(source)
     if path.is_file():
         return path

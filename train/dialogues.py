@@ -17,9 +17,7 @@ from omni2_jax.train.settings import Bucket
 
 @dataclass(frozen=True)
 class Conversation:
-    """A dialogue as the LLM reads it. Reply k, with its end token, is `replies[k]` and begins at
-    position `starts[k]`.
-    """
+    """A dialogue as the LLM reads it. Reply k with its end token starts at `starts[k]`."""
 
     ids: np.ndarray  # [T]; SPEECH where a speech feature goes
     replies: list[list[int]]

@@ -122,8 +122,6 @@ def full(shape: int | tuple[int, ...], value: int) -> np.ndarray:
 
 
 def put(row: Row, values: Mapping[str, np.ndarray], index: tuple[int, ...] = ()) -> None:
-    """Write values at the start of the row's arrays of the same names, or of the subarrays at
-    `index`.
-    """
+    """Write values at the start of the row's arrays, or of the subarrays at `index`."""
     for name, value in values.items():
         row[name][(*index, slice(None, len(value)))] = value

@@ -26,9 +26,7 @@ NO_INPUT_GRADIENT = ("adapter.up.kernel", "fusion.up.kernel")
 
 
 def step(stage: "Stage", config: Omni2Config, shapes: Shapes, bucket: Bucket) -> float:
-    """FLOPs of a step with one batch of this bucket, backward pass included; 0 if the stage cannot
-    count them.
-    """
+    """FLOPs of a step with one batch, backward pass included; 0 if they are not known."""
     return sum(both for _, both in stage.flops(config, shapes, bucket).values())
 
 
@@ -88,16 +86,13 @@ def inputs(stage: "Stage", config: Omni2Config, path: str, bucket: Bucket) -> in
 
 
 def is_used(config: DecoderConfig, names: list[str], scored: bool) -> bool:
-    """Whether a language model multiplies with a matrix: those of its layers, and its output matrix
-    if its logits are scored.
-    """
+    """Whether a matrix is used: those of layers are, the output matrix if logits are scored."""
     output = "embedding" if config.tied else "head"
     return names[0] == "layers" or (scored and names[0] == output)
 
 
 def attention(config: Omni2Config, bucket: Bucket) -> Iterator[tuple[str, float, int]]:
-    """Scores and weighted sums of values: (part, FLOPs of a row's forward pass, that many times
-    with a backward pass).
+    """Of scores and weighted sums: (part, FLOPs of a row's forward pass, passes in training).
 
     A position of a language model sees half of the other positions on average.
     """

@@ -45,9 +45,7 @@ class HiddenStates:
             raise ValueError(f"{path} is damaged: {first_line(error)}") from None
 
     def read(self, dialogue: int, count: int) -> np.ndarray:
-        """The states [count, D] of a dialogue's text tokens, in their order. Raises RecordError if
-        they are damaged.
-        """
+        """The states [count, D] of a dialogue's text tokens. Raises RecordError if damaged."""
         try:
             record = self.source[self.places[dialogue]]
             return np.frombuffer(record, self.dtype).reshape(count, self.width)

@@ -99,9 +99,7 @@ class Run:
             self.finish(state, done)
 
     def first_state(self, trained: weights.Params, shardings: Any, saved: Checkpoints):
-        """(state, number of its steps): the last saved state, or a new one. `trained` is emptied to
-        free its memory.
-        """
+        """The last saved state or a new one, and its step. Empties `trained`, to free memory."""
         begin = jax.jit(self.objective.initial, out_shardings=shardings, donate_argnums=0)
         if not saved.latest:
             return begin(trained), 0
@@ -110,9 +108,7 @@ class Run:
         return saved.restore(saved.latest, shapes, shardings), saved.latest
 
     def steps_from(self, first: int, state: Any, saved: Checkpoints) -> tuple[Any, int]:
-        """Steps until the last one, or until the run is asked to stop: (state, number of steps
-        done).
-        """
+        """Train until the last step or a signal; return the state and the number of steps done."""
         train, pending, done = self.train, None, first
         reporter = Reporter(self.stage, self.out, self.data, self.weights, first)
         reporter.print_table(self.frozen)

@@ -17,8 +17,7 @@ def token_loss(
     logits: Callable[[jax.Array], jax.Array],
     block: int = 256,
 ) -> tuple[jax.Array, jax.Array]:
-    """The sum of the cross-entropies of all targets [B, T] that are not IGNORE, and the number of
-    these targets.
+    """Sum of the cross-entropies of the targets [B, T] that are not IGNORE, and their number.
 
     hidden [B, T, D]: the hidden state at the position of each target. logits: [..., D] -> [..., V].
     Only the logits of `block` positions of every row exist at the same time, in the forward and in

@@ -15,8 +15,7 @@ from omni2_jax.files import atomic_write
 
 
 class Metrics:
-    """One JSON object on each line, {"step": 12, "loss": 2.5, ...}, and the same numbers for
-    TensorBoard.
+    """RUN/metrics.jsonl, one object a line: {"step": 12, "loss": 2.5, ...}; and TensorBoard.
 
     first: the step at which the run starts or resumes. Lines that an interrupted run wrote about
     this step and later ones are dropped.
@@ -66,8 +65,9 @@ def step_of(line: str) -> int:
 
 
 class Line:
-    """The live line on the terminal: a progress bar and the measurements of the last step. enabled:
-    show it at all.
+    """The live line on the terminal: a progress bar and the last measurements.
+
+    enabled: False shows nothing, for processes other than the first.
     """
 
     def __init__(self, name: str, steps: int, first: int, enabled: bool = True):
@@ -104,9 +104,7 @@ class Clock:
         self.start, self.waited, self.steps = time.perf_counter(), 0.0, 0
 
     def read(self) -> tuple[float, float]:
-        """(seconds a step, share of it spent waiting for data) since the last call; then the clock
-        starts anew.
-        """
+        """(seconds a step, share of it spent waiting for data) since the last call."""
         now = time.perf_counter()
         seconds, waited, steps = now - self.start, self.waited, max(self.steps, 1)
         self.start, self.waited, self.steps = now, 0.0, 0

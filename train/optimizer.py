@@ -7,9 +7,7 @@ from omni2_jax.train.settings import OptimizerConfig
 
 
 def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Learning rate by step: linear from 0 over the share `warmup` of the steps, then a cosine
-    (paper section 4.1).
-    """
+    """Learning rate by step: a linear warm-up, then a cosine (paper section 4.1)."""
     warmup = round(config.warmup * steps)
     return optax.warmup_cosine_decay_schedule(
         0.0 if warmup else config.peak,

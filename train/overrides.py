@@ -13,8 +13,7 @@ from omni2_jax.train.settings import RENAMED, TrainConfig
 
 
 def changed(config: TrainConfig, changes: Sequence[str]) -> TrainConfig:
-    """A configuration with `key=value` changes; a key with dots reaches into it, as
-    optimizer.peak=1e-4.
+    """A configuration with `key=value` changes; keys may have dots: optimizer.peak=1e-4.
 
     A value is a Python literal or a text. Raises ValueError naming the change and what is wrong
     with it.
@@ -37,9 +36,7 @@ def changed(config: TrainConfig, changes: Sequence[str]) -> TrainConfig:
 
 
 def validated(tree: dict, context: str) -> TrainConfig:
-    """A configuration from a dictionary. Raises one ValueError, which begins with `context`, for
-    all faults.
-    """
+    """A configuration from a dictionary. Raises one ValueError, after `context`, for all faults."""
     try:
         return pydantic.TypeAdapter(TrainConfig).validate_python(tree)
     except pydantic.ValidationError as error:
@@ -52,9 +49,7 @@ def validated(tree: dict, context: str) -> TrainConfig:
 
 
 def literal(text: str) -> object:
-    """The value of a Python literal; `none`, `true` and `false` in any case; any other text stays a
-    text.
-    """
+    """A Python literal, or none, true and false in any case; any other text stays a text."""
     constants = {"none": None, "true": True, "false": False}
     if text.lower() in constants:
         return constants[text.lower()]
@@ -81,9 +76,7 @@ def renamed(key: str) -> str:
 
 
 def nearest(name: str, known: Sequence[str]) -> str:
-    """A hint for a mistyped key, or for one without its prefix; an empty text if no known key is
-    near.
-    """
+    """A hint for a mistyped key or one without its prefix; empty if no known key is near."""
     with_prefix = [key for key in known if key.endswith(f".{name}")]
     close = with_prefix or difflib.get_close_matches(name, known, 1, 0.5)
     return f"; did you mean {close[0]}?" if close else ""

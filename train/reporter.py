@@ -30,9 +30,7 @@ from omni2_jax.train.weights import Params, Weights
 
 @dataclass(frozen=True)
 class StepResult:
-    """A step that was dispatched: its number, its metrics on the devices, and this process's rows
-    of its batch.
-    """
+    """A dispatched step: its metrics on the devices, and this process's rows of its batch."""
 
     number: int
     metrics: Mapping[str, jax.Array]
@@ -40,9 +38,7 @@ class StepResult:
 
 
 class Reporter:
-    """A context manager around the steps of a run, which begins at step `first` and ends at step
-    `steps`.
-    """
+    """Reports the steps of a run from step `first` on; a context manager around them."""
 
     def __init__(self, stage: Stage, out: Path, split: Split, weights: Weights, first: int):
         self.stage, self.train = stage, stage.train
@@ -81,9 +77,7 @@ class Reporter:
             say(text)
 
     def begin_step(self, number: int) -> None:
-        """Start the profiler's trace before the first of the steps that the setting `profile`
-        names.
-        """
+        """Start the profiler's trace before the first step of the setting `profile`."""
         first, last = self.train.profile or (0, -1)
         if self.is_first_process and first <= number <= last and not self.tracing:
             jax.profiler.start_trace(str(self.out / "profile"))
@@ -126,9 +120,7 @@ class Reporter:
             self.tracing = False
 
     def speed(self, bucket: Bucket) -> dict[str, float]:
-        """Time, tokens a second and MFU of the steps since the last report. Padding counts as
-        tokens.
-        """
+        """Time, tokens a second (with padding) and MFU since the last report."""
         seconds, waited = self.clock.read()
         tokens = self.train.batch * bucket.size
         values = {"tokens_per_s": tokens / seconds, "seconds": seconds, "data_wait": waited}

@@ -24,9 +24,7 @@ UNITS = 500  # at most, after the text of a sample has ended: 20 s
 
 
 class Sampler:
-    """Answers questions with the current weights; parts that the stage does not load are those of
-    the checkpoint.
-    """
+    """Answers with the current weights, and with the checkpoint's for parts that are not loaded."""
 
     def __init__(self, stage: "Stage", directory: Path, tokenizer: Tokenizer):
         self.directory, self.tokenizer = directory, tokenizer

@@ -22,9 +22,7 @@ RENAMED = {
 
 
 def from_sequence(kind: type) -> pydantic.BeforeValidator:
-    """Let a tuple stand for a dataclass: its values are the first fields, in order, as in (1, 66,
-    0) for a Bucket.
-    """
+    """Let a tuple stand for a dataclass, as (1, 66, 0) for a Bucket: its first fields in order."""
     names = [item.name for item in dataclasses.fields(kind)]
 
     def convert(value: object) -> object:
@@ -53,8 +51,7 @@ def one_or_more_buckets(value: object) -> object:
 
 @dataclass(frozen=True)
 class Bucket:
-    """The static shape of the rows of a batch. An example goes into the first bucket that it fits
-    into.
+    """The static shape of a batch's rows. An example goes into the first bucket that holds it.
 
     A size that a stage does not use is ignored.
     """
@@ -130,7 +127,7 @@ class TrainConfig:
     __pydantic_config__ = pydantic.ConfigDict(extra="forbid")
 
     stage: str  # a key of stages.STAGES: 1a, 1b, 2 or flow
-    checkpoint: str = ""  # to start from; `omni2 convert` or an earlier stage has made it
+    checkpoint: str = ""  # to start from; of `omni2 convert` or an earlier stage
     data: str = ""  # a data set of `omni2 prepare`
     validation: str | None = None  # another data set of `omni2 prepare`
     batch: int = 32

@@ -25,8 +25,7 @@ Metrics = dict[str, jax.Array]
 
 
 class Objective(Protocol):
-    """How a stage changes its parameters. A state is a frozen dataclass, registered as a pytree,
-    whose fields are saved.
+    """How a stage changes its parameters. A state is a frozen dataclass and a pytree.
 
     `batch` holds arrays [microbatches, B, ...]; `frozen` the parameters that do not change.
     """
@@ -40,9 +39,7 @@ class Objective(Protocol):
         ...
 
     def step(self, state: Any, frozen: Params, batch: dict) -> tuple[Any, Metrics]:
-        """One step. The metrics are scalars, "loss" among them; the run stops if one of them is not
-        finite.
-        """
+        """One step. The metrics are scalars, "loss" among them; all of them must be finite."""
         ...
 
     def validate(self, params: Params, frozen: Params, batch: dict) -> tuple[jax.Array, jax.Array]:
@@ -57,9 +54,7 @@ class Objective(Protocol):
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class State:
-    """Everything that changes. Random keys and the data follow from (seed, step), so they need not
-    be saved.
-    """
+    """Everything that changes. Random keys and data follow from (seed, step)."""
 
     step: jax.Array
     params: Params  # float32
@@ -68,9 +63,7 @@ class State:
 
 
 class SingleObjective:
-    """One loss, one set of parameters and AdamW, with gradients summed over microbatches and an
-    average of the weights.
-    """
+    """One loss, one set of parameters, AdamW, microbatches, and an average of the weights."""
 
     def __init__(self, stage: "Stage", weights: Weights, steps: int):
         self.stage, self.train, self.weights = stage, stage.train, weights
@@ -97,9 +90,7 @@ class SingleObjective:
     def gradients(
         self, params: Params, frozen: Params, batch: dict, key: jax.Array
     ) -> tuple[jax.Array, jax.Array, Params]:
-        """The loss of a batch, the number of its terms, and the gradients; all of them sums over
-        the batch.
-        """
+        """The loss of a batch, its number of terms, and the gradients, all summed."""
 
         def loss(params: Params, microbatch: dict, key: jax.Array):
             return self.stage.loss(self.model(params, frozen), microbatch, key)

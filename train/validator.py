@@ -55,9 +55,7 @@ class Validator:
     def sample(
         self, sampler: Sampler, index: int, folder: Path, done: int, reporter: Reporter
     ) -> None:
-        """Answer the first question of a dialogue, as text, units and, where there is a voice,
-        sound.
-        """
+        """Answer the first question of a dialogue in text, units and, with a voice, sound."""
         data = self.split.examples.data
         try:
             question = data.dialogue(index).turns[0]

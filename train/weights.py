@@ -51,9 +51,7 @@ class Weights:
         return cls(config, build, graph, nested, parameters.flatten(nested), shardings)
 
     def nested(self, leaves: Mapping[str, Any]) -> dict:
-        """Values by path as the model's nested dictionary; a parameter without a value stays a
-        shape.
-        """
+        """Values as the model's nested dictionary; a parameter without a value stays a shape."""
         return parameters.unflatten(self.nested_shapes, self.shapes | dict(leaves))
 
     def model(self, *params: Mapping[str, jax.Array]) -> Any:
@@ -74,8 +72,7 @@ def split_params(stage: "Stage", values: Mapping[str, Any]) -> tuple[dict, dict]
 
 
 def configure(stage: "Stage", directory: Path) -> Omni2Config:
-    """The configuration of the checkpoint that a run exports, from that of the checkpoint it starts
-    from.
+    """The configuration of the exported checkpoint, from that of the one to start from.
 
     Raises ValueError naming the parts that the checkpoint lacks, or that `reset` names though the
     stage does not train them.
@@ -97,8 +94,7 @@ def configure(stage: "Stage", directory: Path) -> Omni2Config:
 
 
 def load(stage: "Stage", directory: Path, mesh: Mesh) -> tuple[Weights, Params, Params]:
-    """The parameters of a run: (shapes, trained values in float32, frozen values in the dtype of
-    the computation).
+    """(shapes, trained parameters in float32, frozen ones in the dtype of the computation).
 
     Each device holds its share of every array from the moment it is read. Raises ValueError if the
     checkpoint lacks a part or does not fit its configuration.
@@ -123,9 +119,7 @@ def load(stage: "Stage", directory: Path, mesh: Mesh) -> tuple[Weights, Params, 
 
 
 def load_part(stage: "Stage", stored: Weights, directory: Path, part: str) -> Params:
-    """One part of a checkpoint by path. What is trained is float32, and so is a part of the
-    decoder.
-    """
+    """One part of a checkpoint by path; float32 if it is trained or belongs to the decoder."""
     is_trained = part in stage.trained and not stage.train.rank
     dtype = jnp.float32 if is_trained else part_dtype(part, stage.train.dtype)
     shapes, shardings = stored.nested(stored.shapes), stored.nested(stored.shardings)

@@ -31,9 +31,7 @@ def stage_of(train: "TrainConfig") -> "Stage":
 
 
 def faults(train: "TrainConfig") -> list[str]:
-    """What is wrong with the stage and with the settings that belong to single stages; empty if
-    nothing is.
-    """
+    """What is wrong with the stage's name and with settings that belong to single stages."""
     if train.stage not in STAGES:
         *names, last = STAGES
         return [f"stage is {train.stage!r}, expected {', '.join(names)} or {last}"]

@@ -56,9 +56,7 @@ class Stage(abc.ABC):
 
     @property
     def loaded(self) -> tuple[str, ...]:
-        """The parts whose weights are read from the checkpoint; of the others only the shapes are
-        needed.
-        """
+        """The parts that are read from the checkpoint; of others only the shapes are needed."""
         return self.parts
 
     def is_trained(self, path: str) -> bool:
@@ -73,9 +71,7 @@ class Stage(abc.ABC):
     # Configurations of the model
 
     def configure(self, config: Omni2Config) -> Omni2Config:
-        """The configuration of the checkpoint that the run exports, from that of the checkpoint it
-        starts from.
-        """
+        """The configuration of the exported checkpoint, from that of the one to start from."""
         return config
 
     def model_config(self, config: Omni2Config) -> Omni2Config:
@@ -83,9 +79,7 @@ class Stage(abc.ABC):
         return config.only(*self.parts)
 
     def train_config(self, config: Omni2Config) -> Omni2Config:
-        """The configuration of the same model while it is trained; it may have additional
-        parameters (LoRA).
-        """
+        """The configuration of the model in training, which may have more parameters (LoRA)."""
         return self.model_config(config)
 
     def sample_config(self, config: Omni2Config) -> Omni2Config:
@@ -114,8 +108,7 @@ class Stage(abc.ABC):
         """The loss of one microbatch. key: for everything that the stage draws at random."""
 
     def objective(self, weights: "Weights", steps: int) -> "Objective":
-        """What one step does; by default one optimizer minimises `loss` over all trained
-        parameters.
+        """What one step does; by default one optimizer minimizes `loss`.
 
         A stage with several optimizers or losses brings its own `Objective`.
         """
@@ -124,17 +117,13 @@ class Stage(abc.ABC):
         return SingleObjective(self, weights, steps)
 
     def frozen_work(self) -> dict[str, Callable[[Any, Batch], Array | tuple[Array, ...]]]:
-        """Computations of the loss that come before everything trained, by name; benchmarks.train
-        times them.
-        """
+        """What the loss computes before all trained parts, by name; benchmarks.train times it."""
         return {}
 
     def flops(
         self, config: Omni2Config, shapes: Mapping[str, jax.ShapeDtypeStruct], bucket: Bucket
     ) -> dict[str, tuple[float, float]]:
-        """FLOPs of one batch by part: (forward pass, forward and backward pass). Empty if they are
-        not known.
-        """
+        """FLOPs of a batch by part: (forward, forward and backward). Empty if not known."""
         from omni2_jax.train import flops
 
         return flops.count(self, config, shapes, bucket)

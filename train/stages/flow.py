@@ -93,6 +93,7 @@ class FlowMatching(Stage):
         return jnp.dtype(jnp.float32)
 
     def loss(self, model: Model, batch: Batch, key: Array) -> Loss:
+        """The flow matching loss of the recordings' mel frames."""
         flow, units = model.flow, batch["units"]
         config, rate, rows = flow.config, flow.config.upsample, units.shape[0]
         lengths = jnp.sum(units != PAD, 1)

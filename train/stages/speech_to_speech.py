@@ -26,9 +26,7 @@ from omni2_jax.train.stages.text_to_speech import unit_loss
 
 
 class SpeechExamples(DialogueExamples):
-    """Dialogues and the units of their replies. hidden: the LLM's states; if given, no question is
-    read.
-    """
+    """Dialogues and the units of their replies. With `hidden` states no question is read."""
 
     hidden: HiddenStates | None = None
 
@@ -105,6 +103,7 @@ class SpeechToSpeech(Stage):
         return examples
 
     def loss(self, model: Model, batch: Batch, key: Array) -> Loss:
+        """The cross-entropy of the units, given the LLM's hidden states and the text."""
         if self.train.hidden:
             hidden = batch["hidden"].astype(self.train.dtype)
         else:

@@ -35,9 +35,7 @@ class TextExamples(DialogueExamples):
 
 
 class SpeechToText(Stage):
-    """Trains the adapter and the LLM, or low-rank updates of the LLM (LoRA) if the setting `rank`
-    is given.
-    """
+    """Trains the adapter and the LLM, or with the setting `rank` low-rank updates of it (LoRA)."""
 
     parts = ("speech_encoder", "adapter", "llm")
     trained = ("adapter", "llm")
@@ -61,6 +59,7 @@ class SpeechToText(Stage):
         return config.replace(mix="text")
 
     def loss(self, model: Model, batch: Batch, key: Array) -> Loss:
+        """The cross-entropy of the replies' text."""
         hidden = read_dialogue(model, self.train, batch)
         return token_loss(hidden, batch["targets"], model.llm.logits, self.train.loss_block)
 
@@ -80,9 +79,7 @@ def encode_questions(model: Model, train: TrainConfig, batch: Batch) -> Array:
 
 
 def read_dialogue(model: Model, train: TrainConfig, batch: Batch) -> Array:
-    """Recordings [B, C, N] int16 and ids [B, T] of whole dialogues -> the LLM's hidden states [B,
-    T, D].
-    """
+    """Recordings [B, C, N] int16 and ids [B, T] of dialogues -> LLM hidden states [B, T, D]."""
     speech = model.adapter(encode_questions(model, train, batch))
     speech = speech.reshape(len(batch["ids"]), -1, speech.shape[-1])
     inputs = constrain(model.embed_prompt(batch["ids"], speech), "batch", None, None)

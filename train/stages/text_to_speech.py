@@ -44,6 +44,7 @@ class TextToSpeech(Stage):
         return config.replace(mix="text")
 
     def loss(self, model: Model, batch: Batch, key: Array) -> Loss:
+        """The cross-entropy of the units, given the embeddings of the text."""
         inputs = model.speech_lm.embed(batch["tokens"]).astype(self.train.dtype)
         return unit_loss(model, self.train, inputs, batch["tokens"], batch["targets"])
 
@@ -51,9 +52,7 @@ class TextToSpeech(Stage):
 def unit_loss(
     model: Model, train: TrainConfig, inputs: Array, tokens: Array, targets: Array
 ) -> Loss:
-    """The speech LM's cross-entropy. inputs [B, S, D]: embeddings of the tokens [B, S]; targets [B,
-    S].
-    """
+    """The speech LM's cross-entropy, from embeddings [B, S, D] of tokens and targets [B, S]."""
     inputs = constrain(inputs, "batch", None, None)
     hidden, _ = model.speech_lm(inputs, positions(tokens), remat=train.remat)
     return token_loss(hidden, targets, model.speech_lm.logits, train.loss_block)
