@@ -14,6 +14,9 @@ import pytest
 from omni2_jax.checkpoint import checksums, info, parameters, tokenizer, voices
 from omni2_jax.config import Omni2Config
 from omni2_jax.train.checkpoints import Checkpoints
+from omni2_jax.train.data.dataset import Dataset
+from omni2_jax.train.data.writer import Shards
+from omni2_jax.train.hidden_states import HiddenStates, identity
 from omni2_jax.train.step import State
 from tests.support.commands import process
 
@@ -245,3 +248,25 @@ def test_orbax_writes_the_checksum_codec(tmp_path):
         assert len(content) > 0
         tree = checksums.tree_handler().metadata(directory).tree
         assert all(checksums.has_checksums(array) for array in tree.values())
+
+
+def test_no_flipped_bit_of_hidden_states_changes_them(tmp_path, talks):
+    """ArrayRecord has hashes of its own."""
+    data = Dataset(talks)
+    states = [np.full((3, 64), number, np.float32) for number in range(len(data))]
+    shards = Shards(tmp_path, "states", 2**20)
+    places = [shards.add(array.tobytes()) for array in states]
+    shards.close()
+    metadata = {"data": identity(data), "width": 64, "dtype": "float32", "places": places}
+    (tmp_path / "hidden.json").write_text(json.dumps(metadata))
+
+    def read() -> dict:
+        hidden = HiddenStates(tmp_path, data, 64)
+        return {"states": [hidden.read(number, 3).copy() for number in range(len(data))]}
+
+    assert np.array_equal(read()["states"], states)
+    refused, silent = undetected(tmp_path, read, 40)
+    assert refused > 20 and silent == []
+    (tmp_path / "hidden.json").write_text(json.dumps(metadata | {"places": [1, 1]}))
+    with pytest.raises(ValueError, match="does not name each record once"):
+        read()

@@ -43,6 +43,10 @@ class HiddenStates:
             )
         except (RuntimeError, ValueError) as error:
             raise ValueError(f"{path} is damaged: {first_line(error)}") from None
+        # hidden.json has no checksum; a wrong place would give a dialogue another one's states.
+        used = [place for place in self.places if place is not None]
+        if set(used) != set(range(len(self.source))) or len(used) != len(self.source):
+            raise ValueError(f"{path} is damaged: its hidden.json does not name each record once")
 
     def read(self, dialogue: int, count: int) -> np.ndarray:
         """The states [count, D] of a dialogue's text tokens. Raises RecordError if damaged."""
