@@ -66,9 +66,9 @@ console = rich.console.Console()
 class Job:
     """A jitted function, the shapes of its arguments, the same shapes by kind, and its FLOPs."""
 
-    function: jax.stages.Wrapped
+    function: Any  # of jax.jit
     arguments: tuple
-    kinds: dict[str, object]
+    kinds: dict[str, Any]
     flops: float
     keywords: dict[str, object] = field(default_factory=dict)
 

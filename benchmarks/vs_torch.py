@@ -1,7 +1,9 @@
-"""`python -m benchmarks.vs_torch`: our speech LM and speech encoder against PyTorch's, same dimensions, same device, one run.
+"""`python -m benchmarks.vs_torch`: our speech LM and speech encoder beside PyTorch's.
 
-The speech LM writes bursts of W units behind R rows each (40 bursts are 16 s of speech): ours with its cache, transformers' Qwen2
-with its cache, and transformers' Qwen2 prefilling the whole context again for every burst, as the released code does.
+Both have the same dimensions and run on the same device in one run. The speech LM makes writes of W
+units, each after R fused rows (40 writes are 16 s of speech): ours with its cache, transformers'
+Qwen2 with its cache, and transformers' Qwen2 that prefills the whole context again for every write,
+as the released code does.
 """
 
 import dataclasses
@@ -9,7 +11,7 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -38,42 +40,45 @@ def ours(
     config: Omni2Config,
     graph: nnx.GraphDef,
     params: dict,
-    bursts: int,
+    writes: int,
     units_only: bool,
     repeats: int,
 ) -> float:
-    """Seconds of gate fusion and speech LM for all bursts."""
+    """Seconds of gate fusion and speech LM for all writes."""
     rows = jnp.zeros((1, config.read, config.llm.width), language_dtype(params))
     tokens = jnp.zeros((1, config.read), jnp.int32)
-    capacity = bursts * (config.read + config.write) + 1
+    capacity = writes * (config.read + config.write) + 1
 
     @jax.jit
     def fresh() -> ReadWriteState:
         state = ReadWriteState.empty(config, 1, 1, capacity, rows.dtype)
         return dataclasses.replace(state, phase=jnp.full(1, READING))
 
-    def burst(params: dict, state: ReadWriteState) -> tuple[ReadWriteState, jax.Array]:
+    def write(params: dict, state: ReadWriteState) -> tuple[ReadWriteState, jax.Array]:
         return read_write.write(
             nnx.merge(graph, params), state, tokens, rows, jnp.array([False]), units_only
         )
 
-    burst = jax.jit(burst, donate_argnums=1)
+    run_write = jax.jit(write, donate_argnums=1)
 
     def run(count: int) -> float:
         state = jax.block_until_ready(fresh())
         start = time.perf_counter()
         for _ in range(count):
-            state, speech = burst(params, state)
+            state, speech = run_write(params, state)
         jax.block_until_ready(speech)
         return time.perf_counter() - start
 
     run(1)
-    return best(lambda: run(bursts), repeats)
+    return best(lambda: run(writes), repeats)
 
 
 @torch.inference_mode()
-def theirs(config: Omni2Config, bursts: int, cached: bool, repeats: int) -> float:
-    """Seconds of transformers' Qwen2 for the same bursts: one cache for all of them, or a fresh prefill for each."""
+def theirs(config: Omni2Config, writes: int, cached: bool, repeats: int) -> float:
+    """Seconds of transformers' Qwen2 for the same writes.
+
+    cached: one cache for all writes, or else a new prefill of the whole context for each.
+    """
     lm = config.speech_lm
     model = transformers.Qwen2ForCausalLM(
         transformers.Qwen2Config(**qwen2.write_config(lm), eos_token_id=config.tokens.unit_eos)
@@ -91,20 +96,20 @@ def theirs(config: Omni2Config, bursts: int, cached: bool, repeats: int) -> floa
         for _ in range(count):
             if not cached:
                 cache, context = transformers.DynamicCache(), torch.cat([context, fresh], 1)
-            given = fresh if cached else context
+            inputs = fresh if cached else context
             for _ in range(config.write):
                 fresh = token(
                     model.model(
-                        inputs_embeds=given, past_key_values=cache, use_cache=True
+                        inputs_embeds=inputs, past_key_values=cache, use_cache=True
                     ).last_hidden_state
                 )
-                given = fresh
+                inputs = fresh
                 context = context if cached else torch.cat([context, fresh], 1)
             fresh = torch.cat([fresh, rows], 1) if cached else rows
         return time.perf_counter() - start
 
     run(1)
-    return best(lambda: run(bursts), repeats)
+    return best(lambda: run(writes), repeats)
 
 
 def encoder_ours(
@@ -124,7 +129,7 @@ def encoder_ours(
 
 @torch.inference_mode()
 def encoder_theirs(config: SpeechEncoderConfig, repeats: int) -> float:
-    dims = {
+    dims: dict[str, Any] = {
         "num_mel_bins": config.mels,
         "max_source_positions": config.frames,
         "d_model": config.width,
@@ -149,7 +154,7 @@ def main(
     size: Annotated[
         str, typer.Option(help="tiny or 0.5b: dimensions with random weights.")
     ] = "tiny",
-    bursts: Annotated[int, typer.Option(help="Bursts of W units; 40 are 16 s of speech.")] = 40,
+    writes: Annotated[int, typer.Option(help="Writes of W units; 40 are 16 s of speech.")] = 40,
     repeats: Annotated[int, typer.Option(help="Runs of each, the best of which counts.")] = 2,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write the figures here.")
@@ -158,17 +163,17 @@ def main(
     """Time our speech LM and speech encoder against PyTorch's in float32 on the CPU."""
     console = rich.console.Console()
     config, graph, params = load(size, None, jnp.float32)
-    tokens = bursts * config.write
+    tokens = writes * config.write
     figures = {
         "device": f"{jax.devices()[0].device_kind}, {torch.get_num_threads()} torch threads",
         "size": size,
-        "bursts": bursts,
+        "writes": writes,
     }
     measured = {
-        "ours_s": lambda: ours(config, graph, params, bursts, True, repeats),
-        "torch_cached_s": lambda: theirs(config, bursts, True, repeats),
-        "torch_reprefill_s": lambda: theirs(config, bursts, False, 1),
-        "ours_all_tokens_s": lambda: ours(config, graph, params, bursts, False, repeats),
+        "ours_s": lambda: ours(config, graph, params, writes, True, repeats),
+        "torch_cached_s": lambda: theirs(config, writes, True, repeats),
+        "torch_reprefill_s": lambda: theirs(config, writes, False, 1),
+        "ours_all_tokens_s": lambda: ours(config, graph, params, writes, False, repeats),
         "encoder_ours_s": lambda: encoder_ours(graph, params, config.speech_encoder, repeats),
         "encoder_torch_s": lambda: encoder_theirs(config.speech_encoder, repeats),
     }
@@ -183,13 +188,13 @@ def main(
         "seconds",
         "ms a unit",
         "of ours",
-        title=f"{size}, float32, {bursts} bursts, {figures['device']}",
+        title=f"{size}, float32, {writes} writes, {figures['device']}",
     )
     for name, label in {
         "ours_s": "speech LM, ours (only units can be sampled)",
         "ours_all_tokens_s": "speech LM, ours (any token)",
         "torch_cached_s": "speech LM, PyTorch with its cache",
-        "torch_reprefill_s": "speech LM, PyTorch, prefill a burst (as released)",
+        "torch_reprefill_s": "speech LM, PyTorch, prefill for every write (as released)",
     }.items():
         value = figures[name]
         table.add_row(

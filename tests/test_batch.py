@@ -1,4 +1,4 @@
-"""Any number of conversations through a few slots: in order, in bounded memory, despite failures."""
+"""Any number of conversations in a few slots: in order, in bounded memory, with failures."""
 
 import dataclasses
 

@@ -12,7 +12,7 @@ from omni2_jax.generate.prompts import load_clips
 from tests.support.conversations import CASES, GREEDY, clip
 
 # Bounds of the mean and of the maximum of |bfloat16 - float32|, in units of the standard deviation
-# of the float32 numbers. Measured on a CPU: the values behind them; the bounds are about twice that.
+# of the float32 numbers. They are about twice what was measured on a CPU, which stands behind them.
 BOUNDS = {
     "speech features": (0.014, 0.08),  # 0.0068, 0.038
     "LLM hidden states": (0.043, 0.42),  # 0.0212, 0.209

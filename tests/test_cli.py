@@ -1,4 +1,4 @@
-"""The `omni2` command: what it writes and prints, and every foreseen failure as one line that leaves nothing behind."""
+"""The `omni2` command: what it writes and prints, and its failures, each one line on stderr."""
 
 import functools
 import json
@@ -7,6 +7,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import soundfile
@@ -48,15 +49,17 @@ def loaded(monkeypatch, model, text_model, checkpoint_dir):
 
 def write_questions(path: Path, *conversations: list) -> Path:
     """Items named q0, q1, ...; paths are the user's turns, texts the model's."""
-    turns = lambda talk: [
-        {"from": "gpt", "text": t} if isinstance(t, str) else {"from": "human", "speech": str(t)}
-        for t in talk
+
+    def turn(content: Path | str) -> dict[str, str]:
+        if isinstance(content, str):
+            return {"from": "gpt", "text": content}
+        return {"from": "human", "speech": str(content)}
+
+    items = [
+        {"id": f"q{i}", "conversation": [turn(content) for content in contents]}
+        for i, contents in enumerate(conversations)
     ]
-    path.write_text(
-        json.dumps(
-            [{"id": f"q{i}", "conversation": turns(talk)} for i, talk in enumerate(conversations)]
-        )
-    )
+    path.write_text(json.dumps(items))
     return path
 
 
@@ -114,11 +117,14 @@ def test_interrupted_stream_leaves_no_file(omni2, loaded, model, tmp_path, monke
 
 
 def test_questions_in_batches(omni2, loaded, tmp_path):
-    """Conversations of different lengths, three at once: the lines and files of one by one, in order."""
+    """Conversations of different lengths, three at once: the same lines and files as one by one."""
     given = write_questions(
-        tmp_path / "questions.json", [SPEECH], [clip("speech_b"), CASES["B"]["conversation"][1]["text"], clip("synth_c")],
-        [clip("synth_c"), "Yes.", clip("short_d")], [clip("short_d")],
-    )  # fmt: skip
+        tmp_path / "questions.json",
+        [SPEECH],
+        [clip("speech_b"), CASES["B"]["conversation"][1]["text"], clip("synth_c")],
+        [clip("synth_c"), "Yes.", clip("short_d")],
+        [clip("short_d")],
+    )
     for out, flags in {"one": ["--no-wav"], "three": ["--batch", 3]}.items():
         code, _, err = omni2(
             *chat(loaded, "--questions", given, "--out-dir", tmp_path / out, *flags)
@@ -140,11 +146,12 @@ def test_questions_in_batches(omni2, loaded, tmp_path):
 
 
 def test_answer_without_speech(omni2, loaded, tmp_path, monkeypatch):
-    """A text whose first token ends it, and a speech LM that ends at once: there is nothing to write, and that is no failure."""
-    silent = lambda replies, spoken: (
-        list(replies),
-        omni2_module.Answer("so", [], "", np.zeros(0, np.float32)),
-    )[1]
+    """The first text token ends the text, and there is no unit: no file, and no failure."""
+
+    def silent(replies, spoken: bool) -> omni2_module.Answer:
+        list(replies)
+        return omni2_module.Answer("so", [], "", np.zeros(0, np.float32))
+
     monkeypatch.setattr(omni2_module, "join", silent)
     code, _, err = omni2(*chat(loaded, SPEECH, "--out", tmp_path / "a.wav"))
     assert code == 0 and "no speech" in err and os.listdir(tmp_path) == []
@@ -186,6 +193,63 @@ def test_info(omni2, checkpoint_dir):
         assert fact in out
 
 
+def test_square_brackets_in_names(omni2, loaded, tmp_path):
+    """They are no markup: of recordings, of the answer's file, and of a checkpoint."""
+    folder = tmp_path / "[" / "]x"  # "[/]x" on the command line
+    folder.mkdir(parents=True)
+    sounds = [folder / name for name in ("[bold]a.wav", "[red].wav")]
+    for sound in sounds:
+        shutil.copy(clip("short_d"), sound)
+    limits = ["--max-new-tokens", 3, "--max-flush-units", 4]
+    code, _, err = omni2(*chat(loaded, *sounds, *limits, "--out", folder / "[b].wav"))
+    assert code == 0
+    for name in (*sounds, folder / "[b]-1.wav", folder / "[b]-2.wav"):
+        assert str(name) in err.replace("\n", "") and name.exists()
+    missing = folder / "[i].wav"
+    assert f"{missing}: No such file" in omni2(*chat(loaded, missing))[0]
+    ckpt = tmp_path / "ti[" / "x]ny"
+    questions = write_questions(tmp_path / "in.json", [clip("short_d")])
+    args = ["--questions", questions, "--out-dir", tmp_path / "out"]
+    assert f"{ckpt} is not an omni2-jax checkpoint" in omni2(*chat(ckpt, *args))[0]
+
+
+def test_an_answer_is_reported_once_it_is_written(omni2, loaded, tmp_path, monkeypatch):
+    def fail(path, samples):
+        raise ValueError(f"cannot write {path}: no space left on device")
+
+    monkeypatch.setattr(recordings, "save", fail)
+    limits = ["--max-new-tokens", 3, "--max-flush-units", 4]
+    code, _, err = omni2(*chat(loaded, clip("short_d"), *limits, "--out", tmp_path / "a.wav"))
+    assert "no space left on device" in code and "a.wav" not in err
+
+
+def test_a_failed_answer_names_file_and_item(omni2, loaded, text_model, tmp_path, monkeypatch):
+    """What was answered before stays; the first failure leaves nothing."""
+
+    def encode_nan(sound, long_turns):
+        return [jnp.full((300, text_model.config.llm.width), jnp.nan)]
+
+    monkeypatch.setattr(text_model, "hear", encode_nan)
+    questions = write_questions(tmp_path / "in.json", [clip("short_d")])
+    args = ["--questions", questions, "--out-dir", tmp_path / "out", "--no-wav"]
+    refused(omni2(*chat(loaded, *args)), tmp_path, "in.json: item 0 (q0): ", "clip 1 of 1")
+
+
+def test_too_long_a_conversation_is_refused_before_loading(
+    omni2, checkpoint_dir, tmp_path, monkeypatch
+):
+
+    def load(*arguments, **settings):
+        raise AssertionError("the model is loaded")
+
+    monkeypatch.setattr(Omni2, "load", load)
+    talk = [clip("short_d"), "Yes. " * 5000, clip("short_d")]
+    questions = write_questions(tmp_path / "in.json", [clip("short_d")], talk)
+    args = ["--questions", questions, "--out-dir", tmp_path / "out"]
+    result = omni2(*chat(checkpoint_dir, *args))
+    refused(result, tmp_path, "in.json: item 1 (q1): ", "positions, at most 4096 fit")
+
+
 # --- the real thing
 
 
@@ -201,7 +265,7 @@ def test_raw_audio_on_stdout(checkpoint_dir, model):
 
 
 def test_failure_of_the_process(checkpoint_dir, tmp_path):
-    """A damaged parameter file, which four libraries have to say something about: one line on stderr, exit code 1."""
+    """A damaged parameter file: one line on stderr (four libraries report it), exit code 1."""
     broken = tmp_path / "broken"
     shutil.copytree(checkpoint_dir, broken)
     data = max(
@@ -327,6 +391,9 @@ def test_voice(omni2, loaded, checkpoint_dir, tmp_path):
 def test_unwritable_output(omni2, tmp_path):
     given = write_questions(tmp_path / "in.json", [SPEECH])
     for args, word in (
+        ([SPEECH, "--out", "/proc/x.wav"], "cannot write /proc/x.wav"),
+        ([SPEECH, "--stream", "--out", "/proc/x.wav"], "cannot write /proc/x.wav"),
+        ([SPEECH, "--out", tmp_path / ("x" * 300 + ".wav")], "File name too long"),
         ([SPEECH, "--out", tmp_path], "is a directory"),
         ([SPEECH, "--out", tmp_path / "no" / "a.wav"], f"{tmp_path / 'no'} is not a directory"),
         (
@@ -400,13 +467,54 @@ def test_contradictions(omni2, tmp_path):
         ([SPEECH, "--repetition-penalty", 0], "--repetition-penalty"),
     ):
         refused(omni2(*chat("nowhere", *args)), tmp_path, word)
-    for usage in (
-        ["chat", SPEECH],
-        ["chat", "--checkpoint"],
-        chat("x", "--max-new-tokens", 0),
-        chat("x", "--temperature", "nan"),
-    ):
+    for usage in (["chat", SPEECH], ["chat", "--checkpoint"]):
         refused(omni2(*usage), tmp_path, "--")
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("--max-new-tokens", 0),
+        ("--max-new-tokens", 10**9),
+        ("--max-flush-units", 10**30),
+        ("--seed", 2**63),
+        ("--seed", -1),
+        ("--temperature", "nan"),
+        ("--temperature", "inf"),
+        ("--unit-temperature", "nan"),
+        ("--repetition-penalty", "nan"),
+        ("--top-p", "nan"),
+        ("--top-k", 10**30),
+        ("--chunk", 0),
+        ("--chunk", 10**9),
+        ("--left-chunks", -2),
+        ("--left-chunks", 10**9),
+        ("--flow-cache-dtype", "int8"),
+    ],
+)
+def test_options_out_of_range(omni2, tmp_path, option, value):
+    """One line that names the option, before the checkpoint is looked at."""
+    result = omni2(*chat("nowhere", SPEECH, option, value))
+    name = option.removeprefix("--")
+    assert name in result[0] or name.replace("-", "_") in result[0]
+    refused(result, tmp_path)
+
+
+def test_engine_options(omni2, loaded, monkeypatch):
+    """--flow-cache-dtype and --no-seamless reach the options of the session."""
+    options = []
+
+    def session(model, voice, given, **sizes):
+        options.append(given)
+        raise ValueError("enough")
+
+    monkeypatch.setattr(Omni2, "session", session)
+    omni2(*chat(loaded, SPEECH, "--flow-cache-dtype", "bfloat16", "--no-seamless"))
+    omni2(*chat(loaded, SPEECH))
+    assert [(given.flow_cache_dtype, given.seamless) for given in options] == [
+        ("bfloat16", False),
+        ("float32", True),
+    ]
 
 
 def test_ctrl_c(omni2, monkeypatch):

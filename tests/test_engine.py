@@ -1,4 +1,4 @@
-"""Many streams in one engine: each is what it would be alone, whoever comes, goes, waits or fails beside it."""
+"""Many requests in one engine: each answer is what it is alone, whatever the other slots do."""
 
 import concurrent.futures
 import dataclasses
@@ -21,7 +21,8 @@ from omni2_jax.generate.streaming_step import StepOutput
 from omni2_jax.models.model import abstract_model
 from tests.support.conversations import CASES, Said, broken, pieces, request_of, submit
 
-# Turns that have nothing in common: greedy and sampled, with keys of their own, of one to six steps before they flush.
+# Requests that differ in everything: greedy and sampled, with other keys, with one to six steps
+# before they flush.
 TURNS = [
     ("B", {}),
     ("A", {"temperature": 0.8, "top_p": 0.9, "seed": 3}),
@@ -52,7 +53,10 @@ def test_released_conversations_through_three_slots(engine, model):
 
 
 def test_company_changes_nothing(engine, model):
-    """Turns that join one after the other, beside one that fails and one that is cancelled, are bit by bit what they are alone."""
+    """Requests that join one after the other are bit by bit what they are alone.
+
+    Beside them, one fails and one is cancelled.
+    """
 
     def send(name: str, changes: dict) -> ResponseStream:
         return submit(engine, model, name, max_new_tokens=18, max_flush_units=20, **changes)
@@ -210,7 +214,7 @@ def test_turn_that_does_not_fit_is_refused(text_engine, text_model):
 
 
 def test_step_touches_neither_host_nor_new_memory(engine, model):
-    """No transfer, nothing compiled anew (the fixture checks that), and the whole state updated in place."""
+    """No transfer, no compilation (the fixture checks that), and the state is updated in place."""
     stream = submit(engine, model, "A")
     engine.admit()
     with jax.transfer_guard("disallow"):
@@ -224,7 +228,7 @@ def test_step_touches_neither_host_nor_new_memory(engine, model):
 
 
 def test_few_leaves(engine):
-    """Passing them costs time in every step. Their number does not depend on how many layers there are."""
+    """Passing leaves takes time in every step. Their number does not depend on that of layers."""
     assert len(jax.tree.leaves(engine.state)) < 64
     real = abstract_model(Omni2Config().only("llm", "fusion", "speech_lm", "flow", "vocoder"))[1]
     assert len(jax.tree.leaves(real)) < 500

@@ -8,7 +8,7 @@ import pytest
 import soundfile
 
 from omni2_jax.checkpoint import voices
-from omni2_jax.generate.omni2 import Omni2
+from omni2_jax.generate.omni2 import Answer, Omni2
 from omni2_jax.models.model import SPEECH
 from tests.support.conversations import CASES, GREEDY, clip, conversation
 
@@ -56,10 +56,12 @@ def test_answer_is_the_stream_to_its_end(model):
 
 def test_seed(text_model):
     """The same seed gives the same answer."""
-    ask = lambda seed: text_model.answer(
-        clip("short_d"), options=dataclasses.replace(GREEDY, temperature=1.0, seed=seed)
-    )  # noqa: E731
-    first, again, other = ask(1), ask(1), ask(2)
+
+    def answer(seed: int) -> Answer:
+        options = dataclasses.replace(GREEDY, temperature=1.0, seed=seed)
+        return text_model.answer(clip("short_d"), options=options)
+
+    first, again, other = answer(1), answer(1), answer(2)
     assert first == again and first.text != other.text
 
 

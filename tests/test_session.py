@@ -1,4 +1,4 @@
-"""Conversations: what is kept from turn to turn, interruptions, and conversations that become too long."""
+"""Conversations: what is kept from turn to turn, interruptions, too long conversations."""
 
 import dataclasses
 import itertools
@@ -44,13 +44,17 @@ def equal(a, b) -> bool:
 
 
 def test_turns_go_on_from_the_cache(text_model, session, monkeypatch):
-    """The first turn is the released answer; later ones take in only what is new, and say what they say from scratch."""
+    """The first turn is the released answer. Later turns only compute their own positions.
+
+    Their answers are those of the whole conversation computed from scratch.
+    """
     taken, submit = [], session.engine.submit
-    monkeypatch.setattr(
-        session.engine,
-        "submit",
-        lambda pieces, *more, **how: (taken.append(pieces), submit(pieces, *more, **how))[1],
-    )
+
+    def record(pieces, *arguments, **settings):
+        taken.append(pieces)
+        return submit(pieces, *arguments, **settings)
+
+    monkeypatch.setattr(session.engine, "submit", record)
     text, units, _ = said(session.respond(A))
     assert (
         text == CASES["A"]["text"].strip()
@@ -83,7 +87,10 @@ def test_speech_of_two_turns(model):
 
 
 def test_interruption_keeps_what_was_said(text_model, session):
-    """Two replies of A are heard, though the engine is ahead of them; nothing follows them, and the next turn goes on from there."""
+    """Two replies of A are delivered, though the engine is ahead of them.
+
+    Only these two stay in the history, and the next turn follows them.
+    """
     replies = session.respond(A)
     heard = [next(replies), next(replies)]
     session.interrupt()
@@ -107,7 +114,7 @@ def test_leaving_the_loop_interrupts(session):
 
 
 def test_last_replies_unheard(text_model, session):
-    """The engine is through, the user is not: what was not handed out is no part of the conversation."""
+    """The engine has finished: what was not delivered is no part of the conversation."""
     replies = session.respond(A)
     heard = [next(replies) for _ in range(3)]
     stream = session.stream
@@ -142,7 +149,7 @@ def test_two_sessions_share_an_engine(text_model, text_engine, session):
     first = list(one.respond(A))
     together = list(itertools.zip_longest(one.respond(B), two.respond(A)))
     assert equal(said(first), expected[0])
-    assert equal(said(mine for mine, _ in together if mine), expected[1])
+    assert equal(said(first for first, _ in together if first), expected[1])
     assert equal(said(other for _, other in together if other), expected[0])
 
 
@@ -150,7 +157,7 @@ def test_two_sessions_share_an_engine(text_model, text_engine, session):
 
 
 def test_too_long_a_conversation(text_model, session):
-    """Four turns do not fit. Either the fourth is refused and changes nothing, or the first is forgotten."""
+    """Four turns do not fit: the fourth is refused and changes nothing, or the first is dropped."""
     for wav in (A, B, C):
         said(session.respond(wav))
     length, turns = session.length, list(session.turns)
@@ -195,7 +202,7 @@ def test_bad_audio_changes_nothing(session):
 
 
 def test_failed_answer_is_forgotten(text_model, session):
-    """The next turn goes on from the turns before it, which the cache has to be filled with again."""
+    """The next turn follows the turns before it; the cache is computed again."""
     said(session.respond(A))
     healthy, session.hear = (
         session.hear,
@@ -226,7 +233,7 @@ def test_full_queue_loses_nothing(text_model, session, text_engine, monkeypatch)
 
 
 def test_interruption_while_waiting(text_model, text_engine, monkeypatch):
-    """Ctrl-C before the turn has got a slot: it stays in the history, unanswered, as any turn that is cut short at once."""
+    """Ctrl-C before the turn has a slot: the turn stays in the history, without an answer."""
     session = Session(
         text_model.hear, text_engine, text_model.tokenizer, text_model.request(GREEDY), None
     )

@@ -36,7 +36,7 @@ def entry():
 
 @pytest.fixture(scope="module")
 def decoder(model):
-    """The model with the noise of the goldens, made to write `WRITE` units a step, and the voice of the goldens."""
+    """The model with the noise and the voice of the goldens, and with writes of `WRITE` units."""
     served = nnx.merge(model.graph, model.params)
     served.config = model.config.replace(write=WRITE)
     noise = served.flow.noise[...]
@@ -49,13 +49,13 @@ def decoder(model):
 
 
 def test_released_streams(decoder, entry, monkeypatch):
-    """Flow and vocoder in the step, two streams of different rhythm side by side: 10 units a call, and hops of 15."""
+    """Flow and vocoder in the step, two streams side by side: 10 units a call, and hops of 15."""
     graph, params, voice = decoder
     phase, noise = stored_draws()
-    draws = lambda config, keys, samples: (
-        jnp.tile(phase, (2, 1)),
-        jnp.tile(noise[:, :samples], (2, 1, 1)),
-    )
+
+    def draws(config, keys, samples: int):
+        return jnp.tile(phase, (2, 1)), jnp.tile(noise[:, :samples], (2, 1, 1))
+
     monkeypatch.setattr(streaming_step, "draw", draws)
     model, engine_config = (
         nnx.merge(graph, params),
@@ -100,7 +100,7 @@ def test_released_streams(decoder, entry, monkeypatch):
 
 
 def test_released_offline_decoder(decoder, entry):
-    """Whole answers of 53 and 13 units, and the shorter one 1.3 times as fast: one pass of the flow and one of the vocoder."""
+    """Whole answers of 53 and 13 units, and the shorter one 1.3 times as fast, in one pass."""
     graph, params, voice = decoder
     phase, noise = stored_draws()
 
@@ -121,7 +121,9 @@ def test_released_offline_decoder(decoder, entry):
     assert_wav(short[:12480], entry["L13_hop15_wav"], 2e-2, 1e-3)  # too short for a hop
     assert_wav(fast[:9600], entry["speed1.3_wav"], 2e-2, 1e-3)
     assert not short[12480:].any() and not fast[9600:].any()
-    # Rounding in the flow moves the pitch, whose error adds up in one uninterrupted phase: after 2 s the golden is 2.4e-2 (rms 3e-3)
+    # Rounding in the flow moves the pitch, whose error adds up in one uninterrupted phase: after
+    # 2 s the golden is 2.4e-2 (rms 3e-3)
+    # the golden is 2.4e-2 (rms 3e-3)
     # away from float64. Its tolerance holds for a second.
     assert_wav(long[:24000], entry["L53_offline_wav"][:24000], 2e-2, 1e-3)
     assert_wav(long, entry["L53_offline_wav"], 4e-2, 2e-3)
@@ -150,14 +152,16 @@ def copied(tree):
 
 
 def test_insert_and_free_touch_one_slot(engine, model):
-    lanes = lambda state: [
-        engine.programs.free(copied(state), np.int32(slot), np.int32(5))[1] for slot in range(3)
-    ]  # noqa: E731
+    def prefixes(state) -> list:
+        """The prefix of every slot."""
+        length = np.int32(5)
+        return [engine.programs.free(copied(state), np.int32(i), length)[1] for i in range(3)]
+
     state, prefix = scrambled(engine.state, 0), scrambled(engine.programs.empty_prefix(), 1)
     inserted = engine.programs.insert(
         engine.params, copied(state), prefix, np.int32(1), model.voice(None)
     )
-    before, after = lanes(state), lanes(inserted)
+    before, after = prefixes(state), prefixes(inserted)
     assert tree_equal(before[0], after[0]) and tree_equal(before[2], after[2])
     assert tree_equal(
         after[1], dataclasses.replace(prefix, phase=jnp.array([IDLE]), llm_length=jnp.array([5]))
@@ -225,7 +229,7 @@ def test_outputs_are_unpacked_as_they_were_packed(engine):
 
 
 def test_only_units_are_spoken(engine):
-    """Text tokens, <sep>, the end token and empty places of a write are left out; the units keep their order."""
+    """Other tokens and empty places of a write are left out; the units keep their order."""
     first, last = engine.config.tokens.sep + 1, engine.config.tokens.sep + engine.config.units
     speech = [
         [first + 5, 3, -1, last, last + 1],

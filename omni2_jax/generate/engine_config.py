@@ -1,4 +1,4 @@
-"""The static settings of an engine: buffer sizes and options that are compiled into its programs."""
+"""Static settings of an engine: buffer sizes and options that its programs are compiled for."""
 
 from dataclasses import dataclass
 

@@ -104,11 +104,11 @@ class Omni2:
         """
         directory = buckets.as_path(directory)
         config, tokenizer, defaults = describe(directory, decoder)
-        dtype = dtype or (jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
+        default = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
         if mesh:
             sharding.check(mesh, config.llm.width, config.llm.hidden)
         loaded = config.only(*parts_of(decoder))
-        graph, params = parameters.load(directory, loaded, dtype, mesh)
+        graph, params = parameters.load(directory, loaded, jnp.dtype(dtype or default), mesh)
         graph, params = for_serving(graph, params, unroll)
         return cls(directory, config, graph, params, tokenizer, defaults)
 
@@ -299,7 +299,7 @@ def describe(directory: Path, decoder: bool) -> tuple[Omni2Config, Tokenizer, di
 def generation_defaults(path: Path) -> dict:
     """The settings of a generation_config.json; none if there is no such file.
 
-    Raises ValueError naming the file if it is no JSON object, or a setting of sampling is no number.
+    Raises ValueError naming the file if it is no JSON object or a setting is out of range.
     """
     try:
         defaults = json.loads(path.read_text()) if path.exists() else {}
@@ -308,7 +308,11 @@ def generation_defaults(path: Path) -> dict:
     if not isinstance(defaults, dict):
         raise ValueError(f"{path} holds no settings")
     try:
-        Options(**{name: defaults.get(name) for name in ("top_p", "top_k", "repetition_penalty")})
+        Options(
+            top_p=defaults.get("top_p"),
+            top_k=defaults.get("top_k"),
+            repetition_penalty=defaults.get("repetition_penalty"),
+        )
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     return defaults

@@ -46,7 +46,7 @@ class Options:
     max_new_tokens: int = 256  # text tokens at most
     unit_temperature: float = 1.0  # the paper's; 0 = greedy, which tends to repeat itself
     unit_top_k: int = 50  # the released code's
-    # "units": only units can be sampled. "all": any token of the speech LM, as in the released code.
+    # "units": only units can be sampled. "all": any token of the speech LM, as released.
     unit_vocabulary: str = "units"
     max_flush_units: int = 1024  # speech tokens at most after the end of the text
     seed: int = 0  # the same seed gives the same answer
@@ -74,7 +74,8 @@ def check_number(name: str, value: object) -> None:
     """Raise ValueError unless the value of an option is a number within its limits."""
     low, high = LIMITS[name]
     kind = numbers.Integral if isinstance(low, int) else numbers.Real
+    is_number = isinstance(value, kind) and not isinstance(value, bool)
     # A comparison with NaN is False.
-    if not isinstance(value, kind) or isinstance(value, bool) or not low <= value <= high:
+    if not is_number or not low <= value <= high:  # pyright: ignore[reportOperatorIssue]
         article = "an integer" if isinstance(low, int) else "a number"
         raise ValueError(f"{name} is {value!r}, expected {article} from {low} to {high}")

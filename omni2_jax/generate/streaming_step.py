@@ -119,6 +119,7 @@ def insert(
     language = state.language.put(prefix, slot)
     if model.flow is None:
         return dataclasses.replace(state, language=language)
+    assert state.flow and state.vocoder and voice is not None
     is_slot = jnp.arange(state.steps.size) == slot
     voices = jnp.broadcast_to(model.flow.voice(voice[None]), state.flow.voice.shape)
     return DecodeState(
@@ -176,6 +177,7 @@ def speak_step(
 
     final: [B], whether these are the last units of the answer.
     """
+    assert state.flow and state.vocoder
     units, unit_counts = units_of(model.config, output.speech_tokens)
     flow, mel, frames = flow_step(model.flow, state.flow, units, unit_counts, final)
     keys = jax.vmap(jax.random.fold_in)(state.language.request.key, 2**31 - 1 - state.steps)
