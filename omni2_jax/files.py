@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from omni2_jax import buckets
+from omni2_jax import remote
 
 
 @contextlib.contextmanager
@@ -25,12 +25,12 @@ def atomic_write(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
     mode: "w" for text (UTF-8), "wb" for bytes. Raises ValueError naming `path` if the file system
     refuses it: no such directory, no permission, no space.
     """
-    if buckets.in_bucket(path):
+    if remote.is_remote(path):
         with tempfile.TemporaryDirectory() as folder:
             with atomic_write(Path(folder) / path.name, mode) as file:
                 yield file
             # An object appears when all of it has arrived.
-            buckets.copy_directory(Path(folder), path.parent)
+            remote.copy_directory(Path(folder), path.parent)
         return
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
@@ -56,18 +56,18 @@ def is_partial(path: Path) -> bool:
 def atomic_directory(out: Path) -> Iterator[Path]:
     """A new directory that becomes `out` when the block ends without an error.
 
-    Otherwise nothing is left behind. A directory in a bucket is made on this machine and then
+    Otherwise nothing is left behind. A directory in Cloud Storage is made on this machine and then
     copied. Raises ValueError if `out` exists, or cannot be written to.
     """
     if out.exists():
         raise ValueError(f"{out} exists already; give a new directory")
-    if buckets.in_bucket(out):
+    if remote.is_remote(out):
         with tempfile.TemporaryDirectory() as folder:
             yield Path(folder)
             try:
-                buckets.copy_directory(Path(folder), out)
+                remote.copy_directory(Path(folder), out)
             except BaseException:
-                buckets.remove(out)
+                remote.remove(out)
                 raise
         return
     partial = out.with_name(out.name + ".partial")
@@ -93,8 +93,8 @@ def remove_directory(directory: Path, seconds: float = 10) -> None:
 
     It is tried again and again, because an interrupted tensorstore goes on writing for a moment.
     """
-    if buckets.in_bucket(directory):
-        buckets.remove(directory)
+    if remote.is_remote(directory):
+        remote.remove(directory)
         return
     deadline = time.monotonic() + seconds
     while directory.exists() and time.monotonic() < deadline:

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from omni2_jax import buckets
+from omni2_jax import remote
 from omni2_jax.checkpoint import checksums
 from omni2_jax.files import atomic_write, first_line, is_partial
 from omni2_jax.train.overrides import flat
@@ -69,7 +69,7 @@ class Checkpoints:
     """
 
     def __init__(self, run: Path, keep: int):
-        self.directory = buckets.absolute(run) / "steps"
+        self.directory = remote.absolute(run) / "steps"
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep, enable_async_checkpointing=True, create=True
         )

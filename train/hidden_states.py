@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 
-from omni2_jax import buckets
+from omni2_jax import remote
 from omni2_jax.files import first_line
 from omni2_jax.train.data.dataset import Dataset, RecordError
 
@@ -39,7 +39,7 @@ class HiddenStates:
             )
         try:
             self.source = ArrayRecordDataSource(
-                sorted(map(str, buckets.local_copy(path).glob("states-*-of-*.array_record")))
+                sorted(map(str, remote.local_copy(path).glob("states-*-of-*.array_record")))
             )
         except (RuntimeError, ValueError) as error:
             raise ValueError(f"{path} is damaged: {first_line(error)}") from None

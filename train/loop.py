@@ -19,7 +19,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from omni2_jax import buckets, sharding
+from omni2_jax import remote, sharding
 from omni2_jax.checkpoint.tokenizer import Tokenizer
 from omni2_jax.cli.console import say
 from omni2_jax.train import checkpoints, step, weights
@@ -49,7 +49,7 @@ class Run:
                 raise ValueError(
                     f"{name} is not given; set it in the config, or with --set {name}=PATH"
                 )
-        self.start = buckets.as_path(train.checkpoint)
+        self.start = remote.as_path(train.checkpoint)
         if self.start.resolve() in (out / "final").resolve().parents:
             raise ValueError(
                 f"{out} lies within the checkpoint {self.start}; give a directory outside of it"

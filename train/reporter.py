@@ -16,7 +16,7 @@ import numpy as np
 import rich.table
 import rich.text
 
-from omni2_jax import buckets, devices
+from omni2_jax import devices, remote
 from omni2_jax.cli.console import console, say
 from omni2_jax.train import flops
 from omni2_jax.train.data.loader import Batch, filled
@@ -42,7 +42,7 @@ class Reporter:
 
     def __init__(self, stage: Stage, out: Path, split: Split, weights: Weights, first: int):
         self.stage, self.train = stage, stage.train
-        self.mirror = buckets.Mirror(out, ["metrics.jsonl"])
+        self.mirror = remote.Mirror(out, ["metrics.jsonl"])
         self.out = self.mirror.local
         self.split, self.weights = split, weights
         self.first, self.steps = first, len(split.batches)
@@ -66,7 +66,7 @@ class Reporter:
         self.push()
 
     def push(self) -> None:
-        """Copy what was written so far to the bucket, if the run's directory is in one."""
+        """Copy what was written so far to the run's directory, if that is in Cloud Storage."""
         if self.metrics:
             self.metrics.flush()
         self.mirror.push()

@@ -18,7 +18,7 @@ from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 
-from omni2_jax import buckets, sharding
+from omni2_jax import remote, sharding
 from omni2_jax.checkpoint import parameters
 from omni2_jax.config import Omni2Config
 from omni2_jax.models.layers import LORA_SCALE
@@ -159,11 +159,11 @@ def export(stage: "Stage", start: Path, params: Params, out: Path) -> None:
     params: of all trained parts, from `merged`. Every process of a run calls it. `out` appears
     whole or not at all. Parts that did not change are hard links where the file system allows it.
     """
-    # A bucket has no rename: there `out` becomes a checkpoint with its config.json.
-    renames = not buckets.in_bucket(out)
+    # Cloud Storage has no rename: there `out` becomes a checkpoint with its config.json.
+    renames = not remote.is_remote(out)
     work = out.with_name(out.name + ".partial") if renames else out
     if jax.process_index() == 0:
-        buckets.remove(work)
+        remote.remove(work)
         copy_checkpoint(start, work, without=stage.trained)
     sync("exporting")
     for part in stage.trained:
@@ -176,17 +176,17 @@ def export(stage: "Stage", start: Path, params: Params, out: Path) -> None:
     if jax.process_index() == 0:
         configure(stage, start).save(work / "config.json")
         if renames:
-            buckets.remove(out)
+            remote.remove(out)
             work.rename(out)
     sync("renamed")
 
 
 def copy_checkpoint(start: Path, out: Path, without: Collection[str]) -> None:
     """Link or copy a checkpoint, except its config.json and the parameters of some parts."""
-    if buckets.in_bucket(start) or buckets.in_bucket(out):
+    if remote.is_remote(start) or remote.is_remote(out):
         skipped = [start / "config.json", *(start / "params" / part for part in without)]
-        paths = [path for path in buckets.files(start) if not {path, *path.parents} & {*skipped}]
-        buckets.copy_files(start, out, paths)
+        paths = [path for path in remote.files(start) if not {path, *path.parents} & {*skipped}]
+        remote.copy_files(start, out, paths)
         return
     excluded = [f"{start}/config.json", *(f"{start}/params/{part}" for part in without)]
 

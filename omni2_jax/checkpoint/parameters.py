@@ -24,7 +24,7 @@ from etils import epath
 from flax import nnx
 from jax.sharding import Mesh
 
-from omni2_jax import buckets, sharding
+from omni2_jax import remote, sharding
 from omni2_jax.checkpoint import checksums
 from omni2_jax.checkpoint.lazy import FILE_BYTES, LazyArray, LazyArrayHandler, as_lazy
 from omni2_jax.config import PARTS, Omni2Config
@@ -81,7 +81,7 @@ def save_part(
 
 def part_directory(directory: Path, part: str) -> epath.Path:
     """The absolute path of a part's files, as Orbax wants it."""
-    return epath.Path(buckets.absolute(directory)) / "params" / part
+    return epath.Path(remote.absolute(directory)) / "params" / part
 
 
 def parts(directory: Path) -> list[str]:
@@ -161,8 +161,8 @@ def stored(directory: Path, part: str) -> dict[str, LazyArray]:
 
 def array_spec(path: epath.Path, name: str, array: ocp.metadata.ArrayMetadata) -> dict:
     """Where tensorstore finds one array of the part at `path`. Orbax would read the part's metadata
-    again for each array, which takes 20 requests to a bucket."""
-    if buckets.in_bucket(path):
+    again for each array, which takes 20 requests to Cloud Storage."""
+    if remote.is_remote(path):
         bucket, _, prefix = str(path).removeprefix("gs://").partition("/")
         base = {"driver": "gcs", "bucket": bucket, "path": f"{prefix}/"}
     else:

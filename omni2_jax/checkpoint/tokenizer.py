@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from omni2_jax import buckets
+from omni2_jax import remote
 from omni2_jax.config import Omni2Config
 from omni2_jax.files import first_line
 from omni2_jax.models.model import SPEECH
@@ -35,7 +35,7 @@ def load(directory: Path) -> Any:
             f"{directory} has no tokenizer: expected tokenizer.json, or vocab.json and merges.txt"
         )
     transformers.logging.set_verbosity_error()
-    files = buckets.local_copy(directory)
+    files = remote.local_copy(directory)
     try:
         # Without the last option, transformers would ask on the terminal whether to run code.
         return transformers.AutoTokenizer.from_pretrained(

@@ -7,9 +7,9 @@ import typer
 
 def directory(text: str) -> Path:
     """The path that an option names. Raises BadParameter for a bucket that cannot be read."""
-    from omni2_jax import buckets
+    from omni2_jax import remote
 
     try:
-        return buckets.as_path(text)
+        return remote.as_path(text)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None

@@ -20,7 +20,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from omni2_jax import buckets, sharding
+from omni2_jax import remote, sharding
 from omni2_jax.audio import features, recordings
 from omni2_jax.checkpoint import parameters, voices
 from omni2_jax.checkpoint.tokenizer import Tokenizer
@@ -102,7 +102,7 @@ class Omni2:
         (`for_serving`).
         Raises ValueError naming what is missing or damaged.
         """
-        directory = buckets.as_path(directory)
+        directory = remote.as_path(directory)
         config, tokenizer, defaults = describe(directory, decoder)
         default = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
         if mesh:

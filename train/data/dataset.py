@@ -17,7 +17,7 @@ import numpy as np
 import pydantic
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 
-from omni2_jax import buckets, files
+from omni2_jax import files, remote
 from omni2_jax.train.data.records import RATES, Dialogue, decode_clip, unpack
 
 VERSION = 1
@@ -77,9 +77,9 @@ class Dataset:
     """
 
     def __init__(self, path: str | Path):
-        self.path = buckets.as_path(path)
+        self.path = remote.as_path(path)
         self.info = read_info(self.path)
-        self.files = buckets.local_copy(self.path)  # ArrayRecord reads local files only
+        self.files = remote.local_copy(self.path)  # ArrayRecord reads local files only
         self.dialogues = self.open("dialogues", self.info.dialogues)
         self.clips = self.open("clips", self.info.clips)
 

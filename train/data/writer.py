@@ -9,7 +9,7 @@ from types import TracebackType
 
 from array_record.python.array_record_module import ArrayRecordWriter
 
-from omni2_jax import buckets, files
+from omni2_jax import files, remote
 from omni2_jax.train.data.dataset import Info
 from omni2_jax.train.data.records import Dialogue, check, pack
 
@@ -72,7 +72,7 @@ class Writer(contextlib.AbstractContextManager):
         tokenizer: str | None = None,
         fingerprint: str | None = None,
     ):
-        self.path, self.shard_bytes = buckets.as_path(path), shard_bytes
+        self.path, self.shard_bytes = remote.as_path(path), shard_bytes
         self.info = Info(tokenizer=tokenizer, fingerprint=fingerprint)
 
     def __enter__(self) -> "Writer":

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from omni2_jax import buckets
+from omni2_jax import remote
 from omni2_jax.checkpoint.tokenizer import Tokenizer
 from omni2_jax.config import Omni2Config
 from omni2_jax.models.model import Model
@@ -98,7 +98,7 @@ class SpeechToSpeech(Stage):
         examples = SpeechExamples(self.train, config, tokenizer, data)
         if self.train.hidden:
             assert config.llm is not None
-            path = buckets.as_path(self.train.hidden) / split
+            path = remote.as_path(self.train.hidden) / split
             examples.hidden = HiddenStates(path, data, config.llm.width)
         return examples
 

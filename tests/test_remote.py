@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from omni2_jax import buckets, files
+from omni2_jax import files, remote
 from omni2_jax.checkpoint import info, parameters, voices
 from omni2_jax.config import Omni2Config
 from omni2_jax.generate.omni2 import Omni2
@@ -31,27 +31,27 @@ def bucket(tmp_path_factory) -> Iterator[Bucket]:
 
 
 @pytest.fixture(scope="module")
-def remote(bucket, checkpoint_dir, talks) -> Path:
+def tiny(bucket, checkpoint_dir, talks) -> Path:
     """The tiny checkpoint and a data set in a bucket: ckpt, data."""
-    directory = buckets.as_path("gs://speech/tiny")
-    buckets.copy_directory(checkpoint_dir, directory / "ckpt")
-    buckets.copy_directory(talks, directory / "data")
+    directory = remote.as_path("gs://speech/tiny")
+    remote.copy_directory(checkpoint_dir, directory / "ckpt")
+    remote.copy_directory(talks, directory / "data")
     return directory
 
 
 def test_paths(bucket):
-    assert buckets.as_path("a/b") == Path("a/b") and not buckets.in_bucket(Path("a/b"))
-    path = buckets.as_path("gs://speech/a/b")
+    assert remote.as_path("a/b") == Path("a/b") and not remote.is_remote(Path("a/b"))
+    path = remote.as_path("gs://speech/a/b")
     assert str(path) == "gs://speech/a/b" and str(path.parent / "c") == "gs://speech/a/c"
-    assert buckets.in_bucket(path) and buckets.absolute(path) == path
+    assert remote.is_remote(path) and remote.absolute(path) == path
     for text in ("s3://speech/a", "http://x/y", "gs://", "gs:///a"):
         line = f"^{text}: expected a local path or gs://BUCKET/DIRECTORY$"
         with pytest.raises(ValueError, match=line):
-            buckets.as_path(text)
+            remote.as_path(text)
 
 
 def test_a_file_appears_when_it_is_complete(bucket):
-    path = buckets.as_path("gs://speech/files/a.json")
+    path = remote.as_path("gs://speech/files/a.json")
     with pytest.raises(KeyError), files.atomic_write(path) as file:
         file.write("half")
         raise KeyError
@@ -62,7 +62,7 @@ def test_a_file_appears_when_it_is_complete(bucket):
 
 
 def test_a_directory_has_its_marker_last(bucket):
-    out = buckets.as_path("gs://speech/atomic/out")
+    out = remote.as_path("gs://speech/atomic/out")
     with pytest.raises(KeyError), files.atomic_directory(out) as work:
         (work / "config.json").write_text("{}")
         raise KeyError
@@ -80,20 +80,20 @@ def test_a_directory_has_its_marker_last(bucket):
 
 
 def test_a_copy_is_made_once_and_follows_changes(bucket):
-    source = buckets.as_path("gs://speech/copied")
+    source = remote.as_path("gs://speech/copied")
     (source / "a").write_text("1")
-    copy = buckets.local_copy(source)
+    copy = remote.local_copy(source)
     assert (copy / "a").read_text() == "1"
     before = len(bucket.requests)
-    assert buckets.local_copy(source) == copy
+    assert remote.local_copy(source) == copy
     assert not any("alt=media" in request for request in bucket.requests[before:])
     (source / "a").write_text("2")
-    assert (buckets.local_copy(source) / "a").read_text() == "2"
-    assert buckets.local_copy(copy) == copy
+    assert (remote.local_copy(source) / "a").read_text() == "2"
+    assert remote.local_copy(copy) == copy
 
 
-def test_a_checkpoint_is_read_from_a_bucket(remote, checkpoint_dir, text_model):
-    directory = remote / "ckpt"
+def test_a_checkpoint_is_read_from_a_bucket(tiny, checkpoint_dir, text_model):
+    directory = tiny / "ckpt"
     assert info.parts(directory) == info.parts(checkpoint_dir)
     assert voices.names(directory) == ["espeak"]
     config = Omni2Config.load(directory / "config.json")
@@ -106,15 +106,15 @@ def test_a_checkpoint_is_read_from_a_bucket(remote, checkpoint_dir, text_model):
     assert model.tokenizer.prompt([1]) == text_model.tokenizer.prompt([1])
 
 
-def test_info_of_a_bucket(remote, bucket):
-    result = process("info", remote / "ckpt", "--verify")
+def test_info_of_a_bucket(tiny, bucket):
+    result = process("info", tiny / "ckpt", "--verify")
     assert result.returncode == 0 and b"are sound\n" in result.stdout, result.stderr.decode()
     names = bucket.names("speech/tiny/ckpt/params/llm")
     name = max(names, key=lambda name: len(content(bucket, name)))
     key, damaged = tuple(name.split("/", 1)), bytearray(content(bucket, name))
     damaged[len(damaged) // 2] ^= 1
     sound, bucket.objects[key] = bucket.objects[key], (bytes(damaged), 10**6)
-    result = process("info", remote / "ckpt", "--verify")
+    result = process("info", tiny / "ckpt", "--verify")
     bucket.objects[key] = sound
     assert result.returncode == 1
     assert b"error: gs://speech/tiny/ckpt/params/llm is damaged: its parameter" in result.stderr
@@ -128,12 +128,12 @@ def content(bucket: Bucket, name: str) -> bytes:
 
 
 def test_a_run_in_a_bucket_is_resumed_and_exported(
-    remote, bucket, checkpoint_dir, talks, tmp_path, monkeypatch
+    tiny, bucket, checkpoint_dir, talks, tmp_path, monkeypatch
 ):
     """Interrupted after its third step, with a state saved after the second."""
     Run(toy_run(checkpoint_dir, talks), tmp_path / "run").go()
-    train = toy_run(str(remote / "ckpt"), str(remote / "data"))
-    out = buckets.as_path("gs://speech/runs/1b")
+    train = toy_run(str(tiny / "ckpt"), str(tiny / "data"))
+    out = remote.as_path("gs://speech/runs/1b")
     interrupted = Run(train, out)
     take_steps = interrupted.steps_from
 
@@ -169,20 +169,20 @@ def test_a_run_in_a_bucket_is_resumed_and_exported(
     Omni2.load(final, decoder=False)
 
 
-def test_a_data_set_is_read_from_a_bucket(remote, talks):
-    ours, theirs = Dataset(str(remote / "data")), Dataset(talks)
+def test_a_data_set_is_read_from_a_bucket(tiny, talks):
+    ours, theirs = Dataset(str(tiny / "data")), Dataset(talks)
     assert len(ours) == len(theirs)
     assert ours.dialogue(1).id == theirs.dialogue(1).id
     assert np.array_equal(ours.clip(0), theirs.clip(0))
     with pytest.raises(ValueError, match="holds no hidden states"):
-        HiddenStates(remote / "data", ours, 64)
+        HiddenStates(tiny / "data", ours, 64)
 
 
 def test_a_bucket_that_cannot_be_read(bucket, monkeypatch):
-    buckets.check_bucket.cache_clear()
+    remote.check_bucket.cache_clear()
     monkeypatch.setattr("fsspec.filesystem", lambda _: (_ for _ in ()).throw(OSError("no access")))
     with pytest.raises(ValueError, match=r"^gs://speech cannot be read: no access$"):
-        buckets.as_path("gs://speech/a")
+        remote.as_path("gs://speech/a")
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     with pytest.raises(ValueError, match=r"pip install 'omni2-jax\[gcs\]'"):
-        buckets.as_path("gs://speech/a")
+        remote.as_path("gs://speech/a")

@@ -1,9 +1,9 @@
 """Directories in Google Cloud Storage: gs://BUCKET/DIR instead of a local path.
 
 Orbax and tensorstore read and write parameters there themselves. Other libraries want local files:
-tokenizers and data sets are copied to this machine, and a run's reports from it. A bucket has no
-rename: a directory is complete when it has its marker, the file that readers open first, which is
-written last.
+tokenizers and data sets are copied to this machine, and a run's reports from it. Cloud Storage has
+no rename: a directory is complete when it has its marker, the file that readers open first, which
+is written last.
 """
 
 import functools
@@ -23,7 +23,7 @@ MARKERS = ("config.json", "dataset.json", "hidden.json")
 
 
 def as_path(text: str | PurePath) -> Path:
-    """A local path, or a path in a bucket, which has the methods of one.
+    """A local path, or one in Cloud Storage, which has the methods of one.
 
     pathlib would make gs:/bucket of gs://bucket. Raises ValueError for another scheme than gs, or
     if the bucket cannot be read.
@@ -56,18 +56,18 @@ def check_bucket(bucket: str) -> None:
         raise ValueError(f"gs://{bucket} cannot be read: {reason}") from None
 
 
-def in_bucket(path: PurePath) -> bool:
-    """Whether a path is in a bucket."""
+def is_remote(path: PurePath) -> bool:
+    """Whether a path is in Cloud Storage."""
     return str(path).startswith("gs://")
 
 
 def absolute(path: Path) -> Path:
     """A path that does not depend on the working directory."""
-    return path if in_bucket(path) else path.absolute()
+    return path if is_remote(path) else path.absolute()
 
 
 def cache_directory() -> Path:
-    """Where copies of bucket files are kept: OMNI2_CACHE, default ~/.cache/omni2-jax."""
+    """Where copies of remote files are kept: OMNI2_CACHE, default ~/.cache/omni2-jax."""
     return Path(os.environ.get("OMNI2_CACHE", Path.home() / ".cache" / "omni2-jax"))
 
 
@@ -81,16 +81,16 @@ def files(directory: Path) -> Iterator[Path]:
 
 
 def local_copy(directory: Path) -> Path:
-    """A directory itself, or the copy of a directory in a bucket on this machine.
+    """A directory itself, or the copy on this machine of a directory in Cloud Storage.
 
     The copy is made once: its name holds a hash of the names, sizes and times of the files.
     """
-    if not in_bucket(directory):
+    if not is_remote(directory):
         return directory
     sources = list(files(directory)) if directory.exists() else []
     listing = [(str(path), path.stat().length, path.stat().mtime) for path in cast(Any, sources)]
     name = hashlib.sha256(repr((str(directory), listing)).encode()).hexdigest()[:32]
-    copy = cache_directory() / "buckets" / name
+    copy = cache_directory() / "remote" / name
     if copy.is_dir():
         return copy
     copy.parent.mkdir(parents=True, exist_ok=True)
@@ -118,7 +118,7 @@ def copy_files(source: Path, target: Path, paths: Collection[Path]) -> None:
 
 def remove(directory: Path) -> None:
     """Delete a directory if it exists, its marker first."""
-    if not in_bucket(directory):
+    if not is_remote(directory):
         shutil.rmtree(directory, ignore_errors=True)
     elif directory.exists():
         for name in MARKERS:
@@ -132,15 +132,15 @@ def copy_directory(source: Path, target: Path) -> None:
 
 
 class Mirror:
-    """Files that a run writes bit by bit: a local directory, and its copy in a bucket.
+    """Files that a run writes bit by bit: a local directory, and its copy in Cloud Storage.
 
     For a local `directory` it is that directory and nothing is copied. names: files and folders to
-    fetch from the bucket at the start, which an interrupted run left there.
+    fetch at the start, which an interrupted run left there.
     """
 
     def __init__(self, directory: Path, names: Collection[str] = ()):
         self.directory = directory
-        if not in_bucket(directory):
+        if not is_remote(directory):
             self.local = directory
             return
         self.temporary = tempfile.TemporaryDirectory(prefix="omni2-run-")
@@ -151,7 +151,7 @@ class Mirror:
                 copy_files(directory, self.local, [directory / name])
 
     def push(self) -> None:
-        """Copy what has changed since the last call to the bucket."""
+        """Copy what has changed since the last call."""
         if self.local == self.directory:
             return
         for path in list(files(self.local)):
