@@ -26,9 +26,9 @@ def with_end(model: Omni2, tokens: list[int] | None) -> Omni2:
 @pytest.mark.parametrize("name", CASES)
 def test_released_answers(text_model, name):
     """From wav files and texts to text and units, as the released script prints them."""
-    given = dict(CASES[name]["generate_kwargs"])
-    model = with_end(text_model, given.pop("eos_token_id", None))
-    answer = model.answer(conversation(name), options=dataclasses.replace(GREEDY, **given))
+    settings = dict(CASES[name]["generate_kwargs"])
+    model = with_end(text_model, settings.pop("eos_token_id", None))
+    answer = model.answer(conversation(name), options=dataclasses.replace(GREEDY, **settings))
     assert (
         answer.text == CASES[name]["text"].strip()
         and answer.unit_text == CASES[name]["prediction_units"]
@@ -80,7 +80,7 @@ def test_voices(model, tmp_path, monkeypatch):
         192,
     )
     calls, resolve = [], voices.resolve
-    monkeypatch.setattr(voices, "resolve", lambda *given: (calls.append(given), resolve(*given))[1])
+    monkeypatch.setattr(voices, "resolve", lambda *a: (calls.append(a), resolve(*a))[1])
     np.save(tmp_path / "v.npy", np.ones(192))
     for _ in range(2):
         assert np.array_equal(model.voice(str(tmp_path / "v.npy")), np.ones(192))
@@ -90,7 +90,7 @@ def test_voices(model, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("given", "message"),
+    ("conversation", "message"),
     [
         ([], "0 turns does not end with the user's"),
         ([clip("short_d"), "Yes."], "2 turns does not end with the user's"),
@@ -101,9 +101,9 @@ def test_voices(model, tmp_path, monkeypatch):
         ),
     ],
 )
-def test_bad_conversations(text_model, given, message):
+def test_bad_conversations(text_model, conversation, message):
     with pytest.raises(ValueError, match=message):
-        text_model.answer(given, options=GREEDY)
+        text_model.answer(conversation, options=GREEDY)
 
 
 def test_speech_in_a_text_is_text(text_model):

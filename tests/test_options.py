@@ -88,6 +88,13 @@ def test_flow_cache_dtype_reaches_the_engine(engines):
     assert 2 * sizes["bfloat16"] == sizes["float32"] > 0
 
 
+def test_the_flow_cache_is_no_longer_than_the_answer(engines):
+    """1000 chunks of 10 units would be 10,000 units; an answer here has 1280 at most."""
+    engine = engines.engine(dataclasses.replace(GREEDY, left_chunks=1000), 1000)
+    assert engine.engine_config.flow_left_chunks == 128
+    assert engine.state.flow.plan.capacity == 1290
+
+
 def test_seamless_reaches_the_vocoder(engines, monkeypatch):
     passed, vocoder_step = [], streaming_step.vocoder_step
 

@@ -92,11 +92,13 @@ def test_interruption_keeps_what_was_said(text_model, session):
     Only these two stay in the history, and the next turn follows them.
     """
     replies = session.respond(A)
-    heard = [next(replies), next(replies)]
+    delivered = [next(replies), next(replies)]
     session.interrupt()
     assert list(replies) == []
     (turn,) = session.turns
-    assert text_model.tokenizer.decode(turn.answer) == "".join(reply.text for reply in heard) != ""
+    assert (
+        text_model.tokenizer.decode(turn.answer) == "".join(reply.text for reply in delivered) != ""
+    )
     assert len(turn.answer) == 2 * text_model.config.read and not any(session.engine.slots)
     assert equal(
         said(session.respond(B)), said(from_scratch(text_model, session, turns=1).respond(B))
@@ -116,12 +118,12 @@ def test_leaving_the_loop_interrupts(session):
 def test_last_replies_unheard(text_model, session):
     """The engine has finished: what was not delivered is no part of the conversation."""
     replies = session.respond(A)
-    heard = [next(replies) for _ in range(3)]
+    delivered = [next(replies) for _ in range(3)]
     stream = session.stream
     while not stream.done:
         session.engine.step()
     session.interrupt()
-    assert len(session.turns[0].answer) == 3 * text_model.config.read and len(heard) == 3
+    assert len(session.turns[0].answer) == 3 * text_model.config.read and len(delivered) == 3
     assert equal(
         said(session.respond(B)), said(from_scratch(text_model, session, turns=1).respond(B))
     )

@@ -78,25 +78,25 @@ def test_released_streams(decoder, entry, monkeypatch):
         )
 
     step, s1 = jax.jit(step, donate_argnums=1), np.load(DECODER / "stream_s1.npz")
-    given = [
+    streams = [
         np.split(s1["units"], np.cumsum(s1["chunks"])[:-1]),
         np.split(entry["L53_token"], np.cumsum([18, 15, 15])),
     ]
-    heard = [[], []]
+    waveforms = [[], []]
     for i in range(len(s1["chunks"])):
         tokens, final = (
             np.full((2, WRITE), -1),
-            np.array([i == len(stream) - 1 for stream in given]),
+            np.array([i == len(stream) - 1 for stream in streams]),
         )
-        for row, stream in zip(tokens, given, strict=True):
+        for row, stream in zip(tokens, streams, strict=True):
             if i < len(stream):
                 row[-len(stream[i]) :] = stream[i]  # at any place in the write
         state, samples, counts = step(params, state, jnp.asarray(tokens), jnp.asarray(final))
-        for mine, row, count in zip(heard, samples, counts, strict=True):
-            mine.append(np.asarray(row[:count]))
-    for i, samples in enumerate(heard[0]):
+        for waveform, row, count in zip(waveforms, samples, counts, strict=True):
+            waveform.append(np.asarray(row[:count]))
+    for i, samples in enumerate(waveforms[0]):
         assert_wav(samples, s1[f"c{i}_wav"], 2e-2, 1e-3)
-    assert_wav(np.concatenate(heard[1]), entry["L53_hop15_wav"], 2e-2, 1e-3)
+    assert_wav(np.concatenate(waveforms[1]), entry["L53_hop15_wav"], 2e-2, 1e-3)
 
 
 def test_released_offline_decoder(decoder, entry):

@@ -147,14 +147,19 @@ class Omni2:
         Options that need the same buffers share an engine, so that nothing is compiled again.
         """
         units, speech = longest_answer(self.config, options.max_new_tokens, options.max_flush_units)
+        max_units, left_chunks = round_up(units), options.left_chunks
+        if self.config.flow and left_chunks is not None:
+            # More chunks than the longest answer has would only cost memory.
+            chunk = options.chunk or self.config.flow.chunk
+            left_chunks = min(left_chunks, -(-max_units // chunk))
         engine_config = EngineConfig(
             slots=slots,
             prefill_size=self.tokenizer.positions + TEMPLATE,
             llm_capacity=round_up(prompt + options.max_new_tokens),
             speech_capacity=round_up(speech),
-            max_units=round_up(units),
+            max_units=max_units,
             flow_chunk=options.chunk,
-            flow_left_chunks=options.left_chunks,
+            flow_left_chunks=left_chunks,
             flow_cache_dtype=options.flow_cache_dtype,
             units_only=options.unit_vocabulary == "units",
             seamless=options.seamless,
