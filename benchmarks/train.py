@@ -102,6 +102,7 @@ class Bench:
     def loader_alone(self) -> float:
         """Batches a second without any steps, after the batches that were read ahead."""
         ahead = self.loader.options.prefetch_buffer_size
+        assert isinstance(ahead, int)
         start = time.perf_counter()
         for number, (batch, _) in enumerate(self.load(5 * ahead).start(0), 1):
             jax.block_until_ready(batch)

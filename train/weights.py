@@ -121,7 +121,7 @@ def load(stage: "Stage", directory: Path, mesh: Mesh) -> tuple[Weights, Params, 
 def load_part(stage: "Stage", stored: Weights, directory: Path, part: str) -> Params:
     """One part of a checkpoint by path; float32 if it is trained or belongs to the decoder."""
     is_trained = part in stage.trained and not stage.train.rank
-    dtype = jnp.float32 if is_trained else part_dtype(part, stage.train.dtype)
+    dtype = jnp.float32 if is_trained else part_dtype(part, jnp.dtype(stage.train.dtype))
     shapes, shardings = stored.nested(stored.shapes), stored.nested(stored.shardings)
     loaded = parameters.load_part(directory, part, shapes[part], dtype, shardings[part])
     return with_prefix(parameters.flatten(loaded), part)

@@ -4,6 +4,7 @@ What it learns has no meaning. B batch, S units, D width of the speech LM.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -112,16 +113,17 @@ class TwoOptimizers:
             self.critic_optimizer.init(critic),
         )
 
-    def shardings(self, params: Params, mesh: Mesh) -> GanState:
+    def shardings(self, params: Params, mesh: Mesh) -> Any:
         generator, critic = divide(params)
         generator_places, critic_places = divide(self.weights.shardings)
-        return GanState(
+        shardings: tuple[Any, ...] = (
             sharding.replicated(mesh),
             generator_places,
             critic_places,
             optimizer_shardings(self.generator_optimizer, generator, generator_places, mesh),
             optimizer_shardings(self.critic_optimizer, critic, critic_places, mesh),
         )
+        return GanState(*shardings)
 
     def step(self, state: GanState, frozen: Params, batch: dict) -> tuple[GanState, Metrics]:
         key = jax.random.fold_in(jax.random.key(self.stage.train.seed), state.step)
@@ -133,7 +135,7 @@ class TwoOptimizers:
 
         loss_of_critic, grads = jax.value_and_grad(critic_loss)(state.critic)
         updates, critic_opt = self.critic_optimizer.update(grads, state.critic_opt, state.critic)
-        critic = optax.apply_updates(state.critic, updates)
+        critic: Any = optax.apply_updates(state.critic, updates)
 
         def generator_loss(generator: Params) -> Array:
             total, rows = self.stage.loss(self.weights.model(generator, critic), microbatch, key)
@@ -141,7 +143,7 @@ class TwoOptimizers:
 
         loss, grads = jax.value_and_grad(generator_loss)(state.generator)
         updates, opt = self.generator_optimizer.update(grads, state.generator_opt, state.generator)
-        generator = optax.apply_updates(state.generator, updates)
+        generator: Any = optax.apply_updates(state.generator, updates)
         new_state = GanState(state.step + 1, generator, critic, opt, critic_opt)
         return new_state, {"loss": loss, "critic_loss": loss_of_critic}
 
