@@ -1,10 +1,12 @@
-"""Peak compute rate and memory of accelerators, from the vendors' data sheets; keys are the
-beginnings of `device_kind`.
+"""Peak compute rate and memory of accelerators, from the vendors' data sheets.
+
+The keys of the tables are the beginnings of a device's `device_kind`.
 """
 
 from collections.abc import Mapping
+from typing import Any
 
-import jax
+Device = Any  # jax.Device is a variable, which type checkers do not accept as a type
 
 # Dense bfloat16 FLOPs per second of one device. The first key that fits counts.
 PEAK_FLOPS = {
@@ -24,17 +26,17 @@ PEAK_FLOPS = {
 MEMORY_GIB = {"TPU v4": 16, "TPU v5 lite": 16, "TPU v5": 95, "TPU v6 lite": 32, "TPU7x": 96}
 
 
-def peak_flops(device: jax.Device) -> float | None:
+def peak_flops(device: Device) -> float | None:
     """Dense bfloat16 FLOPs per second, None for a device that is not in the table."""
     return lookup(PEAK_FLOPS, device)
 
 
-def memory_gib(device: jax.Device) -> float | None:
+def memory_gib(device: Device) -> float | None:
     """GiB of memory, None for a device that is not in the table."""
     return lookup(MEMORY_GIB, device)
 
 
-def lookup(table: Mapping[str, float], device: jax.Device) -> float | None:
+def lookup(table: Mapping[str, float], device: Device) -> float | None:
     """The value of the first key that the device's kind begins with."""
     return next(
         (value for kind, value in table.items() if device.device_kind.startswith(kind)), None

@@ -16,6 +16,7 @@ import numpy as np
 
 from omni2_jax import files, sharding
 from omni2_jax.cli.console import progress_bar
+from omni2_jax.devices import Device
 from omni2_jax.train import weights
 from omni2_jax.train.data.loader import EMPTY_ROW
 from omni2_jax.train.data.writer import SHARD_BYTES, Shards
@@ -27,7 +28,7 @@ from omni2_jax.train.stages.speech_to_speech import SpeechToSpeech
 from omni2_jax.train.stages.speech_to_text import read_dialogue
 
 
-def compute(train: TrainConfig, out: Path, devices: Sequence[jax.Device] | None = None) -> None:
+def compute(train: TrainConfig, out: Path, devices: Sequence[Device] | None = None) -> None:
     """Write the states that a run with these settings reads; `out` appears whole or not at all.
 
     devices: default all. Raises ValueError for a stage that reads no hidden states, and what `Run`

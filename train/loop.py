@@ -22,6 +22,7 @@ from jax.experimental import multihost_utils
 from omni2_jax import remote, sharding
 from omni2_jax.checkpoint.tokenizer import Tokenizer
 from omni2_jax.cli.console import say
+from omni2_jax.devices import Device
 from omni2_jax.train import checkpoints, step, weights
 from omni2_jax.train.checkpoints import Checkpoints
 from omni2_jax.train.dialogues import speech_positions
@@ -42,7 +43,7 @@ class Run:
     or `out`.
     """
 
-    def __init__(self, train: TrainConfig, out: Path, devices: Sequence[jax.Device] | None = None):
+    def __init__(self, train: TrainConfig, out: Path, devices: Sequence[Device] | None = None):
         self.train, self.out, self.stage = train, out, stage_of(train)
         for name in ("checkpoint", "data"):
             if not getattr(train, name):
