@@ -116,6 +116,7 @@ def test_interrupted_stream_leaves_no_file(omni2, loaded, model, tmp_path, monke
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.slow
 def test_questions_in_batches(omni2, loaded, tmp_path):
     """Conversations of different lengths, three at once: the same lines and files as one by one."""
     given = write_questions(
@@ -253,6 +254,7 @@ def test_too_long_a_conversation_is_refused_before_loading(
 # --- the real thing
 
 
+@pytest.mark.slow
 def test_raw_audio_on_stdout(checkpoint_dir, model):
     """Nothing but samples on stdout; the text goes to stderr."""
     done = process(*chat(checkpoint_dir, SPEECH, "--stream", "--out", "-"))
@@ -264,6 +266,7 @@ def test_raw_audio_on_stdout(checkpoint_dir, model):
     assert answer.text in done.stderr.decode()
 
 
+@pytest.mark.slow
 def test_failure_of_the_process(checkpoint_dir, tmp_path):
     """A damaged parameter file: one line on stderr (four libraries report it), exit code 1."""
     broken = tmp_path / "broken"

@@ -15,6 +15,8 @@ from omni2_jax.config import LANGUAGE_PARTS, Omni2Config, TokenConfig
 from omni2_jax.convert import read
 from tests.support.paths import GOLDENS
 
+pytestmark = pytest.mark.slow
+
 
 def test_one_large_parameter_or_a_few_small_ones_at_a_time(tmp_path, monkeypatch):
     monkeypatch.setattr(lazy, "CHUNK_BYTES", 2**16)

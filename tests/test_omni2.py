@@ -118,6 +118,7 @@ def test_speech_in_a_text_is_text(text_model):
     assert answer.unit_text
 
 
+@pytest.mark.slow
 def test_chunks_smaller_than_a_write(model):
     answer = model.answer(clip("short_d"), options=dataclasses.replace(GREEDY, chunk=5))
     assert (

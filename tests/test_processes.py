@@ -25,6 +25,8 @@ from tests.support.paths import ROOT
 from tests.support.releases import linked
 from tests.support.runs import losses, prepared, toy_run
 
+pytestmark = pytest.mark.slow
+
 
 def free_port() -> int:
     with socket.socket() as sock:

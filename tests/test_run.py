@@ -81,6 +81,7 @@ def lines(run: Path) -> int:
     return len(path.read_text().splitlines()) if path.exists() else 0
 
 
+@pytest.mark.slow
 def test_interrupted_and_resumed(arguments, tmp_path):
     """Killed, then stopped by SIGTERM, then finished: every step is reported once, and all numbers
     are those of an uninterrupted run.
@@ -163,6 +164,7 @@ def test_saved_states_that_cannot_be_read(toy, tmp_path):
 # --- the same numbers, however they are computed
 
 
+@pytest.mark.slow
 def test_from_six_devices_to_one(toy, tmp_path):
     """A state saved by six devices (width in three, hidden size in two) is resumed by one.
 

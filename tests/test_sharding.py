@@ -18,16 +18,10 @@ from omni2_jax.models.model import SPEECH, abstract_state
 from omni2_jax.sharding import make_mesh, mesh_of, parse_mesh
 from tests.support.compare import assert_wav, tree_equal
 from tests.support.conversations import CASES, GREEDY, SHORT, Said, submit
-
-MESHES = {
-    "8x1": (1, 8, 1),
-    "1x8": (1, 1, 8),
-    "2x4": (1, 2, 4),
-    "2x2x2": (2, 2, 2),
-}  # (replica x) fsdp x tensor
+from tests.support.meshes import MESH_PARAMS, MESHES
 
 
-@pytest.fixture(scope="module", params=MESHES.values(), ids=MESHES)
+@pytest.fixture(scope="module", params=MESH_PARAMS)
 def sharded(request, checkpoint_dir) -> Omni2:
     """The tiny release without its audio side."""
     return Omni2.load(
@@ -120,6 +114,7 @@ def test_generation(sharded, alone):
     )
 
 
+@pytest.mark.slow
 def test_speech(checkpoint_dir, engine, model):
     """Samples of two slots on different devices."""
     mesh = make_mesh(fsdp=2, tensor=2, devices=jax.devices()[:4])

@@ -16,6 +16,8 @@ from omni2_jax.train.loop import Run
 from omni2_jax.train.settings import Bucket, OptimizerConfig, TrainConfig
 from tests.support.runs import REPLIES, losses, prepared, reported, toy_config
 
+pytestmark = pytest.mark.slow
+
 GREEDY = Options(unit_temperature=0, max_new_tokens=24, max_flush_units=100)
 
 

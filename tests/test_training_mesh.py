@@ -10,14 +10,8 @@ import pytest
 
 from omni2_jax.train.loop import Run
 from omni2_jax.train.settings import MeshConfig, TrainConfig
+from tests.support.meshes import MESH_PARAMS
 from tests.support.runs import losses, toy_run
-
-MESHES = {
-    "8x1": (1, 8, 1),
-    "1x8": (1, 1, 8),
-    "2x4": (1, 2, 4),
-    "2x2x2": (2, 2, 2),
-}  # replica, fsdp, tensor
 
 
 @pytest.fixture(scope="module")
@@ -33,18 +27,17 @@ def alone(settings, tmp_path_factory) -> Path:
     return out
 
 
-@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("mesh", MESH_PARAMS)
 def test_steps_on_a_mesh(settings, alone, tmp_path, mesh):
     """The losses are those of one device; the parameters lie on the mesh of the settings."""
-    run = Run(dataclasses.replace(settings, mesh=MeshConfig(*MESHES[mesh])), tmp_path / "run")
+    run = Run(dataclasses.replace(settings, mesh=MeshConfig(*mesh)), tmp_path / "run")
     run.go()
     np.testing.assert_allclose(losses(tmp_path / "run"), losses(alone), rtol=0, atol=1e-4)
     kernel = run.weights.shardings["speech_lm.layers.mlp.up.kernel"]
-    assert dict(kernel.mesh.shape) == dict(
-        zip(("replica", "fsdp", "tensor"), MESHES[mesh], strict=True)
-    )
+    assert dict(kernel.mesh.shape) == dict(zip(("replica", "fsdp", "tensor"), mesh, strict=True))
 
 
+@pytest.mark.slow
 def test_from_one_device_to_eight(settings, alone, tmp_path):
     """Two steps on one device, the others on 2x4, with the default eps of Adam."""
     shutil.copytree(alone, tmp_path / "run")
