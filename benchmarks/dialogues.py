@@ -35,8 +35,8 @@ class WordTokenizer:
     def prompt(self, turns: Sequence[int]) -> list[int]:
         return [1] * MARKUP + [SPEECH] * (turns[0] * self.positions)
 
-    def continuation(self, clips: int, ended: bool) -> list[int]:
-        return self.prompt([clips])
+    def continuation(self, segments: int, ended: bool) -> list[int]:
+        return self.prompt([segments])
 
 
 def longest_reply(train: TrainConfig, config: Omni2Config) -> int:
@@ -49,14 +49,14 @@ def longest_reply(train: TrainConfig, config: Omni2Config) -> int:
     spoken = written = math.inf
     if bucket.tokens:
         spoken = (bucket.tokens - 3) / (1 + UNITS_PER_TOKEN)
-    if bucket.clips:
-        written = bucket.positions / bucket.clips - MARKUP - speech_positions(config) - 1
+    if bucket.segments:
+        written = bucket.positions / bucket.segments - MARKUP - speech_positions(config) - 1
     return int(min(spoken, written))
 
 
 def write(path: Path, train: TrainConfig, config: Omni2Config, count: int) -> None:
     """Write a data set of `count` dialogues with as many questions as the stage's first bucket has
-    clips.
+    segments.
 
     They fill the bucket by half to the whole.
     """
@@ -75,11 +75,11 @@ def write(path: Path, train: TrainConfig, config: Omni2Config, count: int) -> No
     with Writer(path) as writer:
         for number in range(count):
             turns, clips = [], []
-            for _ in range(max(bucket.clips, 1)):
+            for _ in range(max(bucket.segments, 1)):
                 ids = random.integers(0, vocabulary, int(longest * random.uniform(0.5, 1)))
                 units = random.integers(0, config.units, int(len(ids) * UNITS_PER_TOKEN))
                 question = reply = None
-                if bucket.clips:
+                if bucket.segments:
                     question = noise(recordings.INPUT_RATE, random.uniform(*QUESTION_SECONDS))
                 if has_recordings:
                     reply = noise(recordings.OUTPUT_RATE, len(units) / UNITS_PER_SECOND)

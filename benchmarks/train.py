@@ -31,7 +31,7 @@ from omni2_jax.configs import flow, stage1a, stage1b, stage2
 from omni2_jax.train import overrides, step
 from omni2_jax.train.data.dataset import Dataset
 from omni2_jax.train.data.loader import Loader, catalogue, filled, schedule
-from omni2_jax.train.examples import clip_samples
+from omni2_jax.train.examples import segment_samples
 from omni2_jax.train.metrics import Clock
 from omni2_jax.train.settings import TrainConfig
 from omni2_jax.train.stages import stage_of
@@ -145,14 +145,14 @@ class Bench:
         return device.seconds(lambda: run(self.state.params, self.frozen, self.batch), 3)
 
 
-def log_mel(config: Omni2Config, clips: int, workers: int) -> dict[str, float]:
-    """Milliseconds for the log-mel of one clip.
+def log_mel(config: Omni2Config, segments: int, workers: int) -> dict[str, float]:
+    """Milliseconds for the log-mel of one segment.
 
     "device": in a batch on the device; "thread": on one thread of the host; "workers": on the host,
     all workers busy.
     """
-    random, size = np.random.default_rng(0), clip_samples(config)
-    noise = random.standard_normal((clips, size)).astype(np.float32)
+    random, size = np.random.default_rng(0), segment_samples(config)
+    noise = random.standard_normal((segments, size)).astype(np.float32)
     on_device = jnp.asarray(noise)
     on_host = jax.device_put(noise[:1], jax.local_devices(backend="cpu")[0])
 
@@ -160,7 +160,7 @@ def log_mel(config: Omni2Config, clips: int, workers: int) -> dict[str, float]:
         return jax.block_until_ready(features.log_mel(on_host))
 
     times = {
-        "device": 1000 * device.seconds(lambda: features.log_mel(on_device)) / clips,
+        "device": 1000 * device.seconds(lambda: features.log_mel(on_device)) / segments,
         "thread": 1000 * device.seconds(one),
     }
     with ThreadPoolExecutor(workers) as pool:
@@ -194,7 +194,7 @@ def measure(train: TrainConfig, config: Omni2Config, folder: Path) -> dict:
     total = sum(both for _, both in counted.values())
     sizes = {"arguments": memory.argument_size_in_bytes, "temporaries": memory.temp_size_in_bytes}
     sizes |= {"peak_in_use": allocated["peak_bytes_in_use"]} if allocated else {}
-    clips = min(train.batch, 32)
+    segments = min(train.batch, 32)
     return {
         "stage": train.stage,
         "device": f"{bench.mesh.size} x {jax.devices()[0].device_kind}",
@@ -218,7 +218,7 @@ def measure(train: TrainConfig, config: Omni2Config, folder: Path) -> dict:
         "data_wait": data_wait,
         "loader_batches_per_s": batches,
         "loader_over_demand": batches * seconds,
-        "log_mel_ms": log_mel(config, clips, train.workers) if bucket.clips else None,
+        "log_mel_ms": log_mel(config, segments, train.workers) if bucket.segments else None,
         "memory": sizes,
         "compile_s": compile_seconds,
     }
@@ -242,7 +242,8 @@ def step_rows(figures: dict) -> Iterator[tuple[str, str]]:
     )
     yield (
         "batch",
-        f"{figures['batch']} rows of {bucket['clips']} clips, {bucket['positions']} positions, "
+        f"{figures['batch']} rows of {bucket['segments']} segments, "
+        f"{bucket['positions']} positions, "
         f"{bucket['tokens']} tokens, {100 * figures['filled']:.0f} % of them filled; "
         f"microbatches {figures['microbatches']}, remat {figures['remat']}",
     )
@@ -275,7 +276,7 @@ def data_rows(figures: dict) -> Iterator[tuple[str, str]]:
     )
     if mel := figures["log_mel_ms"]:
         yield (
-            "log-mel of a clip",
+            "log-mel of a segment",
             f"device {mel['device']:.2f} ms, a thread {mel['thread']:.2f} ms, "
             f"all workers {mel['workers']:.2f} ms",
         )

@@ -75,7 +75,7 @@ def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
 def make_mesh(
     replica: int = 1, fsdp: int = -1, tensor: int = 1, devices: Sequence[Any] | None = None
 ) -> Mesh:
-    """A mesh over `devices` (jax.Device; default: all). One size may be -1: it takes the rest of the devices.
+    """A mesh over `devices` (jax.Device; default: all). One size may be -1: the rest of them.
 
     Raises ValueError if the sizes do not fit the devices.
     """

@@ -159,7 +159,7 @@ def test_answer_without_speech(omni2, loaded, tmp_path, monkeypatch):
 
 
 def test_long_turns(omni2, loaded, tmp_path):
-    """40 s: refused, cut at 30 s, or heard as two clips."""
+    """40 s: refused, cut at 30 s, or split into two segments."""
     long, start = tmp_path / "long.wav", tmp_path / "start.wav"
     samples = np.tile(soundfile.read(SPEECH)[0], 40)[: 40 * 16000]
     soundfile.write(long, samples, 16000)

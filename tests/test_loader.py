@@ -31,7 +31,7 @@ from omni2_jax.train.data.loader import (
 from omni2_jax.train.data.records import Dialogue, Turn, encode_clip
 from omni2_jax.train.data.writer import Writer
 from omni2_jax.train.dialogues import speech_positions
-from omni2_jax.train.examples import PAD, clip_samples
+from omni2_jax.train.examples import PAD, segment_samples
 from omni2_jax.train.layout import arrange
 from omni2_jax.train.losses import IGNORE
 from omni2_jax.train.settings import Bucket, TrainConfig
@@ -167,7 +167,9 @@ def test_padding(plan):
     _, measured, (batch,) = plan(
         TrainConfig("2", batch=16, epochs=1, buckets=(Bucket(2, 800, 100),))
     )
-    used = sum(item.size.positions + item.size.clips * item.size.tokens for item in measured.items)
+    used = sum(
+        item.size.positions + item.size.segments * item.size.tokens for item in measured.items
+    )
     assert filled(measured, [batch]) == used / (16 * (800 + 2 * 100))
 
 
@@ -301,7 +303,7 @@ def test_longer_than_every_bucket(plan, path):
     ]  # (the first reply of this would fit)
     assert (
         measured.skipped["dialogue 5"]
-        == "too long for every bucket (0 clips, 0 positions, 63 tokens)"
+        == "too long for every bucket (0 segments, 0 positions, 63 tokens)"
     )
     assert measured.reasons(1) == [f"2 x dialogue 5: {measured.skipped['dialogue 5']}"]
     assert {item.dialogue for item in measured.items} == {0, 1, 2, 3, 4, 6}
@@ -493,9 +495,9 @@ def test_row_of_a_recording(plan, path):
     )
 
 
-@pytest.mark.parametrize("frames, clips", [(1500, 2), (250, 7)])
-def test_a_question_longer_than_the_window(checkpoint_dir, config, tmp_path, frames, clips):
-    """31 s are two clips of the encoder's window of 30 s, or seven of one of 5 s."""
+@pytest.mark.parametrize("frames, segments", [(1500, 2), (250, 7)])
+def test_a_question_longer_than_the_window(checkpoint_dir, config, tmp_path, frames, segments):
+    """31 s are two segments of the encoder's window of 30 s, or seven of one of 5 s."""
     samples = (np.arange(31 * 16000) % 1000).astype(np.int16)
     with Writer(tmp_path / "long") as writer:
         turns = (
@@ -509,14 +511,15 @@ def test_a_question_longer_than_the_window(checkpoint_dir, config, tmp_path, fra
     data = Dataset(tmp_path / "long")
     examples = stage_of(TrainConfig("1a")).examples(config, tokenizer, data, "data")
     (item,) = examples.items(0)
-    row = examples.row(item, Bucket(clips, 800))
-    assert clip_samples(config) == 320 * frames and item.size.clips == clips
+    row = examples.row(item, Bucket(segments, 800))
+    assert segment_samples(config) == 320 * frames and item.size.segments == segments
     np.testing.assert_array_equal(
-        row["audio"].ravel(), np.pad(samples, (0, clips * clip_samples(config) - len(samples)))
+        row["audio"].ravel(),
+        np.pad(samples, (0, segments * segment_samples(config) - len(samples))),
     )
-    prompt = tokenizer.prompt([clips])
+    prompt = tokenizer.prompt([segments])
     assert row["ids"][: len(prompt)].tolist() == prompt
-    assert row["ids"].tolist().count(SPEECH) == clips * frames // 5
-    expected = rf"too long for every bucket \({clips} clips, \d\d\d positions, 0 tokens\)"
+    assert row["ids"].tolist().count(SPEECH) == segments * frames // 5
+    expected = rf"too long for every bucket \({segments} segments, \d\d\d positions, 0 tokens\)"
     with pytest.raises(ValueError, match=expected):
-        catalogue(examples, [0], [Bucket(clips - 1, 800)], strict=True)
+        catalogue(examples, [0], [Bucket(segments - 1, 800)], strict=True)

@@ -373,7 +373,7 @@ def test_spoken_samples(toy, talks, tmp_path, monkeypatch):
 
 def test_examples_that_are_left_out(low_rank, toy, talks, tmp_path, capsys):
     """Examples without a bucket are listed at the start, damaged records when they are read."""
-    left_out = "dialogue 1: too long for every bucket (2 clips, 724 positions, 0 tokens)\n"
+    left_out = "dialogue 1: too long for every bucket (2 segments, 724 positions, 0 tokens)\n"
     assert (low_rank.out / "left-out.txt").read_text() == left_out
     damaged, out = shutil.copytree(talks, tmp_path / "damaged"), tmp_path / "run"
     file = min(damaged.glob("dialogues-*"))

@@ -121,8 +121,9 @@ def test_bad_data(refused, talks, tmp_path):
         writer.add(Dialogue("x", (Turn("user", "hi"), Turn("assistant", "no"))))
     needs = "has nothing to train stage 1b on: 1 x dialogue 0: a reply has no units; omni2 prepare"
     assert refused(data=str(tmp_path / "bare")).startswith(f"{tmp_path}/bare {needs}")
-    assert "2 x dialogue 0: too long for every bucket (0 clips, 0 positions, 51 tokens)" in refused(
-        buckets=(Bucket(0, 0, 8),)
+    assert (
+        "2 x dialogue 0: too long for every bucket (0 segments, 0 positions, 51 tokens)"
+        in refused(buckets=(Bucket(0, 0, 8),))
     )
 
 

@@ -114,7 +114,7 @@ def test_all_commands_in_an_empty_directory(omni2, tmp_path):
         "optimizer.warmup": 0,
     }
     changes = [f"--set={key}={value}" for key, value in settings.items()]
-    size = "--set=buckets=({'clips': 1, 'positions': 400, 'tokens': 64},)"
+    size = "--set=buckets=({'segments': 1, 'positions': 400, 'tokens': 64},)"
     omni2("hidden", "--config", "stage2", *changes, size, "--out", "states")
     changes += [size, "--set=hidden=states"]
     omni2("train", "--config", "stage2", *changes, "--out", "run")

@@ -1,4 +1,4 @@
-"""Whole dialogues as rows of a batch: what the LLM reads in the stages 1a and 2. C clips, T LLM
+"""Whole dialogues as rows of a batch: what the LLM reads in the stages 1a and 2. C segments, T LLM
 positions.
 """
 
@@ -11,7 +11,7 @@ from omni2_jax.audio import recordings
 from omni2_jax.config import Omni2Config
 from omni2_jax.train.data.dataset import RecordError
 from omni2_jax.train.data.records import Dialogue
-from omni2_jax.train.examples import PAD, Examples, Item, Row, clip_samples, full, put
+from omni2_jax.train.examples import PAD, Examples, Item, Row, full, put, segment_samples
 from omni2_jax.train.settings import Bucket
 
 
@@ -22,7 +22,7 @@ class Conversation:
     ids: np.ndarray  # [T]; SPEECH where a speech feature goes
     replies: list[list[int]]
     starts: list[int]
-    clips: list[int]  # windows of the speech encoder in each user turn
+    segments: list[int]  # windows of the speech encoder in each user turn
 
     @property
     def text_tokens(self) -> int:
@@ -36,7 +36,7 @@ class DialogueExamples(Examples):
         dialogue = self.data.dialogue(index)
         conversation = self.conversation(dialogue)
         tokens = self.reply_tokens(dialogue, conversation)
-        size = Bucket(sum(conversation.clips), len(conversation.ids), tokens)
+        size = Bucket(sum(conversation.segments), len(conversation.ids), tokens)
         return [Item(index, None, size)]
 
     def reply_tokens(self, dialogue: Dialogue, conversation: Conversation) -> int:
@@ -44,7 +44,7 @@ class DialogueExamples(Examples):
         return 0
 
     def empty(self, bucket: Bucket) -> Row:
-        audio = np.zeros((bucket.clips, clip_samples(self.config)), np.int16)
+        audio = np.zeros((bucket.segments, segment_samples(self.config)), np.int16)
         return {"audio": audio, "ids": full(bucket.positions, PAD)}
 
     def fill_questions(self, row: Row, dialogue: Dialogue, conversation: Conversation) -> None:
@@ -52,20 +52,20 @@ class DialogueExamples(Examples):
 
         Raises RecordError if a recording is not as long as its turn states.
         """
-        window = clip_samples(self.config)
-        clips = [
-            clip
+        window = segment_samples(self.config)
+        segments = [
+            segment
             for turn in dialogue.turns[::2]
             if turn.clip is not None
-            for clip in recordings.fit(self.data.clip(turn.clip), "split", window)
+            for segment in recordings.fit(self.data.clip(turn.clip), "split", window)
         ]
-        if len(clips) != sum(conversation.clips):
+        if len(segments) != sum(conversation.segments):
             raise RecordError(
-                f"{self.data.path}: dialogue {dialogue.id!r} has {len(clips)} clips, "
-                f"but its turns state lengths of {sum(conversation.clips)} clips"
+                f"{self.data.path}: dialogue {dialogue.id!r} has {len(segments)} segments, "
+                f"but its turns state lengths of {sum(conversation.segments)} segments"
             )
-        for i, clip in enumerate(clips):
-            put(row, {"audio": recordings.to_int16(clip)}, (i,))
+        for i, segment in enumerate(segments):
+            put(row, {"audio": recordings.to_int16(segment)}, (i,))
         put(row, {"ids": conversation.ids})
 
     def conversation(self, dialogue: Dialogue) -> Conversation:
@@ -75,21 +75,21 @@ class DialogueExamples(Examples):
         """
         if any(turn.clip is None for turn in dialogue.turns[::2]):
             raise ValueError("a user turn has no recording")
-        window = clip_samples(self.config)
-        clips = [-(-turn.samples // window) for turn in dialogue.turns[::2]]
+        window = segment_samples(self.config)
+        segments = [-(-turn.samples // window) for turn in dialogue.turns[::2]]
         replies = [self.encode(turn) for turn in dialogue.turns[1::2]]
-        ids, starts = list(self.first_prompt(clips[0])), []
+        ids, starts = list(self.first_prompt(segments[0])), []
         for i, text in enumerate(replies):
             starts.append(len(ids))
-            ids += [*text, *(self.next_prompt(clips[i + 1]) if i + 1 < len(clips) else [])]
-        return Conversation(np.array(ids, np.int32), replies, starts, clips)
+            ids += [*text, *(self.next_prompt(segments[i + 1]) if i + 1 < len(segments) else [])]
+        return Conversation(np.array(ids, np.int32), replies, starts, segments)
 
     @functools.cached_property
     def first_prompt(self):
         """Clips of the first question -> ids. Cached: the tokenizer takes most of the time."""
         assert self.tokenizer is not None
         tokenizer = self.tokenizer
-        return functools.cache(lambda clips: tokenizer.prompt([clips]))
+        return functools.cache(lambda segments: tokenizer.prompt([segments]))
 
     @functools.cached_property
     def next_prompt(self):
@@ -99,7 +99,7 @@ class DialogueExamples(Examples):
 
 
 def speech_positions(config: Omni2Config) -> int:
-    """LLM positions of one clip (300 for a window of 30 s); 0 without a speech encoder."""
+    """LLM positions of one segment (300 for a window of 30 s); 0 without a speech encoder."""
     if config.speech_encoder is None or config.adapter is None:
         return 0
     return config.speech_positions

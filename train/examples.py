@@ -1,7 +1,7 @@
 """Training examples as rows of a batch: numpy arrays whose static shapes follow from a bucket.
 
-C clips, T LLM positions, S tokens of the speech LM. What a row holds is stated by the stages; here
-are the base class and what several stages share.
+C segments, T LLM positions, S tokens of the speech LM. What a row holds is stated by the stages;
+here are the base class and what several stages share.
 """
 
 import abc
@@ -110,7 +110,7 @@ class ReplyExamples(Examples):
         return self.data.dialogue(item.dialogue).turns[item.turn]
 
 
-def clip_samples(config: Omni2Config) -> int:
+def segment_samples(config: Omni2Config) -> int:
     """Samples at 16 kHz in one window of the speech encoder: 480,000 (30 s) for Whisper."""
     # The encoder's second convolution has a stride of 2.
     return 2 * config.speech_encoder.frames * WHISPER_HOP if config.speech_encoder else 0

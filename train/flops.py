@@ -62,19 +62,19 @@ def count(
 def inputs(stage: "Stage", config: Omni2Config, path: str, bucket: Bucket) -> int:
     """The number of positions in a row that a matrix is multiplied with."""
     part, *names = path.split(".")
-    clips = max(bucket.clips, 1)
+    segments = max(bucket.segments, 1)
     frames = config.speech_encoder.frames if config.speech_encoder else 0
     match part:
         case "speech_encoder":
-            return clips * frames * (2 if names[0] == "conv1" else 1)
+            return segments * frames * (2 if names[0] == "conv1" else 1)
         case "adapter" if config.adapter:
-            return clips * config.speech_positions
+            return segments * config.speech_positions
         case "fusion":
-            return clips * bucket.tokens
+            return segments * bucket.tokens
         case "llm" if config.llm:
             return bucket.positions * is_used(config.llm, names, part in stage.scored)
         case "speech_lm" if config.speech_lm:
-            return clips * bucket.tokens * is_used(config.speech_lm, names, part in stage.scored)
+            return segments * bucket.tokens * is_used(config.speech_lm, names, part in stage.scored)
         case "flow" if config.flow:
             # A table is looked up, and the embeddings of speaker and time are computed once a
             # reply.
@@ -96,14 +96,14 @@ def attention(config: Omni2Config, bucket: Bucket) -> Iterator[tuple[str, float,
 
     A position of a language model sees half of the other positions on average.
     """
-    clips = max(bucket.clips, 1)
+    segments = max(bucket.segments, 1)
     if c := config.speech_encoder:
-        yield "speech_encoder", 4 * bucket.clips * c.layers * c.width * c.frames**2, 3
+        yield "speech_encoder", 4 * bucket.segments * c.layers * c.width * c.frames**2, 3
     if c := config.llm:
         yield "llm", 4 * c.layers * c.heads * c.head_size * bucket.positions**2 / 2, 3
     if c := config.speech_lm:
         heads = c.heads * c.head_size
-        yield "speech_lm", 4 * clips * c.layers * heads * bucket.tokens**2 / 2, 3
+        yield "speech_lm", 4 * segments * c.layers * heads * bucket.tokens**2 / 2, 3
     if c := config.flow:
         units, frames = bucket.tokens, c.upsample * bucket.tokens
         pairs = c.layers * units**2 + c.up_layers * frames**2

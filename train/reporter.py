@@ -177,6 +177,7 @@ def batch_sizes(batches: list[Batch]) -> str:
     """The number of batches of each bucket, one line each."""
     counts = Counter(batch.bucket for batch in batches)
     return "\n".join(
-        f"{count} of {bucket.clips} clips, {bucket.positions} positions, {bucket.tokens} tokens"
+        f"{count} of {bucket.segments} segments, {bucket.positions} positions, "
+        f"{bucket.tokens} tokens"
         for bucket, count in counts.items()
     )

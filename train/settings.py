@@ -56,7 +56,7 @@ class Bucket:
     A size that a stage does not use is ignored.
     """
 
-    clips: int = 1  # windows of the speech encoder (30 s of question each)
+    segments: int = 1  # windows of the speech encoder (30 s of question each)
     positions: int = 0  # of the LLM
     tokens: int = 0  # of the speech LM for one reply; for the stage "flow": speech units
 
@@ -72,7 +72,7 @@ class Bucket:
     @property
     def size(self) -> int:
         """Positions of the LLM and of the speech LM in a row, padding included."""
-        return self.positions + max(self.clips, 1) * self.tokens
+        return self.positions + max(self.segments, 1) * self.tokens
 
 
 @dataclass(frozen=True)

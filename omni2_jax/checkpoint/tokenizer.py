@@ -48,8 +48,8 @@ def load(directory: Path) -> Any:
 def render(tokenizer: Any, turns: Sequence[str | int], directory: Path) -> str:
     """Turns as the chat template spells them, up to where the next answer begins.
 
-    A spoken turn is its number of clips, spelled as SPEECH_TEXT; another turn is its text, in which
-    SPEECH_TEXT becomes WRITTEN_SPEECH.
+    A spoken turn is its number of segments, spelled as SPEECH_TEXT; another turn is its text, in
+    which SPEECH_TEXT becomes WRITTEN_SPEECH.
     A template that knows of thinking (Qwen3's) is asked for an answer without it: it then spells an
     empty block of thoughts, behind which the answer begins. Other templates ignore the option.
     Raises ValueError naming the tokenizer's directory if the template cannot be used.
@@ -104,8 +104,8 @@ class Tokenizer:
     def prompt(self, turns: Sequence[str | int]) -> list[int]:
         """Turns, the user's first -> prompt ids with SPEECH at the positions of speech features.
 
-        A spoken turn is its number of clips, another turn is its text. The chat template is that of
-        the released code (Qwen2.5's, with its default system line).
+        A spoken turn is its number of segments, another turn is its text. The chat template is
+        that of the released code (Qwen2.5's, with its default system line).
         """
         rendered = self.render(turns)
         # The halves of "<speech>" in a text are encoded apart: together they would be the token.
@@ -113,25 +113,25 @@ class Tokenizer:
         encoded = [self.text.encode(part, add_special_tokens=False) for part in parts]
         return self.expand([token for ids in encoded for token in ids])
 
-    def continuation(self, clips: int, ended: bool) -> list[int]:
-        """The prompt ids that follow an answer in the cache: a spoken turn of so many clips.
+    def continuation(self, segments: int, ended: bool) -> list[int]:
+        """The prompt ids that follow an answer in the cache: a spoken turn of so many segments.
 
         ended: whether the cache holds the answer's end token already; otherwise it comes first.
         """
-        rendered = self.render([1, ANSWER_MARKER, clips])
+        rendered = self.render([1, ANSWER_MARKER, segments])
         after_answer = rendered.split(ANSWER_MARKER, 1)[1]
         ids = self.text.encode(after_answer, add_special_tokens=False)
         return self.expand(ids[1:] if ended else ids)
 
     def render(self, turns: Sequence[str | int]) -> str:
-        """Turns as the chat template spells them, SPEECH_TEXT for a clip of speech.
+        """Turns as the chat template spells them, SPEECH_TEXT for a segment of speech.
 
         Raises ValueError naming the tokenizer's directory if the template cannot be used.
         """
         return render(self.text, turns, self.directory)
 
     def expand(self, ids: Sequence[int]) -> list[int]:
-        """Token ids with each <speech> replaced by as many SPEECH ids as a clip has positions."""
+        """Token ids with each <speech> replaced by one SPEECH id for each position of a segment."""
         speech = self.config.tokens.speech
         return [
             i for token in ids for i in ([SPEECH] * self.positions if token == speech else [token])

@@ -134,7 +134,7 @@ def chat(
         bool, typer.Option("--truncate", help="Cut turns over 30 s (they are refused otherwise).")
     ] = False,
     split_long: Annotated[
-        bool, typer.Option("--split-long", help="Split turns over 30 s into several clips.")
+        bool, typer.Option("--split-long", help="Split turns over 30 s into several segments.")
     ] = False,
     mesh: Annotated[
         str | None,
@@ -187,11 +187,11 @@ def chat(
     from omni2_jax.audio import recordings
 
     # A bad file is reported before minutes are spent on the others.
-    clips = sum(len(recordings.load_turn(wav, options.long_turns)) for wav in wavs)
+    segments = sum(len(recordings.load_turn(wav, options.long_turns)) for wav in wavs)
     outs = targets(out, len(wavs))
     with console.status("loading"):
         model = load()
-        session = model.session(voice, options, turns=len(wavs), clips=clips)
+        session = model.session(voice, options, turns=len(wavs), segments=segments)
     if stream:
         converse_aloud(session, wavs, outs)
     else:

@@ -36,10 +36,10 @@ class GenerationError(RuntimeError):
 
 @dataclass(frozen=True)
 class PromptPiece:
-    """Consecutive prompt tokens, with the features of at most one clip."""
+    """Consecutive prompt tokens, with the features of at most one segment."""
 
     ids: np.ndarray  # [P] at most EngineConfig.prefill_size
-    features: jax.Array  # [F, D] of the clip
+    features: jax.Array  # [F, D] of the segment
     first: int  # how many of these features earlier pieces of the prompt use
 
 
@@ -316,7 +316,7 @@ class Engine:
         self.slots[stream.slot] = None
         self.state, prefix = self.programs.free(self.state, np.int32(stream.slot), np.int32(length))
         stream.prefix = prefix if stream.keep_prefix and not stream.error else None
-        stream.pieces = ()  # a clip's features take megabytes, and the stream may live for long
+        stream.pieces = ()  # a segment's features take megabytes, and the stream may live for long
 
     def cancel(self, stream: ResponseStream) -> None:
         """End a stream, whether it waits, is in a slot, or is done but not delivered to its end."""
@@ -339,12 +339,12 @@ def failure(stream: ResponseStream, output: StepOutput) -> GenerationError | Non
     """The error of an output that is not finite, with its cause as far as it can be known."""
     if output.phase != FAILED and np.isfinite(output.samples).all():
         return None
-    clips = {id(piece.features): piece.features for piece in stream.pieces}.values()
-    for number, features in enumerate(clips, 1):
+    segments = {id(piece.features): piece.features for piece in stream.pieces}.values()
+    for number, features in enumerate(segments, 1):
         if not np.isfinite(np.asarray(features, np.float32)).all():
             return GenerationError(
-                f"the answer was stopped: the speech features of clip {number} of {len(clips)} are "
-                "not finite (NaN or infinite); the checkpoint's speech encoder or adapter is at "
+                f"the answer was stopped: the speech features of segment {number} of {len(segments)} "
+                "are not finite (NaN or infinite); the checkpoint's speech encoder or adapter is at "
                 "fault (parameters or config.json)"
             )
     part = "llm, fusion or speech_lm" if output.phase == FAILED else "flow or vocoder"

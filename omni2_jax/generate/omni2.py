@@ -75,8 +75,8 @@ class Omni2:
         self.voices: dict[str | None, jax.Array] = {}  # x-vectors of the voices used so far
         mesh = sharding.mesh_of(params)
 
-        def encode(params: dict, clip: jax.Array) -> jax.Array:
-            mel = features.log_mel(clip, mels=config.speech_encoder.mels)
+        def encode(params: dict, segment: jax.Array) -> jax.Array:
+            mel = features.log_mel(segment, mels=config.speech_encoder.mels)
             return nnx.merge(graph, params).encode_speech(mel.astype(self.dtype))[0]
 
         self._encode = jax.jit(
@@ -119,13 +119,13 @@ class Omni2:
             engine.params = params
 
     def hear(self, sound: Sound, long_turns: str = "refuse") -> list[jax.Array]:
-        """Encode a spoken turn -> speech features [300, D] of every clip of 30 s.
+        """Encode a spoken turn -> speech features [300, D] of every segment of 30 s.
 
         sound: a file, or samples [N] at 16 kHz. long_turns: "refuse" a turn over 30 s, "truncate"
-        it, or "split" it into several clips. Raises ValueError for bad audio.
+        it, or "split" it into several segments. Raises ValueError for bad audio.
         """
         padded, _ = recordings.pad(load_clips(sound, long_turns), recordings.TURN_SAMPLES)
-        return [self._encode(self.params, clip[None]) for clip in padded]
+        return [self._encode(self.params, segment[None]) for segment in padded]
 
     def voice(self, name: str | None) -> jax.Array | None:
         """The x-vector [192] of a voice; None without a decoder.
@@ -176,18 +176,18 @@ class Omni2:
         options: Options | None = None,
         overflow: str = "error",
         turns: int | None = None,
-        clips: int | None = None,
+        segments: int | None = None,
     ) -> Session:
         """A conversation of several turns. overflow: see `Session`.
 
-        turns, clips: how many turns the conversation will have at most, and clips of 30 s in them,
-        if that is known: then the LLM's cache is made for these, otherwise for the longest
+        turns, segments: how many turns the conversation will have at most, and segments of 30 s in
+        them, if that is known: then the LLM's cache is made for these, otherwise for the longest
         conversation that the checkpoint allows. Raises ValueError for an unknown voice or overflow.
         """
         options = options or Options()
         positions = self.config.max_prompt
         if turns:
-            needed = (clips or turns) * self.tokenizer.positions
+            needed = (segments or turns) * self.tokenizer.positions
             needed += turns * (TEMPLATE + options.max_new_tokens)
             positions = min(positions, needed)
         hear = functools.partial(self.hear, long_turns=options.long_turns)
@@ -248,12 +248,12 @@ class Omni2:
         engine = self.engine(options, max(map(len, prompts)), slots)
 
         def submit(ids: np.ndarray, conversation: Conversation) -> ResponseStream:
-            clips = [
-                clip
+            segments = [
+                segment
                 for sound in turns_of(conversation)[::2]
-                for clip in self.hear(sound, long_turns)
+                for segment in self.hear(sound, long_turns)
             ]
-            pieces = split(ids, clips, engine.engine_config.prefill_size)
+            pieces = split(ids, segments, engine.engine_config.prefill_size)
             return engine.submit(pieces, request, x_vector)
 
         submits = [

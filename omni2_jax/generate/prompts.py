@@ -34,7 +34,7 @@ def turns_of(conversation: Conversation) -> list[Sound | str]:
 
 
 def load_clips(sound: Sound, long_turns: str) -> list[np.ndarray]:
-    """A sound as clips of at most 30 s, samples [N] at 16 kHz.
+    """A sound as segments of at most 30 s, samples [N] at 16 kHz.
 
     long_turns: "refuse", "truncate" or "split" a longer one. Raises ValueError for bad audio.
     """
@@ -49,7 +49,7 @@ def prompt_ids(
 ) -> np.ndarray:
     """The prompt of a conversation, int32 [P], with SPEECH at each speech position.
 
-    A sound is only read if its length decides how many clips it has (long_turns "split").
+    A sound is only read if its length decides how many segments it has (long_turns "split").
     Raises ValueError for a conversation that `turns_of` refuses, or of more than `limit` positions.
     """
     turns = turns_of(conversation)
@@ -71,21 +71,21 @@ def prompt_ids(
 def split(
     ids: Sequence[int] | np.ndarray, features: Sequence[jax.Array], size: int
 ) -> list[PromptPiece]:
-    """Split a prompt into pieces of at most `size` positions, each with at most one clip.
+    """Split a prompt into pieces of at most `size` positions, each with at most one segment.
 
-    ids: with SPEECH at each speech position. features: [F, D] of every clip, in order.
+    ids: with SPEECH at each speech position. features: [F, D] of every segment, in order.
     """
     prompt = np.asarray(ids, np.int32)
     is_speech, positions = prompt == SPEECH, features[0].shape[0]
     count = np.cumsum(is_speech)  # features used up to each position, inclusive
     assert count[-1] == positions * len(features), "the tokenizer and the features disagree"
-    # The positions where the clips begin, but for the first clip.
+    # The positions where the segments begin, but for the first segment.
     starts = np.searchsorted(count, np.arange(1, len(features)) * positions + 1)
     edges = [0, *starts.tolist(), len(prompt)]
     pieces = []
-    for clip, (begin, end) in enumerate(itertools.pairwise(edges)):
+    for segment, (begin, end) in enumerate(itertools.pairwise(edges)):
         for start in range(begin, end, size):
             used = int(is_speech[begin:start].sum())
             piece = prompt[start : min(start + size, end)]
-            pieces.append(PromptPiece(piece, features[clip], used))
+            pieces.append(PromptPiece(piece, features[segment], used))
     return pieces

@@ -34,7 +34,7 @@ class Reply:
 class Turn:
     """One exchange of the conversation: the user's speech features and the model's text."""
 
-    features: list[jax.Array]  # [300, D] for every clip of 30 s
+    features: list[jax.Array]  # [300, D] for every segment of 30 s
     answer: list[int]  # text tokens that were delivered
 
 
@@ -53,7 +53,7 @@ class Session:
         voice: jax.Array | None,
         overflow: str = "error",
     ):
-        """hear: the function from a sound to its speech features, [300, D] for every clip of 30 s.
+        """hear: the function from a sound to its speech features, [300, D] for each 30 s segment.
 
         request: the settings of every turn. voice: x-vector [192]; None without a decoder.
         overflow: if the conversation does not fit the LLM's cache any more, "error" refuses the
@@ -157,16 +157,16 @@ class Session:
         """Whether an answer has its end token; it has none if it was cut short."""
         return bool(turn.answer) and turn.answer[-1] in self.eos
 
-    def dialogue(self, turns: list[Turn], clips: int) -> list[int]:
-        """The prompt of a conversation: `turns` with their answers, then a turn of `clips` clips.
+    def dialogue(self, turns: list[Turn], segments: int) -> list[int]:
+        """The prompt of a conversation: `turns` with their answers, then a turn of so many segments.
 
         Its token ids equal those that the turns put into the cache one after the other.
         """
         if not turns:
-            return self.tokenizer.prompt([clips])
+            return self.tokenizer.prompt([segments])
         ids = self.tokenizer.prompt([len(turns[0].features)])
-        next_clips = [len(turn.features) for turn in turns[1:]] + [clips]
-        for turn, count in zip(turns, next_clips, strict=True):
+        next_segments = [len(turn.features) for turn in turns[1:]] + [segments]
+        for turn, count in zip(turns, next_segments, strict=True):
             ids += [*turn.answer, *self.tokenizer.continuation(count, self.has_ended(turn))]
         return ids
 

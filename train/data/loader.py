@@ -45,7 +45,7 @@ class Catalogue:
     def reasons(self, most: int) -> list[str]:
         """The most common reasons, each with its number of dialogues and the first of them.
 
-        Details in brackets ("too long (2 clips)") do not make two reasons different.
+        Details in brackets ("too long (2 segments)") do not make two reasons different.
         """
         by_reason = defaultdict(list)
         for name, reason in self.skipped.items():
@@ -94,13 +94,13 @@ def bucket_index(size: Bucket, buckets: Sequence[Bucket]) -> int:
     """The first bucket that holds an example of this size. Raises ValueError if none does."""
     for index, bucket in enumerate(buckets):
         if (
-            size.clips <= bucket.clips
+            size.segments <= bucket.segments
             and size.positions <= bucket.positions
             and size.tokens <= bucket.tokens
         ):
             return index
     raise ValueError(
-        f"too long for every bucket ({size.clips} clips, {size.positions} positions, "
+        f"too long for every bucket ({size.segments} segments, {size.positions} positions, "
         f"{size.tokens} tokens)"
     )
 
@@ -139,7 +139,7 @@ def filled(catalogue: Catalogue, batches: Sequence[Batch]) -> float:
     """The share of the computed positions and tokens that is not padding."""
 
     def extent(bucket: Bucket) -> int:
-        return bucket.positions + max(bucket.clips, 1) * bucket.tokens
+        return bucket.positions + max(bucket.segments, 1) * bucket.tokens
 
     used = sum(
         extent(catalogue.items[row].size)

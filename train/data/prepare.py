@@ -2,7 +2,7 @@
 
 Recordings are resampled and stored. Replies that bring a recording but no units get them from the
 speech tokenizer, in batches of a few fixed lengths. Dialogues that cannot be used are counted,
-named and left out. A user's turn over 30 s is kept whole: training examples cut it into clips.
+named and left out. A user's turn over 30 s is kept whole: training examples cut it into segments.
 """
 
 import contextlib

@@ -1,8 +1,8 @@
 """Stage I(a): speech to text. The adapter and the LLM learn to answer spoken questions in text
 (paper section 4.1).
 
-The loss is the cross-entropy of the assistant's text. B batch, C clips, N samples, T LLM positions,
-D LLM width.
+The loss is the cross-entropy of the assistant's text. B batch, C segments, N samples, T LLM
+positions, D LLM width.
 """
 
 from dataclasses import replace
@@ -72,8 +72,8 @@ class SpeechToText(Stage):
 
 def encode_questions(model: Model, train: TrainConfig, batch: Batch) -> Array:
     """Recordings [B, C, N] int16 -> frames of the frozen speech encoder [B * C, frames, width]."""
-    rows, clips, samples = batch["audio"].shape
-    audio = recordings.from_int16(batch["audio"].reshape(rows * clips, samples))
+    rows, segments, samples = batch["audio"].shape
+    audio = recordings.from_int16(batch["audio"].reshape(rows * segments, samples))
     mel = features.log_mel(constrain(audio, "batch", None), mels=model.config.speech_encoder.mels)
     return jax.lax.stop_gradient(model.speech_encoder(mel.astype(train.dtype)))
 
