@@ -343,9 +343,9 @@ def failure(stream: ResponseStream, output: StepOutput) -> GenerationError | Non
     for number, features in enumerate(segments, 1):
         if not np.isfinite(np.asarray(features, np.float32)).all():
             return GenerationError(
-                f"the answer was stopped: the speech features of segment {number} of {len(segments)} "
-                "are not finite (NaN or infinite); the checkpoint's speech encoder or adapter is at "
-                "fault (parameters or config.json)"
+                f"the answer was stopped: the speech features of segment {number} of "
+                f"{len(segments)} are not finite (NaN or infinite); the checkpoint's speech encoder "
+                "or adapter is at fault (parameters or config.json)"
             )
     part = "llm, fusion or speech_lm" if output.phase == FAILED else "flow or vocoder"
     return GenerationError(

@@ -158,7 +158,7 @@ class Session:
         return bool(turn.answer) and turn.answer[-1] in self.eos
 
     def dialogue(self, turns: list[Turn], segments: int) -> list[int]:
-        """The prompt of a conversation: `turns` with their answers, then a turn of so many segments.
+        """The prompt of a conversation: `turns` with their answers, then one of so many segments.
 
         Its token ids equal those that the turns put into the cache one after the other.
         """
