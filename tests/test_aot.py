@@ -1,4 +1,4 @@
-"""Compiling for devices that are not there: what is counted, on devices that are, and what cannot be compiled for."""
+"""benchmarks.aot: what is counted, on the devices of the tests, and what cannot be compiled."""
 
 import importlib.util
 import json
@@ -57,7 +57,7 @@ PROGRAM = """HloModule jit_f, entry_computation_layout={(bf16[4,8]{1,0})->bf16[4
 }
 
 ENTRY %main (a: bf16[4,8]) -> bf16[4,8] {
-  %outer = (s32[], bf16[4,8]{1,0}) while(%a), condition=%c, body=%twice, backend_config={"known_trip_count":{"n":"2"}}
+  %outer = (s32[], bf16[4,8]{1,0}) while(%a), condition=%c, body=%twice, backend_config={KNOWN}
   %open = (s32[], f32[]) while(%b), condition=%whenever, body=%reducing
   %either = f32[16] conditional(%flag, %b, %b), branch_computations={%some, %more}
   %begun = f32[4] fusion(%b), kind=kCustom, calls=%step
@@ -89,7 +89,7 @@ def test_collectives_are_counted_as_often_as_they_run():
     ],
 )
 def test_shares(job, kind):
-    """On a mesh of 8, a device holds an eighth of what is cut, and all of the arguments belong to a kind."""
+    """On a mesh of 8, a device holds an eighth of what is sharded; all arguments belong to a kind."""
     shares = []
     for mesh in (make_mesh(devices=jax.devices()[:1]), make_mesh(fsdp=4, tensor=2)):
         made = aot.job_of(job, SIZES["tiny"], mesh, 8, [])
@@ -139,11 +139,13 @@ def test_what_a_device_holds():
     ("message", "gib"),
     [
         (
-            "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 33.29G of 15.75G hbm. Exceeded hbm capacity by 17.54G.",
+            "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 33.29G of 15.75G hbm. "
+            "Exceeded hbm capacity by 17.54G.",
             33.29,
         ),
         (
-            "the total memory required for HLO temporaries (16.01G) exceeds available HBM (15.75G).",
+            "the total memory required for HLO temporaries (16.01G) exceeds available HBM "
+            "(15.75G).",
             16.01,
         ),
         ("INTERNAL: something else", None),
@@ -171,7 +173,8 @@ def test_without_a_compiler(monkeypatch):
             "train",
             6,
             [],
-            r"6 rows \(batch 6 in 1 microbatches\) cannot be cut over the 4 devices .*; a batch of 8 can",
+            r"6 rows \(batch 6 in 1 microbatches\) cannot be cut over the 4 devices .*; "
+            r"a batch of 8 can",
         ),
         ("train", 8, ["microbatches=4"], "2 rows .* a batch of 16 can"),
         ("train2", 8, ["remta=full"], "there is no 'remta'; did you mean remat"),
