@@ -151,6 +151,7 @@ class FlowConfig:
 class HiftConfig:
     """HiFT vocoder: neural source filter and inverse STFT, 480 samples per mel frame."""
 
+    kind: Literal["hift"] = "hift"  # which vocoder this is, see models/vocoder/__init__.py
     mels: Annotated[int, Field(ge=1, le=1024)] = 80
     channels: Size = 512
     harmonics: Annotated[int, Field(ge=0, le=100)] = 8
@@ -278,6 +279,7 @@ class Omni2Config:
     adapter: Part[AdapterConfig] = field(default_factory=AdapterConfig)
     speech_lm: Part[DecoderConfig] = field(default_factory=lambda: DecoderConfig(vocabulary=158227))
     flow: Part[FlowConfig] = field(default_factory=FlowConfig)
+    # With a second vocoder: Part[Annotated[HiftConfig | NewConfig, Field(discriminator="kind")]].
     vocoder: Part[HiftConfig] = field(default_factory=HiftConfig)
     speaker: Part[SpeakerConfig] = field(default_factory=SpeakerConfig)
     tokens: TokenConfig = field(default_factory=TokenConfig)

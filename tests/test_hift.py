@@ -12,7 +12,8 @@ from omni2_jax.config import HiftConfig
 from omni2_jax.convert.formats import abstract, torch_file
 from omni2_jax.convert.plan import plan, unplan
 from omni2_jax.convert.tables.hift import plain_names, table
-from omni2_jax.models.vocoder.hift import Hift, change_speed, draw, stft
+from omni2_jax.models.offline import change_speed
+from omni2_jax.models.vocoder.hift import Hift, draw, stft
 from tests.support.compare import assert_wav
 from tests.support.networks import TINY_HIFT as TINY
 from tests.support.networks import abstract_model, hift_params, stored_draws, tiny_hift

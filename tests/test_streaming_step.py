@@ -17,7 +17,8 @@ from omni2_jax.generate.streaming_step import (
     speak_step,
     units_of,
 )
-from omni2_jax.models.vocoder.hift import change_speed
+from omni2_jax.models.offline import change_speed
+from omni2_jax.models.vocoder import hift_streaming
 from tests.support.compare import assert_wav, tree_equal
 from tests.support.networks import stored_draws
 from tests.support.paths import DECODER
@@ -56,7 +57,7 @@ def test_released_streams(decoder, entry, monkeypatch):
     def draws(config, keys, samples: int):
         return jnp.tile(phase, (2, 1)), jnp.tile(noise[:, :samples], (2, 1, 1))
 
-    monkeypatch.setattr(streaming_step, "draw", draws)
+    monkeypatch.setattr(hift_streaming, "draw", draws)
     model, engine_config = (
         nnx.merge(graph, params),
         EngineConfig(slots=2, llm_capacity=1, speech_capacity=1, max_units=64, seamless=False),

@@ -30,8 +30,7 @@ from omni2_jax.generate.read_write import (
 from omni2_jax.models.flow.mask import Chunks
 from omni2_jax.models.flow.streaming import FlowState, StreamPlan, flow_step
 from omni2_jax.models.model import Model
-from omni2_jax.models.vocoder.hift import draw
-from omni2_jax.models.vocoder.hift_streaming import VocoderState, vocoder_step
+from omni2_jax.models.vocoder import base as vocoder_base
 
 Array = jax.Array
 
@@ -46,7 +45,7 @@ class DecodeState:
 
     language: ReadWriteState
     flow: FlowState | None
-    vocoder: VocoderState | None
+    vocoder: vocoder_base.State
     steps: Array  # [B] steps of this answer; folded into the key of the vocoder's noise
 
     @classmethod
@@ -66,7 +65,7 @@ class DecodeState:
                 plan_of(config, engine_config),
                 jnp.dtype(engine_config.flow_cache_dtype),
             )
-            vocoder = VocoderState.empty(config.vocoder, slots)
+            vocoder = model.vocoder.empty_state(slots)
         return cls(language, flow, vocoder, jnp.zeros(slots, jnp.int32))
 
 
@@ -119,13 +118,13 @@ def insert(
     language = state.language.put(prefix, slot)
     if model.flow is None:
         return dataclasses.replace(state, language=language)
-    assert state.flow and state.vocoder and voice is not None
+    assert state.flow is not None and voice is not None
     is_slot = jnp.arange(state.steps.size) == slot
     voices = jnp.broadcast_to(model.flow.voice(voice[None]), state.flow.voice.shape)
     return DecodeState(
         language=language,
         flow=state.flow.restart(is_slot, voices),
-        vocoder=state.vocoder.restart(is_slot),
+        vocoder=model.vocoder.restart(state.vocoder, is_slot),
         steps=jnp.where(is_slot, 0, state.steps),
     )
 
@@ -177,13 +176,12 @@ def speak_step(
 
     final: [B], whether these are the last units of the answer.
     """
-    assert state.flow and state.vocoder
+    assert state.flow is not None
     units, unit_counts = units_of(model.config, output.speech_tokens)
     flow, mel, frames = flow_step(model.flow, state.flow, units, unit_counts, final)
     keys = jax.vmap(jax.random.fold_in)(state.language.request.key, 2**31 - 1 - state.steps)
-    draws = draw(model.config.vocoder, keys, samples_per_step(model.config))
-    vocoder, samples, sample_counts = vocoder_step(
-        model.vocoder, state.vocoder, mel, frames, final, *draws, engine_config.seamless
+    vocoder, samples, sample_counts = model.vocoder.step(
+        state.vocoder, mel, frames, final, keys, engine_config.seamless
     )
     return DecodeState(state.language, flow, vocoder, state.steps + 1), samples, sample_counts
 

@@ -21,7 +21,7 @@ from omni2_jax.models.fusion import GateFusion
 from omni2_jax.models.layers import unstack
 from omni2_jax.models.speaker import Speaker
 from omni2_jax.models.speech_encoder import SpeechEncoder
-from omni2_jax.models.vocoder.hift import Hift
+from omni2_jax.models.vocoder import build as build_vocoder
 
 Array = jax.Array
 
@@ -54,7 +54,7 @@ class Model(nnx.Module):
         )
         self.speech_lm = c.speech_lm and Decoder(c.speech_lm, rngs)
         self.flow = c.flow and Flow(c.flow, rngs)
-        self.vocoder = c.vocoder and Hift(c.vocoder, rngs)
+        self.vocoder = c.vocoder and build_vocoder(c.vocoder, rngs)
         self.speaker = c.speaker and Speaker(c.speaker, rngs)
 
     def encode_speech(self, mel: Array) -> Array:

@@ -278,19 +278,3 @@ def draw(config: HiftConfig, keys: Array, samples: int) -> tuple[Array, Array]:
         return phase, jax.random.normal(noise_key, (samples, config.harmonics + 1))
 
     return jax.vmap(row)(keys)
-
-
-def change_speed(mel: Array, frames: Array, speed: float) -> tuple[Array, Array]:
-    """Stretch mel [B, F, M] of `frames` [B] frames in time by linear interpolation, each row to int(frames / speed) frames.
-
-    For whole utterances only (`speed` of the released SpeechDecoder.token2wav, offline). Returns the new mel and its frames.
-    """
-    sizes = np.array([int(count / speed) for count in range(mel.shape[1] + 1)])
-    stretched = jnp.asarray(sizes)[frames]
-    centres = (jnp.arange(sizes[-1]) + 0.5) * (frames / jnp.maximum(stretched, 1))[:, None] - 0.5
-    position = jnp.clip(centres, 0, jnp.maximum(frames - 1, 0)[:, None])
-    below = position.astype(jnp.int32)
-    above = jnp.minimum(below + 1, mel.shape[1] - 1)
-    weight = (position - below)[..., None].astype(mel.dtype)
-    at = lambda index: jnp.take_along_axis(mel, index[..., None], axis=1)  # noqa: E731
-    return at(below) * (1 - weight) + at(above) * weight, stretched

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from omni2_jax.models.vocoder.hift import Hift
-from omni2_jax.models.vocoder.hift_streaming import VocoderState, vocoder_step
+from omni2_jax.models.vocoder.hift_streaming import HiftState, hift_step
 from tests.support.compare import assert_wav
 from tests.support.networks import TINY_HIFT as TINY
 from tests.support.networks import hift_params, stored_draws, tiny_hift
@@ -23,7 +23,7 @@ def step():
     hift, (phase, noise) = tiny_hift(hift_params()), stored_draws()
     phase, noise = jnp.tile(phase, (3, 1)), jnp.tile(noise[:, : HOLD + NEW * INPUT_RATE], (3, 1, 1))
     return jax.jit(
-        lambda state, *chunk: vocoder_step(hift, state, *chunk, phase, noise), donate_argnums=0
+        lambda state, *chunk: hift_step(hift, state, *chunk, phase, noise), donate_argnums=0
     )
 
 
@@ -63,7 +63,7 @@ def test_released_streams(step, streams):
     plan += [(None, None, chunk) for chunk in (5, 6, 7)]
     last = [len(streams[name]["chunks"]) - 1 for name in STREAMS]
     nothing = np.zeros((0, TINY.mels), np.float32)
-    state = VocoderState.empty(TINY, 3)
+    state = HiftState.empty(TINY, 3)
     for chunks in plan:
         slots = list(zip(STREAMS, chunks, last, strict=True))
         arrived = [
@@ -76,7 +76,7 @@ def test_released_streams(step, streams):
             assert counts[slot] == expected.size and not np.any(samples[slot, expected.size :])
             if chunk is not None:
                 assert_wav(samples[slot, : expected.size], expected, 2e-2, 1e-3)
-                assert state.held[slot] == (0 if chunk == end else TINY.overlap)
+                assert state.num_held[slot] == (0 if chunk == end else TINY.overlap)
             if chunk is not None and chunk < end:
                 np.testing.assert_array_equal(
                     state.mel[slot], streams[name][f"c{chunk}_cache_mel"].T
@@ -110,7 +110,7 @@ class Tone:
 @pytest.fixture(scope="module")
 def tone_step():
     noise = jnp.zeros((1, HOLD + NEW * INPUT_RATE, TINY.harmonics + 1))
-    run = lambda state, mel, frames, final, phase, seamless: vocoder_step(
+    run = lambda state, mel, frames, final, phase, seamless: hift_step(
         Tone(), state, mel, frames, final, phase, noise, seamless
     )
     return jax.jit(run, static_argnums=5)
@@ -124,7 +124,7 @@ def tone(pitch: float, frames: int) -> np.ndarray:
 
 def stream_tone(tone_step, pitch: float, pieces: list[int], seamless: bool) -> list[np.ndarray]:
     """The samples of each step, the last one final. A seamless stream is offered another phase once it is vocoded: it must keep its own."""
-    state, given = VocoderState.empty(TINY, 1), []
+    state, given = HiftState.empty(TINY, 1), []
     for i, count in enumerate(pieces):
         chunk = batch([(np.full((count, TINY.mels), pitch, np.float32), i == len(pieces) - 1)])
         phase = jnp.full(
@@ -168,7 +168,7 @@ def test_waits_for_an_overlap(tone_step):
 
 
 def test_compiles_once_and_reuses_the_state(step):
-    state = VocoderState.empty(TINY, 3)
+    state = HiftState.empty(TINY, 3)
     for frames in (14, 20, 0):
         state, _, _ = step(
             state, *batch([(np.zeros((frames, TINY.mels), np.float32), frames == 0)] * 3)
