@@ -29,7 +29,7 @@ class Energy(nnx.Module):
 
     def __init__(self, config: EnergyConfig, rngs: nnx.Rngs):
         self.config = config
-        self.gain = nnx.Param(jnp.ones(()), axes=())
+        self.gain = nnx.Param(jnp.ones(1), axes=(None,))
 
     def empty_state(self, batch: int) -> jax.Array:
         return jnp.zeros(batch, jnp.int32)  # frames so far

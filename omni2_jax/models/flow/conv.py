@@ -6,12 +6,12 @@ from flax import nnx
 
 from omni2_jax.models.flow.cache import ConvCache
 from omni2_jax.models.flow.mask import Window
-from omni2_jax.models.layers import Conv1d
+from omni2_jax.models.row_conv import RowConv1d
 
 Array = jax.Array
 
 
-class CausalConv(Conv1d):
+class CausalConv(RowConv1d):
     """A convolution over each frame and the K - 1 frames before it, [B, T, C] -> [B, T, C']."""
 
     def __init__(self, rngs: nnx.Rngs, size: int, c_in: int, c_out: int):

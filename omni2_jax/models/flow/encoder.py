@@ -18,7 +18,8 @@ from omni2_jax.models.flow.attention import cached_attention, run_blocks
 from omni2_jax.models.flow.cache import ConvCache, RingKVCache
 from omni2_jax.models.flow.conv import CausalConv
 from omni2_jax.models.flow.mask import Window
-from omni2_jax.models.layers import Conv1d, LayerNorm, Linear, param, stack
+from omni2_jax.models.layers import LayerNorm, Linear, param, stack
+from omni2_jax.models.row_conv import RowConv1d
 
 Array = jax.Array
 
@@ -117,7 +118,9 @@ class LookAhead(nnx.Module):
 
     def __init__(self, config: FlowConfig, rngs: nnx.Rngs):
         d, ahead = config.width, config.lookahead
-        self.ahead = Conv1d(rngs, (ahead + 1, d, d), padding=(0, ahead), axes=(None, None, "embed"))
+        self.ahead = RowConv1d(
+            rngs, (ahead + 1, d, d), padding=(0, ahead), axes=(None, None, "embed")
+        )
         self.behind = CausalConv(rngs, 3, d, d)
 
     def __call__(

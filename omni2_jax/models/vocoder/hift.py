@@ -13,7 +13,8 @@ import numpy as np
 from flax import nnx
 
 from omni2_jax.config import HiftConfig
-from omni2_jax.models.layers import Array, Conv1d, Linear, inside, param
+from omni2_jax.models.layers import Array, Linear, inside, param
+from omni2_jax.models.row_conv import RowConv1d
 
 
 def trim(x: Array, lengths: Array) -> Array:
@@ -112,8 +113,8 @@ class ResidualUnit(nnx.Module):
     def __init__(self, channels: int, kernel: int, dilation: int, rngs: nnx.Rngs):
         shape, reach = (kernel, channels, channels), (kernel - 1) // 2
         self.snake1, self.snake2 = Snake(channels), Snake(channels)
-        self.conv1 = Conv1d(rngs, shape, dilation=dilation, padding=(reach * dilation,) * 2)
-        self.conv2 = Conv1d(rngs, shape, padding=(reach,) * 2)
+        self.conv1 = RowConv1d(rngs, shape, dilation=dilation, padding=(reach * dilation,) * 2)
+        self.conv2 = RowConv1d(rngs, shape, padding=(reach,) * 2)
 
     def __call__(self, x: Array, lengths: Array) -> Array:
         y = self.conv1(trim(self.snake1(x), lengths))
@@ -163,7 +164,7 @@ class Stage(nnx.Module):
         )
         stride = math.prod(config.upsample[index + 1 :])
         kernel = 1 if self.last else 2 * stride
-        self.source_down = Conv1d(
+        self.source_down = RowConv1d(
             rngs, (kernel, config.n_fft + 2, channels), stride=stride, padding=(stride // 2,) * 2
         )
         self.source_block = ResidualBlock(
@@ -191,7 +192,7 @@ class F0Predictor(nnx.Module):
     def __init__(self, config: HiftConfig, rngs: nnx.Rngs):
         widths = (config.mels,) + (config.f0_channels,) * self.layers
         self.convs = nnx.List(
-            [Conv1d(rngs, (3, *pair), padding=(1, 1)) for pair in itertools.pairwise(widths)]
+            [RowConv1d(rngs, (3, *pair), padding=(1, 1)) for pair in itertools.pairwise(widths)]
         )
         self.head = Linear(rngs, (config.f0_channels, 1), (None, None))
 
@@ -213,10 +214,10 @@ class Hift(nnx.Module):
         self.config = config
         self.f0 = F0Predictor(config, rngs)
         self.harmonic_mix = Linear(rngs, (config.harmonics + 1, 1), (None, None))
-        self.conv_in = Conv1d(rngs, (7, config.mels, config.channels), padding=(3, 3))
+        self.conv_in = RowConv1d(rngs, (7, config.mels, config.channels), padding=(3, 3))
         self.stages = nnx.List([Stage(config, i, rngs) for i in range(len(config.upsample))])
         last = config.channels // 2 ** len(config.upsample)
-        self.conv_out = Conv1d(rngs, (7, last, config.n_fft + 2), padding=(3, 3))
+        self.conv_out = RowConv1d(rngs, (7, last, config.n_fft + 2), padding=(3, 3))
 
     def __call__(self, mel: Array, frames: Array, phase: Array, noise: Array) -> Array:
         """mel [B, F, M] of `frames` [B] frames a row, and the source's draws (see `draw`) -> samples [B, F * samples_per_frame]."""
