@@ -148,7 +148,8 @@ def test_a_memory_in_half_precision_is_close():
     )
     given = np.concatenate(given)
     assert len(given) == frames[0] == 84
-    assert 1e-5 < np.abs(given - whole[0, :84]).max() < 0.1
+    error = np.abs(given - whole[0, :84])
+    assert 1e-5 < error.max() < 0.1 and error.mean() < 0.02
 
 
 def test_plans_that_cannot_work_are_errors():

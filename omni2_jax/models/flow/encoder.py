@@ -16,10 +16,9 @@ from flax import nnx
 from omni2_jax.config import FlowConfig
 from omni2_jax.models.flow.attention import cached_attention, run_blocks
 from omni2_jax.models.flow.cache import ConvCache, RingKVCache
-from omni2_jax.models.flow.conv import CausalConv
+from omni2_jax.models.flow.conv import CausalConv, by_row
 from omni2_jax.models.flow.mask import Window
-from omni2_jax.models.layers import LayerNorm, Linear, param, stack
-from omni2_jax.models.row_conv import RowConv1d
+from omni2_jax.models.layers import Conv1d, LayerNorm, Linear, param, stack
 
 Array = jax.Array
 
@@ -34,9 +33,10 @@ def sinusoids(index: Array, width: int) -> tuple[Array, Array]:
 class RelativeAttention(nnx.Module):
     """Attention with Transformer-XL's relative positions.
 
-    Reference: RelPositionMultiHeadedAttention. The score of a key at distance i - j is (q + v) . W r(i - j), where r is sinusoidal. By the
+    The score of a key at distance i - j is (q + v) . W r(i - j), where r is sinusoidal. By the
     angle sum formulas this equals W'(q + v), rotated by i, times the plain position code of j. So
     no table of [T, 2T - 1] distances is built, and the keys may be in any order.
+    Reference: RelPositionMultiHeadedAttention.
     """
 
     def __init__(self, config: FlowConfig, rngs: nnx.Rngs):
@@ -99,7 +99,7 @@ class Block(nnx.Module):
 
 
 class Embed(nnx.Module):
-    """Linear layer, layer norm and a factor of sqrt(D); there is one before each stack of blocks."""
+    """Linear layer, layer norm and a factor of sqrt(D), before each stack of blocks."""
 
     def __init__(self, config: FlowConfig, rngs: nnx.Rngs):
         self.scale = math.sqrt(config.width)
@@ -118,16 +118,15 @@ class LookAhead(nnx.Module):
 
     def __init__(self, config: FlowConfig, rngs: nnx.Rngs):
         d, ahead = config.width, config.lookahead
-        self.ahead = RowConv1d(
-            rngs, (ahead + 1, d, d), padding=(0, ahead), axes=(None, None, "embed")
-        )
+        self.ahead = Conv1d(rngs, (ahead + 1, d, d), padding=(0, ahead), axes=(None, None, "embed"))
         self.behind = CausalConv(rngs, 3, d, d)
 
     def __call__(
         self, x: Array, window: Window, cache: ConvCache | None
     ) -> tuple[Array, ConvCache | None]:
         """x [B, T, D] -> ([B, T, D], cache)."""
-        y, cache = self.behind(jax.nn.leaky_relu(self.ahead(x)), window, cache)
+        y = self.ahead(x) if cache is None else by_row(self.ahead, x)
+        y, cache = self.behind(jax.nn.leaky_relu(y), window, cache)
         return x + y, cache
 
 

@@ -15,8 +15,8 @@ class Vocoder(Protocol):
     """Mel frames to samples at 24 kHz, step by step, for all slots of a batch at once.
 
     A vocoder is an nnx.Module made from its config, which states `kind`, the name under which the
-    class is registered (VOCODERS in this package's __init__.py), `samples_per_frame`, and `overlap`,
-    how many mel frames it holds back from one step to the next (0 if none).
+    class is registered (VOCODERS in this package's __init__.py), `samples_per_frame`, `mels`, and
+    `overlap`, how many mel frames it holds back from one step to the next (0 if none).
     """
 
     def empty_state(self, batch: int) -> State:

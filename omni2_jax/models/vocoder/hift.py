@@ -1,7 +1,10 @@
-"""HiFT vocoder: mel frames to 24 kHz samples by a harmonic source and an inverse STFT (HiFTNet, arXiv 2309.09493).
+"""HiFT vocoder: mel frames to 24 kHz samples by a harmonic source and an inverse STFT.
 
-B batch, F mel frames, T steps or samples, M mel bins, H harmonics (the fundamental first), C channels. Rows are left-aligned and
-may be padded: every convolution sees zeros past a row's own end, so padding and neighbours do not change its samples.
+Port of CosyVoice2's HiFTGenerator (HiFTNet, arXiv 2309.09493). Rows are left-aligned and may be
+padded: the input of every convolution is zero past a row's end, so padding and other rows do not
+change its samples.
+B batch, F mel frames, T steps or samples, M mel bins, H harmonics (the fundamental first),
+C channels.
 """
 
 import itertools
@@ -13,8 +16,7 @@ import numpy as np
 from flax import nnx
 
 from omni2_jax.config import HiftConfig
-from omni2_jax.models.layers import Array, Linear, inside, param
-from omni2_jax.models.row_conv import RowConv1d
+from omni2_jax.models.layers import Array, Conv1d, Linear, inside, param
 
 
 def trim(x: Array, lengths: Array) -> Array:
@@ -24,7 +26,10 @@ def trim(x: Array, lengths: Array) -> Array:
 
 
 def overlap_add(pieces: Array, hop: int) -> Array:
-    """Sum pieces [B, T, K, C] that start `hop` steps apart -> [B, (T - 1 + ceil(K / hop)) * hop, C], zeros behind the last piece."""
+    """Sum pieces [B, T, K, C] that start `hop` steps apart.
+
+    Returns [B, (T - 1 + ceil(K / hop)) * hop, C], with zeros after the last piece.
+    """
     batch, count, size, channels = pieces.shape
     spans = -(-size // hop)
     pieces = jnp.pad(pieces, ((0, 0), (0, 0), (0, spans * hop - size), (0, 0))).reshape(
@@ -37,9 +42,10 @@ def overlap_add(pieces: Array, hop: int) -> Array:
 
 
 def stft(x: Array, lengths: Array, n_fft: int, hop: int) -> Array:
-    """Samples [B, T] -> spectra [B, T / hop + 1, n_fft + 2]: real parts, then imaginary ones, zeros past each row's last frame.
+    """Samples [B, T] of `lengths` [B] -> spectra [B, T / hop + 1, n_fft + 2], zero-padded.
 
-    A row is reflected about its own first and last sample (torch.stft, centred, Hann window).
+    A spectrum is its real parts, then its imaginary parts. A row is reflected about its own first
+    and last sample (torch.stft, centred, Hann window).
     """
     position = jnp.abs(jnp.arange(-n_fft // 2, x.shape[1] + n_fft // 2))
     last = lengths[:, None] - 1
@@ -51,7 +57,10 @@ def stft(x: Array, lengths: Array, n_fft: int, hop: int) -> Array:
 
 
 def istft(spectra: Array, lengths: Array, hop: int) -> Array:
-    """The inverse of `stft`: spectra [B, T / hop + 1, n_fft + 2] of rows of `lengths` samples -> samples [B, T], zeros past the end."""
+    """The inverse of `stft`: spectra [B, T / hop + 1, n_fft + 2] -> samples [B, T], zero-padded.
+
+    lengths [B]: samples of each row.
+    """
     n_fft, samples = spectra.shape[-1] - 2, (spectra.shape[1] - 1) * hop
     frames = lengths // hop + 1
     pieces = trim(spectra, frames) @ synthesis(n_fft).astype(spectra.dtype)
@@ -82,7 +91,7 @@ def synthesis(n_fft: int) -> np.ndarray:
     return np.concatenate([np.fft.irfft(basis), np.fft.irfft(1j * basis)]) * hann(n_fft)
 
 
-# sin(pi r)^2 / r^2 as a polynomial in r^2 for |r| <= 1/2, highest power first; off by less than 1e-9
+# sin(pi r)^2 / r^2 as a polynomial in r^2 for |r| <= 1/2, highest power first; error below 1e-9
 SINE_SQUARED = np.polynomial.Chebyshev.interpolate(
     lambda u: (np.pi * np.sinc(np.sqrt(u))) ** 2, 6, domain=[0, 0.25]
 )
@@ -90,7 +99,7 @@ SINE_SQUARED = SINE_SQUARED.convert(kind=np.polynomial.Polynomial).coef[::-1]
 
 
 def sine_squared(x: Array) -> Array:
-    """sin(x)^2. A call to sin would be a quarter of the vocoder's time on a CPU."""
+    """sin(x)^2. With jnp.sin it would take a quarter of the vocoder's time on a CPU."""
     turns = x / jnp.pi
     square = jnp.square(turns - jnp.round(turns))
     return square * jnp.polyval(jnp.asarray(SINE_SQUARED, x.dtype), square)
@@ -113,8 +122,8 @@ class ResidualUnit(nnx.Module):
     def __init__(self, channels: int, kernel: int, dilation: int, rngs: nnx.Rngs):
         shape, reach = (kernel, channels, channels), (kernel - 1) // 2
         self.snake1, self.snake2 = Snake(channels), Snake(channels)
-        self.conv1 = RowConv1d(rngs, shape, dilation=dilation, padding=(reach * dilation,) * 2)
-        self.conv2 = RowConv1d(rngs, shape, padding=(reach,) * 2)
+        self.conv1 = Conv1d(rngs, shape, dilation=dilation, padding=(reach * dilation,) * 2)
+        self.conv2 = Conv1d(rngs, shape, padding=(reach,) * 2)
 
     def __call__(self, x: Array, lengths: Array) -> Array:
         y = self.conv1(trim(self.snake1(x), lengths))
@@ -136,7 +145,10 @@ class ResidualBlock(nnx.Module):
 
 
 class Upsample(nnx.Module):
-    """Transposed convolution [B, T, C_in] -> [B, T * rate, C_out]: each step paints `K` output steps, which are overlap-added."""
+    """Transposed convolution, [B, T, C_in] -> [B, T * rate, C_out].
+
+    Each step gives K output steps, which are overlap-added.
+    """
 
     def __init__(self, shape: tuple[int, int, int], rate: int, rngs: nnx.Rngs):
         self.rate = rate
@@ -153,7 +165,7 @@ class Upsample(nnx.Module):
 
 
 class Stage(nnx.Module):
-    """Upsample, add the source's spectrum at this rate, and average residual blocks of several kernel sizes."""
+    """Upsample, add the source's spectrum at this rate, and average several residual blocks."""
 
     def __init__(self, config: HiftConfig, index: int, rngs: nnx.Rngs):
         channels = config.channels // 2 ** (index + 1)
@@ -164,7 +176,7 @@ class Stage(nnx.Module):
         )
         stride = math.prod(config.upsample[index + 1 :])
         kernel = 1 if self.last else 2 * stride
-        self.source_down = RowConv1d(
+        self.source_down = Conv1d(
             rngs, (kernel, config.n_fft + 2, channels), stride=stride, padding=(stride // 2,) * 2
         )
         self.source_block = ResidualBlock(
@@ -185,14 +197,17 @@ class Stage(nnx.Module):
 
 
 class F0Predictor(nnx.Module):
-    """Fundamental frequency of each mel frame: convolutions with ELU, then a linear head (CosyVoice's ConvRNNF0Predictor)."""
+    """Fundamental frequency of each mel frame: convolutions with ELU, then a linear head.
+
+    Reference: CosyVoice's ConvRNNF0Predictor.
+    """
 
     layers = 5
 
     def __init__(self, config: HiftConfig, rngs: nnx.Rngs):
         widths = (config.mels,) + (config.f0_channels,) * self.layers
         self.convs = nnx.List(
-            [RowConv1d(rngs, (3, *pair), padding=(1, 1)) for pair in itertools.pairwise(widths)]
+            [Conv1d(rngs, (3, *pair), padding=(1, 1)) for pair in itertools.pairwise(widths)]
         )
         self.head = Linear(rngs, (config.f0_channels, 1), (None, None))
 
@@ -200,7 +215,8 @@ class F0Predictor(nnx.Module):
         x = mel
         for conv in self.convs:
             x = jax.nn.elu(conv(trim(x, frames)))
-        # As a product with a matrix of one column, its rounding on a CPU would depend on a frame's place in the batch.
+        # A sum, not a product with a matrix of one column: on a CPU the rounding of that depends on
+        # a frame's place in the batch.
         return jnp.abs(
             jnp.sum(x * self.head.kernel[...][:, 0].astype(x.dtype), -1)
             + self.head.bias[...].astype(x.dtype)
@@ -208,25 +224,29 @@ class F0Predictor(nnx.Module):
 
 
 class Hift(nnx.Module):
-    """The vocoder: `__call__` is all of it; `f0`, `source` and `decode` are its three steps."""
+    """The network. `__call__` runs whole utterances; hift_streaming.py runs them in parts."""
 
     def __init__(self, config: HiftConfig, rngs: nnx.Rngs):
         self.config = config
         self.f0 = F0Predictor(config, rngs)
         self.harmonic_mix = Linear(rngs, (config.harmonics + 1, 1), (None, None))
-        self.conv_in = RowConv1d(rngs, (7, config.mels, config.channels), padding=(3, 3))
+        self.conv_in = Conv1d(rngs, (7, config.mels, config.channels), padding=(3, 3))
         self.stages = nnx.List([Stage(config, i, rngs) for i in range(len(config.upsample))])
         last = config.channels // 2 ** len(config.upsample)
-        self.conv_out = RowConv1d(rngs, (7, last, config.n_fft + 2), padding=(3, 3))
+        self.conv_out = Conv1d(rngs, (7, last, config.n_fft + 2), padding=(3, 3))
 
     def __call__(self, mel: Array, frames: Array, phase: Array, noise: Array) -> Array:
-        """mel [B, F, M] of `frames` [B] frames a row, and the source's draws (see `draw`) -> samples [B, F * samples_per_frame]."""
+        """The samples [B, F * samples_per_frame] of whole utterances, in one pass.
+
+        mel [B, F, M], of which the first `frames` [B] count; phase and noise: see `draw`.
+        """
         return self.decode(mel, frames, self.source(self.f0(mel, frames), phase, noise))
 
     def cycles(self, f0: Array) -> Array:
-        """Cycles modulo 1 that the fundamental f0 [B, F] in Hz has gone through by the end of each frame.
+        """Cycles, modulo 1, of the fundamental f0 [B, F] in Hz up to the end of each frame, [B, F].
 
-        A running sum over samples in float32 would be off by 0.06 in the source after 2.4 s; whole cycles drop out before rounding here.
+        Whole cycles are dropped before rounding. A running sum over samples in float32 would change
+        the source by 0.06 after 2.4 s.
         """
         frame_rate = self.config.sample_rate / self.config.samples_per_frame
         return jax.lax.associative_scan(
@@ -234,9 +254,10 @@ class Hift(nnx.Module):
         )
 
     def source(self, f0: Array, phase: Array, noise: Array) -> Array:
-        """f0 [B, F] in Hz, phase [B, H] in radians, noise [B, T, H] ~ N(0, 1) -> excitation [B, T], T = F * samples_per_frame.
+        """f0 [B, F] in Hz -> excitation [B, T], T = F * samples_per_frame.
 
-        The released SineGen and SourceModuleHnNSF; f0 is constant within a frame, and `phase` is that of each harmonic at the start.
+        phase [B, H] in radians: of each harmonic at the start; noise [B, T, H]: N(0, 1). f0 is
+        constant within a frame. References: SineGen and SourceModuleHnNSF.
         """
         config, rate = self.config, self.config.samples_per_frame
         starts = jnp.pad(self.cycles(f0)[:, :-1], ((0, 0), (1, 0)))
@@ -249,7 +270,10 @@ class Hift(nnx.Module):
         return jnp.tanh(self.harmonic_mix(sines + noise)[..., 0])
 
     def decode(self, mel: Array, frames: Array, source: Array) -> Array:
-        """mel [B, F, M] of `frames` [B] frames and source [B, T] -> samples [B, T], T = F * samples_per_frame (HiFTGenerator.decode)."""
+        """mel [B, F, M] of `frames` [B] frames and source [B, T] -> samples [B, T].
+
+        T = F * samples_per_frame. Reference: HiFTGenerator.decode.
+        """
         config = self.config
         samples = frames * config.samples_per_frame
         spectra = stft(source, samples, config.n_fft, config.hop)
@@ -264,9 +288,10 @@ class Hift(nnx.Module):
 
 
 def draw(config: HiftConfig, keys: Array, samples: int) -> tuple[Array, Array]:
-    """What the source draws, from one key a row: harmonic phases [B, H], the fundamental's 0, and N(0, 1) noise [B, samples, H].
+    """The source's random numbers, one key a row: phases [B, H] and N(0, 1) noise [B, samples, H].
 
-    A row depends on its own key only, and the noise of fewer samples is a prefix of that of more.
+    The fundamental's phase is 0. A row depends on its own key only, and the noise of fewer samples
+    is a prefix of that of more.
     """
 
     def row(key):
