@@ -1,4 +1,4 @@
-"""The vocoder protocol: a vocoder of a few lines, registered here, runs through the whole program."""
+"""The vocoder protocol: a vocoder of a few lines, registered here, runs through the program."""
 
 from typing import Literal
 
