@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from omni2_jax.generate import streaming_step
 from omni2_jax.generate.options import LIMITS, OPTIONAL, Options
 from omni2_jax.generate.read_write import Request
+from omni2_jax.models.vocoder.hift_streaming import StreamingHift
 from tests.support.conversations import GREEDY
 
 
@@ -96,13 +96,13 @@ def test_the_flow_cache_is_no_longer_than_the_answer(engines):
 
 
 def test_seamless_reaches_the_vocoder(engines, monkeypatch):
-    passed, vocoder_step = [], streaming_step.vocoder_step
+    passed, step = [], StreamingHift.step
 
     def record(*arguments):
         passed.append(arguments[-1])
-        return vocoder_step(*arguments)
+        return step(*arguments)
 
-    monkeypatch.setattr(streaming_step, "vocoder_step", record)
+    monkeypatch.setattr(StreamingHift, "step", record)
     for seamless in (True, False):
         engine = engines.engine(dataclasses.replace(GREEDY, seamless=seamless), 1000)
         jax.eval_shape(engine.programs.step, engine.params, engine.state)
