@@ -65,7 +65,7 @@ ENTRY %main (a: bf16[4,8]) -> bf16[4,8] {
   %start = (pred[8]{0}, pred[64]{0}) all-gather-start(%flags), channel_id=6, dimensions={0}
   ROOT %end = pred[64]{0} all-gather-done(%start)
 }
-"""
+""".replace("{KNOWN}", '{"known_trip_count":{"n":"2"}}')
 
 
 def test_collectives_are_counted_as_often_as_they_run():
@@ -89,7 +89,7 @@ def test_collectives_are_counted_as_often_as_they_run():
     ],
 )
 def test_shares(job, kind):
-    """On a mesh of 8, a device holds an eighth of what is sharded; all arguments belong to a kind."""
+    """On a mesh of 8, a device holds an eighth of what is sharded. Every argument has a kind."""
     shares = []
     for mesh in (make_mesh(devices=jax.devices()[:1]), make_mesh(fsdp=4, tensor=2)):
         made = aot.job_of(job, SIZES["tiny"], mesh, 8, [])

@@ -151,7 +151,7 @@ def test_speech_positions():
         _ = Omni2Config(adapter=None).speech_positions
     short = Omni2Config(speech_encoder=SpeechEncoderConfig(frames=750))
     assert short.speech_positions == 150
-    with pytest.raises(ValueError, match="^config.json: speech_encoder.frames is 750, expected"):
+    with pytest.raises(ValueError, match=r"^config.json: speech_encoder.frames is 750, expected"):
         short.need_full_window(Path("config.json"))
 
 
@@ -166,7 +166,7 @@ def test_a_checkpoint_without_head_sizes(tmp_path):
 
 
 def test_parts_that_do_not_fit_are_not_saved(tmp_path):
-    with pytest.raises(ValueError, match="vocoder.mels is 100, expected 80, as flow.mels is"):
+    with pytest.raises(ValueError, match=r"vocoder.mels is 100, expected 80, as flow.mels is"):
         Omni2Config(vocoder=HiftConfig(mels=100)).save(tmp_path / "config.json")
     assert list(tmp_path.iterdir()) == []
 

@@ -27,16 +27,18 @@ def test_an_interrupted_write_leaves_the_file_as_it_was(tmp_path, error):
 
 
 def test_what_the_file_system_refuses_is_one_line(tmp_path):
-    with pytest.raises(ValueError, match=r"^cannot write .*/missing/a: No such file or directory$"):
-        with atomic_write(tmp_path / "missing" / "a"):
-            pass
+    missing = pytest.raises(
+        ValueError, match=r"^cannot write .*/missing/a: No such file or directory$"
+    )
+    with missing, atomic_write(tmp_path / "missing" / "a"):
+        pass
     (tmp_path / "directory").mkdir()
-    with pytest.raises(ValueError, match=r"^cannot write .*/directory: Is a directory$"):
-        with atomic_write(tmp_path / "directory"):
-            pass
-    with pytest.raises(ValueError, match=r"^cannot write .*/full: No space left on device$"):
-        with atomic_write(tmp_path / "full"):
-            raise OSError(28, os.strerror(28))
+    is_directory = pytest.raises(ValueError, match=r"^cannot write .*/directory: Is a directory$")
+    with is_directory, atomic_write(tmp_path / "directory"):
+        pass
+    full = pytest.raises(ValueError, match=r"^cannot write .*/full: No space left on device$")
+    with full, atomic_write(tmp_path / "full"):
+        raise OSError(28, os.strerror(28))
     assert [path.name for path in tmp_path.iterdir()] == ["directory"]
 
 
