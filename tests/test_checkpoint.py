@@ -136,6 +136,7 @@ def test_parameters_without_checksums_are_loaded_and_noted(tmp_path, checkpoint_
     assert b"are sound; no checksums to compare with: adapter\n" in verified.stdout
 
 
+@pytest.mark.slow
 def test_verify_names_everything_that_is_damaged(tmp_path, checkpoint_dir):
     directory = tmp_path / "ti[/x]ny"
     shutil.copytree(checkpoint_dir, directory)

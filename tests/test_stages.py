@@ -65,6 +65,7 @@ loop.Run({settings!r}, Path({str(out)!r}), jax.devices()[:1]).go()
     assert done.returncode == -signal.SIGKILL
 
 
+@pytest.mark.slow
 def test_two_optimizers(settings, checkpoint_dir, tmp_path):
     """A killed and resumed run is equal to an uninterrupted one; the critic is not exported."""
     straight, killed = tmp_path / "straight", tmp_path / "killed"
