@@ -92,7 +92,14 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("plan", CASES.values(), ids=CASES.keys())
+QUICK_CASES = ("everything before, in parts", "one chunk before")
+PARAMS = [
+    pytest.param(plan, id=name, marks=[] if name in QUICK_CASES else [pytest.mark.slow])
+    for name, plan in CASES.items()
+]
+
+
+@pytest.mark.parametrize("plan", PARAMS)
 def test_every_step_equals_the_full_pass_over_all_units_so_far(plan):
     """Three streams that differ in how much comes when, with writes of nothing; one ends early, and another in mid-air."""
     rng = np.random.default_rng(1)
