@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from omni2_jax.models.flow.cache import RingKVCache
+from omni2_jax.models.flow.cache import Maybe, RingKVCache
 from omni2_jax.models.flow.mask import Window
 from omni2_jax.models.layers import scan
 from omni2_jax.sharding import constrain
@@ -18,8 +18,8 @@ Array = jax.Array
 
 
 def cached_attention(
-    q: Array, k: Array, v: Array, bias: Array, window: Window, cache: RingKVCache | None
-) -> tuple[Array, RingKVCache | None]:
+    q: Array, k: Array, v: Array, bias: Array, window: Window, cache: Maybe[RingKVCache]
+) -> tuple[Array, Maybe[RingKVCache]]:
     """Softmax attention of scaled q over k and v, each [B, T, N, H] -> ([B, T, N, H], cache).
 
     With a cache, k and v are written to the layer that the cache is `at`, and q attends to all of
@@ -27,7 +27,8 @@ def cached_attention(
     hold every visible key: the smallest of window.read_sizes that does.
     """
     if cache is None:
-        return softmax_attention(q, k.swapaxes(1, 2), v.swapaxes(1, 2), bias), None
+        return softmax_attention(q, k.swapaxes(1, 2), v.swapaxes(1, 2), bias), cache
+    assert window.ring_start is not None
     cache = cache.write(window.ring_start, k, v)
 
     def attend_first(size: int) -> Array:
@@ -51,8 +52,8 @@ def softmax_attention(q: Array, keys: Array, values: Array, bias: Array) -> Arra
 
 
 def run_blocks(
-    blocks: nnx.Module, x: Array, window: Window, cache: RingKVCache | None
-) -> tuple[Array, RingKVCache | None]:
+    blocks: nnx.Module, x: Array, window: Window, cache: Maybe[RingKVCache]
+) -> tuple[Array, Maybe[RingKVCache]]:
     """x [B, T, C] through stacked transformer blocks -> ([B, T, C], cache).
 
     The cache is at the layer of the first block, and comes back at the layer after the last one.
@@ -61,7 +62,7 @@ def run_blocks(
     def body(block, carry, _):
         x, cache = block(carry[0], window, carry[1])
         x = constrain(x, "batch", None, None)
-        return (x, None if cache is None else cache.next_layer()), None
+        return (x, cache and cache.next_layer()), None
 
     # Without a cache (training), attention is computed again in the backward pass: saving all of
     # its activations takes 115 GB for 16 replies of 20 s.

@@ -1,18 +1,28 @@
 """What the flow keeps of finished frames: keys and values for attention, inputs for convolutions.
 
 One convention in this package: a module is called with (x, ..., window, cache) and returns
-(y, cache). Without a cache (a whole utterance at once; training) both are None.
+(y, cache). For a whole utterance at once, as in training, both are None (NO_CACHE).
 B rows, T frames of the window, S places of the ring, N heads, H head size, C channels, L layers.
 """
 
 import dataclasses
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Optional, TypeVar
 
 import jax
 import jax.numpy as jnp
 
 Array = jax.Array
+
+T = TypeVar("T")
+if TYPE_CHECKING:
+    # A cache that comes in also comes out. A type checker takes it as present, since otherwise
+    # every use would have to test for None.
+    Maybe = Annotated[T, "or None"]
+else:
+    Maybe = Optional
+
+NO_CACHE: Any = None  # for whole utterances
 
 
 @jax.tree_util.register_dataclass
@@ -52,6 +62,7 @@ class RingKVCache:
 
         A row whose places would reach beyond S is not written at all.
         """
+        assert self.layer is not None
         pairs = jnp.concatenate([k, v], -1).swapaxes(1, 2).astype(self.pairs.dtype)
         indices = jnp.stack([jnp.full_like(start, self.layer), jnp.arange(len(start)), start], -1)
         # Scatter one contiguous window per row. A scatter frame by frame would force a layout with
@@ -65,10 +76,11 @@ class RingKVCache:
 
     def read(self, size: int, dtype) -> tuple[Array, Array]:
         """Keys and values of the first `size` places, each [B, N, size, H]."""
-        batch, heads, _, width = self.pairs.shape[1:]
+        assert self.layer is not None
+        layer, (batch, heads, _, width) = self.layer, self.pairs.shape[1:]
 
         def half(first: int) -> Array:
-            start, shape = (self.layer, 0, 0, 0, first), (1, batch, heads, size, width // 2)
+            start, shape = (layer, 0, 0, 0, first), (1, batch, heads, size, width // 2)
             return jax.lax.dynamic_slice(self.pairs, start, shape)[0].astype(dtype)
 
         return half(0), half(width // 2)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from omni2_jax.models.flow.cache import ConvCache
+from omni2_jax.models.flow.cache import ConvCache, Maybe
 from omni2_jax.models.flow.mask import Window
 from omni2_jax.models.layers import Conv1d
 
@@ -43,8 +43,8 @@ class CausalConv(Conv1d):
         return ConvCache(jnp.zeros((*layers, batch, size - 1, channels), dtype))
 
     def __call__(
-        self, x: Array, window: Window, cache: ConvCache | None
-    ) -> tuple[Array, ConvCache | None]:
+        self, x: Array, window: Window, cache: Maybe[ConvCache]
+    ) -> tuple[Array, Maybe[ConvCache]]:
         """x [B, T, C] of the window's frames -> ([B, T, C'], cache for the frames after them).
 
         The inputs before an utterance's first frame are zeros. Only finished frames
@@ -56,7 +56,8 @@ class CausalConv(Conv1d):
         if cache is None:
             return super().__call__(
                 jnp.pad(x, ((0, 0), (self.kernel.shape[0] - 1, 0), (0, 0)))
-            ), None
+            ), cache
+        assert window.num_finished is not None
         before = cache.inputs
         x = jnp.concatenate(
             [jnp.where(window.query[:, :1, None] > 0, before, 0).astype(x.dtype), x], 1

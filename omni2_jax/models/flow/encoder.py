@@ -15,7 +15,7 @@ from flax import nnx
 
 from omni2_jax.config import FlowConfig
 from omni2_jax.models.flow.attention import cached_attention, run_blocks
-from omni2_jax.models.flow.cache import ConvCache, RingKVCache
+from omni2_jax.models.flow.cache import ConvCache, Maybe, RingKVCache
 from omni2_jax.models.flow.conv import CausalConv, by_row
 from omni2_jax.models.flow.mask import Window
 from omni2_jax.models.layers import Conv1d, LayerNorm, Linear, param, stack
@@ -67,8 +67,8 @@ class RelativeAttention(nnx.Module):
         return jnp.einsum("BTND,BSD->BNTS", rotated, code_j)
 
     def __call__(
-        self, x: Array, window: Window, cache: RingKVCache | None
-    ) -> tuple[Array, RingKVCache | None]:
+        self, x: Array, window: Window, cache: Maybe[RingKVCache]
+    ) -> tuple[Array, Maybe[RingKVCache]]:
         """x [B, T, D] -> ([B, T, D], cache)."""
         q, scale = self.query(x), self.query.kernel.shape[-1] ** -0.5
         content_q = (q + self.content_bias[...].astype(x.dtype)) * scale
@@ -90,8 +90,8 @@ class Block(nnx.Module):
         self.down = Linear(rngs, (f, d), ("hidden", "embed"))
 
     def __call__(
-        self, x: Array, window: Window, cache: RingKVCache | None
-    ) -> tuple[Array, RingKVCache | None]:
+        self, x: Array, window: Window, cache: Maybe[RingKVCache]
+    ) -> tuple[Array, Maybe[RingKVCache]]:
         """x [B, T, D] -> ([B, T, D], cache)."""
         y, cache = self.attention(self.attention_norm(x), window, cache)
         x = x + y
@@ -122,8 +122,8 @@ class LookAhead(nnx.Module):
         self.behind = CausalConv(rngs, 3, d, d)
 
     def __call__(
-        self, x: Array, window: Window, cache: ConvCache | None
-    ) -> tuple[Array, ConvCache | None]:
+        self, x: Array, window: Window, cache: Maybe[ConvCache]
+    ) -> tuple[Array, Maybe[ConvCache]]:
         """x [B, T, D] -> ([B, T, D], cache)."""
         y = self.ahead(x) if cache is None else by_row(self.ahead, x)
         y, cache = self.behind(jax.nn.leaky_relu(y), window, cache)
@@ -170,8 +170,8 @@ class Encoder(nnx.Module):
         )
 
     def __call__(
-        self, x: Array, units: Window, frames: Window, cache: EncoderCache | None
-    ) -> tuple[Array, EncoderCache | None]:
+        self, x: Array, units: Window, frames: Window, cache: Maybe[EncoderCache]
+    ) -> tuple[Array, Maybe[EncoderCache]]:
         """Unit embeddings x [B, T', D] -> (features [B, 2T, D], cache).
 
         `units` [B, T'] and `frames` [B, 2T] are the windows before and after upsampling. T' may be
@@ -188,5 +188,5 @@ class Encoder(nnx.Module):
         x, frame_kv = run_blocks(self.up_blocks, x, frames, cache and cache.frames.at(jnp.int32(0)))
         x = self.norm(x)
         if cache is None:
-            return x, None
+            return x, cache
         return x, EncoderCache(look_ahead, upsample, unit_kv.at(None), frame_kv.at(None))

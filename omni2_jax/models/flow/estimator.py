@@ -14,7 +14,7 @@ from flax import nnx
 
 from omni2_jax.config import FlowConfig
 from omni2_jax.models.flow.attention import cached_attention, run_blocks
-from omni2_jax.models.flow.cache import ConvCache, RingKVCache
+from omni2_jax.models.flow.cache import NO_CACHE, ConvCache, Maybe, RingKVCache
 from omni2_jax.models.flow.conv import CausalConv
 from omni2_jax.models.flow.mask import Window
 from omni2_jax.models.layers import LayerNorm, Linear, scan, stack
@@ -52,8 +52,8 @@ class ConvBlock(nnx.Module):
         self.norm = LayerNorm(c_out)
 
     def __call__(
-        self, x: Array, window: Window, cache: ConvCache | None
-    ) -> tuple[Array, ConvCache | None]:
+        self, x: Array, window: Window, cache: Maybe[ConvCache]
+    ) -> tuple[Array, Maybe[ConvCache]]:
         """x [B, T, C] -> ([B, T, C'], cache)."""
         valid = window.valid[..., None]
         y, cache = self.conv(x * valid, window, cache)
@@ -71,8 +71,8 @@ class Attention(nnx.Module):
         self.out = Linear(rngs, (n, h, c), ("heads", "head", "embed"), in_dims=2)
 
     def __call__(
-        self, x: Array, window: Window, cache: RingKVCache | None
-    ) -> tuple[Array, RingKVCache | None]:
+        self, x: Array, window: Window, cache: Maybe[RingKVCache]
+    ) -> tuple[Array, Maybe[RingKVCache]]:
         """x [B, T, C] -> ([B, T, C], cache)."""
         q = self.query(x) * self.query.kernel.shape[-1] ** -0.5
         y, cache = cached_attention(q, self.key(x), self.value(x), window.bias, window, cache)
@@ -91,8 +91,8 @@ class Block(nnx.Module):
         self.down = Linear(rngs, (4 * c, c), ("hidden", "embed"))
 
     def __call__(
-        self, x: Array, window: Window, cache: RingKVCache | None
-    ) -> tuple[Array, RingKVCache | None]:
+        self, x: Array, window: Window, cache: Maybe[RingKVCache]
+    ) -> tuple[Array, Maybe[RingKVCache]]:
         """x [B, T, C] -> ([B, T, C], cache)."""
         y, cache = self.attention(self.attention_norm(x), window, cache)
         x = x + y
@@ -138,8 +138,8 @@ class Stage(nnx.Module):
         )
 
     def __call__(
-        self, x: Array, time: Array, window: Window, cache: StageCache | None
-    ) -> tuple[Array, StageCache | None]:
+        self, x: Array, time: Array, window: Window, cache: Maybe[StageCache]
+    ) -> tuple[Array, Maybe[StageCache]]:
         """x [B, T, C_in], time [B or 1, 4C] -> ([B, T, C], cache)."""
         y, conv1 = self.conv1(x, window, cache and cache.convs.conv1)
         y = y + self.time(jax.nn.mish(time))[:, None]
@@ -147,7 +147,7 @@ class Stage(nnx.Module):
         y = y + self.skip(x * window.valid[..., None])
         y, kv = run_blocks(self.blocks, y, window, cache and cache.kv)
         if cache is None:
-            return y, None
+            return y, cache
         return y, StageCache(StageConvs(conv1, conv2), kv)
 
 
@@ -220,8 +220,8 @@ class Estimator(nnx.Module):
         cond: Array,
         t: Array,
         window: Window,
-        cache: EstimatorCache | None,
-    ) -> tuple[Array, EstimatorCache | None]:
+        cache: Maybe[EstimatorCache],
+    ) -> tuple[Array, Maybe[EstimatorCache]]:
         """Mel x [B, T, M] at time t [B or 1] and its conditions -> (dx/dt [B, T, M], cache).
 
         cond [B, T, 3M]: the encoder's mel, the speaker, the prompt's mel. The cache is that of one
@@ -229,15 +229,13 @@ class Estimator(nnx.Module):
         it advances by one with every block.
         """
         valid, time = window.valid[..., None], self.time(t)
-        convs, kv = (None, None) if cache is None else (cache.convs, cache.kv)
+        convs, kv = (NO_CACHE, NO_CACHE) if cache is None else (cache.convs, cache.kv)
 
-        def run(stage: Stage, carry, convs: StageConvs | None):
+        def run(stage: Stage, carry, convs: Maybe[StageConvs]):
             """One stage: ((x, kv), its convolutions) -> the same after it."""
             x, kv = carry
-            if convs is None or kv is None:
-                return (stage(x, time, window, None)[0], None), None
-            x, cache = stage(x, time, window, StageCache(convs, kv))
-            return (x, cache.kv), cache.convs
+            x, cache = stage(x, time, window, kv and StageCache(convs, kv))
+            return (x, cache and cache.kv), cache and cache.convs
 
         x = jnp.concatenate([x, cond], -1)
         (skip, kv), down = run(self.down, (x, kv), convs and convs.down)
@@ -249,7 +247,7 @@ class Estimator(nnx.Module):
         x, final = self.final(x, window, convs and convs.final)
         velocity = self.out(x) * valid
         if cache is None:
-            return velocity, None
+            return velocity, cache
         return velocity, EstimatorCache(
             EstimatorConvs(down, down_conv, middle, up, up_conv, final), kv
         )

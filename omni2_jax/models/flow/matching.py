@@ -13,6 +13,7 @@ import numpy as np
 from flax import nnx
 
 from omni2_jax.config import FlowConfig
+from omni2_jax.models.flow.cache import NO_CACHE, Maybe
 from omni2_jax.models.flow.encoder import Encoder, EncoderCache
 from omni2_jax.models.flow.estimator import Estimator, EstimatorCache
 from omni2_jax.models.flow.mask import Chunks, Window
@@ -84,7 +85,7 @@ class Flow(nnx.Module):
         n, rate = units.shape[1], self.config.upsample
         unit_window = Window.whole(n, lengths, chunks, 1)
         frame_window = Window.whole(rate * n, rate * lengths, chunks, rate)
-        features, _ = self.encoder(self.embed(units), unit_window, frame_window, None)
+        features, _ = self.encoder(self.embed(units), unit_window, frame_window, NO_CACHE)
         return self.project(features)
 
     def empty_cache(self, batch: int, capacity: int, dtype) -> FlowCache:
@@ -102,8 +103,8 @@ class Flow(nnx.Module):
         cond: Array,
         z: Array,
         window: Window,
-        cache: EstimatorCache | None,
-    ) -> tuple[Array, EstimatorCache | None]:
+        cache: Maybe[EstimatorCache],
+    ) -> tuple[Array, Maybe[EstimatorCache]]:
         """Integrate from noise z [B, T, M] to mel -> (mel [B, T, M], cache).
 
         Euler's method with classifier-free guidance under the conditions mu [B, T, M], voice
@@ -119,19 +120,17 @@ class Flow(nnx.Module):
 
         def step(carry, xs):
             (x, kv), (t, dt, first_layer, convs) = carry, xs
-            step_cache = None if kv is None else EstimatorCache(convs, kv.at(first_layer))
+            step_cache = kv and EstimatorCache(convs, kv.at(first_layer))
             twice = jnp.concatenate([x, x])
             velocity, step_cache = self.estimator(twice, conditions, t[None], both, step_cache)
             guided, free = jnp.split(velocity, 2)
             x = x + dt * ((1 + config.guidance) * guided - config.guidance * free)
-            if step_cache is None:
-                return (x, None), None
-            return (x, step_cache.kv.at(None)), step_cache.convs
+            return (x, step_cache and step_cache.kv.at(None)), step_cache and step_cache.convs
 
-        convs, kv = (None, None) if cache is None else (cache.convs, cache.kv)
+        convs, kv = (NO_CACHE, NO_CACHE) if cache is None else (cache.convs, cache.kv)
         steps = times[:-1], jnp.diff(times), first_layers, convs
         (mel, kv), convs = jax.lax.scan(step, (z, kv), steps)
-        return mel, None if cache is None else EstimatorCache(convs, kv)
+        return mel, cache and EstimatorCache(convs, kv)
 
     def __call__(
         self,
@@ -169,7 +168,7 @@ class Flow(nnx.Module):
             cond = cond.at[:, : prompt.mel.shape[1]].set(prompt.mel)
             cond = cond * (window.query < rate * before[:, None])[..., None]
         z = jnp.broadcast_to(self.noise[:frames].astype(mu.dtype), mu.shape)
-        mel, _ = self.solve(mu, voice, cond, z, window, None)
+        mel, _ = self.solve(mu, voice, cond, z, window, NO_CACHE)
 
         def without_prompt(row: Array, start: Array) -> Array:
             return jax.lax.dynamic_slice_in_dim(row, start, rate * n)
@@ -202,6 +201,6 @@ class Flow(nnx.Module):
         x = (1 - noise_share * t[:, None, None]) * z + t[:, None, None] * mel
         conditions = jnp.concatenate([mu, jnp.broadcast_to(voice[:, None], mu.shape), cond], -1)
         conditions = conditions * conditioned[:, None, None]
-        velocity, _ = self.estimator(x, conditions, t, window, None)
+        velocity, _ = self.estimator(x, conditions, t, window, NO_CACHE)
         error = (velocity - (mel - noise_share * z)) * window.valid[..., None]
         return jnp.square(error).sum(), window.valid.sum() * mel.shape[-1]

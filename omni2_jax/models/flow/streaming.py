@@ -66,14 +66,19 @@ class StreamPlan:
             )
         num_chunks = [] if chunks.left is None else [chunks.left + 1]
         if max_units:
-            num_chunks.append(-(-(max_units + chunks.shift) // chunks.size))
-        capacity = min(num_chunks) * chunks.size
+            num_chunks.append(-(-(max_units + chunks.shift) // int(chunks.size)))
+        capacity = min(num_chunks) * int(chunks.size)
         return cls(chunks, write, config.lookahead, capacity, bucketed)
+
+    @property
+    def chunk_size(self) -> int:
+        """Units of a chunk. It is not traced, as in training."""
+        return int(self.chunks.size)
 
     @property
     def max_open_units(self) -> int:
         """U: units of the open chunk and of what has arrived after it, at most."""
-        return self.chunks.size + self.write + self.lookahead - 1
+        return self.chunk_size + self.write + self.lookahead - 1
 
     @property
     def window_buckets(self) -> tuple[int, ...]:
@@ -86,7 +91,7 @@ class StreamPlan:
             In:  bucketed, write 10, look-ahead 3, chunk 50      Out: 7 17 27 37 47 50
                  not bucketed                                    Out: 10 50
         """
-        size = self.chunks.size
+        size = self.chunk_size
         if not self.bucketed:
             # A short window serves the first units of a chunk, or the tail after the last one.
             short = self.write if self.write < size else self.lookahead
@@ -176,7 +181,7 @@ class FlowState:
 
     def ring_start(self) -> Array:
         """The place in the ring where the open chunk begins, [B]."""
-        size = self.plan.chunks.size
+        size = self.plan.chunk_size
         return (self.chunk_start + self.plan.chunks.shift) // size * size % self.plan.capacity
 
     def cached_units_with(self, width: Array | int) -> Array:
@@ -188,7 +193,7 @@ class FlowState:
             Out:              0 1 2 3 4 .
         """
         index = jnp.arange(self.plan.capacity) - self.ring_start()[:, None]
-        outside = (index < 0) | (index >= self.plan.chunks.size)
+        outside = (index < 0) | (index >= self.plan.chunk_size)
         chunk = jnp.where(index < width, self.chunk_start[:, None] + index, -1)
         return jnp.where(outside, self.cached_units, chunk)
 
@@ -213,7 +218,7 @@ def compute(
     """
     config, plan, rate = flow.config, state.plan, flow.config.upsample
     # The encoder takes the units whose mel is due and their look-ahead, which also has keys, ...
-    encoded = min(width + config.lookahead, plan.chunks.size)
+    encoded = min(width + config.lookahead, plan.chunk_size)
     # ... and mixes each of them with the units after it, which may belong to the next chunk.
     mixed = min(encoded + config.lookahead, plan.max_open_units)
     # Behind the ring's end nothing is written.

@@ -7,6 +7,7 @@ B batch, F mel frames, T steps or samples, M mel bins, H harmonics (the fundamen
 C channels.
 """
 
+import functools
 import itertools
 import math
 
@@ -38,7 +39,7 @@ def overlap_add(pieces: Array, hop: int) -> Array:
     shifted = (
         jnp.pad(pieces[:, :, i], ((0, 0), (i, spans - 1 - i), (0, 0), (0, 0))) for i in range(spans)
     )
-    return sum(shifted).reshape(batch, -1, channels)
+    return functools.reduce(jnp.add, shifted).reshape(batch, -1, channels)
 
 
 def stft(x: Array, lengths: Array, n_fft: int, hop: int) -> Array:
@@ -122,8 +123,10 @@ class ResidualUnit(nnx.Module):
     def __init__(self, channels: int, kernel: int, dilation: int, rngs: nnx.Rngs):
         shape, reach = (kernel, channels, channels), (kernel - 1) // 2
         self.snake1, self.snake2 = Snake(channels), Snake(channels)
-        self.conv1 = Conv1d(rngs, shape, dilation=dilation, padding=(reach * dilation,) * 2)
-        self.conv2 = Conv1d(rngs, shape, padding=(reach,) * 2)
+        self.conv1 = Conv1d(
+            rngs, shape, dilation=dilation, padding=(reach * dilation, reach * dilation)
+        )
+        self.conv2 = Conv1d(rngs, shape, padding=(reach, reach))
 
     def __call__(self, x: Array, lengths: Array) -> Array:
         y = self.conv1(trim(self.snake1(x), lengths))
@@ -177,7 +180,10 @@ class Stage(nnx.Module):
         stride = math.prod(config.upsample[index + 1 :])
         kernel = 1 if self.last else 2 * stride
         self.source_down = Conv1d(
-            rngs, (kernel, config.n_fft + 2, channels), stride=stride, padding=(stride // 2,) * 2
+            rngs,
+            (kernel, config.n_fft + 2, channels),
+            stride=stride,
+            padding=(stride // 2, stride // 2),
         )
         self.source_block = ResidualBlock(
             channels, config.source_kernels[index], config.source_dilations[index], rngs
@@ -193,7 +199,8 @@ class Stage(nnx.Module):
         if self.last:  # one step more, as an STFT of n hops has n + 1 frames
             x, lengths = jnp.concatenate([x[:, 1:2], x], axis=1), lengths + 1
         x = x + self.source_block(self.source_down(spectra), lengths)
-        return sum(block(x, lengths) for block in self.blocks) / len(self.blocks), lengths
+        y = functools.reduce(jnp.add, [block(x, lengths) for block in self.blocks])
+        return y / len(self.blocks), lengths
 
 
 class F0Predictor(nnx.Module):
@@ -217,10 +224,9 @@ class F0Predictor(nnx.Module):
             x = jax.nn.elu(conv(trim(x, frames)))
         # A sum, not a product with a matrix of one column: on a CPU the rounding of that depends on
         # a frame's place in the batch.
-        return jnp.abs(
-            jnp.sum(x * self.head.kernel[...][:, 0].astype(x.dtype), -1)
-            + self.head.bias[...].astype(x.dtype)
-        )
+        column = self.head.kernel[...][:, 0].astype(x.dtype)
+        assert self.head.bias is not None
+        return jnp.abs(jnp.sum(x * column, -1) + self.head.bias[...].astype(x.dtype))
 
 
 class Hift(nnx.Module):

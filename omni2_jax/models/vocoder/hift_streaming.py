@@ -67,8 +67,8 @@ class StreamingHift(Hift):
         size = (self.config.overlap + mel.shape[1]) * self.config.samples_per_frame
         phase, noise = draw(self.config, keys, size)
 
-        def all_slots(*inputs):
-            return hift_step(self, *inputs, seamless)
+        def all_slots(state, mel, frames, final, phase, noise):
+            return hift_step(self, state, mel, frames, final, phase, noise, seamless)
 
         def one_slot(inputs):
             outputs = all_slots(*jax.tree.map(lambda leaf: leaf[None], inputs))
