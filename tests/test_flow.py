@@ -112,8 +112,12 @@ def test_encoder_stages(flow):
 
 
 def test_padding_of_a_reference_batch_reaches_its_last_units(flow):
-    """In a batch, the reference masks units before the input layer, whose bias and norm make something of the zeros, and the
-    look-ahead of the last three real units sees that. Letting padding through there gives its numbers; we do not let it through."""
+    """The reference masks the units of a batch before its input layer, not after it.
+
+    The layer's bias and norm make nonzero numbers of the padding, which the look-ahead of the last
+    three real units then mixes in. With padding marked as valid our numbers equal the reference's;
+    ours are those of the row alone.
+    """
     want = golden("encoder")
     units, (long, short) = jnp.asarray(want["B2_token"]), want["B2_len"]
     encode = jax.jit(
@@ -156,7 +160,7 @@ def test_voice_and_mu(flow):
 
 
 def test_mel_of_every_golden_in_one_batch(flow):
-    """All lengths, with and without a prompt, final and not: the reference ran each of them alone."""
+    """All lengths, with and without a prompt, final and not. The reference ran each one alone."""
     want, units = golden("flow"), golden("encoder")
     names = [name for name in want if name.endswith("_mel")]
     batch, lengths = padded([units[name.split("_")[0] + "_token"] for name in names])
@@ -205,8 +209,8 @@ def test_training_loss(flow):
         Chunks(3, left=1, shift=2),
     ],
 )
-def test_who_sees_whom(chunks):
-    """Chunk by chunk, as one would draw it."""
+def test_visible_frames(chunks):
+    """The mask against one that is built chunk by chunk."""
     borders = [0, *range(chunks.size - chunks.shift, 40, chunks.size)]
     members = [range(a, b) for a, b in itertools.pairwise(borders)]
     chunk = {unit: c for c, units in enumerate(members) for unit in units}

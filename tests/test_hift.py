@@ -1,4 +1,4 @@
-"""HiFT against the released generator's outputs, and what batching, padding and conversion must not change."""
+"""HiFT against the released generator; batches, padding and conversion change nothing."""
 
 import json
 
@@ -70,7 +70,7 @@ def test_end_to_end(hift, golden, draws):
 
 
 def test_batch_of_different_lengths(hift, golden):
-    """Three goldens as one batch with rubbish behind each row's end; a row without frames is silent."""
+    """Three goldens in one batch, NaN after each row's end; a row without frames is silent."""
     rows = [
         (golden["mel"].T, golden["source"], golden["wav"]),
         (golden["mel_cached"].T, golden["source_cached"], golden["wav_cached"]),
@@ -101,7 +101,7 @@ def test_f0_ignores_padding(hift, golden):
 
 
 def test_phase_holds_for_a_minute(hift):
-    """Against a float64 running sum over all samples of one minute at a pitch that is not a whole number of cycles a frame."""
+    """Against a float64 sum over one minute, at a pitch of no whole number of cycles a frame."""
     frames, rate, tail = 3000, TINY.samples_per_frame, 4800
     f0 = np.linspace(180.3, 220.7, frames, dtype=np.float32)
     noise = jnp.zeros((1, frames * rate, TINY.harmonics + 1))
@@ -118,7 +118,7 @@ def test_phase_holds_for_a_minute(hift):
 
 
 def test_draws_belong_to_their_row():
-    """A row's draws depend on its key alone: not on its neighbours, and not on how many samples are asked for."""
+    """A row's draws depend on its key alone, not on other rows or on the number of samples."""
     keys = jax.random.split(jax.random.key(0), 3)
     phase, noise = draw(TINY, keys, 960)
     alone_phase, alone_noise = draw(TINY, keys[1:2], 480)

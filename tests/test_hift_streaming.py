@@ -1,4 +1,4 @@
-"""The streaming vocoder against the released SpeechDecoder's streams, and against one pass over a whole steady tone."""
+"""Streaming HiFT against the released SpeechDecoder, and a steady tone against one pass over it."""
 
 import jax
 import jax.numpy as jnp
@@ -49,7 +49,7 @@ def batch(pieces: list[tuple[np.ndarray, bool]]):
 
 
 def test_released_streams(step, streams):
-    """Three slots out of step with one another: each chunk is the released one, a slot waits, and a finished one starts again."""
+    """Each chunk equals the released one, in slots that wait, end and start again at other times."""
     # Chunk of each slot at each step, None = nothing arrives; s2 goes through its slot twice.
     plan = [
         (0, None, None),
@@ -123,7 +123,10 @@ def tone(pitch: float, frames: int) -> np.ndarray:
 
 
 def stream_tone(tone_step, pitch: float, pieces: list[int], seamless: bool) -> list[np.ndarray]:
-    """The samples of each step, the last one final. A seamless stream is offered another phase once it is vocoded: it must keep its own."""
+    """The samples of each step, the last one final.
+
+    A seamless stream gets another phase after its first vocoded step, which it must not use.
+    """
     state, given = HiftState.empty(TINY, 1), []
     for i, count in enumerate(pieces):
         chunk = batch([(np.full((count, TINY.mels), pitch, np.float32), i == len(pieces) - 1)])
@@ -139,13 +142,13 @@ def stream_tone(tone_step, pitch: float, pieces: list[int], seamless: bool) -> l
     "pieces", [[14, 20, 20, 7, 20, 12], [3, 4, 1, 2, 5, 20, 1], [20, 20, 0], [5], [8, 0, 8]]
 )
 def test_seamless_tone_has_no_joins(tone_step, pieces):
-    """A steady tone, at no whole number of cycles a frame, comes out as in one pass, whatever the pieces."""
+    """A steady tone of no whole number of cycles a frame comes out as in one pass."""
     given = np.concatenate(stream_tone(tone_step, 211.3, pieces, seamless=True))
     np.testing.assert_allclose(given, tone(211.3, sum(pieces)), rtol=0, atol=1e-4)
 
 
 def test_energy_at_the_released_joins(tone_step):
-    """Where a tone fits the frames, the released scheme leaves it whole, but for the sum of its two fades: 1.08."""
+    """A tone that fits the frames is unchanged, but for the sum of the released fades, 1.08."""
     pieces = [14, 20, 20, 20]
     given, whole = (
         np.concatenate(stream_tone(tone_step, 200.0, pieces, seamless=False)),
@@ -158,7 +161,7 @@ def test_energy_at_the_released_joins(tone_step):
 
 
 def test_waits_for_an_overlap(tone_step):
-    """Nothing comes out until more than `overlap` frames are there; an empty slot that ends gives nothing."""
+    """No samples until there are more than `overlap` frames; none when an empty slot ends."""
     counts = [
         piece.size // INPUT_RATE
         for piece in stream_tone(tone_step, 200.0, [3, 4, 0, 1, 2, 0, 0], seamless=False)

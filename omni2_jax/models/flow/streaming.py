@@ -57,7 +57,7 @@ class StreamPlan:
         if write < 1:
             raise ValueError(f"{write} new units a step, expected at least 1")
         if chunks.left is None and not max_units:
-            raise ValueError("a flow that sees the whole past needs max_units")
+            raise ValueError("a flow that attends to all chunks before its own needs max_units")
         frames = config.upsample * (max_units or 0)
         if chunks.left is None and frames > config.noise_frames:
             raise ValueError(
