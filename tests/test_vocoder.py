@@ -86,5 +86,5 @@ def test_whole_answers(energy):
 
 
 def test_unknown_kind():
-    with pytest.raises(ValueError, match="vocoder.kind is 'energy', expected one of hift"):
+    with pytest.raises(ValueError, match=r"vocoder\.kind is 'energy', expected one of hift"):
         vocoder.build(EnergyConfig(), nnx.Rngs(0))

@@ -344,8 +344,8 @@ def failure(stream: ResponseStream, output: StepOutput) -> GenerationError | Non
         if not np.isfinite(np.asarray(features, np.float32)).all():
             return GenerationError(
                 f"the answer was stopped: the speech features of segment {number} of "
-                f"{len(segments)} are not finite (NaN or infinite); the checkpoint's speech encoder "
-                "or adapter is at fault (parameters or config.json)"
+                f"{len(segments)} are not finite (NaN or infinite); the checkpoint's speech "
+                "encoder or adapter is at fault (parameters or config.json)"
             )
     part = "llm, fusion or speech_lm" if output.phase == FAILED else "flow or vocoder"
     return GenerationError(
