@@ -128,7 +128,7 @@ def test_every_step_equals_the_full_pass_over_all_units_so_far(plan):
 
 
 def test_one_compilation_in_place():
-    """Steps of all kinds compile once. The donated state becomes the new one, with few temporaries."""
+    """Steps of all kinds compile once and update the donated state in place."""
     plan = CASES["everything before, in parts"]
     state = FlowState.empty(tiny_flow(), VOICES, plan)
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))

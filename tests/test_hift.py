@@ -78,9 +78,10 @@ def test_batch_of_different_lengths(hift, golden):
         (golden["mel"].T[:0], np.zeros(0, np.float32), np.zeros(0, np.float32)),
     ]
     longest = len(rows[0][0])
-    pad = lambda x, size, junk: np.concatenate(
-        [x, np.full((size - len(x), *x.shape[1:]), junk, np.float32)]
-    )
+
+    def pad(x: np.ndarray, size: int, junk: float) -> np.ndarray:
+        return np.concatenate([x, np.full((size - len(x), *x.shape[1:]), junk, np.float32)])
+
     mel = jnp.asarray(np.stack([pad(mel, longest, np.nan) for mel, _, _ in rows]))
     source = jnp.asarray(
         np.stack([pad(source, longest * TINY.samples_per_frame, 1e3) for _, source, _ in rows])

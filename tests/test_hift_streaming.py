@@ -49,7 +49,7 @@ def batch(pieces: list[tuple[np.ndarray, bool]]):
 
 
 def test_released_streams(step, streams):
-    """Each chunk equals the released one, in slots that wait, end and start again at other times."""
+    """Each chunk equals the released one, in slots that wait, end and start at other times."""
     # Chunk of each slot at each step, None = nothing arrives; s2 goes through its slot twice.
     plan = [
         (0, None, None),
@@ -110,9 +110,10 @@ class Tone:
 @pytest.fixture(scope="module")
 def tone_step():
     noise = jnp.zeros((1, HOLD + NEW * INPUT_RATE, TINY.harmonics + 1))
-    run = lambda state, mel, frames, final, phase, seamless: hift_step(
-        Tone(), state, mel, frames, final, phase, noise, seamless
-    )
+
+    def run(state, mel, frames, final, phase, seamless: bool):
+        return hift_step(Tone(), state, mel, frames, final, phase, noise, seamless)
+
     return jax.jit(run, static_argnums=5)
 
 
