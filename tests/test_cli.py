@@ -233,7 +233,7 @@ def test_a_failed_answer_names_file_and_item(omni2, loaded, text_model, tmp_path
     monkeypatch.setattr(text_model, "hear", encode_nan)
     questions = write_questions(tmp_path / "in.json", [clip("short_d")])
     args = ["--questions", questions, "--out-dir", tmp_path / "out", "--no-wav"]
-    refused(omni2(*chat(loaded, *args)), tmp_path, "in.json: item 0 (q0): ", "clip 1 of 1")
+    refused(omni2(*chat(loaded, *args)), tmp_path, "in.json: item 0 (q0): ", "segment 1 of 1")
 
 
 def test_too_long_a_conversation_is_refused_before_loading(

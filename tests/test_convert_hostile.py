@@ -372,7 +372,8 @@ def test_qwen3(name, qwen, tmp_path):
 def test_brackets_in_names_are_no_markup(tmp_path):
     """Names of files are printed as they are."""
     source = tmp_path / "[red]x[/]"
-    assert f"error: {source} does not exist" == refused(tmp_path, "--llm", source)
+    message = refused(tmp_path, "--llm", source)
+    assert message.startswith(f"error: {source} does not exist, ")
     whisper = tmp_path / "[bold]tiny.pt"
     whisper.write_bytes((GOLDENS / "whisper" / "tiny.pt").read_bytes())
     assert convert("--whisper", whisper, "--out", tmp_path / "ti[/x]ny") == 0

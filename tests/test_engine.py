@@ -151,7 +151,7 @@ def test_nan_ends_one_slot(text_engine, text_model, alone):
     )
     beside = submit(text_engine, text_model, "C")
     message = (
-        "speech features of clip 1 of 1 are not finite .* speech encoder or adapter is at fault"
+        "speech features of segment 1 of 1 are not finite .* speech encoder or adapter is at fault"
     )
     with pytest.raises(GenerationError, match=message):
         list(failing)
