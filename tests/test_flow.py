@@ -70,6 +70,7 @@ def test_table_fits_the_real_dimensions():
 
 
 def test_conversion_round_trips_and_draws_the_noise_once():
+    pytest.importorskip("torch")
     source = formats.torch_file(DECODER / "flow.pt")
     params = jax.tree.map(
         lambda leaf: leaf.read(),

@@ -162,6 +162,7 @@ def test_a_hub_that_cannot_be_reached(monkeypatch, tmp_path):
 
 def test_convert_from_the_hub(tmp_path, monkeypatch, checkpoint_dir):
     """The whole command, told of the hub by the environment."""
+    pytest.importorskip("torch")
     with serve({"ORG/Tiny": GOLDENS / "omni2"}) as server:
         monkeypatch.setenv("HF_ENDPOINT", server.url)
         monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))

@@ -48,6 +48,7 @@ def whisper80(tmp_path_factory) -> Path:
     """The tiny release with the first 80 of its encoder's 128 mel bins, as Whisper tiny to medium
     have.
     """
+    pytest.importorskip("torch")
     release = read.read_omni2(GOLDENS / "omni2")
     encoder = release.params["speech_encoder"]
     kernel = np.asarray(encoder["conv1"]["kernel"].read())[:, :80]  # [3, M, D]
