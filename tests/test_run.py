@@ -172,8 +172,7 @@ def test_from_six_devices_to_one(toy, tmp_path):
     """
     out, settings = tmp_path / "run", toy(save_every=2)
     # The biases of keys hardly change a softmax. Their gradients are close to rounding errors,
-    # which
-    # Adam with a smaller eps scales up to full steps.
+    # which Adam with a smaller eps scales up to full steps.
     settings = dataclasses.replace(
         settings, optimizer=dataclasses.replace(settings.optimizer, eps=1e-4)
     )

@@ -154,9 +154,8 @@ class TrainConfig:
     # ^ stage flow: chunk sizes to draw from, 0 = the whole reply; empty = the checkpoint's size
     # How it is computed
     mesh: Annotated[MeshConfig, from_sequence(MeshConfig)] = field(default_factory=MeshConfig)
-    dtype: Literal["bfloat16", "float32"] = (
-        "bfloat16"  # of the computation; trained weights: float32
-    )
+    # Of the computation; trained weights are kept in float32.
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
     remat: Literal["none", "dots", "full"] = "full"
     loss_block: int = 256  # positions whose logits exist at the same time
     workers: int = 4  # threads that read examples

@@ -58,9 +58,8 @@ class ResponseStream:
     # The conversation before the turn; at the end, if `keep_prefix`, with prompt and answer.
     prefix: ReadWriteState | None
     keep_prefix: bool
-    num_delivered: (
-        int  # LLM positions of the conversation, up to the last output that was delivered
-    )
+    # LLM positions of the conversation, up to the last output that was delivered.
+    num_delivered: int
     slot: int | None = None
     outputs: collections.deque[StepOutput] = field(default_factory=collections.deque)
     done: bool = False

@@ -15,9 +15,8 @@ class EngineConfig:
     """
 
     slots: int = 1  # requests that are answered at the same time (the batch size)
-    prefill_size: int = (
-        384  # prompt positions in one call of `prefill`; longer prompts take several
-    )
+    # Prompt positions in one call of `prefill`; longer prompts take several calls.
+    prefill_size: int = 384
     llm_capacity: int = 2048  # LLM positions of a conversation, prompt and answer
     speech_capacity: int = 2560  # positions of the speech LM in one answer
     max_units: int = 1536  # units of one answer; only used where flow_left_chunks is None

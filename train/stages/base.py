@@ -34,10 +34,9 @@ class Stage(abc.ABC):
 
     parts: ClassVar[tuple[str, ...]]  # parts of the checkpoint that the model consists of
     trained: ClassVar[tuple[str, ...]]  # those of `parts` that change, and are exported
+    # Parts that exist during training only, as a GAN's discriminators: drawn at random, trained,
+    # saved with the states of the run, and never exported.
     private: ClassVar[tuple[str, ...]] = ()
-    # ^ parts that exist during training only, as a GAN's discriminators: drawn at random, saved
-    # with
-    # the states of the run, trained, and never exported
     settings: ClassVar[tuple[str, ...]] = ()  # settings that belong to this stage and not to all
     example_type: ClassVar[type[Examples]]
     needs_tokenizer: ClassVar[bool] = True
