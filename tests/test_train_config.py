@@ -343,3 +343,14 @@ def test_a_run_of_an_older_version(started):
         f"{started}/run.json was written by an older version, whose settings had other names "
         f"({names}); start a new run with another --out"
     )
+
+
+def test_a_missing_extra_is_no_fault_of_the_config(tmp_path):
+    """The command line then says which extra to install."""
+    path = tmp_path / "stage.py"
+    path.write_text("raise ModuleNotFoundError('No module named grain', name='grain')")
+    with pytest.raises(ModuleNotFoundError):
+        config_files.read(path)
+    path.write_text("import no_such_module")
+    with pytest.raises(ValueError, match="no_such_module"):
+        config_files.read(path)

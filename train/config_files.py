@@ -8,6 +8,7 @@ import runpy
 from collections.abc import Sequence
 from pathlib import Path
 
+from omni2_jax.cli.console import missing_extra
 from omni2_jax.train.overrides import changed, nearest, renamed, validated
 from omni2_jax.train.settings import Bucket, MeshConfig, OptimizerConfig, TrainConfig
 
@@ -18,12 +19,14 @@ def read(source: str | Path, changes: Sequence[str] = ()) -> TrainConfig:
     """The configuration of a file, with `key=value` changes.
 
     source: a path, or the name of a shipped config. Raises ValueError naming the file or the key,
-    and what may have been meant.
+    and what may have been meant; ModuleNotFoundError if the extra `train` is not installed.
     """
     path = config_file(source)
     try:
         config = runpy.run_path(str(path)).get("config")
     except Exception as error:  # a config file is a program and may raise anything
+        if isinstance(error, ModuleNotFoundError) and missing_extra(error):
+            raise  # the extra `train` is not installed, which is no fault of the file
         message = f"{type(error).__name__}: {error}{hint(error)}"
         raise ValueError(f"config {path}: {message}") from None
     if not isinstance(config, TrainConfig):
