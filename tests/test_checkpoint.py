@@ -117,7 +117,7 @@ def test_no_flipped_bit_of_a_run_state_changes_it(tmp_path):
 
 
 def test_parameters_without_checksums_are_loaded_and_noted(tmp_path, checkpoint_dir):
-    """Version 0.2 wrote Zarr 2."""
+    """Version 0.1 wrote Zarr 2."""
     directory = tmp_path / "old"
     shutil.copytree(checkpoint_dir, directory)
     leaves = {path: leaf.read() for path, leaf in parameters.stored(directory, "adapter").items()}
@@ -130,7 +130,7 @@ def test_parameters_without_checksums_are_loaded_and_noted(tmp_path, checkpoint_
     for path, leaf in parameters.stored(directory, "adapter").items():
         assert np.array_equal(leaf.read(), leaves[path])
     described = process("info", directory)
-    assert b"no checksums (written by version 0.2 or older): adapter\n" in described.stdout
+    assert b"no checksums (written by version 0.1): adapter\n" in described.stdout
     verified = process("info", directory, "--verify")
     assert verified.returncode == 0
     assert b"are sound; no checksums to compare with: adapter\n" in verified.stdout

@@ -94,6 +94,6 @@ def tree_handler(
 
 
 def has_checksums(array: ocp.metadata.ArrayMetadata) -> bool:
-    """Whether an array has checksums. Versions up to 0.2 wrote Zarr 2, without them."""
+    """Whether an array has checksums. Version 0.1 wrote Zarr 2, without them."""
     zarr = array.storage and array.storage.zarr_metadata
     return zarr is not None and zarr.zarr_format == 3

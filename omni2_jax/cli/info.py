@@ -49,7 +49,7 @@ def info(
         console.print(f"{name}: {value}", highlight=False, markup=False)
     if unprotected := [part.name for part in parts if not part.checksums]:
         console.print(
-            f"no checksums (written by version 0.2 or older): {', '.join(unprotected)}",
+            f"no checksums (written by version 0.1): {', '.join(unprotected)}",
             highlight=False,
             markup=False,
         )

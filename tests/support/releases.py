@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from omni2_jax.checkpoint import tokenizer
 from omni2_jax.cli.main import main
 from tests.support.paths import GOLDENS
 
@@ -91,15 +92,9 @@ def tiny_release(directory: Path) -> dict[str, np.ndarray]:
     """
     tensors = tiny_tensors()
     linked(GOLDENS / "omni2" / "tts_tokenizer", directory / "tts_tokenizer")
-    for name in (
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "vocab.json",
-        "merges.txt",
-        "added_tokens.json",
-        "special_tokens_map.json",
-    ):
-        (directory / name).symlink_to(GOLDENS / "omni2" / name)
+    for name in tokenizer.FILES:
+        if (GOLDENS / "omni2" / name).exists():
+            (directory / name).symlink_to(GOLDENS / "omni2" / name)
     weight_map = {
         name: f"model-{i % 3 + 1:05d}-of-00003.safetensors" for i, name in enumerate(tensors)
     }
