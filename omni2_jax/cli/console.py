@@ -16,6 +16,14 @@ console = rich.console.Console(stderr=True)
 EXTRAS = {
     "convert": ("onnx", "safetensors", "torch", "yaml"),
     "train": ("array_record", "grain", "msgpack", "tensorboardX"),
+    "evaluate": (
+        "faster_whisper",
+        "jiwer",
+        "librosa",
+        "matplotlib",
+        "speechmos",
+        "whisper_normalizer",
+    ),
 }
 
 

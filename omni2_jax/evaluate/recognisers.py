@@ -1,0 +1,123 @@
+"""Recognisers turn speech into text, so that spoken answers can be checked as text.
+
+    recogniser = open_recogniser("faster-whisper-large-v3")
+    recogniser.transcribe(samples, 24000)
+
+The paper uses Whisper-large-v3 (section 4.2).
+"""
+
+import hashlib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from omni2_jax import hub
+from omni2_jax.audio import recordings
+from omni2_jax.files import first_line
+
+WHISPER_FILES = ("model.bin", "config.json", "tokenizer.json", "vocabulary.*", "preprocessor*.json")
+
+
+class Recogniser(Protocol):
+    """Speech to text."""
+
+    def transcribe(self, samples: np.ndarray, rate: int) -> str:
+        """The text of samples [N] in [-1, 1] at `rate` Hz; empty if nothing is heard.
+
+        Raises ValueError if the recogniser fails.
+        """
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """Everything that decides what is heard, for results.json."""
+        ...
+
+
+@dataclass
+class WhisperRecogniser:
+    """A Whisper model of faster-whisper (CTranslate2), decoded deterministically.
+
+    Beam search at temperature 0, without the sampling that Whisper falls back to, and without the
+    text of the window before, which makes errors go on: a transcript follows from the samples.
+    """
+
+    source: str  # a directory with model.bin, or the id of a Hugging Face repository that holds it
+    language: str = "en"
+    beam_size: int = 5
+    device: str = "cpu"  # cpu, cuda or auto
+    compute_type: str = "int8"  # int8 or float32; on GPUs also float16
+    threads: int = 0  # of the CPU; 0 = faster-whisper's choice
+    directory: Path = field(init=False)
+    model: Any = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        from faster_whisper import WhisperModel
+
+        directory = hub.local_path(self.source, hub.Source(WHISPER_FILES))
+        assert directory is not None
+        self.directory = directory
+        if not (directory / "model.bin").exists():
+            raise ValueError(
+                f"{self.source} holds no model.bin; expected a Whisper model of faster-whisper"
+            )
+        try:
+            self.model = WhisperModel(
+                str(directory),
+                device=self.device,
+                compute_type=self.compute_type,
+                cpu_threads=self.threads,
+                local_files_only=True,
+            )
+        except (RuntimeError, ValueError, OSError) as error:
+            raise ValueError(f"cannot load {self.source}: {first_line(error)}") from None
+
+    def transcribe(self, samples: np.ndarray, rate: int) -> str:
+        heard = recordings.resample(samples, rate, recordings.INPUT_RATE)
+        if not heard.size:
+            return ""
+        segments, _ = self.model.transcribe(
+            np.ascontiguousarray(heard, np.float32),
+            language=self.language,
+            beam_size=self.beam_size,
+            temperature=0.0,
+            condition_on_previous_text=False,
+        )
+        return "".join(segment.text for segment in segments).strip()
+
+    def describe(self) -> dict[str, Any]:
+        import ctranslate2
+        import faster_whisper
+
+        return {
+            "kind": "faster-whisper",
+            "model": Path(self.source).name,
+            "sha256": sha256(self.directory / "model.bin"),
+            "language": self.language,
+            "beam_size": self.beam_size,
+            "compute_type": self.compute_type,
+            "device": self.device,
+            "temperature": 0,
+            "versions": {
+                "faster-whisper": faster_whisper.__version__,
+                "ctranslate2": ctranslate2.__version__,
+            },
+        }
+
+
+def sha256(path: Path) -> str:
+    """The checksum of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def open_recogniser(
+    source: str, language: str = "en", beam_size: int = 5, device: str = "cpu", **settings: Any
+) -> Recogniser:
+    """The recogniser that an option names.
+
+    source: a directory or Hugging Face id of a Whisper model for faster-whisper. settings: those
+    of `WhisperRecogniser`. Raises ValueError if it cannot be opened.
+    """
+    return WhisperRecogniser(source, language, beam_size, device, **settings)
