@@ -92,6 +92,7 @@ def test_info(path):
     expected = {
         "version": 1,
         "dialogues": 5,
+        "recordings": 0,
         "turns": 12,
         "clips": 10,
         "user_clips": 5,

@@ -521,7 +521,7 @@ def test_other_bad_input(tmp_path, tokenizer):
         EXAMPLES,
         "--format",
         "csv",
-        says="format 'csv'; expected one of questions, jsonl, instructs2s",
+        says="format 'csv'; expected one of questions, jsonl, recordings, instructs2s",
     )
     no_tokenizer = (
         f"{tmp_path}/other has no speech tokenizer (no speech_tokenizer.json); add one with "

@@ -71,8 +71,11 @@ class DialogueExamples(Examples):
     def conversation(self, dialogue: Dialogue) -> Conversation:
         """The prompts and replies of a dialogue as token ids.
 
-        Raises ValueError if a user turn has no recording or a reply no tokens.
+        Raises ValueError if there is no question, a user turn has no recording or a reply no
+        tokens.
         """
+        if dialogue.is_recording:
+            raise ValueError("it is a recording with its text, without a question")
         if any(turn.clip is None for turn in dialogue.turns[::2]):
             raise ValueError("a user turn has no recording")
         window = segment_samples(self.config)

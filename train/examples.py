@@ -94,10 +94,10 @@ class ReplyExamples(Examples):
     """Examples that are single replies (the assistant's turns)."""
 
     def items(self, index: int) -> list[Item]:
-        turns = self.data.dialogue(index).turns
+        replies = self.data.dialogue(index).replies
         return [
-            Item(index, turn, Bucket(0, 0, self.reply_size(turn, turns[turn])))
-            for turn in range(1, len(turns), 2)
+            Item(index, turn, Bucket(0, 0, self.reply_size(turn, reply)))
+            for turn, reply in replies.items()
         ]
 
     @abc.abstractmethod

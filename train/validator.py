@@ -59,7 +59,7 @@ class Validator:
         data = self.split.examples.data
         try:
             question = data.dialogue(index).turns[0]
-            if question.clip is None:
+            if question.clip is None or question.role != "user":
                 return
             samples = data.clip(question.clip)
         except RecordError as error:

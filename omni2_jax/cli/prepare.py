@@ -12,7 +12,8 @@ def prepare(
     source: Annotated[
         Path,
         typer.Option(
-            help="A questions.json, a .jsonl, a folder with data.jsonl, or InstructS2S-200K's JSON."
+            help="A questions.json, a .jsonl, a folder with data.jsonl, InstructS2S-200K's JSON, "
+            "or a folder of a voice's recordings with metadata.jsonl: lines of {audio, text}."
         ),
     ],
     out: Annotated[
@@ -20,7 +21,9 @@ def prepare(
     ],
     format: Annotated[
         str | None,
-        typer.Option(help="questions, jsonl or instructs2s. [default: inferred from the file]"),
+        typer.Option(
+            help="questions, jsonl, recordings or instructs2s. [default: inferred from the file]"
+        ),
     ] = None,
     speech_tokenizer: Annotated[
         Path | None,
@@ -50,8 +53,17 @@ def prepare(
     max_seconds: Annotated[
         float, typer.Option(help="Leave out dialogues with a longer recording.")
     ] = 600,
+    split: Annotated[
+        str | None,
+        typer.Option(help='Only what states this "split", as train or test. [default: all]'),
+    ] = None,
 ) -> None:
-    """Make a data set of spoken dialogues. Dialogues that cannot be used are left out and named."""
+    """Make a data set of spoken dialogues, or of a voice's recordings with their text.
+
+    Dialogues that cannot be used are left out and named.
+    """
     from omni2_jax.train.data import prepare
 
-    prepare.prepare(source, out, format, speech_tokenizer, strict, shard_mb, batch, max_seconds)
+    prepare.prepare(
+        source, out, format, speech_tokenizer, strict, shard_mb, batch, max_seconds, split
+    )

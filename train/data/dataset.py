@@ -37,6 +37,7 @@ class Info:
 
     version: int = VERSION
     dialogues: int = 0
+    recordings: int = 0  # of these dialogues: single recordings with their text
     turns: int = 0
     clips: int = 0
     user_clips: int = 0
@@ -52,10 +53,12 @@ class Info:
 
     def plus(self, dialogue: Dialogue) -> "Info":
         """The same counts with those of one more dialogue."""
-        users, replies = dialogue.turns[::2], dialogue.turns[1::2]
+        users = [turn for turn in dialogue.turns if turn.role == "user"]
+        replies = dialogue.replies.values()
         unit_counts = [len(turn.units) for turn in replies if turn.units is not None]
         added = {
             "dialogues": 1,
+            "recordings": int(dialogue.is_recording),
             "turns": len(dialogue.turns),
             "clips": sum(turn.clip is not None for turn in dialogue.turns),
             "user_clips": sum(turn.clip is not None for turn in users),

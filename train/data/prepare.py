@@ -1,8 +1,10 @@
 """Recorded dialogues of a source become a data set that `omni2 train` reads.
 
-Recordings are resampled and stored. Replies that bring a recording but no units get them from the
-speech tokenizer, in batches of a few fixed lengths. Dialogues that cannot be used are counted,
-named and left out. A user's turn over 30 s is kept whole: training examples cut it into segments.
+A recording of a voice with its text is a dialogue of one turn, the assistant's: its text and its
+samples at 24 kHz are what the stages of the decoder read. Recordings are resampled and stored.
+Replies that bring a recording but no units get them from the speech tokenizer, in batches of a few
+fixed lengths. Dialogues that cannot be used are counted, named and left out. A user's turn over
+30 s is kept whole: training examples cut it into segments.
 """
 
 import contextlib
@@ -37,6 +39,8 @@ BATCH_SECONDS = (3, 6, 10, 15, 20, 30)
 # Batches of dialogues that are read at once, so that recordings of like length share a batch.
 GROUP_BATCHES = 4
 MAX_BATCH = 1024
+# A recording whose loudest sample is below this is silence: -54 dB of full scale.
+SILENCE = 2e-3
 MAX_NAMED = 3  # dialogues left out that are named for each kind of fault
 
 Item = TypeVar("Item")
@@ -51,6 +55,7 @@ def prepare(
     shard_mb: int = SHARD_BYTES // 2**20,
     batch: int = 16,
     max_seconds: float = 600,
+    split: str | None = None,
 ) -> None:
     """Make a data set; the parameters are those of `omni2 prepare`.
 
@@ -63,7 +68,7 @@ def prepare(
         )
     if not 1 <= batch <= MAX_BATCH:
         raise ValueError(f"batch is {batch}; expected 1 to {MAX_BATCH}")
-    entries = sources.read(source, format)
+    entries = sources.read(source, format, split)
     if out.exists():
         raise ValueError(f"{out} exists already; give a new directory")
     tokenizer, origin = None, {}
@@ -151,12 +156,16 @@ def prepared(entry: Entry, tokenize: bool, max_seconds: float) -> Prepared | Sou
     """An entry with its recordings, or what is wrong with it. tokenize: see `read_groups`."""
     try:
         source = entry.read()
+        if source.dialogue.is_recording:
+            check_rate(source.sounds[0])
         clips, turns, untokenized = [], [], {}
         turns_and_paths = zip(source.dialogue.turns, source.sounds, strict=True)
         for index, (turn, path) in enumerate(turns_and_paths):
             clip, count = None, 0
             if path is not None:
                 samples = load(path, RATES[turn.role], index, max_seconds)
+                if source.dialogue.is_recording and np.max(np.abs(samples)) < SILENCE:
+                    raise SourceError("silence", f"{path} holds no sound")
                 clip, count = encode_clip(samples, RATES[turn.role]), len(samples)
                 if tokenize and turn.role == "assistant" and turn.units is None:
                     untokenized[index] = load(path, recordings.INPUT_RATE, index, max_seconds)
@@ -166,6 +175,25 @@ def prepared(entry: Entry, tokenize: bool, max_seconds: float) -> Prepared | Sou
         return Prepared(dialogue, tuple(clips), untokenized)
     except SourceError as error:
         return error
+
+
+def check_rate(path: Path | None) -> None:
+    """Raise SourceError for a recording of a voice that is missing, or of a rate below 16 kHz.
+
+    The mel spectra reach up to 8 kHz: a decoder must not learn that there is nothing above 4 kHz.
+    """
+    if path is None:
+        raise SourceError("no audio", "there is no 'audio'")
+    if not os.path.exists(path):
+        raise SourceError("audio missing", f"{path} does not exist")
+    try:
+        with recordings.open_audio(path) as file:
+            rate = file.samplerate
+    except ValueError as error:
+        raise SourceError("audio unreadable", str(error)) from None
+    if rate < recordings.INPUT_RATE:
+        message = f"{path} has a rate of {rate} Hz, expected at least {recordings.INPUT_RATE} Hz"
+        raise SourceError("rate too low", message)
 
 
 def load(path: Path, rate: int, turn: int, max_seconds: float) -> np.ndarray:
@@ -270,12 +298,13 @@ class Damaged:
 
 def report(out: Path, info: Info, damaged: Damaged) -> None:
     """Print what the data set at `out` holds, and what was left out."""
-    replies = info.turns // 2
+    questions = (info.turns - info.recordings) // 2
+    replies = questions + info.recordings
     rows = {
         "dialogues": f"{info.dialogues:,}",
         "turns": f"{info.turns:,}",
         "questions recorded": (
-            f"{info.user_clips:,} of {replies:,}: {duration(info.user_seconds)}"
+            f"{info.user_clips:,} of {questions:,}: {duration(info.user_seconds)}"
         ),
         "replies recorded": (
             f"{info.assistant_clips:,} of {replies:,}: {duration(info.assistant_seconds)}"
@@ -291,7 +320,7 @@ def report(out: Path, info: Info, damaged: Damaged) -> None:
     for name, value in rows.items():
         table.add_row(rich.text.Text(name), rich.text.Text(value))
     console.print(table)
-    if info.replies_with_units < replies and not info.tokenizer:
+    if info.replies_with_units < questions and not info.tokenizer:
         console.print(
             "replies without units are of use to stage I(a) only; --speech-tokenizer makes units "
             "of recordings",

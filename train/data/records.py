@@ -7,9 +7,10 @@ A dialogue is a msgpack record:
                        samples: its length at its role's rate, 0 without one,
                        units: bytes, little-endian int16, 25 a second, or nil}]}
 
-Turns alternate from user to assistant and every user turn has its reply; a text is never empty; a
-unit is 0..6560. A recording is a FLAC file, 16-bit mono: user turns at 16 kHz for the speech
-encoder, assistant turns at 24 kHz for the flow.
+Turns alternate from user to assistant and every user turn has its reply; or there is a single
+assistant turn, a recording with its text, which the decoder's parts are trained on (`units`,
+`flow`). A text is never empty; a unit is 0..6560. A recording is a FLAC file, 16-bit mono: user
+turns at 16 kHz for the speech encoder, assistant turns at 24 kHz for the flow and the vocoder.
 """
 
 import io
@@ -46,22 +47,32 @@ class Turn:
 
 @dataclass(frozen=True, eq=False)
 class Dialogue:
-    """A spoken conversation; `check` states the rules for its turns."""
+    """A spoken conversation, or a recording with its text; `check` states the rules."""
 
     id: str
     turns: tuple[Turn, ...]
+
+    @property
+    def is_recording(self) -> bool:
+        """Whether it is a recording with its text, without a question."""
+        return len(self.turns) == 1 and self.turns[0].role == "assistant"
+
+    @property
+    def replies(self) -> dict[int, Turn]:
+        """The assistant's turns, by their index."""
+        return {i: turn for i, turn in enumerate(self.turns) if turn.role == "assistant"}
 
 
 def check(dialogue: Dialogue) -> Dialogue:
     """The dialogue itself. Raises ValueError, which names the turn, if it breaks a rule."""
     if not isinstance(dialogue.id, str):
         raise ValueError(f"its id is {short(dialogue.id)}, expected a text")
-    if not dialogue.turns or len(dialogue.turns) % 2:
+    if not dialogue.turns or (len(dialogue.turns) % 2 and not dialogue.is_recording):
         raise ValueError(
             f"{len(dialogue.turns)} turns; expected the user's and the assistant's in turn, so an "
             "even number"
         )
-    roles = itertools.cycle(RATES)
+    roles = ("assistant",) if dialogue.is_recording else itertools.cycle(RATES)
     for number, (turn, role) in enumerate(zip(dialogue.turns, roles, strict=False)):
         if turn.role != role:
             raise ValueError(f"turn {number} is of {short(turn.role)}, expected {role!r}")

@@ -1,4 +1,4 @@
-"""Sources of dialogues: three formats of JSON files, read one dialogue at a time.
+"""Sources of dialogues: four formats of JSON files, read one dialogue at a time.
 
 questions    a JSON array, the released example format:
              {"id", "conversation": [{"from": "human" | "gpt", "text", "speech", "units"}]}
@@ -7,10 +7,15 @@ questions    a JSON array, the released example format:
 jsonl        a .jsonl file, or a folder with data.jsonl. Each line is
              {"id", "turns": [{"role": "user" | "assistant", "text", "audio", "units"}]}
              `audio` is relative to the file.
+recordings   a .jsonl file, or a folder with metadata.jsonl: recordings of a voice with their text,
+             for the stages of the decoder (`units`, `flow`) and for stage 1b. Each line is
+             {"audio", "text", "id", "units"}; `audio` is relative to the file, `id` and `units` may
+             be left out.
 instructs2s  instruct_en_200k_data_cosy2.json of the Hugging Face data set ICTNLP/InstructS2S-200K:
              as `questions`, but the units (CosyVoice 2's) are called `unit`; `speech` is sought
              where the archives unpack beside the file, en/wav/DIR/NAME.wav
 
+A line or an element may state its "split", as "train" or "test", of which a reader can ask for one.
 Units are a list of numbers, or a text: "<12><6560>" or "12 6560". What a turn lacks may be left out
 or be null; of recordings and units it may also be empty.
 """
@@ -90,8 +95,10 @@ class Format:
     resolve: Callable[[Path, str], Path]
 
 
-def read(path: Path, kind: str | None = None) -> Iterator[Entry]:
-    """All dialogues of a source. kind: a key of FORMATS; None is inferred from the file.
+def read(path: Path, kind: str | None = None, split: str | None = None) -> Iterator[Entry]:
+    """The dialogues of a source. kind: a key of FORMATS; None is inferred from the file.
+
+    split: only those that state this split; None is all of them.
 
     Raises ValueError, one line naming the file, if it cannot be read in this format: partly when
     the iterator arrives at the fault. A dialogue that cannot be used raises when its entry is read.
@@ -100,29 +107,45 @@ def read(path: Path, kind: str | None = None) -> Iterator[Entry]:
         raise ValueError(f"format {kind!r}; expected one of {', '.join(FORMATS)}")
     if not path.exists():
         raise ValueError(f"{path} does not exist")
-    file = path / "data.jsonl" if path.is_dir() else path
-    if not file.exists():
-        raise ValueError(f"{path} has no data.jsonl")
+    file = path
+    if path.is_dir():
+        names = [name for name in ("data.jsonl", "metadata.jsonl") if (path / name).exists()]
+        if not names:
+            raise ValueError(f"{path} has no data.jsonl and no metadata.jsonl")
+        file = path / names[0]
     check_regular(file)
-    return entries(file, FORMATS[kind or infer(file)])
+    return entries(file, FORMATS[kind or infer(file)], split)
 
 
-def entries(file: Path, form: Format) -> Iterator[Entry]:
-    """The dialogues of a file, numbered from 0; one without an id is called by its number."""
+def entries(file: Path, form: Format, split: str | None = None) -> Iterator[Entry]:
+    """The dialogues of a file, numbered from 0; one without an id is called by its number.
+
+    Raises ValueError, when all of them are read, if none is of the `split`.
+    """
+    others: set[str] = set()
+    found = False
     for number, (item, done) in enumerate(form.items(file)):
+        if split is not None and isinstance(item, Mapping) and item.get("split") != split:
+            others.add(short(item.get("split")))
+            continue
         id = item.get("id") if isinstance(item, Mapping) else None
         name = ""
         if isinstance(id, str | int | float):
             name = str(id).encode(errors="replace").decode()  # JSON can spell half a character
         label = "".join(c if c.isprintable() else "?" for c in name[:80])
         context = f"{label} (dialogue {number})" if name else f"dialogue {number}"
+        found = True
         yield Entry(context, functools.partial(parse, item, form, file, name or str(number)), done)
+    if split is not None and not found:
+        states = f"; it has {', '.join(sorted(others))}" if others else ""
+        raise ValueError(f"{file} has no dialogue of split {split!r}{states}")
 
 
 def infer(file: Path) -> str:
     """The format of a file, by its suffix and by the keys of its first dialogue."""
     if file.suffix == ".jsonl":
-        return "jsonl"
+        first, _ = next(json_lines(file), (None, 0))
+        return "recordings" if isinstance(first, Mapping) and "audio" in first else "jsonl"
     first, _ = next(json_array(file), (None, 0))
     turns = first.get("conversation") if isinstance(first, Mapping) else None
     if isinstance(turns, list):
@@ -149,10 +172,11 @@ def parse(item: object, form: Format, file: Path, name: str) -> SourceDialogue:
         if not isinstance(fields, Mapping):
             raise SourceError("no turns", f"{context} is {short(fields)}, expected an object")
         sounds.append(parse_sound(fields.get(form.sound), form, file, context))
-        # Units of the user's turns are not used.
-        units = parse_units(fields.get(form.units), context) if index % 2 else None
         role = str(fields.get(form.role))
-        turns.append(Turn(ROLES.get(role, role), parse_text(fields.get("text"), context), units))
+        role = ROLES.get(role, role)
+        # Units of the user's turns are not used.
+        units = parse_units(fields.get(form.units), context) if role != "user" else None
+        turns.append(Turn(role, parse_text(fields.get("text"), context), units))
     try:
         return SourceDialogue(check(Dialogue(name, tuple(turns))), tuple(sounds))
     except ValueError as error:
@@ -212,6 +236,14 @@ def unpacked(file: Path, sound: str) -> Path:
 
 
 # ---- files of dialogues ----
+
+
+def recording_lines(file: Path) -> Iterator[tuple[object, float]]:
+    """The lines of recordings with their text, each as a dialogue of a single assistant turn."""
+    for item, done in json_lines(file):
+        if isinstance(item, Mapping):
+            item = {**item, "turns": [{**item, "role": "assistant"}]}
+        yield item, done
 
 
 def json_lines(file: Path) -> Iterator[tuple[object, float]]:
@@ -322,5 +354,6 @@ def read_on(text: TextIO, size: int, file: Path) -> str:
 FORMATS = {
     "questions": Format(json_array, "conversation", "from", "speech", "units", sound_path),
     "jsonl": Format(json_lines, "turns", "role", "audio", "units", beside),
+    "recordings": Format(recording_lines, "turns", "role", "audio", "units", beside),
     "instructs2s": Format(json_array, "conversation", "from", "speech", "unit", unpacked),
 }
