@@ -35,8 +35,8 @@ class WordTokenizer:
     def prompt(self, turns: Sequence[int]) -> list[int]:
         return [1] * MARKUP + [SPEECH] * (turns[0] * self.positions)
 
-    def continuation(self, segments: int, ended: bool) -> list[int]:
-        return self.prompt([segments])
+    def continuation(self, turn: int, ended: bool) -> list[int]:
+        return self.prompt([turn])
 
 
 def longest_reply(train: TrainConfig, config: Omni2Config) -> int:

@@ -8,6 +8,7 @@ import pytest
 
 from omni2_jax.generate.engine import GenerationError, QueueFullError
 from omni2_jax.generate.session import Session
+from omni2_jax.models.model import SPEECH
 from tests.support.conversations import CASES, GREEDY, clip, pieces
 
 A, B, C, SHORT = (clip(name) for name in ("speech_a", "speech_b", "synth_c", "short_d"))
@@ -260,3 +261,39 @@ def test_interruption_while_waiting(text_model, text_engine, monkeypatch):
     assert equal(
         said(session.respond(B)), said(from_scratch(text_model, session, turns=2).respond(B))
     )
+
+
+def test_text_turns_and_instructions(text_model):
+    """Texts may stand beside spoken turns, and the system message is the session's.
+
+    The ids in the cache equal those of the whole conversation written by the chat template.
+    """
+    session = text_model.session(options=QUICK, turns=4, instructions="Say <speech> in French.")
+    said(session.reply("What is <speech>?"))
+    said(session.respond(SHORT))
+    said(session.reply("And now?"))
+    tokenizer = text_model.tokenizer
+    answers = [tokenizer.text.decode(turn.answer) for turn in session.turns]
+    turns = ["What is <speech>?", answers[0], 1, answers[1], "And now?"]
+    rendered = tokenizer.render(turns, session.instructions)
+    assert rendered.count("<speech>") == 1 and "system" in rendered
+    written = session.dialogue(session.turns[:2], "And now?")
+    assert session.length == len(written) + len(session.turns[2].answer)
+    assert written.count(SPEECH) == tokenizer.positions
+    fresh = from_scratch(text_model, session, 2, QUICK)
+    fresh.instructions = session.instructions
+    assert said(fresh.reply("And now?"))[0] == tokenizer.decode(session.turns[2].answer)
+
+
+def test_truncate_forgets_what_was_not_heard(text_model):
+    """The next turn follows the tokens that are kept, as if the answer had ended there."""
+    session = text_model.session(options=GREEDY, turns=3)
+    said(session.respond(A))
+    length, answer = session.length, list(session.turns[0].answer)
+    assert len(answer) > 4
+    session.truncate(4)
+    assert session.turns[0].answer == answer[:4] and session.length == length - len(answer) + 4
+    fresh = from_scratch(text_model, session)
+    assert equal(said(session.respond(SHORT)), said(fresh.respond(SHORT)))
+    session.truncate(10_000)
+    assert session.length == fresh.length

@@ -45,23 +45,30 @@ def load(directory: Path) -> Any:
         raise ValueError(f"{directory} is not a readable tokenizer: {first_line(error)}") from None
 
 
-def render(tokenizer: Any, turns: Sequence[str | int], directory: Path) -> str:
+def render(
+    tokenizer: Any, turns: Sequence[str | int], directory: Path, instructions: str | None = None
+) -> str:
     """Turns as the chat template spells them, up to where the next answer begins.
 
     A spoken turn is its number of segments, spelled as SPEECH_TEXT; another turn is its text, in
-    which SPEECH_TEXT becomes WRITTEN_SPEECH.
+    which SPEECH_TEXT becomes WRITTEN_SPEECH. instructions: the system message; None is the
+    template's own.
     A template that knows of thinking (Qwen3's) is asked for an answer without it: it then spells an
     empty block of thoughts, behind which the answer begins. Other templates ignore the option.
     Raises ValueError naming the tokenizer's directory if the template cannot be used.
     """
-    content = [
-        turn.replace(SPEECH_TEXT, WRITTEN_SPEECH) if isinstance(turn, str) else SPEECH_TEXT * turn
-        for turn in turns
-    ]
+
+    def spell(turn: str | int) -> str:
+        if isinstance(turn, str):
+            return turn.replace(SPEECH_TEXT, WRITTEN_SPEECH)
+        return SPEECH_TEXT * turn
+
     messages = [
-        {"role": "assistant" if i % 2 else "user", "content": text}
-        for i, text in enumerate(content)
+        {"role": "assistant" if i % 2 else "user", "content": spell(turn)}
+        for i, turn in enumerate(turns)
     ]
+    if instructions is not None:
+        messages.insert(0, {"role": "system", "content": spell(instructions)})
     try:
         return tokenizer.apply_chat_template(
             messages, add_generation_prompt=True, tokenize=False, enable_thinking=False
@@ -101,34 +108,38 @@ class Tokenizer:
         self.config = config
         self.positions = positions
 
-    def prompt(self, turns: Sequence[str | int]) -> list[int]:
+    def prompt(self, turns: Sequence[str | int], instructions: str | None = None) -> list[int]:
         """Turns, the user's first -> prompt ids with SPEECH at the positions of speech features.
 
         A spoken turn is its number of segments, another turn is its text. The chat template is
-        that of the released code (Qwen2.5's, with its default system line).
+        that of the released code (Qwen2.5's). instructions: the system message; None is the
+        template's default system line.
         """
-        rendered = self.render(turns)
+        return self.expand(self.encode(self.render(turns, instructions)))
+
+    def continuation(self, turn: str | int, ended: bool) -> list[int]:
+        """The prompt ids that follow an answer in the cache: the user's next turn.
+
+        turn: the number of segments of a spoken turn, or a text. ended: whether the cache holds the
+        answer's end token already; otherwise it comes first.
+        """
+        rendered = self.render([1, ANSWER_MARKER, turn])
+        ids = self.encode(rendered.split(ANSWER_MARKER, 1)[1])
+        return self.expand(ids[1:] if ended else ids)
+
+    def encode(self, rendered: str) -> list[int]:
+        """The token ids of a text that `render` returned, or of a part of one."""
         # The halves of "<speech>" in a text are encoded apart: together they would be the token.
         parts = re.split(r"(?<=<)\0(?=speech>)", rendered)
         encoded = [self.text.encode(part, add_special_tokens=False) for part in parts]
-        return self.expand([token for ids in encoded for token in ids])
+        return [token for ids in encoded for token in ids]
 
-    def continuation(self, segments: int, ended: bool) -> list[int]:
-        """The prompt ids that follow an answer in the cache: a spoken turn of so many segments.
-
-        ended: whether the cache holds the answer's end token already; otherwise it comes first.
-        """
-        rendered = self.render([1, ANSWER_MARKER, segments])
-        after_answer = rendered.split(ANSWER_MARKER, 1)[1]
-        ids = self.text.encode(after_answer, add_special_tokens=False)
-        return self.expand(ids[1:] if ended else ids)
-
-    def render(self, turns: Sequence[str | int]) -> str:
+    def render(self, turns: Sequence[str | int], instructions: str | None = None) -> str:
         """Turns as the chat template spells them, SPEECH_TEXT for a segment of speech.
 
         Raises ValueError naming the tokenizer's directory if the template cannot be used.
         """
-        return render(self.text, turns, self.directory)
+        return render(self.text, turns, self.directory, instructions)
 
     def expand(self, ids: Sequence[int]) -> list[int]:
         """Token ids with each <speech> replaced by one SPEECH id for each position of a segment."""

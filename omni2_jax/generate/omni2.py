@@ -177,8 +177,9 @@ class Omni2:
         overflow: str = "error",
         turns: int | None = None,
         segments: int | None = None,
+        instructions: str | None = None,
     ) -> Session:
-        """A conversation of several turns. overflow: see `Session`.
+        """A conversation of several turns. overflow, instructions: see `Session`.
 
         turns, segments: how many turns the conversation will have at most, and segments of 30 s in
         them, if that is known: then the LLM's cache is made for these, otherwise for the longest
@@ -192,7 +193,9 @@ class Omni2:
             positions = min(positions, needed)
         hear = functools.partial(self.hear, long_turns=options.long_turns)
         engine, request = self.engine(options, positions), self.request(options)
-        return Session(hear, engine, self.tokenizer, request, self.voice(voice), overflow)
+        return Session(
+            hear, engine, self.tokenizer, request, self.voice(voice), overflow, instructions
+        )
 
     def answer(
         self,

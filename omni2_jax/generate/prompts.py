@@ -73,12 +73,13 @@ def split(
 ) -> list[PromptPiece]:
     """Split a prompt into pieces of at most `size` positions, each with at most one segment.
 
-    ids: with SPEECH at each speech position. features: [F, D] of every segment, in order.
+    ids: with SPEECH at each speech position. features: [F, D] of every segment, in order; a prompt
+    without speech has one segment, which is not used.
     """
     prompt = np.asarray(ids, np.int32)
     is_speech, positions = prompt == SPEECH, features[0].shape[0]
     count = np.cumsum(is_speech)  # features used up to each position, inclusive
-    assert count[-1] == positions * len(features), "the tokenizer and the features disagree"
+    assert count[-1] in (0, positions * len(features)), "the tokenizer and the features disagree"
     # The positions where the segments begin, but for the first segment.
     starts = np.searchsorted(count, np.arange(1, len(features)) * positions + 1)
     edges = [0, *starts.tolist(), len(prompt)]

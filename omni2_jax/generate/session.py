@@ -1,17 +1,20 @@
-"""A conversation of several turns: speech in, text and speech out, step by step.
+"""A conversation of several turns: speech or text in, text and speech out, step by step.
 
     session = model.session(voice="jane")
     for reply in session.respond("question.wav"):
         reply.text, reply.units, reply.samples
 
 The LLM's cache is kept from turn to turn, so that a new turn only computes its own positions.
-`interrupt` stops an answer at once; leaving the loop does the same.
+`interrupt` stops an answer at once; leaving the loop does the same. `truncate` makes the session
+forget the end of the last answer, which the user did not hear.
 """
 
-from collections.abc import Callable, Iterator
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from omni2_jax.checkpoint.tokenizer import Tokenizer, parse_units
@@ -30,11 +33,14 @@ class Reply:
     samples: np.ndarray  # float32 [N], 24 kHz
 
 
+Question = list[jax.Array] | str  # speech features [300, D] of every segment of 30 s, or a text
+
+
 @dataclass
 class Turn:
-    """One exchange of the conversation: the user's speech features and the model's text."""
+    """One exchange of the conversation."""
 
-    features: list[jax.Array]  # [300, D] for every segment of 30 s
+    question: Question
     answer: list[int]  # text tokens that were delivered
 
 
@@ -52,17 +58,20 @@ class Session:
         request: Request,
         voice: jax.Array | None,
         overflow: str = "error",
+        instructions: str | None = None,
     ):
         """hear: the function from a sound to its speech features, [300, D] for each 30 s segment.
 
         request: the settings of every turn. voice: x-vector [192]; None without a decoder.
         overflow: if the conversation does not fit the LLM's cache any more, "error" refuses the
         turn, "drop" drops the oldest turns. Raises ValueError for another value.
+        instructions: the system message; None is the chat template's own.
         """
         if overflow not in ("error", "drop"):
             raise ValueError(f"overflow is {overflow!r}, expected 'error' or 'drop'")
         self.hear, self.engine, self.tokenizer = hear, engine, tokenizer
         self.request, self.voice, self.overflow = request, voice, overflow
+        self.instructions = instructions
         self.eos = {int(token) for token in np.asarray(request.text_eos[0]) if token >= 0}
         self.turns: list[Turn] = []
         self.prefix: ReadWriteState | None = None
@@ -79,18 +88,18 @@ class Session:
         self.check_idle()
         yield from self.reply(self.hear(sound))
 
-    def reply(self, features: list[jax.Array]) -> Iterator[Reply]:
-        """Answer a turn whose speech features are given, as `hear` returns them.
+    def reply(self, question: Question) -> Iterator[Reply]:
+        """Answer a turn: its speech features, as `hear` returns them, or its text.
 
         When this method returns, the prompt has been dispatched to the device if a slot is free.
         Iterate over the result, or call `interrupt`. Raises the errors of `respond`.
         """
         self.check_idle()
-        pieces, prefix = self.prompt(features)
+        pieces, prefix = self.prompt(question)
         stream = self.stream = self.engine.submit(
             pieces, self.request, self.voice, prefix, self.length, keep_prefix=True
         )
-        turn = Turn(features, [])
+        turn = Turn(question, [])
         self.turns.append(turn)
         try:
             self.engine.admit()
@@ -125,50 +134,76 @@ class Session:
         self.prefix = stream.prefix
         self.length = stream.num_delivered if stream.prefix is not None else 0
 
-    def prompt(self, features: list[jax.Array]) -> tuple[list[PromptPiece], ReadWriteState | None]:
+    def truncate(self, tokens: int) -> None:
+        """Keep only the first `tokens` text tokens of the last answer.
+
+        The next turn goes on from there. Raises RuntimeError while an answer is being generated.
+        """
+        self.check_idle()
+        if not self.turns:
+            return
+        answer = self.turns[-1].answer
+        removed = len(answer[tokens:])
+        del answer[tokens:]
+        if self.prefix is not None:
+            self.length -= removed
+            length = jnp.array([self.length], jnp.int32)
+            self.prefix = dataclasses.replace(self.prefix, llm_length=length)
+
+    def prompt(self, question: Question) -> tuple[list[PromptPiece], ReadWriteState | None]:
         """The prompt of a new turn, and the prefix that it follows.
 
         If the turn does not fit behind the prefix, the prompt is that of the whole conversation
         (overflow "drop": of the newest turns that fit), and the prefix is None. Raises ValueError
         if that does not fit either.
         """
-        config = self.engine.engine_config
         max_text = int(self.request.max_text[0])
-        limit = config.llm_capacity - max_text
+        limit = self.engine.engine_config.llm_capacity - max_text
         if self.prefix is not None:
-            ids = self.tokenizer.continuation(len(features), self.has_ended(self.turns[-1]))
+            ids = self.tokenizer.continuation(content(question), self.has_ended(self.turns[-1]))
             if self.length + len(ids) <= limit:
-                return split(ids, features, config.prefill_size), self.prefix
+                return self.split(ids, [question]), self.prefix
         num_turns = len(self.turns)
         for first in range(num_turns + 1 if self.overflow == "drop" else 1):
             turns = self.turns[first:]
-            ids = self.dialogue(turns, len(features))
+            ids = self.dialogue(turns, question)
             if len(ids) <= limit:
                 self.turns, self.prefix, self.length = turns, None, 0
-                all_features = [f for turn in turns for f in turn.features] + features
-                return split(ids, all_features, config.prefill_size), None
+                return self.split(ids, [*(turn.question for turn in turns), question]), None
         raise ValueError(
             f"the conversation takes {len(ids)} positions and its answer up to {max_text} more, "
-            f"but the LLM's cache has {config.llm_capacity}; start a new conversation, or use "
-            "overflow='drop' to drop the oldest turns"
+            f"but the LLM's cache has {self.engine.engine_config.llm_capacity}; start a new "
+            "conversation, or use overflow='drop' to drop the oldest turns"
         )
+
+    def split(self, ids: list[int], questions: Sequence[Question]) -> list[PromptPiece]:
+        """The pieces of a prompt that holds these questions."""
+        features = [f for question in questions if not isinstance(question, str) for f in question]
+        if not features:
+            width = self.engine.config.llm.width
+            features = [jnp.zeros((self.tokenizer.positions, width), self.engine.dtype)]
+        return split(ids, features, self.engine.engine_config.prefill_size)
 
     def has_ended(self, turn: Turn) -> bool:
         """Whether an answer has its end token; it has none if it was cut short."""
         return bool(turn.answer) and turn.answer[-1] in self.eos
 
-    def dialogue(self, turns: list[Turn], segments: int) -> list[int]:
-        """The prompt of a conversation: `turns` with their answers, then one of so many segments.
+    def dialogue(self, turns: list[Turn], question: Question) -> list[int]:
+        """The prompt of a conversation: `turns` with their answers, then a question.
 
         Its token ids equal those that the turns put into the cache one after the other.
         """
-        if not turns:
-            return self.tokenizer.prompt([segments])
-        ids = self.tokenizer.prompt([len(turns[0].features)])
-        next_segments = [len(turn.features) for turn in turns[1:]] + [segments]
-        for turn, count in zip(turns, next_segments, strict=True):
-            ids += [*turn.answer, *self.tokenizer.continuation(count, self.has_ended(turn))]
+        first, *later = [*(turn.question for turn in turns), question]
+        ids = self.tokenizer.prompt([content(first)], self.instructions)
+        for turn, following in zip(turns, later, strict=True):
+            ids += turn.answer
+            ids += self.tokenizer.continuation(content(following), self.has_ended(turn))
         return ids
+
+
+def content(question: Question) -> str | int:
+    """A question as the tokenizer takes it: its text, or its number of segments."""
+    return question if isinstance(question, str) else len(question)
 
 
 def replies(stream: ResponseStream, tokenizer: Tokenizer, answer: list[int]) -> Iterator[Reply]:
