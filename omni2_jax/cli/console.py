@@ -15,6 +15,7 @@ console = rich.console.Console(stderr=True)
 # Modules that only some commands need, by the extra of the package that installs them.
 EXTRAS = {
     "convert": ("onnx", "safetensors", "torch", "yaml"),
+    "synthesize": ("inflect", "openai"),
     "train": ("array_record", "grain", "msgpack", "tensorboardX"),
     "evaluate": (
         "faster_whisper",

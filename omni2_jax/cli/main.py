@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from omni2_jax import __version__
-from omni2_jax.cli import chat, console, convert, hidden, info, prepare, train
+from omni2_jax.cli import chat, console, convert, hidden, info, prepare, synthesize, train
 
 SUBCOMMANDS = (
     chat.chat,
@@ -25,6 +25,7 @@ SUBCOMMANDS = (
 app = console.new_app()
 for subcommand in SUBCOMMANDS:
     app.command()(subcommand)
+app.add_typer(synthesize.app, name="synthesize")
 
 
 def show_version(requested: bool) -> None:

@@ -1,0 +1,12 @@
+"""`omni2 synthesize`: makes dialogues and their speech to train on."""
+
+from omni2_jax.cli import console
+from omni2_jax.cli.synthesize_dialogues import dialogues
+
+app = console.new_app()
+app.command()(dialogues)
+
+
+@app.callback()
+def synthesize() -> None:
+    """Make dialogues, and speak them, to train on."""

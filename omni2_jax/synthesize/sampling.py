@@ -1,0 +1,101 @@
+"""Distinct dialogues of a grammar: as many of each split as are wanted."""
+
+import random
+import sys
+from collections.abc import Iterator, Mapping
+
+from omni2_jax.synthesize.grammar import Draft, Grammar
+from omni2_jax.synthesize.records import TextDialogue
+
+MAX_FAILURES = 20_000  # drafts in a row that are of no use, before all dialogues are listed
+MAX_LISTED = 2_000_000  # drafts that are looked at when all are listed
+
+
+class Sampler:
+    """Draws dialogues at random. When hardly any is new, it goes through all that exist.
+
+    left: how many are still wanted of each split. found: how many it has made.
+    """
+
+    def __init__(self, grammar: Grammar, wanted: Mapping[str, int], seed: int):
+        self.grammar, self.wanted, self.seed = grammar, dict(wanted), seed
+        self.left = dict(wanted)
+        self.ids: set[str] = set()
+
+    def __iter__(self) -> Iterator[TextDialogue]:
+        """The dialogues, in a random order that follows from the seed.
+
+        Raises ValueError, after those that there are, if fewer exist than are wanted.
+        """
+        yield from self.drawn()
+        if any(self.left.values()):
+            yield from self.listed()
+
+    def drawn(self) -> Iterator[TextDialogue]:
+        rng, failures = random.Random(self.seed), 0
+        while any(self.left.values()) and failures < MAX_FAILURES:
+            dialogue = self.new(self.grammar.draw(rng))
+            failures = failures + 1 if dialogue is None else 0
+            if dialogue is not None:
+                yield dialogue
+
+    def listed(self) -> Iterator[TextDialogue]:
+        """What `drawn` has left over, from all dialogues in their order."""
+        looked_at = 0
+        lengths = [length for length, weight in enumerate(self.grammar.turns, 1) if weight > 0]
+        for length in lengths:
+            for draft in self.grammar.all_drafts(length):
+                if not any(self.left.values()):
+                    return
+                looked_at += 1
+                if looked_at > MAX_LISTED:
+                    raise ValueError(self.too_few("hardly more than "))
+                dialogue = self.new(draft)
+                if dialogue is not None:
+                    yield dialogue
+        if any(self.left.values()):
+            raise ValueError(self.too_few(""))
+
+    def new(self, draft: Draft | None) -> TextDialogue | None:
+        """The dialogue of a draft, if it is wanted, asks nothing twice and was not made before."""
+        if draft is None or not self.left.get(draft.split()):
+            return None
+        dialogue = draft.dialogue()
+        repeats = len(set(dialogue.questions)) < len(dialogue.questions)
+        if repeats or dialogue.id in self.ids:
+            return None
+        self.ids.add(dialogue.id)
+        self.left[dialogue.split] -= 1
+        return dialogue
+
+    def too_few(self, qualifier: str) -> str:
+        faults = [
+            f"{qualifier}{self.wanted[split] - left} dialogues of the split {split}, "
+            f"{self.wanted[split]} are wanted"
+            for split, left in self.left.items()
+            if left
+        ]
+        return "the grammar has " + "; ".join(faults)
+
+
+def sentences(grammar: Grammar, kind: str, count: int, seed: int) -> Iterator[str]:
+    """`count` distinct sentences of the split "seen".
+
+    kind: "questions", "replies" or "both". Raises ValueError, after those that there are, if the
+    grammar has fewer.
+    """
+    found: dict[str, None] = {}
+    sampler = iter(Sampler(grammar, {"seen": sys.maxsize}, seed))
+    while len(found) < count:
+        try:
+            dialogue = next(sampler)
+        except ValueError:
+            raise ValueError(
+                f"the grammar has {len(found)} distinct {kind}, {count} are wanted"
+            ) from None
+        for turn in dialogue.turns:
+            texts = {"questions": [turn.question], "replies": [turn.reply]}
+            for text in texts.get(kind, [turn.question, turn.reply]):
+                if text and text not in found and len(found) < count:
+                    found[text] = None
+                    yield text

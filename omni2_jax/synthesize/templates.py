@@ -1,0 +1,159 @@
+"""The templates of a grammar: Jinja in its sandbox, with `<...>` around what is filled in.
+
+    What is <a> plus <b>?           numbers are written as words: "What is two plus three?"
+    <animal.name|plural> say moo.   a sentence begins with a capital: "Cows say moo."
+
+Filters beside those of Jinja (upper, first, join, ...):
+
+    words    5 -> "five". A number that is filled in as it is gets this filter by itself
+    ordinal  5 -> "fifth"
+    plural   "mouse" -> "mice"
+    article  "owl" -> "an owl"
+    spelled  "cat" -> "C, A, T"
+"""
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import inflect
+import jinja2
+from jinja2.meta import find_undeclared_variables
+from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
+
+ENGLISH = inflect.engine()
+FAILURES = (
+    jinja2.TemplateError,
+    SecurityError,
+    TypeError,
+    ValueError,
+    ArithmeticError,
+    LookupError,
+)
+
+
+@functools.lru_cache(4096)
+def words(number: int) -> str:
+    """An integer in English words: 42 -> "forty-two"."""
+    return str(ENGLISH.number_to_words(number, andword=""))
+
+
+def ordinal(number: int) -> str:
+    """An integer as an ordinal number in words: 12 -> "twelfth"."""
+    return str(ENGLISH.number_to_words(ENGLISH.ordinal(number), andword=""))
+
+
+def plural(noun: str) -> str:
+    """The plural of an English noun."""
+    return ENGLISH.plural_noun(noun)
+
+
+def article(noun: str) -> str:
+    """An English noun after "a" or "an"."""
+    return ENGLISH.a(noun)
+
+
+def spelled(word: str) -> str:
+    """The letters of a word as one says them: "C, A, T"."""
+    return ", ".join(word.upper())
+
+
+def in_words(value: Any) -> Any:
+    """What is written for a filled-in value: numbers become words."""
+    return words(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+class Environment(ImmutableSandboxedEnvironment):
+    """Jinja's sandbox, in which a power is refused: it may take forever."""
+
+    intercepted_binops = frozenset(["**"])
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        raise SecurityError("** is not allowed")
+
+
+def environment() -> Environment:
+    jinja = Environment(
+        variable_start_string="<",
+        variable_end_string=">",
+        undefined=jinja2.StrictUndefined,
+        autoescape=False,
+        finalize=in_words,
+    )
+    jinja.globals.clear()
+    for function in (words, ordinal, plural, article, spelled):
+        jinja.filters[function.__name__] = function
+    return jinja
+
+
+JINJA = environment()
+
+
+@dataclass(frozen=True)
+class Part:
+    """A template or an expression of a grammar file. place: "FILE:LINE:COLUMN", for messages."""
+
+    source: str
+    place: str
+
+    def fault(self, error: Exception) -> ValueError:
+        """The error to raise for a failure of Jinja or of a computation."""
+        reason = error.message if isinstance(error, jinja2.TemplateError) else error
+        return ValueError(f"{self.place}: {self.source!r}: {reason or type(error).__name__}")
+
+
+class Template(Part):
+    """A text with places to fill in."""
+
+    @functools.cached_property
+    def compiled(self) -> jinja2.Template:
+        return JINJA.from_string(self.source)
+
+    def names(self) -> set[str]:
+        """The names that it uses. Raises ValueError if it is no template."""
+        try:
+            _ = self.compiled
+            return find_undeclared_variables(JINJA.parse(self.source))
+        except jinja2.TemplateError as error:
+            raise self.fault(error) from None
+
+    def fill(self, scope: Mapping[str, Any]) -> str:
+        """The text. Raises ValueError if a value is missing or does not fit."""
+        try:
+            return self.compiled.render(scope).strip()
+        except FAILURES as error:
+            raise self.fault(error) from None
+
+    def sentence(self, scope: Mapping[str, Any]) -> str:
+        """The text, beginning with a capital. Raises ValueError as `fill`."""
+        text = self.fill(scope)
+        return text[:1].upper() + text[1:]
+
+
+class Expression(Part):
+    """A value to compute, in Jinja's notation: "a + b", "'Yes' if a % 2 == 0 else 'No'"."""
+
+    @functools.cached_property
+    def compiled(self) -> Any:
+        return JINJA.compile_expression(self.source, undefined_to_none=False)
+
+    def names(self) -> set[str]:
+        """The names that it uses. Raises ValueError if it is no expression."""
+        try:
+            _ = self.compiled
+            return find_undeclared_variables(
+                JINJA.parse(f"{{% if ({self.source}) %}}{{% endif %}}")
+            )
+        except jinja2.TemplateError as error:
+            raise self.fault(error) from None
+
+    def value(self, scope: Mapping[str, Any]) -> Any:
+        """The computed value. Raises ValueError if it cannot be computed."""
+        try:
+            value = self.compiled(scope)
+        except FAILURES as error:
+            raise self.fault(error) from None
+        if isinstance(value, jinja2.Undefined):
+            raise ValueError(f"{self.place}: {self.source!r}: it has no value")
+        return value
