@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from omni2_jax.train.stages.base import Stage
 
 Metrics = dict[str, jax.Array]
+Sums = dict[str, jax.Array]  # over rows, "loss" and its number of "terms" among them
 
 
 class Objective(Protocol):
@@ -42,8 +43,8 @@ class Objective(Protocol):
         """One step. The metrics are scalars, "loss" among them; all of them must be finite."""
         ...
 
-    def validate(self, params: Params, frozen: Params, batch: dict) -> tuple[jax.Array, jax.Array]:
-        """The loss of the weights `result(state)`: its sum, and the number of its terms."""
+    def validate(self, params: Params, frozen: Params, batch: dict) -> Sums:
+        """What `Stage.report` needs of a batch, for the weights `result(state)`."""
         ...
 
     def result(self, state: Any) -> Params:
@@ -129,15 +130,14 @@ class SingleObjective:
             "rate": jnp.asarray(rate),
         }
 
-    def validate(self, params: Params, frozen: Params, batch: dict) -> tuple[jax.Array, jax.Array]:
+    def validate(self, params: Params, frozen: Params, batch: dict) -> Sums:
         """What a stage draws at random is the same at every validation."""
         model = self.model(params, frozen)
 
-        def loss(microbatch: dict) -> tuple[jax.Array, jax.Array]:
-            return self.stage.loss(model, microbatch, jax.random.key(0))
+        def measure(microbatch: dict) -> Sums:
+            return self.stage.measure(model, microbatch, jax.random.key(0))
 
-        losses, terms = jax.lax.map(loss, batch)
-        return losses.sum(), terms.sum()
+        return jax.tree.map(lambda values: values.sum(0), jax.lax.map(measure, batch))
 
     def result(self, state: State) -> Params:
         return state.params if state.ema is None else state.ema
@@ -163,5 +163,5 @@ def compile_step(objective: Objective, shardings: Any) -> Callable:
 
 
 def compile_validation(objective: Objective) -> Callable:
-    """The jitted validation, (params, frozen, batch) -> (sum of the loss, number of its terms)."""
+    """The jitted validation, (params, frozen, batch) -> sums over the rows of the batch."""
     return jax.jit(objective.validate)

@@ -1,10 +1,11 @@
-"""Validation during a run: the loss of another data set, and answers to its first questions in
+"""Validation during a run: measurements on another data set, and answers to its first questions in
 RUN/samples/STEP/.
 """
 
 from pathlib import Path
 
 import jax
+import numpy as np
 
 from omni2_jax.audio import recordings
 from omni2_jax.checkpoint.tokenizer import Tokenizer
@@ -34,15 +35,20 @@ class Validator:
         self.sampler = Sampler.of(stage, start, tokenizer)
 
     def run(self, params: weights.Params, done: int, reporter: Reporter) -> None:
-        """Report the loss after `done` steps, and the answers to some questions."""
-        total, terms = 0.0, 0
+        """Report the measurements after `done` steps, and the answers to some questions."""
+        sums: dict[str, np.ndarray] = {}
         for batch, _ in self.split.loader.start(0):
-            batch_sum, batch_terms = jax.device_get(self.validate(params, self.frozen, batch))
-            total, terms = total + float(batch_sum), terms + int(batch_terms)
-        loss = total / max(terms, 1)
+            values = jax.device_get(self.validate(params, self.frozen, batch))
+            for name, value in values.items():
+                # In float64: float32 would lose the small terms of a long sum.
+                sums[name] = sums.get(name, 0) + np.asarray(value, np.float64)
+        measured = self.stage.report(sums)
         if reporter.metrics:
-            reporter.metrics.write(done - 1, {"validation_loss": loss})
-        reporter.say(f"step {done}: validation loss {loss:.4f}")
+            reporter.metrics.write(done - 1, measured)
+        values = ", ".join(
+            f"{name.replace('_', ' ')} {value:.4f}" for name, value in measured.items()
+        )
+        reporter.say(f"step {done}: {values}")
         if self.sampler:
             self.sampler.update(weights.merged(params, self.frozen))
             folder = reporter.out / "samples" / str(done)

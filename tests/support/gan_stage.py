@@ -20,7 +20,7 @@ from omni2_jax.train.data.records import Turn
 from omni2_jax.train.examples import PAD, Item, ReplyExamples, Row, full, put
 from omni2_jax.train.settings import Bucket
 from omni2_jax.train.stages.base import Array, Batch, Loss, Stage
-from omni2_jax.train.step import Metrics, optimizer_shardings
+from omni2_jax.train.step import Metrics, Sums, optimizer_shardings
 from omni2_jax.train.weights import Params, Weights
 
 
@@ -147,10 +147,11 @@ class TwoOptimizers:
         new_state = GanState(state.step + 1, generator, critic, opt, critic_opt)
         return new_state, {"loss": loss, "critic_loss": loss_of_critic}
 
-    def validate(self, params: Params, frozen: Params, batch: dict) -> tuple[Array, Array]:
+    def validate(self, params: Params, frozen: Params, batch: dict) -> Sums:
         """How large the generator's rows are: only its own parameters are given."""
         model, rows = self.weights.model(params), batch["units"].shape[1]
-        return jnp.square(model.generate(jax.random.key(0), rows)).sum(), jnp.asarray(rows)
+        size = jnp.square(model.generate(jax.random.key(0), rows)).sum()
+        return {"loss": size, "terms": jnp.asarray(rows)}
 
     def result(self, state: GanState) -> Params:
         return state.generator

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from omni2_jax.checkpoint.tokenizer import Tokenizer
@@ -105,6 +106,15 @@ class Stage(abc.ABC):
     @abc.abstractmethod
     def loss(self, model: Any, batch: Batch, key: Array) -> Loss:
         """The loss of one microbatch. key: for everything that the stage draws at random."""
+
+    def measure(self, model: Any, batch: Batch, key: Array) -> dict[str, Array]:
+        """Sums over the rows of a validation batch, of which `report` makes the measurements."""
+        loss, terms = self.loss(model, batch, key)
+        return {"loss": loss, "terms": terms}
+
+    def report(self, sums: Mapping[str, np.ndarray]) -> dict[str, float]:
+        """The measurements of a validation, by name, from the sums over all of its batches."""
+        return {"validation_loss": float(sums["loss"]) / max(int(sums["terms"]), 1)}
 
     def objective(self, weights: "Weights", steps: int) -> "Objective":
         """What one step does; by default one optimizer minimizes `loss`.
