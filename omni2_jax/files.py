@@ -36,6 +36,8 @@ def atomic_write(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
     try:
         with open(partial, mode, encoding=None if "b" in mode else "utf-8") as file:
             yield file
+            file.flush()
+            os.fsync(file.fileno())  # or the name may reach the disk before the content does
         partial.replace(path)
     except OSError as error:
         # The block may fail for reasons of its own; those errors name another file.

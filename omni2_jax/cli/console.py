@@ -25,6 +25,7 @@ EXTRAS = {
         "speechmos",
         "whisper_normalizer",
     ),
+    "ray": ("ray",),
 }
 
 

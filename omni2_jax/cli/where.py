@@ -1,0 +1,52 @@
+"""Options of commands that run a job (`omni2_jax.jobs`): where its items are processed.
+
+A command takes the three of them as parameters, and passes `Where(workers, ray, shard)` on.
+"""
+
+from typing import Annotated
+
+import typer
+
+from omni2_jax.jobs.where import Shard, parse_shard
+
+
+def shard(text: str) -> Shard:
+    """The shard that an option names. Raises BadParameter for another text."""
+    try:
+        return parse_shard(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+WorkersOption = Annotated[
+    int | None,
+    typer.Option(
+        "--workers",
+        min=1,
+        max=10_000,
+        help="Items that are processed at the same time. [default: it depends on the command; with "
+        "--ray, as many as fit the cluster]",
+        show_default=False,
+    ),
+]
+RayOption = Annotated[
+    str | None,
+    typer.Option(
+        "--ray",
+        metavar="auto|ADDRESS",
+        help="Process the items on a Ray cluster: the one of this machine, or the one at HOST:PORT "
+        "or ray://HOST:PORT.",
+        show_default=False,
+    ),
+]
+ShardOption = Annotated[
+    Shard | None,
+    typer.Option(
+        "--shard",
+        parser=shard,
+        metavar="I/N",
+        help="Process every N-th item only, from the item I = 0 to N - 1 on. When all N shards are "
+        "complete, the same command without --shard merges them.",
+        show_default=False,
+    ),
+]
