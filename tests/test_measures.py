@@ -7,7 +7,7 @@ import pytest
 
 from omni2_jax.audio import recordings
 from omni2_jax.evaluate import estimates, word_errors
-from omni2_jax.evaluate.recognisers import open_recogniser
+from omni2_jax.evaluate.recognisers import RecogniserOptions, open_recogniser
 from tests.support.paths import EXAMPLES
 
 
@@ -54,7 +54,7 @@ def test_word_errors():
 
 @pytest.mark.skipif("OMNI2_WHISPER" not in os.environ, reason="OMNI2_WHISPER names no model")
 def test_whisper_hears():
-    recogniser = open_recogniser(os.environ["OMNI2_WHISPER"], threads=1)
+    recogniser = open_recogniser(os.environ["OMNI2_WHISPER"], RecogniserOptions(threads=1))
     samples = recordings.load(EXAMPLES / "question.wav", 24000)
     heard = recogniser.transcribe(samples, 24000)
     assert word_errors.compare("What is the capital of France?", heard).errors == 0

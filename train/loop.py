@@ -118,8 +118,7 @@ class Run:
             batches = reporter.clock.timed(self.data.loader.start(first))
             for number, (batch, rows) in enumerate(batches, first):
                 reporter.begin_step(number)
-                phase = self.objective.phase(number)
-                state, metrics = self.take_step(state, self.frozen, batch, phase)
+                state, metrics = self.take_step(state, self.frozen, batch)
                 # The previous step is reported while this one is computed.
                 reporter.end_step(pending)
                 pending, done = StepResult(number, metrics, rows), number + 1

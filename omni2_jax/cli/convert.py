@@ -175,14 +175,13 @@ def to_release(checkpoint: Path, out: Path) -> None:
     say(f"wrote {out}: {', '.join(sorted(path.name for path in out.iterdir()))}")
 
 
-def read(sources: Sources, new_parts: bool = True) -> "Release | None":
+def read(sources: Sources) -> "Release | None":
     """What the sources hold together, checked but not read; None without a source.
 
-    new_parts: with the new adapter and gate fusion that training starts from. Raises ValueError
-    naming the file and what is wrong with it.
+    Raises ValueError naming the file and what is wrong with it.
     """
     from omni2_jax.convert import read
-    from omni2_jax.convert.release import combine, merged
+    from omni2_jax.convert.release import combine
 
     releases = []
     if sources.omni2:
@@ -195,9 +194,7 @@ def read(sources: Sources, new_parts: bool = True) -> "Release | None":
         releases.append(read.read_decoder(sources.decoder))
     if sources.speech_tokenizer:
         releases.append(read.read_speech_tokenizer(sources.speech_tokenizer))
-    if not releases:
-        return None
-    return combine(releases) if new_parts else merged(releases)
+    return combine(releases) if releases else None
 
 
 def parse_voice(text: str) -> tuple[str, Path]:

@@ -11,12 +11,11 @@ from typing import Annotated
 import typer
 
 from omni2_jax import __version__
-from omni2_jax.cli import chat, console, convert, hidden, info, new, prepare, synthesize, train
+from omni2_jax.cli import chat, console, convert, evaluate, hidden, info, prepare, synthesize, train
 
 SUBCOMMANDS = (
     chat.chat,
     convert.convert,
-    new.new,
     prepare.prepare,
     train.train,
     hidden.hidden,
@@ -27,6 +26,7 @@ app = console.new_app()
 for subcommand in SUBCOMMANDS:
     app.command()(subcommand)
 app.add_typer(synthesize.app, name="synthesize")
+app.add_typer(evaluate.app, name="evaluate")
 
 
 def show_version(requested: bool) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -73,7 +74,8 @@ def interval(over: np.ndarray, under: np.ndarray, seed: int, method: str) -> tup
     def statistic(over: np.ndarray, under: np.ndarray, axis: int = -1) -> np.ndarray:
         return over.sum(axis) / np.maximum(under.sum(axis), np.finfo(float).tiny)
 
-    with np.errstate(all="ignore"):
+    with np.errstate(all="ignore"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of data for which BCa is not defined
         result = stats.bootstrap(
             (over, under),
             statistic,

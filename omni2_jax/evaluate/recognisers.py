@@ -6,7 +6,6 @@
 The paper uses Whisper-large-v3 (section 4.2).
 """
 
-import hashlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,13 +14,16 @@ import numpy as np
 
 from omni2_jax import hub
 from omni2_jax.audio import recordings
+from omni2_jax.evaluate.items import sha256
 from omni2_jax.files import first_line
 
 WHISPER_FILES = ("model.bin", "config.json", "tokenizer.json", "vocabulary.*", "preprocessor*.json")
 
 
 class Recogniser(Protocol):
-    """Speech to text."""
+    """Speech to text. workers: recordings that it can hear at the same time."""
+
+    workers: int
 
     def transcribe(self, samples: np.ndarray, rate: int) -> str:
         """The text of samples [N] in [-1, 1] at `rate` Hz; empty if nothing is heard.
@@ -51,6 +53,7 @@ class WhisperRecogniser:
     threads: int = 0  # of the CPU; 0 = faster-whisper's choice
     directory: Path = field(init=False)
     model: Any = field(init=False, repr=False)
+    workers: int = field(default=1, init=False)  # it uses all cores itself
 
     def __post_init__(self) -> None:
         from faster_whisper import WhisperModel
@@ -106,18 +109,32 @@ class WhisperRecogniser:
         }
 
 
-def sha256(path: Path) -> str:
-    """The checksum of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+@dataclass(frozen=True)
+class RecogniserOptions:
+    """How a recogniser hears. beam_size, device, compute_type and threads are faster-whisper's;
+    model and key_variable, the environment variable with the key, are an endpoint's.
+    """
+
+    language: str = "en"
+    beam_size: int = 5
+    device: str = "cpu"
+    compute_type: str = "int8"
+    threads: int = 0
+    model: str = "whisper-1"
+    key_variable: str = "OPENAI_API_KEY"
 
 
-def open_recogniser(
-    source: str, language: str = "en", beam_size: int = 5, device: str = "cpu", **settings: Any
-) -> Recogniser:
+def open_recogniser(source: str, options: RecogniserOptions = RecogniserOptions()) -> Recogniser:
     """The recogniser that an option names.
 
-    source: a directory or Hugging Face id of a Whisper model for faster-whisper. settings: those
-    of `WhisperRecogniser`. Raises ValueError if it cannot be opened.
+    source: a directory or Hugging Face id of a Whisper model for faster-whisper. Raises ValueError
+    if it cannot be opened.
     """
-    return WhisperRecogniser(source, language, beam_size, device, **settings)
+    return WhisperRecogniser(
+        source,
+        options.language,
+        options.beam_size,
+        options.device,
+        options.compute_type,
+        options.threads,
+    )

@@ -30,7 +30,7 @@ from omni2_jax.generate.engine import Engine, ResponseStream
 from omni2_jax.generate.engine_config import EngineConfig, longest_answer
 from omni2_jax.generate.options import Options
 from omni2_jax.generate.prompts import Conversation, Sound, load_clips, prompt_ids, split, turns_of
-from omni2_jax.generate.read_write_state import Request
+from omni2_jax.generate.read_write import Request
 from omni2_jax.generate.session import Reply, Session
 from omni2_jax.models.model import for_serving, language_dtype
 
@@ -91,6 +91,8 @@ class Omni2:
         decoder: bool = True,
         mesh: Mesh | None = None,
         unroll: bool | None = None,
+        read: int | None = None,
+        write: int | None = None,
     ) -> "Omni2":
         """Read a checkpoint directory.
 
@@ -100,10 +102,13 @@ class Omni2:
         must make the same calls in the same order; all get the same answers.
         unroll: run the layers one by one instead of in a scan; by default on CPUs only
         (`for_serving`).
+        read, write: R and W of the read/write rule; by default the checkpoint's, with which the
+        speech LM was trained.
         Raises ValueError naming what is missing or damaged.
         """
         directory = remote.as_path(directory)
         config, tokenizer, defaults = describe(directory, decoder)
+        config = config.replace(read=read or config.read, write=write or config.write)
         default = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
         if mesh:
             sharding.check(mesh, config.llm.width, config.llm.hidden)
@@ -226,12 +231,14 @@ class Omni2:
         voice: str | None = None,
         options: Options | None = None,
         slots: int | None = None,
+        positions: int = 0,
     ) -> list[Iterator[Reply]]:
         """The answers to any number of conversations, each step by step, in their order.
 
         slots: how many are answered at the same time (default: all, but DEFAULT_SLOTS at most). A
         conversation is encoded when a slot is free for it. Iterating over one answer also advances
-        the others that have a slot.
+        the others that have a slot. positions: of the longest prompt that will ever be given, if
+        that is known: then the buffers made now will do for all.
 
         Raises ValueError for a conversation that is no conversation or too long, for an unknown
         voice, and for bad audio of the conversations that have a slot at once. Bad audio of a later
@@ -248,7 +255,7 @@ class Omni2:
             for conversation in conversations
         ]
         slots = slots or min(len(prompts), DEFAULT_SLOTS)
-        engine = self.engine(options, max(map(len, prompts)), slots)
+        engine = self.engine(options, max(positions, *map(len, prompts)), slots)
 
         def submit(ids: np.ndarray, conversation: Conversation) -> ResponseStream:
             segments = [

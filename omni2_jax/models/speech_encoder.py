@@ -21,27 +21,19 @@ def gelu(x: Array) -> Array:
 
 
 class Block(nnx.Module):
-    """Self-attention over all frames, then a feed-forward network, each plus its input.
+    """Self-attention over all frames, then a feed-forward network, each plus its input."""
 
-    scale: of the initial values of the matrices whose outputs are added to the input.
-    """
-
-    def __init__(
-        self,
-        config: SpeechEncoderConfig | SpeechTokenizerConfig,
-        rngs: nnx.Rngs,
-        scale: float = 1.0,
-    ):
+    def __init__(self, config: SpeechEncoderConfig | SpeechTokenizerConfig, rngs: nnx.Rngs):
         d, n = config.width, config.heads
         h, f = d // n, config.hidden or 4 * d
         self.attention_norm = LayerNorm(d)
         self.query = Linear(rngs, (d, n, h), ("embed", "heads", "head"))
         self.key = Linear(rngs, (d, n, h), ("embed", "heads", "head"), bias=False)
         self.value = Linear(rngs, (d, n, h), ("embed", "heads", "head"))
-        self.out = Linear(rngs, (n, h, d), ("heads", "head", "embed"), in_dims=2, scale=scale)
+        self.out = Linear(rngs, (n, h, d), ("heads", "head", "embed"), in_dims=2)
         self.mlp_norm = LayerNorm(d)
         self.up = Linear(rngs, (d, f), ("embed", "hidden"))
-        self.down = Linear(rngs, (f, d), ("hidden", "embed"), scale=scale)
+        self.down = Linear(rngs, (f, d), ("hidden", "embed"))
 
     def __call__(self, x: Array) -> Array:
         """[B, T, D] -> [B, T, D]."""
@@ -67,8 +59,7 @@ class SpeechEncoder(nnx.Module):
         self.positions = param(
             rngs, (config.frames, config.width), (None, "embed"), fan_in=config.width
         )
-        scale = (2 * config.layers) ** -0.5
-        self.blocks = stack(config.layers, lambda r: Block(config, r, scale), rngs)
+        self.blocks = stack(config.layers, lambda r: Block(config, r), rngs)
         self.norm = LayerNorm(config.width)
 
     def embed(self, mel: Array) -> Array:

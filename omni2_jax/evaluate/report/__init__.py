@@ -1,0 +1,1 @@
+"""Reports: the paper's tables with measured rows beside the published ones, and plots."""

@@ -1,0 +1,104 @@
+"""The plots of a report, as PNG files. Published points are hollow, measured ones are filled."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")  # no display
+
+import matplotlib.axes
+import matplotlib.pyplot as plt
+
+from omni2_jax.evaluate.estimates import Estimate
+from omni2_jax.evaluate.report.published import COLUMNS
+from omni2_jax.evaluate.report.tables import MEASURED, PUBLISHED, Line, ReportTable
+
+DPI = 120
+PUBLISHED_COLOR, MEASURED_COLOR = "tab:gray", "tab:blue"
+
+
+def draw(table: ReportTable, folder: Path) -> Path | None:
+    """The plot of a table, NAME.png in `folder`; None if there is nothing to draw.
+
+    Table 1 and table 4 have latency as the x axis where it was measured; the other tables, and
+    those without latency, are bars.
+    """
+    against = "latency" in table.columns and any(
+        line.origin == MEASURED and line.number("latency") is not None for line in table.lines
+    )
+    names = [
+        name
+        for name in table.columns
+        if name != "latency"
+        and any(line.origin == MEASURED and name in line.cells for line in table.lines)
+    ]
+    if not names:
+        return None
+    figure, axes = plt.subplots(
+        1, len(names), figsize=(4.5 * len(names), 4.5), squeeze=False, layout="constrained"
+    )
+    for name, ax in zip(names, axes[0], strict=True):
+        (scatter if against else bars)(ax, table.lines, name)
+        ax.set_title(f"{COLUMNS[name].title} ({COLUMNS[name].best} is better)", fontsize=9)
+    figure.suptitle(f"{table.title}\nwhite: {PUBLISHED}, blue: {MEASURED}", fontsize=10)
+    path = folder / f"{table.name}.png"
+    figure.savefig(path, dpi=DPI)
+    plt.close(figure)
+    return path
+
+
+def error(line: Line, name: str) -> list[list[float]] | None:
+    """The 95 % interval of a measured number as matplotlib wants it; None for a published one."""
+    cell = line.cells[name]
+    if not isinstance(cell, Estimate):
+        return None
+    return [[max(0.0, cell.value - cell.low)], [max(0.0, cell.high - cell.value)]]
+
+
+def scatter(ax: matplotlib.axes.Axes, lines: Sequence[Line], name: str) -> None:
+    """A column against latency, one point a line."""
+    for line in lines:
+        x, y = line.number("latency"), line.number(name)
+        if x is None or y is None:
+            continue
+        measured = line.origin == MEASURED
+        color = MEASURED_COLOR if measured else PUBLISHED_COLOR
+        ax.errorbar(
+            x, y, error(line, name), fmt="o", color=color, mfc=color if measured else "white",
+            capsize=2,
+        )  # fmt: skip
+        ax.annotate(line.row or line.label, (x, y), (4, 4), textcoords="offset points", fontsize=7)
+    ax.set_xlabel("time to first audio, ms")
+    ax.set_xscale("log")
+    ax.grid(alpha=0.3)
+
+
+def bars(ax: matplotlib.axes.Axes, lines: Sequence[Line], name: str) -> None:
+    """A column as bars, one for each line that has it."""
+    present = [line for line in lines if line.number(name) is not None]
+    for place, line in enumerate(present):
+        value, measured = line.number(name), line.origin == MEASURED
+        assert value is not None
+        color = MEASURED_COLOR if measured else "white"
+        ax.barh(
+            place, value, color=color, edgecolor=PUBLISHED_COLOR, xerr=error(line, name), capsize=2
+        )
+    ax.set_yticks(range(len(present)), [line.label for line in present], fontsize=7)
+    ax.invert_yaxis()
+    ax.grid(axis="x", alpha=0.3)
+
+
+def draw_groups(title: str, groups: Sequence[tuple[str, Estimate]], unit: str, path: Path) -> Path:
+    """Bars of one metric for each value of a metadata key."""
+    figure, ax = plt.subplots(figsize=(6, 1.2 + 0.3 * len(groups)), layout="constrained")
+    for place, (_, value) in enumerate(groups):
+        spread = [[max(0.0, value.value - value.low)], [max(0.0, value.high - value.value)]]
+        ax.barh(place, value.value, color=MEASURED_COLOR, xerr=spread, capsize=2)
+    ax.set_yticks(range(len(groups)), [f"{name} ({value.count})" for name, value in groups])
+    ax.invert_yaxis()
+    ax.set_xlabel(unit)
+    ax.set_title(title, fontsize=9)
+    figure.savefig(path, dpi=DPI)
+    plt.close(figure)
+    return path

@@ -1,0 +1,126 @@
+"""Writing a report: report.md and its plots, from directories of `omni2 evaluate`."""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from omni2_jax.evaluate import results as result_files
+from omni2_jax.evaluate.report import plots
+from omni2_jax.evaluate.report.published import COLUMNS, published
+from omni2_jax.evaluate.report.tables import markdown_table, paper_tables, shown
+from omni2_jax.evaluate.results import Results, Summary, as_text
+from omni2_jax.evaluate.tasks import task_class
+from omni2_jax.files import atomic_write
+
+MAIN = {column.metric for column in COLUMNS.values()}  # metrics that are shown by group
+LEGEND = (
+    "Measured numbers are **value** [95 % interval] (count). Rows marked *published* are copied "
+    "from the paper and were measured there, on other machines; rows marked *measured here* are "
+    "this report's."
+)
+
+
+def read_results(folders: Sequence[Path]) -> list[Results]:
+    """All results in or below the folders, in the order of their paths.
+
+    Raises ValueError for a folder without any.
+    """
+    found: dict[Path, Results] = {}
+    for folder in folders:
+        paths = sorted(folder.rglob(result_files.FILE)) if folder.is_dir() else []
+        if not paths:
+            raise ValueError(f"{folder} holds no {result_files.FILE} of `omni2 evaluate`")
+        for path in paths:
+            found.setdefault(path.resolve(), Results.load(path))
+    return list(found.values())
+
+
+def write_report(folders: Sequence[Path], out: Path) -> Path:
+    """Write OUT/report.md and its plots -> its path. Raises ValueError for folders without results.
+
+    An earlier report in OUT is replaced.
+    """
+    results = read_results(folders)
+    out.mkdir(parents=True, exist_ok=True)
+    parts = ["# Evaluation", LEGEND]
+    for table in paper_tables(results):
+        parts.append(table.markdown())
+        picture = plots.draw(table, out)
+        if picture:
+            parts.append(f"![{table.title}]({picture.name})")
+    parts += ["## Everything measured", everything(results)]
+    parts += group_sections(results, out)
+    parts += ["## How it was measured", *map(provenance, results)]
+    parts.append(f"Source of the published numbers: {published().source}")
+    path = out / "report.md"
+    with atomic_write(path) as file:
+        file.write("\n\n".join(part.strip() for part in parts) + "\n")
+    return path
+
+
+def everything(results: Sequence[Results]) -> str:
+    """Every metric of every task, one row each."""
+    rows = []
+    for found in results:
+        for task, one in found.tasks.items():
+            metrics = task_class(task).metrics
+            for name, estimate in one.metrics.items():
+                metric = metrics[name]
+                title = f"{metric.title} ({metric.unit})" if metric.unit else metric.title
+                numbers = shown(estimate, metric.digits)
+                rows.append([found.label, found.dataset, task, title, numbers])
+    return markdown_table(["system", "data set", "task", "measure", "value"], rows)
+
+
+def group_sections(results: Sequence[Results], out: Path) -> list[str]:
+    """The main metrics of each task for each value of the items' metadata."""
+    parts: list[str] = []
+    for found in results:
+        for task, one in found.tasks.items():
+            names = [name for name in task_class(task).metrics if name in one.metrics]
+            for key, values in one.groups.items():
+                parts += group_section(
+                    found, task, key, values, [n for n in names if n in MAIN], out
+                )
+    return ["## By group", *parts] if parts else []
+
+
+def group_section(
+    found: Results,
+    task: str,
+    key: str,
+    values: Mapping[str, Summary],
+    names: Sequence[str],
+    out: Path,
+) -> list[str]:
+    """The metrics `names` of a task by a metadata key: a table, and a plot of the last of them."""
+    rows = {value: summary for value, summary in values.items() if set(names) <= set(summary)}
+    if len(rows) < 2 or not names:
+        return []
+    metrics = task_class(task).metrics
+    title = f"{found.label} on {found.dataset}, {task} by {key}"
+    cells = [
+        [value, *(shown(summary[name], metrics[name].digits) for name in names)]
+        for value, summary in rows.items()
+    ]
+    last = metrics[names[-1]]
+    file = re.sub(r"[^\w.-]+", "-", f"{found.label}-{found.dataset}-{task}-{key}") + ".png"
+    bars = [(value, summary[names[-1]]) for value, summary in rows.items()]
+    plots.draw_groups(title, bars, f"{last.title} {last.unit}", out / file)
+    table = markdown_table([key, *(metrics[name].title for name in names)], cells)
+    return [f"### {title}", table, f"![{title}]({file})"]
+
+
+def provenance(found: Results) -> str:
+    """What is needed to repeat one evaluation."""
+    recogniser = as_text(found.recogniser) if found.recogniser else "none"
+    lines = [
+        f"### {found.label} on {found.dataset}",
+        f"- system: {as_text(found.system)}",
+        f"- items: {as_text(found.data)}",
+        f"- recogniser: {recogniser}",
+        f"- command: `{' '.join(found.command)}`",
+        f"- machine: {as_text(found.environment)}",
+        *(f"- note: {note}" for note in found.notes),
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,146 @@
+"""A checkpoint of this software: many questions at a time, or one at a time with a clock."""
+
+import dataclasses
+import hashlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from omni2_jax import jobs
+from omni2_jax.audio import recordings
+from omni2_jax.cli.chat_timing import Timing, timed_replies
+from omni2_jax.evaluate.items import Item
+from omni2_jax.evaluate.systems import SystemOptions
+from omni2_jax.evaluate.systems.base import SpokenAnswer
+
+
+class CheckpointSystem:
+    """A checkpoint with a decoder."""
+
+    def __init__(self, directory: Path, options: SystemOptions):
+        self.directory, self.options = directory, options
+        self.workers = 1 if options.timed else options.batch
+        self.positions = 0  # of the LLM, in the longest prompt
+
+    def describe(self) -> dict[str, Any]:
+        import jax
+
+        from omni2_jax.config import Omni2Config
+
+        config = Omni2Config.load(self.directory / "config.json")
+        device = jax.devices()[0]
+        return {
+            "kind": "checkpoint",
+            "name": self.directory.name,
+            "checksum": checksum(self.directory),
+            "read": self.options.read or config.read,
+            "write": self.options.write or config.write,
+            "mix": config.mix,
+            "voice": self.options.voice,
+            "options": dataclasses.asdict(self.options.options),
+            "timed": self.options.timed,
+            "device": f"{device.platform} ({device.device_kind})",
+        }
+
+    def check(self, items: Sequence[Item]) -> None:
+        """Raise ValueError for bad audio and for conversations that are too long."""
+        from omni2_jax.generate.omni2 import describe
+        from omni2_jax.generate.prompts import load_clips, prompt_ids
+
+        config, tokenizer, _ = describe(self.directory, decoder=True)
+        long_turns = self.options.options.long_turns
+        for item in items:
+            try:
+                for sound in item.turns[::2]:
+                    load_clips(sound, long_turns)
+                ids = prompt_ids(tokenizer, item.turns, long_turns, config.max_prompt)
+            except ValueError as error:
+                raise ValueError(f"{item.context}: {error}") from None
+            self.positions = max(self.positions, len(ids))
+
+    def open(self) -> Callable[[Item], SpokenAnswer]:
+        from omni2_jax.generate.omni2 import Omni2
+
+        model = Omni2.load(self.directory, read=self.options.read, write=self.options.write)
+        answer = Timed(model, self.options) if self.options.timed else self.batched(model)
+
+        def answered(item: Item) -> SpokenAnswer:
+            try:
+                return answer(item)
+            except (ValueError, RuntimeError) as error:
+                raise jobs.Refused("no answer", f"{item.context}: {error}") from None
+
+        return answered
+
+    def batched(self, model: Any) -> Callable[[Item], SpokenAnswer]:
+        """Answers without times. Threads share an engine, which has a slot for each of them."""
+        from omni2_jax.generate.omni2 import join
+
+        # Made before the threads would make one each.
+        model.engine(self.options.options, self.positions, self.workers)
+
+        def answer(item: Item) -> SpokenAnswer:
+            (replies,) = model.streams(
+                [item.turns],
+                self.options.voice,
+                self.options.options,
+                slots=self.workers,
+                positions=self.positions,
+            )
+            whole = join(replies, spoken=True)
+            return SpokenAnswer(whole.text.strip(), whole.waveform)
+
+        return answer
+
+
+class Timed:
+    """Answers with times. The first question is also answered before, which compiles everything."""
+
+    def __init__(self, model: Any, options: SystemOptions):
+        self.model, self.options = model, options
+        self.is_warm = False
+
+    def __call__(self, item: Item) -> SpokenAnswer:
+        if not self.is_warm:
+            self.answer(item)
+            self.is_warm = True
+        return self.answer(item)
+
+    def answer(self, item: Item) -> SpokenAnswer:
+        from omni2_jax.generate.omni2 import join
+
+        timing = Timing()
+        first = item.turns[0]
+        if len(item.turns) == 1 and isinstance(first, Path):
+            session = self.model.session(self.options.voice, self.options.options, turns=1)
+            replies = timed_replies(session, first, timing)
+        else:  # the times of hearing and of the prompt are not separated
+            replies = self.model.stream(item.turns, self.options.voice, self.options.options)
+        parts = []
+        for reply in replies:
+            parts.append(reply)
+            timing.end_step(len(reply.samples) / recordings.OUTPUT_RATE)
+        whole = join(iter(parts), spoken=True)
+        return SpokenAnswer(whole.text.strip(), whole.waveform, seconds=seconds(timing))
+
+
+def seconds(timing: Timing) -> dict[str, float]:
+    """The times of an answer, in seconds, by name."""
+    times = {"total": timing.steps[-1], **timing.stages}
+    times["first_step"] = timing.steps[0] - sum(timing.stages.values())
+    if len(timing.steps) > 1:
+        times["later_steps"] = (timing.steps[-1] - timing.steps[0]) / (len(timing.steps) - 1)
+    if timing.first_audio is not None:
+        times["first_audio"] = timing.first_audio
+    return times
+
+
+def checksum(directory: Path) -> str:
+    """A checksum of all files of a checkpoint: names, sizes and contents."""
+    digest = hashlib.sha256()
+    for path in sorted(path for path in directory.rglob("*") if path.is_file()):
+        digest.update(str(path.relative_to(directory)).encode())
+        with path.open("rb") as file:
+            while block := file.read(2**24):
+                digest.update(block)
+    return digest.hexdigest()
