@@ -10,6 +10,8 @@ Filters beside those of Jinja (upper, first, join, ...):
     plural   "mouse" -> "mice"
     article  "owl" -> "an owl"
     spelled  "cat" -> "C, A, T"
+
+There is one function, range: <range(3, 6)|map("words")|join(", ")> is "three, four, five".
 """
 
 import functools
@@ -73,21 +75,23 @@ class Environment(ImmutableSandboxedEnvironment):
         raise SecurityError("** is not allowed")
 
 
-def environment() -> Environment:
+def environment(start: str, end: str) -> Environment:
+    """Jinja as the grammar files use it, with these marks around what is filled in."""
     jinja = Environment(
-        variable_start_string="<",
-        variable_end_string=">",
+        variable_start_string=start,
+        variable_end_string=end,
         undefined=jinja2.StrictUndefined,
         autoescape=False,
         finalize=in_words,
     )
-    jinja.globals.clear()
+    jinja.globals = {"range": jinja.globals["range"]}  # at most 100,000 numbers
     for function in (words, ordinal, plural, article, spelled):
         jinja.filters[function.__name__] = function
     return jinja
 
 
-JINJA = environment()
+TEMPLATES = environment("<", ">")
+EXPRESSIONS = environment("{{", "}}")  # in an expression, < and > compare
 
 
 @dataclass(frozen=True)
@@ -108,13 +112,13 @@ class Template(Part):
 
     @functools.cached_property
     def compiled(self) -> jinja2.Template:
-        return JINJA.from_string(self.source)
+        return TEMPLATES.from_string(self.source)
 
     def names(self) -> set[str]:
         """The names that it uses. Raises ValueError if it is no template."""
         try:
             _ = self.compiled
-            return find_undeclared_variables(JINJA.parse(self.source))
+            return find_undeclared_variables(TEMPLATES.parse(self.source))
         except jinja2.TemplateError as error:
             raise self.fault(error) from None
 
@@ -136,14 +140,14 @@ class Expression(Part):
 
     @functools.cached_property
     def compiled(self) -> Any:
-        return JINJA.compile_expression(self.source, undefined_to_none=False)
+        return EXPRESSIONS.compile_expression(self.source, undefined_to_none=False)
 
     def names(self) -> set[str]:
         """The names that it uses. Raises ValueError if it is no expression."""
         try:
             _ = self.compiled
             return find_undeclared_variables(
-                JINJA.parse(f"{{% if ({self.source}) %}}{{% endif %}}")
+                EXPRESSIONS.parse(f"{{% if ({self.source}) %}}{{% endif %}}")
             )
         except jinja2.TemplateError as error:
             raise self.fault(error) from None
