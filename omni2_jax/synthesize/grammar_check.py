@@ -5,7 +5,7 @@ from collections.abc import Collection
 
 from omni2_jax.synthesize.grammar import Draft, Grammar, Rule
 
-SAMPLES = 20  # random turns after which a follow-up is tried
+SAMPLES = 10  # random turns after which a follow-up is tried
 
 
 def check_grammar(grammar: Grammar) -> None:
@@ -48,11 +48,11 @@ def check_names(rule: Rule, before: Collection[str]) -> None:
     known = {*before, *rule.slots}
     expressions = [] if rule.where is None else [(None, rule.where)]
     for name, expression in [*expressions, *rule.let.items()]:
-        check_known(expression.names() - known, known, expression.place)
+        check_known(expression.names - known, known, expression.place)
         known |= {name} if name else set()
     templates = [*rule.questions, *rule.replies, *rule.answers]
     for template in [*templates, *([rule.key] if rule.key else [])]:
-        check_known(template.names() - known, known, template.place)
+        check_known(template.names - known, known, template.place)
 
 
 def check_known(unknown: set[str], known: Collection[str], place: str) -> None:

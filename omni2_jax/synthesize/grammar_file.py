@@ -20,7 +20,7 @@
           - What is <a> plus <b>?
           - What do you get if you add <a> and <b>?
         replies: <a> plus <b> is <c>.
-        answers: <c>
+        answers: is <c>
         follow_ups: [minus]
       capital:
         slots: {place: places}
@@ -41,7 +41,7 @@ let         names that are computed, one after the other
 questions   the phrasings: one or several templates. A share of them (held_out.phrasings) is only
             for the evaluation
 replies     one or several templates; of several, the question's text decides which one it is
-answers     what a right reply contains; without it, the whole reply
+answers     what a right reply contains, as whole words; without it, the whole reply
 key         the values that are held out together: a share (held_out.values) of all different keys
             is only for the evaluation. Without it, no values of this topic are held out
 follow_ups  the names of follow-ups that may come next. A follow-up keeps the names of the turn

@@ -4,14 +4,14 @@ A .jsonl file with one dialogue a line:
 
     {"id": "add-5f1c02a9be", "split": "seen", "topic": "add", "turns": [
       {"question": "What is seven plus two?", "reply": "Seven plus two is nine.",
-       "answers": ["nine"], "topic": "add"},
+       "answers": ["is nine"], "topic": "add"},
       {"question": "And minus four?", "reply": "Nine minus four is five.",
-       "answers": ["five"], "topic": "minus"}]}
+       "answers": ["is five"], "topic": "minus"}]}
 
 id       unique in the file; it may be the name of a file
 split    for training: "seen". For evaluation: "unseen_phrasing", "unseen_values", "unseen_both"
 question what the user says. An empty one stands for a recording without speech
-answers  what a right reply contains: one of these texts. It may be empty: then nothing is known
+answers  what a right reply contains, as whole words: one of these texts. None: nothing is known
 topic    of a dialogue: that of its first turn
 """
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from omni2_jax.synthesize.grammar import Draft, Grammar
 from omni2_jax.synthesize.records import TextDialogue
 
-MAX_FAILURES = 20_000  # drafts in a row that are of no use, before all dialogues are listed
+MAX_FAILURES = 5_000  # drafts in a row that are of no use, before all dialogues are listed
 MAX_LISTED = 2_000_000  # drafts that are looked at when all are listed
 
 

@@ -21,8 +21,9 @@ from typing import Any
 
 import inflect
 import jinja2
+from jinja2.exceptions import SecurityError
 from jinja2.meta import find_undeclared_variables
-from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 ENGLISH = inflect.engine()
 FAILURES = (
@@ -38,12 +39,12 @@ FAILURES = (
 @functools.lru_cache(4096)
 def words(number: int) -> str:
     """An integer in English words: 42 -> "forty-two"."""
-    return str(ENGLISH.number_to_words(number, andword=""))
+    return str(ENGLISH.number_to_words(str(number), andword=""))
 
 
 def ordinal(number: int) -> str:
     """An integer as an ordinal number in words: 12 -> "twelfth"."""
-    return str(ENGLISH.number_to_words(ENGLISH.ordinal(number), andword=""))
+    return str(ENGLISH.number_to_words(ENGLISH.ordinal(str(number)), andword=""))
 
 
 def plural(noun: str) -> str:
@@ -114,6 +115,7 @@ class Template(Part):
     def compiled(self) -> jinja2.Template:
         return TEMPLATES.from_string(self.source)
 
+    @functools.cached_property
     def names(self) -> set[str]:
         """The names that it uses. Raises ValueError if it is no template."""
         try:
@@ -142,6 +144,7 @@ class Expression(Part):
     def compiled(self) -> Any:
         return EXPRESSIONS.compile_expression(self.source, undefined_to_none=False)
 
+    @functools.cached_property
     def names(self) -> set[str]:
         """The names that it uses. Raises ValueError if it is no expression."""
         try:
