@@ -18,9 +18,9 @@ from omni2_jax.cli.main import main
 from omni2_jax.config import Omni2Config
 from omni2_jax.convert import read, write
 from omni2_jax.models import speech_tokenizer
-from omni2_jax.train.data import prepare, sources
+from omni2_jax.train.data import prepare
 from omni2_jax.train.data.dataset import Dataset
-from omni2_jax.train.data.sources import SourceError
+from omni2_jax.train.data.sources import SourceError, json_files
 from tests.support.networks import TINY_TOKENIZER as TINY
 from tests.support.networks import TOKENIZER_CLIPS as CLIPS
 from tests.support.networks import draw_tokenizer
@@ -274,13 +274,13 @@ def test_a_json_array_is_read_a_piece_at_a_time(tmp_path, monkeypatch):
             encoding="utf-8",
         )
         for chunk in (1, 7, 1000, 10**6):
-            monkeypatch.setattr(sources, "BLOCK", chunk)
-            read = list(sources.json_array(tmp_path / "x.json"))
+            monkeypatch.setattr(json_files, "BLOCK", chunk)
+            read = list(json_files.json_array(tmp_path / "x.json"))
             assert [item for item, _ in read[:-2]] == items[:-2]
             done = [share for _, share in read]
             assert done == sorted(done) and done[-1] == 1
     (tmp_path / "x.json").write_text(" [ ] ")
-    assert list(sources.json_array(tmp_path / "x.json")) == []
+    assert list(json_files.json_array(tmp_path / "x.json")) == []
 
 
 # ---- what cannot be used ----
@@ -341,7 +341,7 @@ DAMAGED = {
     ),
     "no turns": ({"conversation": turns_but(0)}, "there is no list 'turns'"),
     "a turn of another type": ({"turns": ["hi", "ho"]}, "turn 0 is 'hi', expected an object"),
-    "no object": ([], "there is no list 'turns'"),
+    "no object": ([], "it is [], expected an object"),
 }
 
 
@@ -408,7 +408,7 @@ def test_strict(name, folder):
 def test_values_beyond_the_limits_of_python(folder, monkeypatch):
     """Nesting and digits that Python refuses; elements and lines around them are read."""
     good = json.dumps({"id": "good", "turns": turns_but(0)})
-    monkeypatch.setattr(sources, "MAX_DIALOGUE", 2**15)
+    monkeypatch.setattr(json_files, "MAX_DIALOGUE", 2**15)
     bad = ["[" * 5000 + '"]"' + "]" * 5000, f'{{"id": {"9" * 5000}}}', f'"{"x" * 2**15}"']
     (folder / "data.jsonl").write_text("\n".join([good, *bad, good]))
     code, printed = run("--source", folder, "--out", folder / "out")
@@ -417,8 +417,8 @@ def test_values_beyond_the_limits_of_python(folder, monkeypatch):
     array = f"[{good}, {bad[0]}, {bad[1]}, {good}]".replace("turns", "conversation")
     (folder / "x.json").write_text(array.replace("role", "from").replace("audio", "speech"))
     for block in (100, 2**20):
-        monkeypatch.setattr(sources, "BLOCK", block)
-        items = [item for item, _ in sources.json_array(folder / "x.json")]
+        monkeypatch.setattr(json_files, "BLOCK", block)
+        items = [item for item, _ in json_files.json_array(folder / "x.json")]
         assert [type(item) for item in items] == [dict, SourceError, SourceError, dict]
     (folder / "x.json").write_text("[" + "[" * 5000)
     assert_refused(folder, "--source", folder / "x.json", says="x.json is no JSON, or is cut short")
@@ -521,7 +521,7 @@ def test_other_bad_input(tmp_path, tokenizer):
         EXAMPLES,
         "--format",
         "csv",
-        says="format 'csv'; expected one of questions, jsonl, recordings, instructs2s",
+        says="format 'csv'; expected one of questions, jsonl, recordings, instructs2s, vocalnet",
     )
     no_tokenizer = (
         f"{tmp_path}/other has no speech tokenizer (no speech_tokenizer.json); add one with "

@@ -6,12 +6,14 @@ memory.
 """
 
 import contextlib
+import io
 import math
 import os
 import stat
 import sys
 import wave
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
@@ -44,8 +46,25 @@ MP3 = "is an MP3, whose damage would not be noticed: convert it to wav, flac or 
 # ---- reading ----
 
 
+@dataclass(frozen=True)
+class SoundBytes:
+    """A sound file in memory. name: stands for its path in messages."""
+
+    content: bytes
+    name: str
+
+    def __str__(self) -> str:
+        return self.name
+
+
+Source = str | Path | SoundBytes  # a path, or the file's content
+
+
 def load(
-    path: str | Path, rate: int = INPUT_RATE, seconds: float = MAX_SECONDS, over: str = "refuse"
+    path: Source,
+    rate: int = INPUT_RATE,
+    seconds: float = MAX_SECONDS,
+    over: str = "refuse",
 ) -> np.ndarray:
     """Read a wav, flac or ogg file of any rate and channel count: float32 [N] at `rate` Hz.
 
@@ -80,12 +99,10 @@ def load_turn(
 
 
 @contextlib.contextmanager
-def open_audio(path: str | Path) -> Iterator[soundfile.SoundFile]:
+def open_audio(path: Source) -> Iterator[soundfile.SoundFile]:
     """An open sound file. Raises ValueError naming it, also for what fails in the block."""
-    check_regular(path)
     try:
-        with open(path, "rb", buffering=0) as file:
-            size = os.fstat(file.fileno()).st_size
+        with open_binary(path) as (file, size):
             if not size:
                 raise ValueError(f"{path} {NO_AUDIO}: it is empty")
             head = file.read(12)
@@ -98,7 +115,8 @@ def open_audio(path: str | Path) -> Iterator[soundfile.SoundFile]:
                 raise ValueError(f"{path} {MP3}")
             file.seek(0)
             # By the file's number libsndfile reads it itself; threads need not wait for Python.
-            with soundfile.SoundFile(file.fileno(), closefd=False) as sound:
+            source = file if isinstance(file, io.BytesIO) else file.fileno()
+            with soundfile.SoundFile(source, closefd=False) as sound:
                 if sound.format == "MP3" or sound.subtype.startswith("MPEG"):
                     raise ValueError(f"{path} {MP3}")
                 yield sound
@@ -107,6 +125,17 @@ def open_audio(path: str | Path) -> Iterator[soundfile.SoundFile]:
     except soundfile.SoundFileError as error:
         reason = " ".join(str(getattr(error, "error_string", error)).split())
         raise ValueError(f"{path} {NO_AUDIO}: {reason}") from None
+
+
+@contextlib.contextmanager
+def open_binary(path: Source) -> Iterator[tuple[io.BytesIO | io.FileIO, int]]:
+    """An open file of bytes, and its size. Raises ValueError unless it is a regular file."""
+    if isinstance(path, SoundBytes):
+        yield io.BytesIO(path.content), len(path.content)
+        return
+    check_regular(path)
+    with open(path, "rb", buffering=0) as file:
+        yield file, os.fstat(file.fileno()).st_size
 
 
 def check_regular(path: str | Path) -> None:
@@ -138,7 +167,7 @@ def is_mp3(file, head: bytes) -> bool:
     return len(head) > 1 and head[0] == 0xFF and head[1] & 0xE0 == 0xE0 and head[1] & 0x06 != 0
 
 
-def check_header(file: soundfile.SoundFile, path: str | Path, seconds: float | None) -> None:
+def check_header(file: soundfile.SoundFile, path: Source, seconds: float | None) -> None:
     """Raise ValueError if a file's rate or length is not allowed. seconds: None allows any."""
     if not MIN_RATE <= file.samplerate <= MAX_RATE:
         raise ValueError(
@@ -157,7 +186,7 @@ def check_header(file: soundfile.SoundFile, path: str | Path, seconds: float | N
         )
 
 
-def decode(file: soundfile.SoundFile, path: str | Path, rate: int, frames: int) -> np.ndarray:
+def decode(file: soundfile.SoundFile, path: Source, rate: int, frames: int) -> np.ndarray:
     """At most the first `frames` samples of every channel: averaged, float32 [N] at `rate` Hz.
 
     Raises ValueError naming `path` if a sample is not finite or beyond MAX_MAGNITUDE.
@@ -188,7 +217,7 @@ def decode(file: soundfile.SoundFile, path: str | Path, rate: int, frames: int) 
     return np.concatenate(blocks)
 
 
-def check(samples: np.ndarray, name: str | Path) -> np.ndarray:
+def check(samples: np.ndarray, name: Source) -> np.ndarray:
     """The samples [N] themselves.
 
     Raises ValueError, beginning with `name`, if there are none, if they have another number of
@@ -208,7 +237,7 @@ def extremes(samples: np.ndarray) -> tuple[int, float]:
     return int(np.count_nonzero(~np.isfinite(samples))), 0.0
 
 
-def check_values(total: int, bad: int, peak: float, name: str | Path) -> None:
+def check_values(total: int, bad: int, peak: float, name: Source) -> None:
     """Raise ValueError for no samples, for `bad` ones of `total`, and for too large a `peak`."""
     if not total:
         raise ValueError(f"{name} is empty: it holds no samples")
@@ -339,7 +368,7 @@ def fit(
     return [samples[start : start + window] for start in range(0, len(samples), window)]
 
 
-def too_long(name: str | Path, seconds: float, limit: float) -> ValueError:
+def too_long(name: Source, seconds: float, limit: float) -> ValueError:
     """The error for a recording of `seconds` where at most `limit` are allowed."""
     return ValueError(
         f"{name} is {seconds:.2f} s long; at most {limit:g} s fit: truncate it, or split it"

@@ -16,7 +16,7 @@ console = rich.console.Console(stderr=True)
 EXTRAS = {
     "convert": ("onnx", "safetensors", "torch", "yaml"),
     "synthesize": ("inflect", "openai"),
-    "train": ("array_record", "grain", "msgpack", "tensorboardX"),
+    "train": ("array_record", "grain", "msgpack", "pyarrow", "tensorboardX"),
     "evaluate": (
         "faster_whisper",
         "jiwer",

@@ -13,7 +13,8 @@ def prepare(
         Path,
         typer.Option(
             help="A questions.json, a .jsonl, a folder with data.jsonl, InstructS2S-200K's JSON, "
-            "or a folder of a voice's recordings with metadata.jsonl: lines of {audio, text}."
+            "VocalNet's JSON, SLAM-Omni's .jsonl, parquet files with recordings inside, or a "
+            "folder of a voice's recordings with metadata.jsonl: lines of {audio, text}."
         ),
     ],
     out: Annotated[
@@ -22,7 +23,8 @@ def prepare(
     format: Annotated[
         str | None,
         typer.Option(
-            help="questions, jsonl, recordings or instructs2s. [default: inferred from the file]"
+            help="questions, jsonl, recordings, instructs2s, vocalnet, slam or parquet. [default: "
+            "inferred from the file]"
         ),
     ] = None,
     speech_tokenizer: Annotated[

@@ -31,7 +31,7 @@ from omni2_jax.models.speech_tokenizer import load as load_speech_tokenizer
 from omni2_jax.train.data import sources
 from omni2_jax.train.data.dataset import Info
 from omni2_jax.train.data.records import RATES, Dialogue, encode_clip
-from omni2_jax.train.data.sources import Entry, SourceError
+from omni2_jax.train.data.sources import Entry, Sound, SourceError
 from omni2_jax.train.data.writer import SHARD_BYTES, Writer
 
 # Seconds that a batch of recordings is padded to; over 30 s to 60, 120, 240 and so on.
@@ -159,16 +159,16 @@ def prepared(entry: Entry, tokenize: bool, max_seconds: float) -> Prepared | Sou
         if source.dialogue.is_recording:
             check_rate(source.sounds[0])
         clips, turns, untokenized = [], [], {}
-        turns_and_paths = zip(source.dialogue.turns, source.sounds, strict=True)
-        for index, (turn, path) in enumerate(turns_and_paths):
+        turns_and_sounds = zip(source.dialogue.turns, source.sounds, strict=True)
+        for index, (turn, sound) in enumerate(turns_and_sounds):
             clip, count = None, 0
-            if path is not None:
-                samples = load(path, RATES[turn.role], index, max_seconds)
+            if sound is not None:
+                samples = load(sound, RATES[turn.role], index, max_seconds)
                 if source.dialogue.is_recording and np.max(np.abs(samples)) < SILENCE:
-                    raise SourceError("silence", f"{path} holds no sound")
+                    raise SourceError("silence", f"{sound} holds no sound")
                 clip, count = encode_clip(samples, RATES[turn.role]), len(samples)
                 if tokenize and turn.role == "assistant" and turn.units is None:
-                    untokenized[index] = load(path, recordings.INPUT_RATE, index, max_seconds)
+                    untokenized[index] = load(sound, recordings.INPUT_RATE, index, max_seconds)
             clips.append(clip)
             turns.append(dataclasses.replace(turn, samples=count))
         dialogue = dataclasses.replace(source.dialogue, turns=tuple(turns))
@@ -177,38 +177,38 @@ def prepared(entry: Entry, tokenize: bool, max_seconds: float) -> Prepared | Sou
         return error
 
 
-def check_rate(path: Path | None) -> None:
+def check_rate(sound: Sound | None) -> None:
     """Raise SourceError for a recording of a voice that is missing, or of a rate below 16 kHz.
 
     The mel spectra reach up to 8 kHz: a decoder must not learn that there is nothing above 4 kHz.
     """
-    if path is None:
+    if sound is None:
         raise SourceError("no audio", "there is no 'audio'")
-    if not os.path.exists(path):
-        raise SourceError("audio missing", f"{path} does not exist")
+    if isinstance(sound, Path) and not os.path.exists(sound):
+        raise SourceError("audio missing", f"{sound} does not exist")
     try:
-        with recordings.open_audio(path) as file:
+        with recordings.open_audio(sound) as file:
             rate = file.samplerate
     except ValueError as error:
         raise SourceError("audio unreadable", str(error)) from None
     if rate < recordings.INPUT_RATE:
-        message = f"{path} has a rate of {rate} Hz, expected at least {recordings.INPUT_RATE} Hz"
+        message = f"{sound} has a rate of {rate} Hz, expected at least {recordings.INPUT_RATE} Hz"
         raise SourceError("rate too low", message)
 
 
-def load(path: Path, rate: int, turn: int, max_seconds: float) -> np.ndarray:
+def load(sound: Sound, rate: int, turn: int, max_seconds: float) -> np.ndarray:
     """The recording [N] of a turn, at `rate` Hz.
 
     Raises SourceError if it is missing, unreadable, or not between 10 ms and `max_seconds` long.
     """
-    if not os.path.exists(path):
-        raise SourceError("audio missing", f"turn {turn}: {path} does not exist")
+    if isinstance(sound, Path) and not os.path.exists(sound):
+        raise SourceError("audio missing", f"turn {turn}: {sound} does not exist")
     try:
-        samples = recordings.load(path, rate, max_seconds)
+        samples = recordings.load(sound, rate, max_seconds)
     except ValueError as error:
         raise SourceError("audio unreadable", f"turn {turn}: {error}") from None
     if len(samples) * 100 < rate:
-        message = f"turn {turn}: {path} has {len(samples)} samples at {rate} Hz, less than 10 ms"
+        message = f"turn {turn}: {sound} has {len(samples)} samples at {rate} Hz, less than 10 ms"
         raise SourceError("audio too short", message)
     return samples
 
