@@ -5,13 +5,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections import Counter
 
 import pytest
 
 from omni2_jax.jobs import Item, Job, Result, Shard, Where
 from omni2_jax.jobs.where import parse_shard
-from tests.support.jobs import items, job, write
+from tests.support.jobs import calls, items, job, write
 from tests.support.paths import ROOT
 
 COUNT = 60
@@ -19,10 +18,6 @@ COUNT = 60
 
 def run(out, count=COUNT, where=None, changes=None, **settings):
     return job(out, **settings).run(items(count, **changes or {}), where or Where(), count)
-
-
-def calls(out) -> Counter:
-    return Counter((out / "calls").read_text().split())
 
 
 @pytest.fixture(scope="module")

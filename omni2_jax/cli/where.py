@@ -34,8 +34,8 @@ RayOption = Annotated[
     typer.Option(
         "--ray",
         metavar="auto|ADDRESS",
-        help="Process the items on a Ray cluster: the one of this machine, or the one at HOST:PORT "
-        "or ray://HOST:PORT.",
+        help="Process the items on the Ray cluster that this machine is part of; auto finds it, "
+        "HOST:PORT names it.",
         show_default=False,
     ),
 ]

@@ -40,6 +40,10 @@ class Bar(contextlib.AbstractContextManager):
     ) -> None:
         self.progress.stop()
 
+    def begin(self) -> None:
+        """Let the rate count from now: the workers are ready."""
+        self.began = time.monotonic()
+
     def update(self, done: int, refused: int, share: float | None) -> None:
         """Add finished items, some of which were refused. share: see `Item`."""
         self.done += done

@@ -33,7 +33,7 @@ class Job:
 
     workers: items that are processed at the same time, unless the user says otherwise. kind: what
     processes them on one machine; threads call one function at the same time. cpus, gpus: what Ray
-    reserves for each worker.
+    reserves for each worker; one of them is more than 0.
     """
 
     name: str
@@ -88,8 +88,8 @@ class Job:
             return  # and load no model
         refused = sum(place.reason is not None for place in journal.places.values())
         with (
-            self.pool(where) as pool,
             Bar(self.name, journal.shard, total, len(journal.places), refused) as bar,
+            self.pool(where) as pool,
         ):
             loop.run(itertools.chain([first], tasks), pool, journal, bar)
 

@@ -57,6 +57,7 @@ def run(tasks: Iterator[Task], pool: Pool, journal: Journal, bar: Bar) -> None:
     """Process all tasks. See `Job.run` for what happens when the function raises."""
     running: dict[Future[Result | Refused], Task] = {}
     failures: list[tuple[float, BaseException]] = []
+    bar.begin()
     with stop_signals() as stopping, ThreadPoolExecutor(FILE_WRITERS) as writers:
         while True:
             while not (failures or stopping.is_set()) and len(running) < 2 * pool.size:

@@ -5,20 +5,25 @@ results come back to this process.
 """
 
 import contextlib
+import io
 import logging
 import queue
+import socket
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, cast
 
 import ray
 from ray.exceptions import RayError, RayTaskError
 
+from omni2_jax.cli.console import say
 from omni2_jax.files import first_line
 from omni2_jax.jobs.pools import Make, Pool, Refused, Result, Work, call, stopped
 
 MAX_DEATHS = 5  # of workers with the same payload: perhaps it is what kills them
+CONNECT_SECONDS = 10
+WAIT_SECONDS = 0.5  # between two looks at whether the job has ended
 
 
 @contextlib.contextmanager
@@ -29,26 +34,52 @@ def ray_pool(
 
     Raises ValueError if there is no cluster at `address`.
     """
+    connect(address)
     try:
-        ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
-    except (OSError, RuntimeError, ValueError) as error:
-        raise ValueError(f"no Ray cluster at {address!r}: {first_line(error)}") from None
-    try:
-        size = workers or fitting(cpus, gpus)
+        size = fitting(cpus, gpus)
+        if not size:
+            say(f"no node of the Ray cluster has {cpus:g} CPUs and {gpus:g} GPUs: waiting for one")
+        size = workers or max(1, size)
         actors = Actors(make, size, cpus, gpus)
-        with stopped(ThreadPoolExecutor(size)) as executor, contextlib.closing(actors):
+        with (
+            contextlib.redirect_stdout(cast(Any, Notes())),
+            stopped(ThreadPoolExecutor(size)) as executor,
+            contextlib.closing(actors),
+        ):
             yield Pool(lambda payload: executor.submit(actors.call, payload), size)
     finally:
         ray.shutdown()
 
 
+def connect(address: str) -> None:
+    """Connect to a cluster. Raises ValueError if there is none."""
+    host, _, port = address.rpartition(":")
+    try:
+        if port.isdecimal() and "/" not in host:
+            # Ray itself tries for two minutes, and then ends the process.
+            socket.create_connection((host, int(port)), CONNECT_SECONDS).close()
+        ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
+    except (OSError, OverflowError, RuntimeError, ValueError) as error:
+        raise ValueError(f"no Ray cluster at {address!r}: {first_line(error)}") from None
+
+
 def fitting(cpus: float, gpus: float) -> int:
-    """How many workers the cluster holds now, at least 1."""
-    resources = ray.cluster_resources()
-    counts = [
-        int(resources.get(name, 0) // need) for name, need in (("CPU", cpus), ("GPU", gpus)) if need
-    ]
-    return max(1, min(counts, default=1))
+    """How many workers the nodes of the cluster hold."""
+    needs = [(name, need) for name, need in (("CPU", cpus), ("GPU", gpus)) if need]
+    return sum(
+        min(int(node["Resources"].get(name, 0) // need) for name, need in needs)
+        for node in ray.nodes()
+        if node["Alive"]
+    )
+
+
+class Notes(io.TextIOBase):
+    """A stdout for Ray, which prints pages there when a node dies: the first line is a note."""
+
+    def write(self, text: str) -> int:
+        if text.strip():
+            say(text.strip().splitlines()[0])
+        return len(text)
 
 
 class Worker:
@@ -64,31 +95,35 @@ class Worker:
 
 
 class Actors:
-    """Actors that are idle, and a thread for each one that is being started."""
+    """Actors that are idle, and threads that wait for those that are being started."""
 
     def __init__(self, make: Make, size: int, cpus: float, gpus: float):
         self.make = ray.put(make)
         self.actor_class = ray.remote(num_cpus=cpus, num_gpus=gpus)(Worker)
         # In place of an actor, an exception for whoever asks for one.
         self.idle: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self.closed = threading.Event()
+        self.starters = ThreadPoolExecutor(size)
         for _ in range(size):
-            self.start()
+            self.starters.submit(self.start)
 
     def start(self) -> None:
-        """Start an actor, which becomes idle when Ray has found a place for it."""
-        threading.Thread(target=self.begin, daemon=True).start()
-
-    def begin(self) -> None:
-        """Start actors until one is ready."""
-        while True:
+        """Start an actor, and another one if it dies, until one is ready."""
+        while not self.closed.is_set():
             actor = self.actor_class.remote()
+            begun = actor.begin.remote(self.make)
+            # Ray does not survive a shutdown while a thread waits in `ray.get`.
+            while not self.closed.is_set() and not ray.wait([begun], timeout=WAIT_SECONDS)[0]:
+                pass
+            if self.closed.is_set():
+                return
             try:
-                ray.get(actor.begin.remote(self.make))
+                ray.get(begun)
                 return self.idle.put(actor)
             except RayTaskError as error:
                 return self.idle.put(error.cause)
             except RayError:
-                continue
+                pass
 
     def call(self, payload: Any) -> Result | Refused:
         """The result of a payload from the next actor that is idle.
@@ -108,12 +143,14 @@ class Actors:
                 raise error.cause from None
             except RayError as error:
                 death = first_line(error)
-                self.start()
+                self.starters.submit(self.start)
                 continue
             self.idle.put(actor)
             return result
         raise RuntimeError(f"{MAX_DEATHS} Ray workers died of the same item: {death}")
 
     def close(self) -> None:
-        """Let nobody wait for an actor any longer."""
+        """Start no more actors, and let nobody wait for one."""
+        self.closed.set()
+        self.starters.shutdown(cancel_futures=True)
         self.idle.put(RuntimeError("the Ray workers were stopped"))

@@ -8,6 +8,7 @@ import json
 import os
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +17,15 @@ from omni2_jax.jobs import Item, Job, Refused, Result, Where
 
 
 class Reverser:
-    """Reverses payloads. A name in `calls` is one call, by the item it was for."""
+    """Reverses payloads. A line of `calls` is one call: the item, and the process."""
 
     def __init__(self, calls: Path, delay: float = 0):
         self.calls, self.delay = calls, delay
 
     def __call__(self, payload: dict[str, Any]) -> Result:
-        time.sleep(self.delay)
         with open(self.calls, "a") as file:
-            file.write(f"{payload['id']}\n")
+            file.write(f"{payload['id']} {os.getpid()}\n")
+        time.sleep(self.delay)
         if payload.get("error"):
             raise OSError(payload["error"])
         if payload.get("death"):
@@ -48,6 +49,17 @@ def job(out: Path, delay: float = 0, **changes: Any) -> Job:
     make = functools.partial(Reverser, out / "calls", delay)
     return Job(**{"name": "words", "directory": out / "job", "settings": {"seed": 1}, "make": make,
                   "workers": 4} | changes)  # fmt: skip
+
+
+def calls(out: Path) -> Counter[str]:
+    """How often each item was processed."""
+    return Counter(line.split()[0] for line in (out / "calls").read_text().splitlines())
+
+
+def processes(out: Path) -> set[str]:
+    """The processes that called the function."""
+    path = out / "calls"
+    return {line.split()[1] for line in path.read_text().splitlines()} if path.exists() else set()
 
 
 def write(results, path: Path) -> None:
