@@ -43,7 +43,7 @@ from omni2_jax.devices import MEMORY_GIB
 from omni2_jax.generate.engine import Programs
 from omni2_jax.generate.engine_config import EngineConfig
 from omni2_jax.generate.options import Options
-from omni2_jax.generate.read_write import Request
+from omni2_jax.generate.read_write_state import Request
 from omni2_jax.models.model import abstract_state
 from omni2_jax.train import flops, overrides, step
 from omni2_jax.train.settings import TrainConfig

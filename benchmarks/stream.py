@@ -28,7 +28,7 @@ from omni2_jax.cli.console import run_function
 from omni2_jax.config import UNITS_PER_SECOND, Omni2Config
 from omni2_jax.generate import read_write, streaming_step
 from omni2_jax.generate.engine_config import EngineConfig
-from omni2_jax.generate.read_write import ReadWriteOutput
+from omni2_jax.generate.read_write_state import ReadWriteOutput
 from omni2_jax.generate.streaming_step import DecodeState
 
 POINTS = (5, 20, 50, 100)  # steps whose times are reported

@@ -13,7 +13,7 @@ from omni2_jax.config import Omni2Config
 from omni2_jax.generate.engine import Engine, PromptPiece, ResponseStream
 from omni2_jax.generate.engine_config import EngineConfig
 from omni2_jax.generate.options import Options
-from omni2_jax.generate.read_write import Request
+from omni2_jax.generate.read_write_state import Request
 from omni2_jax.models.model import SPEECH
 
 SPARE_STEPS = 8  # steps for which there is room behind the longest answer

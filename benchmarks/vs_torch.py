@@ -28,7 +28,7 @@ from omni2_jax.cli.console import run_function
 from omni2_jax.config import Omni2Config, SpeechEncoderConfig
 from omni2_jax.convert.families import qwen2
 from omni2_jax.generate import read_write
-from omni2_jax.generate.read_write import READING, ReadWriteState
+from omni2_jax.generate.read_write_state import READING, ReadWriteState
 from omni2_jax.models.model import language_dtype
 
 

@@ -42,6 +42,14 @@ class Release:
 def combine(releases: Sequence[Release]) -> Release:
     """Several releases as one, with the new parts that training starts from (`with_new_parts`).
 
+    Raises the errors of `merged`.
+    """
+    return with_new_parts(merged(releases))
+
+
+def merged(releases: Sequence[Release]) -> Release:
+    """Several releases as one.
+
     Raises ConversionError if two of them bring the same part, ValueError if they do not fit.
     """
     whole = Release(EMPTY_CONFIG)
@@ -65,7 +73,7 @@ def combine(releases: Sequence[Release]) -> Release:
             whole.speech_tokenizer or release.speech_tokenizer,
         )
     whole.config.check()
-    return with_new_parts(whole)
+    return whole
 
 
 def lack_of_language(release: Release) -> tuple[bool, bool]:

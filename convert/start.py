@@ -1,8 +1,11 @@
-"""New parameters that training starts from: an adapter, a gate fusion, and rows of the speech LM.
+"""New parameters that training starts from: an adapter, a gate fusion, rows of the speech LM, and
+whole parts of any dimensions.
 
 V vocabulary, D width.
 """
 
+import functools
+import zlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,6 +18,7 @@ from omni2_jax.checkpoint.parameters import flatten
 from omni2_jax.config import PARTS, Omni2Config
 from omni2_jax.models.adapter import Adapter
 from omni2_jax.models.fusion import GateFusion
+from omni2_jax.models.model import ConstantKey
 
 SEED = 0
 BLOCK = 4096  # rows that are held in memory beside a table
@@ -64,6 +68,38 @@ def initialised(part: str, build: Callable[[nnx.Rngs], nnx.Module]) -> dict:
         return LazyArray(shape.shape, np.dtype(shape.dtype), read)
 
     return jax.tree_util.tree_map_with_path(leaf, jax.eval_shape(params))
+
+
+def fresh(part: str, build: Callable[[Any], nnx.Module], seed: int) -> dict:
+    """Lazy parameters of a whole part, as its modules say where training starts (`layers.param`).
+
+    build: the part, from random keys. Only shapes are taken from it: NumPy draws each parameter
+    when it is read, from a generator of its own, as JAX would first compile a program for each
+    shape, minutes for the flow. A parameter depends on `seed` and its name alone.
+    """
+    state = nnx.state(nnx.eval_shape(lambda: build(ConstantKey(jax.random.key(0)))))
+
+    def leaf(path: tuple, variable: nnx.Variable) -> nnx.Variable:
+        shape, metadata = variable.get_value().shape, variable.get_metadata()
+        name = f"{part}.{jax.tree_util.keystr(path, simple=True, separator='.')}"
+        read = functools.partial(values, name, shape, metadata, seed)
+        return variable.replace(LazyArray(shape, np.dtype(np.float32), read))
+
+    return nnx.to_pure_dict(
+        jax.tree_util.tree_map_with_path(
+            leaf, state, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable)
+        )
+    )
+
+
+def values(name: str, shape: tuple[int, ...], metadata: dict, seed: int) -> np.ndarray:
+    """The initial values of the parameter called `name`: constants, or normally distributed."""
+    if "initial" in metadata:
+        return np.broadcast_to(np.asarray(metadata["initial"], np.float32), shape).copy()
+    random = np.random.default_rng((seed, zlib.crc32(name.encode())))
+    array = random.standard_normal(shape, np.float32)
+    array *= metadata["deviation"]
+    return array
 
 
 def extended(table: LazyArray, kept: int, vocabulary: int) -> LazyArray:

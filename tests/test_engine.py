@@ -16,7 +16,7 @@ from omni2_jax.generate.engine import (
     ResponseStream,
     failure,
 )
-from omni2_jax.generate.read_write import FAILED, FLUSHING, IDLE, READING
+from omni2_jax.generate.read_write_state import FAILED, FLUSHING, IDLE, READING
 from omni2_jax.generate.streaming_step import StepOutput
 from omni2_jax.models.model import abstract_model
 from tests.support.conversations import CASES, Said, broken, pieces, request_of, submit

@@ -14,7 +14,7 @@ from flax import nnx
 from omni2_jax.convert import read
 from omni2_jax.generate import read_write
 from omni2_jax.generate.options import Options
-from omni2_jax.generate.read_write import IDLE, ReadWriteState, Request
+from omni2_jax.generate.read_write_state import IDLE, ReadWriteState, Request
 from omni2_jax.models.layers import scan
 from omni2_jax.models.model import SPEECH, abstract_model
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 from omni2_jax.generate.options import LIMITS, OPTIONAL, Options
-from omni2_jax.generate.read_write import Request
+from omni2_jax.generate.read_write_state import Request
 from omni2_jax.models.vocoder.hift_streaming import StreamingHift
 from tests.support.conversations import GREEDY
 

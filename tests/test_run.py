@@ -287,9 +287,12 @@ def test_average_of_the_weights(low_rank, checkpoint_dir):
 def traced_only(objective: step.Objective, shardings) -> Callable:
     """A step that is traced but not compiled: it returns the state unchanged, and zeros."""
 
-    def take_step(*inputs):
-        _, metrics = jax.eval_shape(objective.step, *inputs)
-        return inputs[0], jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), metrics)
+    def take_step(state, frozen, batch, phase):
+        def step(*inputs):
+            return objective.step(*inputs, phase)
+
+        _, metrics = jax.eval_shape(step, state, frozen, batch)
+        return state, jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), metrics)
 
     return take_step
 

@@ -10,7 +10,7 @@ from flax import nnx
 
 from omni2_jax.generate import streaming_step
 from omni2_jax.generate.engine_config import EngineConfig
-from omni2_jax.generate.read_write import IDLE, READING, ReadWriteOutput
+from omni2_jax.generate.read_write_state import IDLE, READING, ReadWriteOutput
 from omni2_jax.generate.streaming_step import (
     DecodeState,
     StepOutput,

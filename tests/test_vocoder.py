@@ -18,7 +18,7 @@ from tests.support.conversations import GREEDY, SHORT, Said, submit
 
 @dataclass(frozen=True)
 class EnergyConfig(HiftConfig):
-    """It passes for a HiftConfig here; a real one is added to the union in config.py."""
+    """It passes for a HiftConfig here; a real one is added to the union in config/model.py."""
 
     kind: Literal["energy"] = "energy"
     overlap: int = 0

@@ -118,7 +118,8 @@ class Run:
             batches = reporter.clock.timed(self.data.loader.start(first))
             for number, (batch, rows) in enumerate(batches, first):
                 reporter.begin_step(number)
-                state, metrics = self.take_step(state, self.frozen, batch)
+                phase = self.objective.phase(number)
+                state, metrics = self.take_step(state, self.frozen, batch, phase)
                 # The previous step is reported while this one is computed.
                 reporter.end_step(pending)
                 pending, done = StepResult(number, metrics, rows), number + 1

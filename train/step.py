@@ -39,7 +39,11 @@ class Objective(Protocol):
         """The sharding of every array of the state."""
         ...
 
-    def step(self, state: Any, frozen: Params, batch: dict) -> tuple[Any, Metrics]:
+    def phase(self, number: int) -> str:
+        """The phase of step `number`: each has a program of its own, compiled when it begins."""
+        return ""
+
+    def step(self, state: Any, frozen: Params, batch: dict, phase: str = "") -> tuple[Any, Metrics]:
         """One step. The metrics are scalars, "loss" among them; all of them must be finite."""
         ...
 
@@ -63,7 +67,7 @@ class State:
     ema: Params | None
 
 
-class SingleObjective:
+class SingleObjective(Objective):
     """One loss, one set of parameters, AdamW, microbatches, and an average of the weights."""
 
     def __init__(self, stage: "Stage", weights: Weights, steps: int):
@@ -88,13 +92,17 @@ class SingleObjective:
         cast = {path: leaf.astype(self.stage.compute_dtype) for path, leaf in params.items()}
         return self.weights.model(cast, frozen)
 
+    def phase(self, number: int) -> str:
+        return self.stage.phase(number)
+
     def gradients(
-        self, params: Params, frozen: Params, batch: dict, key: jax.Array
+        self, params: Params, frozen: Params, batch: dict, key: jax.Array, phase: str = ""
     ) -> tuple[jax.Array, jax.Array, Params]:
         """The loss of a batch, its number of terms, and the gradients, all summed."""
+        stage_loss = self.stage.loss_in(phase)
 
         def loss(params: Params, microbatch: dict, key: jax.Array):
-            return self.stage.loss(self.model(params, frozen), microbatch, key)
+            return stage_loss(self.model(params, frozen), microbatch, key)
 
         def add(carry, xs):
             (total, terms), grads = jax.value_and_grad(loss, has_aux=True)(params, *xs)
@@ -115,9 +123,11 @@ class SingleObjective:
             )
         return State(state.step + 1, params, opt, average), optax.tree.norm(grads)
 
-    def step(self, state: State, frozen: Params, batch: dict) -> tuple[State, Metrics]:
+    def step(
+        self, state: State, frozen: Params, batch: dict, phase: str = ""
+    ) -> tuple[State, Metrics]:
         key = jax.random.fold_in(jax.random.key(self.train.seed), state.step)
-        loss, terms, grads = self.gradients(state.params, frozen, batch, key)
+        loss, terms, grads = self.gradients(state.params, frozen, batch, key, phase)
         count = jnp.maximum(
             terms, 1
         )  # the mean is that of the batch, for any number of microbatches
@@ -158,8 +168,13 @@ def optimizer_shardings(
 
 
 def compile_step(objective: Objective, shardings: Any) -> Callable:
-    """The jitted step: (state, frozen, batch) -> (state, metrics). The state stays where it is."""
-    return jax.jit(objective.step, donate_argnums=0, out_shardings=(shardings, None))
+    """The jitted step: (state, frozen, batch, phase) -> (state, metrics).
+
+    The state stays where it is. The phase is static.
+    """
+    return jax.jit(
+        objective.step, static_argnums=3, donate_argnums=0, out_shardings=(shardings, None)
+    )
 
 
 def compile_validation(objective: Objective) -> Callable:

@@ -1,5 +1,6 @@
 """Tokenizers of a checkpoint: turns -> prompt ids, answer ids -> text, units <-> text."""
 
+import itertools
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -104,7 +105,10 @@ class Tokenizer:
         self.directory = directory / "tokenizer"
         self.text = load(self.directory)
         check_chat_template(self.text, self.directory)
-        self.speech = load(directory / "tts_tokenizer") if config.speech_lm else None
+        # A model from `omni2 new` has no file for it: units follow <sep> in the order of the text
+        # tokenizer's ids, as in all releases, so that 6561 of them need not be listed.
+        folder = directory / "tts_tokenizer"
+        self.speech = load(folder) if config.speech_lm and folder.exists() else None
         self.config = config
         self.positions = positions
 
@@ -154,8 +158,16 @@ class Tokenizer:
 
     def unit_text(self, speech: Sequence[int]) -> str:
         """Speech-LM tokens as the string of the released answers, "<12><6560>..."."""
-        assert self.speech is not None, "the configuration has no speech LM"
-        return self.speech.decode(list(speech), skip_special_tokens=True)
+        if self.speech is not None:
+            return self.speech.decode(list(speech), skip_special_tokens=True)
+        first = self.config.tokens.sep + 1
+        runs = itertools.groupby(speech, lambda token: token >= first)
+        return "".join(
+            "".join(f"<{token - first}>" for token in run)
+            if are_units
+            else self.text.decode(list(run), skip_special_tokens=True)
+            for are_units, run in runs
+        )
 
 
 def parse_units(text: str, units: int) -> list[int]:

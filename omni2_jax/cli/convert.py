@@ -175,13 +175,14 @@ def to_release(checkpoint: Path, out: Path) -> None:
     say(f"wrote {out}: {', '.join(sorted(path.name for path in out.iterdir()))}")
 
 
-def read(sources: Sources) -> "Release | None":
+def read(sources: Sources, new_parts: bool = True) -> "Release | None":
     """What the sources hold together, checked but not read; None without a source.
 
-    Raises ValueError naming the file and what is wrong with it.
+    new_parts: with the new adapter and gate fusion that training starts from. Raises ValueError
+    naming the file and what is wrong with it.
     """
     from omni2_jax.convert import read
-    from omni2_jax.convert.release import combine
+    from omni2_jax.convert.release import combine, merged
 
     releases = []
     if sources.omni2:
@@ -194,7 +195,9 @@ def read(sources: Sources) -> "Release | None":
         releases.append(read.read_decoder(sources.decoder))
     if sources.speech_tokenizer:
         releases.append(read.read_speech_tokenizer(sources.speech_tokenizer))
-    return combine(releases) if releases else None
+    if not releases:
+        return None
+    return combine(releases) if new_parts else merged(releases)
 
 
 def parse_voice(text: str) -> tuple[str, Path]:

@@ -11,11 +11,23 @@ from typing import Annotated
 import typer
 
 from omni2_jax import __version__
-from omni2_jax.cli import chat, console, convert, evaluate, hidden, info, prepare, synthesize, train
+from omni2_jax.cli import (
+    chat,
+    console,
+    convert,
+    evaluate,
+    hidden,
+    info,
+    new,
+    prepare,
+    synthesize,
+    train,
+)
 
 SUBCOMMANDS = (
     chat.chat,
     convert.convert,
+    new.new,
     prepare.prepare,
     train.train,
     hidden.hidden,

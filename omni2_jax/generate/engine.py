@@ -21,7 +21,7 @@ from omni2_jax.config import Omni2Config
 from omni2_jax.generate import streaming_step
 from omni2_jax.generate.engine_config import EngineConfig
 from omni2_jax.generate.options import Options
-from omni2_jax.generate.read_write import FAILED, IDLE, ReadWriteState, Request
+from omni2_jax.generate.read_write_state import FAILED, IDLE, ReadWriteState, Request
 from omni2_jax.generate.streaming_step import DecodeState, StepOutput
 from omni2_jax.models.model import language_dtype
 

@@ -30,7 +30,7 @@ from omni2_jax.generate.engine import Engine, ResponseStream
 from omni2_jax.generate.engine_config import EngineConfig, longest_answer
 from omni2_jax.generate.options import Options
 from omni2_jax.generate.prompts import Conversation, Sound, load_clips, prompt_ids, split, turns_of
-from omni2_jax.generate.read_write import Request
+from omni2_jax.generate.read_write_state import Request
 from omni2_jax.generate.session import Reply, Session
 from omni2_jax.models.model import for_serving, language_dtype
 

@@ -9,165 +9,25 @@ D LLM width, V vocabulary of the LLM, U units.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
-from omni2_jax.config import Omni2Config
-from omni2_jax.generate.options import Options
+from omni2_jax.generate.read_write_state import (
+    FAILED,
+    FLUSHING,
+    IDLE,
+    READING,
+    ReadWriteOutput,
+    ReadWriteState,
+    Request,
+)
 from omni2_jax.generate.sampling import Sampling, penalize, sample
-from omni2_jax.models.kv_cache import KVCache
 from omni2_jax.models.model import Model
 from omni2_jax.sharding import constrain
 
 Array = jax.Array
-
-# Phases of a slot. FAILED: logits were not finite. No step changes such a slot, as if it were idle.
-IDLE, READING, FLUSHING, FAILED = range(4)
-MAX_EOS = 8  # end-of-text tokens that a request may name
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Request:
-    """The settings of a turn. Every array has one row for each slot."""
-
-    text: Sampling
-    unit: Sampling
-    text_eos: Array  # [B, MAX_EOS] end-of-text tokens, padded with -1
-    max_text: Array  # [B] text tokens at most
-    max_flush: Array  # [B] speech tokens at most after the end of the text
-    key: Array  # [B] PRNG keys
-
-    @classmethod
-    def of(
-        cls,
-        config: Omni2Config,
-        options: Options,
-        defaults: Mapping[str, float | None] | None = None,
-        text_eos: Sequence[int] | None = None,
-        batch: int = 1,
-    ) -> "Request":
-        """The same request for `batch` slots; slot i has the seed's key, folded with i.
-
-        defaults: the settings of generation_config.json, used where `options` leaves them open.
-        text_eos: the tokens that end the text; None = those of the config.
-        Raises ValueError for more than MAX_EOS of them.
-        """
-        text_eos = config.tokens.text_eos if text_eos is None else text_eos
-        if len(text_eos) > MAX_EOS:
-            raise ValueError(
-                f"{len(text_eos)} end-of-text tokens given, at most {MAX_EOS} are supported"
-            )
-        text = {}
-        for name in ("top_p", "top_k", "repetition_penalty"):
-            for value in (getattr(options, name), (defaults or {}).get(name)):
-                if value is not None:
-                    text.setdefault(name, value)
-        padded = (*text_eos, *[-1] * (MAX_EOS - len(text_eos)))
-        return cls(
-            text=Sampling.of(batch, options.temperature, **text),
-            unit=Sampling.of(batch, options.unit_temperature, top_k=options.unit_top_k),
-            text_eos=jnp.tile(jnp.array(padded, jnp.int32), (batch, 1)),
-            max_text=jnp.full(batch, options.max_new_tokens, jnp.int32),
-            max_flush=jnp.full(batch, options.max_flush_units, jnp.int32),
-            key=jax.vmap(jax.random.fold_in, (None, 0))(
-                jax.random.key(options.seed), jnp.arange(batch)
-            ),
-        )
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class ReadWriteState:
-    """The state of the two language models between two steps. Its buffers are donated to a step.
-
-    With batch size 1 it is a *prefix*: the state of one conversation outside of the engine's slots.
-    """
-
-    phase: Array  # [B] IDLE, READING, FLUSHING or FAILED
-    llm: KVCache
-    llm_length: Array  # [B] positions written to the LLM's cache
-    hidden: Array  # [B, D] the LLM's last hidden state: the next text token is sampled from it
-    generated_mask: Array  # [B, V] text tokens of this turn, for the repetition penalty
-    text_count: Array  # [B] text tokens of this turn
-    speech: KVCache
-    speech_length: Array  # [B] positions written to the speech LM's cache
-    last_speech_token: Array  # [B] the last one, which is not in the cache yet; -1 = none
-    flush_count: Array  # [B] speech tokens since the end of the text
-    request: Request
-
-    @classmethod
-    def empty(
-        cls,
-        config: Omni2Config,
-        slots: int,
-        llm_capacity: int,
-        speech_capacity: int,
-        dtype: jnp.dtype | type = jnp.float32,
-    ) -> "ReadWriteState":
-        """`slots` idle slots. The capacities are positions of the two KV caches, in `dtype`."""
-
-        def zeros() -> Array:  # a buffer for each field: a buffer cannot be donated twice
-            return jnp.zeros(slots, jnp.int32)
-
-        return cls(
-            phase=zeros(),
-            llm=KVCache.empty(config.llm, slots, llm_capacity, dtype),
-            llm_length=zeros(),
-            hidden=jnp.zeros((slots, config.llm.width), dtype),
-            generated_mask=jnp.zeros((slots, config.llm.vocabulary), bool),
-            text_count=zeros(),
-            speech=KVCache.empty(config.speech_lm, slots, speech_capacity, dtype),
-            speech_length=zeros(),
-            last_speech_token=zeros() - 1,
-            flush_count=zeros(),
-            request=Request.of(config, Options(), batch=slots),
-        )
-
-    def put(self, prefix: "ReadWriteState", slot: Array) -> "ReadWriteState":
-        """Copy `prefix`, a state with batch size 1, into slot `slot`."""
-
-        def update(axis: int, array: Array, row: Array) -> Array:
-            return jax.lax.dynamic_update_slice_in_dim(array, row, slot, axis)
-
-        return map_slots(update, self, prefix)
-
-    def take(self, slot: Array) -> "ReadWriteState":
-        """Extract one slot as a prefix, a state with batch size 1.
-
-        This uses `jnp.take`: on a mesh, a dynamic slice would all-gather the caches first.
-        """
-
-        def row(axis: int, array: Array) -> Array:
-            return jnp.take(array, slot[None], axis, mode="clip")
-
-        return map_slots(row, self)
-
-
-def map_slots(function: Callable[..., Array], *states: ReadWriteState) -> ReadWriteState:
-    """Map `function(slot axis, *arrays)` over the arrays of states.
-
-    The slot axis is the first one, but for the KV caches [L, B, S, K, H], where it is the second.
-    """
-
-    def map_node(node: KVCache | Array, *others: KVCache | Array):
-        axis = 1 if isinstance(node, KVCache) else 0
-        return jax.tree.map(lambda *arrays: function(axis, *arrays), node, *others)
-
-    return jax.tree.map(map_node, *states, is_leaf=lambda node: isinstance(node, KVCache))
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class ReadWriteOutput:
-    """The tokens of one read and write of every slot, -1 where there is none."""
-
-    text_tokens: Array  # [B, R]
-    speech_tokens: Array  # [B, W] tokens of the speech LM: units, or its end token, or others
-    phase: Array  # [B] after the write
 
 
 def prefill(

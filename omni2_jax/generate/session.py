@@ -20,7 +20,7 @@ import numpy as np
 from omni2_jax.checkpoint.tokenizer import Tokenizer, parse_units
 from omni2_jax.generate.engine import Engine, PromptPiece, ResponseStream
 from omni2_jax.generate.prompts import Sound, split
-from omni2_jax.generate.read_write import ReadWriteState, Request
+from omni2_jax.generate.read_write_state import ReadWriteState, Request
 
 
 @dataclass(frozen=True)

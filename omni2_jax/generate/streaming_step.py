@@ -19,7 +19,7 @@ import numpy as np
 from omni2_jax.config import Omni2Config
 from omni2_jax.generate import read_write
 from omni2_jax.generate.engine_config import EngineConfig
-from omni2_jax.generate.read_write import (
+from omni2_jax.generate.read_write_state import (
     FLUSHING,
     IDLE,
     READING,

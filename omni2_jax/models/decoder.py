@@ -21,6 +21,11 @@ from omni2_jax.sharding import constrain
 Array = jax.Array
 
 
+def residual_scale(config: DecoderConfig) -> float:
+    """Of the initial values of matrices whose outputs are added up over all layers (GPT-2)."""
+    return (2 * config.layers) ** -0.5
+
+
 def rope(x: Array, positions: Array, theta: float) -> Array:
     """Rotate x [B, T, N, H] by its positions [B, T] (RoFormer, arXiv 2104.09864).
 
@@ -48,7 +53,13 @@ class Attention(nnx.Module):
         self.query_norm = RMSNorm(h, config.norm_eps) if config.qk_norm else None
         self.key_norm = RMSNorm(h, config.norm_eps) if config.qk_norm else None
         self.out = Linear(
-            rngs, (n, h, d), ("heads", "head", "embed"), in_dims=2, bias=False, rank=rank
+            rngs,
+            (n, h, d),
+            ("heads", "head", "embed"),
+            in_dims=2,
+            bias=False,
+            rank=rank,
+            scale=residual_scale(config),
         )
 
     def __call__(
@@ -76,9 +87,10 @@ class SwiGLU(nnx.Module):
 
     def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
         d, f = config.width, config.hidden
-        self.gate = Linear(rngs, (d, f), ("embed", "hidden"), bias=False, rank=config.rank)
-        self.up = Linear(rngs, (d, f), ("embed", "hidden"), bias=False, rank=config.rank)
-        self.down = Linear(rngs, (f, d), ("hidden", "embed"), bias=False, rank=config.rank)
+        rank, scale = config.rank, residual_scale(config)
+        self.gate = Linear(rngs, (d, f), ("embed", "hidden"), bias=False, rank=rank)
+        self.up = Linear(rngs, (d, f), ("embed", "hidden"), bias=False, rank=rank)
+        self.down = Linear(rngs, (f, d), ("hidden", "embed"), bias=False, rank=rank, scale=scale)
 
     def __call__(self, x: Array) -> Array:
         return self.down(jax.nn.silu(self.gate(x)) * self.up(x))

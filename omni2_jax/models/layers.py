@@ -26,13 +26,32 @@ REMAT = {  # what a layer keeps from the forward pass for the backward pass; the
 
 
 def param(
-    rngs: nnx.Rngs, shape: Sequence[int], axes: Sequence[str | None], fan_in: int | None = None
+    rngs: nnx.Rngs,
+    shape: Sequence[int],
+    axes: Sequence[str | None],
+    fan_in: int | None = None,
+    scale: float = 1.0,
 ) -> nnx.Param:
-    """A float32 parameter: normal with deviation 1/sqrt(fan_in), or zeros without a fan-in."""
-    shape = tuple(shape)
+    """A float32 parameter: normal with deviation scale / sqrt(fan_in); zeros without a fan-in.
+
+    The values matter only where training starts from them: `omni2 new`, which draws them itself
+    (`convert.start.fresh`), and the setting `reset`.
+    """
     if fan_in is None:
-        return nnx.Param(jnp.zeros(shape), axes=tuple(axes))
-    return nnx.Param(jax.random.normal(rngs.params(), shape) / math.sqrt(fan_in), axes=tuple(axes))
+        return constant(shape, axes, 0.0)
+    values = scale * jax.random.normal(rngs.params(), tuple(shape)) / math.sqrt(fan_in)
+    return nnx.Param(values, axes=tuple(axes), deviation=scale / math.sqrt(fan_in))
+
+
+def constant(
+    shape: Sequence[int], axes: Sequence[str | None], value: float | tuple[Any, ...]
+) -> nnx.Param:
+    """A float32 parameter that training starts from `value`: a number, or nested tuples of them.
+
+    The value is broadcast to the shape.
+    """
+    values = jnp.broadcast_to(jnp.asarray(value, jnp.float32), tuple(shape))
+    return nnx.Param(values, axes=tuple(axes), initial=value)
 
 
 class Linear(nnx.Module):
@@ -40,7 +59,7 @@ class Linear(nnx.Module):
 
     in_dims: how many leading axes of `shape` are `in`. axes: the logical names of all of them.
     rank: of a low-rank update beside the kernel, LORA_SCALE * low[in, rank] high[rank, out], zero
-    at first (LoRA, arXiv 2106.09685).
+    at first (LoRA, arXiv 2106.09685). scale: of the kernel's initial values (`param`).
     """
 
     def __init__(
@@ -51,10 +70,11 @@ class Linear(nnx.Module):
         in_dims: int = 1,
         bias: bool = True,
         rank: int = 0,
+        scale: float = 1.0,
     ):
         self.in_dims = in_dims
         fan_in = math.prod(shape[:in_dims])
-        self.kernel = param(rngs, shape, axes, fan_in)
+        self.kernel = param(rngs, shape, axes, fan_in, scale)
         self.bias = param(rngs, shape[in_dims:], axes[in_dims:]) if bias else None
         self.low = (
             param(rngs, (*shape[:in_dims], rank), (*axes[:in_dims], None), fan_in) if rank else None
@@ -79,6 +99,7 @@ class Conv1d(nnx.Module):
     """Convolution over time, [B, T, C_in] -> [B, T', C_out].
 
     shape: of the kernel, [K, C_in / groups, C_out]. padding: (left, right) in time steps.
+    scale: of the kernel's initial values (`param`).
     """
 
     def __init__(
@@ -92,10 +113,11 @@ class Conv1d(nnx.Module):
         groups: int = 1,
         bias: bool = True,
         axes: Sequence[str | None] = (None, None, None),
+        scale: float = 1.0,
     ):
         self.stride, self.dilation = stride, dilation
         self.padding, self.groups = padding, groups
-        self.kernel = param(rngs, shape, axes, fan_in=shape[0] * shape[1])
+        self.kernel = param(rngs, shape, axes, shape[0] * shape[1], scale)
         self.bias = param(rngs, shape[2:], axes[2:]) if bias else None
 
     def __call__(self, x: Array) -> Array:
@@ -116,8 +138,8 @@ class LayerNorm(nnx.Module):
 
     def __init__(self, size: int, eps: float = 1e-5, axis: str | None = None):
         self.eps = eps
-        self.scale = nnx.Param(jnp.ones(size), axes=(axis,))
-        self.bias = nnx.Param(jnp.zeros(size), axes=(axis,))
+        self.scale = constant((size,), (axis,), 1.0)
+        self.bias = constant((size,), (axis,), 0.0)
 
     def __call__(self, x: Array) -> Array:
         y = x.astype(jnp.float32)
@@ -133,7 +155,7 @@ class RMSNorm(nnx.Module):
 
     def __init__(self, size: int, eps: float = 1e-6, axis: str | None = None):
         self.eps = eps
-        self.scale = nnx.Param(jnp.ones(size), axes=(axis,))
+        self.scale = constant((size,), (axis,), 1.0)
 
     def __call__(self, x: Array) -> Array:
         y = x.astype(jnp.float32)

@@ -14,7 +14,7 @@ from flax import nnx
 
 from omni2_jax.audio import features
 from omni2_jax.config import SpeakerConfig
-from omni2_jax.models.layers import Conv1d, Linear, inside, param
+from omni2_jax.models.layers import Conv1d, Linear, constant, inside, param
 
 Array = jax.Array
 relu = jax.nn.relu
@@ -50,9 +50,7 @@ class Affine(nnx.Module):
     """A batch normalization with fixed statistics: scale (row 0) and shift (row 1) per channel."""
 
     def __init__(self, channels: int):
-        self.rows = nnx.Param(
-            jnp.stack([jnp.ones(channels), jnp.zeros(channels)]), axes=(None, None)
-        )
+        self.rows = constant((2, channels), (None, None), ((1.0,), (0.0,)))
 
     def __call__(self, x: Array) -> Array:
         scale, shift = self.rows[...].astype(x.dtype)

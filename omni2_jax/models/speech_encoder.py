@@ -21,19 +21,27 @@ def gelu(x: Array) -> Array:
 
 
 class Block(nnx.Module):
-    """Self-attention over all frames, then a feed-forward network, each plus its input."""
+    """Self-attention over all frames, then a feed-forward network, each plus its input.
 
-    def __init__(self, config: SpeechEncoderConfig | SpeechTokenizerConfig, rngs: nnx.Rngs):
+    scale: of the initial values of the matrices whose outputs are added to the input.
+    """
+
+    def __init__(
+        self,
+        config: SpeechEncoderConfig | SpeechTokenizerConfig,
+        rngs: nnx.Rngs,
+        scale: float = 1.0,
+    ):
         d, n = config.width, config.heads
         h, f = d // n, config.hidden or 4 * d
         self.attention_norm = LayerNorm(d)
         self.query = Linear(rngs, (d, n, h), ("embed", "heads", "head"))
         self.key = Linear(rngs, (d, n, h), ("embed", "heads", "head"), bias=False)
         self.value = Linear(rngs, (d, n, h), ("embed", "heads", "head"))
-        self.out = Linear(rngs, (n, h, d), ("heads", "head", "embed"), in_dims=2)
+        self.out = Linear(rngs, (n, h, d), ("heads", "head", "embed"), in_dims=2, scale=scale)
         self.mlp_norm = LayerNorm(d)
         self.up = Linear(rngs, (d, f), ("embed", "hidden"))
-        self.down = Linear(rngs, (f, d), ("hidden", "embed"))
+        self.down = Linear(rngs, (f, d), ("hidden", "embed"), scale=scale)
 
     def __call__(self, x: Array) -> Array:
         """[B, T, D] -> [B, T, D]."""
@@ -59,7 +67,8 @@ class SpeechEncoder(nnx.Module):
         self.positions = param(
             rngs, (config.frames, config.width), (None, "embed"), fan_in=config.width
         )
-        self.blocks = stack(config.layers, lambda r: Block(config, r), rngs)
+        scale = (2 * config.layers) ** -0.5
+        self.blocks = stack(config.layers, lambda r: Block(config, r, scale), rngs)
         self.norm = LayerNorm(config.width)
 
     def embed(self, mel: Array) -> Array:

@@ -32,6 +32,9 @@ Array = jax.Array
 LEVELS = 3  # values of a digit
 STRIDE = 4  # mel frames per unit
 LIMIT = 0.999  # keeps a saturated tanh inside the outer levels
+# Of initial values. A residual path of full size, and digits that begin near the limits of tanh,
+# would let most of the units die in the first hundred steps of training.
+RESIDUAL_SCALE, DIGIT_SCALE = 0.3, 0.5
 FILE = "speech_tokenizer.json"  # holds a SpeechTokenizerConfig, beside a checkpoint's config.json
 RENAMED = {"memory": "is called fsmn_taps now; rename it"}  # former names of settings in FILE
 
@@ -40,11 +43,16 @@ class Block(speech_encoder.Block):
     """Whisper's block with an FSMN memory: a depthwise convolution over the attention's values."""
 
     def __init__(self, config: SpeechTokenizerConfig, rngs: nnx.Rngs):
-        super().__init__(config, rngs)
+        super().__init__(config, rngs, RESIDUAL_SCALE)
         taps, width = config.fsmn_taps, config.width
         self.theta = config.rope_theta
         self.memory = Conv1d(
-            rngs, (taps, 1, width), padding=((taps - 1) // 2, taps // 2), groups=width, bias=False
+            rngs,
+            (taps, 1, width),
+            padding=((taps - 1) // 2, taps // 2),
+            groups=width,
+            bias=False,
+            scale=RESIDUAL_SCALE,
         )
 
     def fsmn(self, value: Array, valid: Array) -> Array:
@@ -75,7 +83,8 @@ class SpeechTokenizer(nnx.Module):
         self.conv1 = Conv1d(rngs, (3, config.mels, d), stride=2, padding=(1, 1), axes=axes)
         self.conv2 = Conv1d(rngs, (3, d, d), stride=2, padding=(1, 1), axes=axes)
         self.blocks = stack(config.layers, lambda r: Block(config, r), rngs)
-        self.project = Linear(rngs, (config.width, config.digits), ("embed", None))
+        shape = (config.width, config.digits)
+        self.project = Linear(rngs, shape, ("embed", None), scale=DIGIT_SCALE)
 
     def encode(self, mel: Array, lengths: Array) -> Array:
         """Log-mel [B, T, M] and lengths [B] in frames -> hidden states [B, ceil(T / 4), D]."""

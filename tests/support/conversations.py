@@ -12,7 +12,7 @@ import numpy as np
 from omni2_jax.generate.engine import Engine, PromptPiece, ResponseStream
 from omni2_jax.generate.omni2 import Omni2, Options
 from omni2_jax.generate.prompts import split
-from omni2_jax.generate.read_write import Request
+from omni2_jax.generate.read_write_state import Request
 from tests.support.paths import AUDIO, GOLDENS
 
 CASES = json.loads((GOLDENS / "omni2" / "cases.json").read_text())["cases"]

@@ -20,7 +20,7 @@ from omni2_jax.train.data.records import Turn
 from omni2_jax.train.examples import PAD, Item, ReplyExamples, Row, full, put
 from omni2_jax.train.settings import Bucket
 from omni2_jax.train.stages.base import Array, Batch, Loss, Stage
-from omni2_jax.train.step import Metrics, Sums, optimizer_shardings
+from omni2_jax.train.step import Metrics, Objective, Sums, optimizer_shardings
 from omni2_jax.train.weights import Params, Weights
 
 
@@ -95,7 +95,7 @@ class GanState:
     critic_opt: optax.OptState
 
 
-class TwoOptimizers:
+class TwoOptimizers(Objective):
     """The critic takes a step with one optimizer, then the generator takes one with another."""
 
     def __init__(self, stage: ToyGan, weights: Weights):
@@ -125,7 +125,9 @@ class TwoOptimizers:
         )
         return GanState(*shardings)
 
-    def step(self, state: GanState, frozen: Params, batch: dict) -> tuple[GanState, Metrics]:
+    def step(
+        self, state: GanState, frozen: Params, batch: dict, phase: str = ""
+    ) -> tuple[GanState, Metrics]:
         key = jax.random.fold_in(jax.random.key(self.stage.train.seed), state.step)
         microbatch = jax.tree.map(lambda value: value[0], batch)
 

@@ -107,6 +107,14 @@ class Stage(abc.ABC):
     def loss(self, model: Any, batch: Batch, key: Array) -> Loss:
         """The loss of one microbatch. key: for everything that the stage draws at random."""
 
+    def phase(self, number: int) -> str:
+        """The phase of step `number`, for a stage whose loss is another one in its first steps."""
+        return ""
+
+    def loss_in(self, phase: str) -> Callable[[Any, Batch, Array], Loss]:
+        """The loss of the steps of a phase."""
+        return self.loss
+
     def measure(self, model: Any, batch: Batch, key: Array) -> dict[str, Array]:
         """Sums over the rows of a validation batch, of which `report` makes the measurements."""
         loss, terms = self.loss(model, batch, key)

@@ -191,7 +191,8 @@ class Estimator(nnx.Module):
         self.up = Stage(config, 2 * c, rngs)
         self.up_conv = CausalConv(rngs, 3, c, c)
         self.final = ConvBlock(c, c, rngs)
-        self.out = Linear(rngs, (c, config.mels), ("embed", None))
+        # The first steps of training then begin near a velocity of zero.
+        self.out = Linear(rngs, (c, config.mels), ("embed", None), scale=0.1)
 
     def empty_cache(self, batch: int, capacity: int, dtype) -> EstimatorCache:
         """A cache of `capacity` mel frames for each of `batch` rows and each Euler step."""

@@ -17,7 +17,13 @@ import numpy as np
 from flax import nnx
 
 from omni2_jax.config import HiftConfig
-from omni2_jax.models.layers import Array, Conv1d, Linear, inside, param
+from omni2_jax.models.layers import Array, Conv1d, Linear, constant, inside, param
+
+# Of initial values. Residual units add up before an exponential and a minimum, which pass no
+# gradient when they saturate, and F0 is in Hz: training starts from small residuals, a quiet
+# spectrum, and a fundamental near that of a voice.
+RESIDUAL_SCALE, SPECTRUM_SCALE, LOG_MAGNITUDE = 0.2, 0.1, -3.0
+F0_SCALE, F0_BIAS = 50.0, 100.0  # Hz
 
 
 def trim(x: Array, lengths: Array) -> Array:
@@ -110,7 +116,7 @@ class Snake(nnx.Module):
     """x + sin(alpha x)^2 / alpha, one alpha per channel (arXiv 2006.08195)."""
 
     def __init__(self, channels: int):
-        self.alpha = nnx.Param(jnp.ones(channels), axes=(None,))
+        self.alpha = constant((channels,), (None,), 1.0)
 
     def __call__(self, x: Array) -> Array:
         alpha = self.alpha[...].astype(x.dtype)
@@ -126,7 +132,7 @@ class ResidualUnit(nnx.Module):
         self.conv1 = Conv1d(
             rngs, shape, dilation=dilation, padding=(reach * dilation, reach * dilation)
         )
-        self.conv2 = Conv1d(rngs, shape, padding=(reach, reach))
+        self.conv2 = Conv1d(rngs, shape, padding=(reach, reach), scale=RESIDUAL_SCALE)
 
     def __call__(self, x: Array, lengths: Array) -> Array:
         y = self.conv1(trim(self.snake1(x), lengths))
@@ -216,7 +222,8 @@ class F0Predictor(nnx.Module):
         self.convs = nnx.List(
             [Conv1d(rngs, (3, *pair), padding=(1, 1)) for pair in itertools.pairwise(widths)]
         )
-        self.head = Linear(rngs, (config.f0_channels, 1), (None, None))
+        self.head = Linear(rngs, (config.f0_channels, 1), (None, None), scale=F0_SCALE)
+        self.head.bias = constant((1,), (None,), F0_BIAS)
 
     def __call__(self, mel: Array, frames: Array) -> Array:
         x = mel
@@ -239,7 +246,10 @@ class Hift(nnx.Module):
         self.conv_in = Conv1d(rngs, (7, config.mels, config.channels), padding=(3, 3))
         self.stages = nnx.List([Stage(config, i, rngs) for i in range(len(config.upsample))])
         last = config.channels // 2 ** len(config.upsample)
-        self.conv_out = Conv1d(rngs, (7, last, config.n_fft + 2), padding=(3, 3))
+        bins = config.n_fft // 2 + 1
+        shape, biases = (7, last, 2 * bins), (LOG_MAGNITUDE,) * bins + (0.0,) * bins
+        self.conv_out = Conv1d(rngs, shape, padding=(3, 3), scale=SPECTRUM_SCALE)
+        self.conv_out.bias = constant((2 * bins,), (None,), biases)
 
     def __call__(self, mel: Array, frames: Array, phase: Array, noise: Array) -> Array:
         """The samples [B, F * samples_per_frame] of whole utterances, in one pass.
