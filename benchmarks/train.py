@@ -31,7 +31,6 @@ from omni2_jax.configs import flow, stage1a, stage1b, stage2
 from omni2_jax.train import overrides, step
 from omni2_jax.train.data.dataset import Dataset
 from omni2_jax.train.data.loader import Loader, catalogue, filled, schedule
-from omni2_jax.train.examples import segment_samples
 from omni2_jax.train.metrics import Clock
 from omni2_jax.train.settings import TrainConfig
 from omni2_jax.train.stages import stage_of
@@ -151,7 +150,7 @@ def log_mel(config: Omni2Config, segments: int, workers: int) -> dict[str, float
     "device": in a batch on the device; "thread": on one thread of the host; "workers": on the host,
     all workers busy.
     """
-    random, size = np.random.default_rng(0), segment_samples(config)
+    random, size = np.random.default_rng(0), config.segment_samples
     noise = random.standard_normal((segments, size)).astype(np.float32)
     on_device = jnp.asarray(noise)
     on_host = jax.device_put(noise[:1], jax.local_devices(backend="cpu")[0])

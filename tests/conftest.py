@@ -34,12 +34,14 @@ import jax.numpy as jnp
 import pytest
 
 from omni2_jax.configs import stage1b
-from omni2_jax.convert import read, write
-from omni2_jax.convert.release import combine
+from omni2_jax.convert import new, read, write
+from omni2_jax.convert.hugging_face import EMPTY_CONFIG
+from omni2_jax.convert.release import Release, combine
 from omni2_jax.generate import omni2
 from omni2_jax.generate.engine import Engine
 from omni2_jax.generate.omni2 import Omni2
 from omni2_jax.train.settings import TrainConfig
+from tests.support import designs
 from tests.support.conversations import GREEDY
 from tests.support.paths import DECODER, EXAMPLES, GOLDENS, ROOT
 from tests.support.runs import prepared, toy_config
@@ -70,6 +72,17 @@ def checkpoint_dir(tmp_path_factory) -> Path:
     pytest.importorskip("torch")
     release = combine([read.read_omni2(GOLDENS / "omni2"), read.read_decoder(DECODER)])
     write.write(out, release, {"espeak": EXAMPLES / "voice.wav"})
+    return out
+
+
+@pytest.fixture(scope="session")
+def new_checkpoint(tmp_path_factory) -> Path:
+    """What `omni2 new` makes of the tiny design: all parts, 80 mel bins, a window of 2 s."""
+    folder = tmp_path_factory.mktemp("new")
+    design, text = designs.write(folder)
+    out = folder / "ckpt"
+    made = new.make(new.Design.read(str(design)), Release(EMPTY_CONFIG), text=text)
+    write.write(out, made, {})
     return out
 
 

@@ -30,7 +30,7 @@ def half(checkpoint_dir) -> Omni2:
 
 def teacher_forced(model: Omni2) -> dict[str, np.ndarray]:
     """The numbers of one turn whose answer is given: case A's text, then 40 units."""
-    (samples,) = load_clips(clip("speech_a"), "refuse")
+    (samples,) = load_clips(clip("speech_a"), "refuse", recordings.TURN_SAMPLES)
     padded, _ = recordings.pad([samples], recordings.TURN_SAMPLES)
     prompt = model.tokenizer.prompt([1])
     text = model.tokenizer.text.encode(CASES["A"]["text"].strip(), add_special_tokens=False)

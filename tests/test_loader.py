@@ -31,7 +31,7 @@ from omni2_jax.train.data.loader import (
 from omni2_jax.train.data.records import Dialogue, Turn, encode_clip
 from omni2_jax.train.data.writer import Writer
 from omni2_jax.train.dialogues import speech_positions
-from omni2_jax.train.examples import PAD, segment_samples
+from omni2_jax.train.examples import PAD
 from omni2_jax.train.layout import arrange
 from omni2_jax.train.losses import IGNORE
 from omni2_jax.train.settings import Bucket, TrainConfig
@@ -512,10 +512,10 @@ def test_a_question_longer_than_the_window(checkpoint_dir, config, tmp_path, fra
     examples = stage_of(TrainConfig("1a")).examples(config, tokenizer, data, "data")
     (item,) = examples.items(0)
     row = examples.row(item, Bucket(segments, 800))
-    assert segment_samples(config) == 320 * frames and item.size.segments == segments
+    assert config.segment_samples == 320 * frames and item.size.segments == segments
     np.testing.assert_array_equal(
         row["audio"].ravel(),
-        np.pad(samples, (0, segments * segment_samples(config) - len(samples))),
+        np.pad(samples, (0, segments * config.segment_samples - len(samples))),
     )
     prompt = tokenizer.prompt([segments])
     assert row["ids"][: len(prompt)].tolist() == prompt

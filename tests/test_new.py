@@ -9,7 +9,7 @@ import pytest
 from omni2_jax.checkpoint import parameters
 from omni2_jax.checkpoint.tokenizer import SPEECH_TEXT, Tokenizer
 from omni2_jax.config import Omni2Config, SpeechEncoderConfig
-from omni2_jax.convert import new, new_tokenizer, write
+from omni2_jax.convert import new, new_tokenizer
 from omni2_jax.convert.hugging_face import EMPTY_CONFIG
 from omni2_jax.convert.release import Release
 from omni2_jax.models.model import SPEECH, abstract_model
@@ -21,8 +21,7 @@ NOTHING = Release(EMPTY_CONFIG)
 @pytest.fixture(scope="module")
 def files(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("design")
-    (folder / "design.py").write_text(designs.DESIGN)
-    (folder / "text.txt").write_text(designs.text())
+    designs.write(folder)
     return folder
 
 
@@ -31,30 +30,22 @@ def design(files) -> new.Design:
     return new.Design.read(str(files / "design.py"))
 
 
-@pytest.fixture(scope="module")
-def made(files, design) -> Path:
-    """The checkpoint of the design."""
-    out = files / "checkpoint"
-    write.write(out, new.make(design, NOTHING, text=files / "text.txt"), {})
-    return out
-
-
 def leaves(release: Release, part: str) -> dict[str, np.ndarray]:
     return {path: leaf.read() for path, leaf in parameters.flatten(release.params[part]).items()}
 
 
-def test_every_part_is_there_and_fits(made, design):
-    config = Omni2Config.load(made / "config.json")
-    assert parameters.parts(made) == list(new.ALL_PARTS)
+def test_every_part_is_there_and_fits(new_checkpoint, design):
+    config = Omni2Config.load(new_checkpoint / "config.json")
+    assert parameters.parts(new_checkpoint) == list(new.ALL_PARTS)
     for part, shapes in abstract_model(config)[1].items():
-        parameters.check(made, part, parameters.flatten(shapes))
+        parameters.check(new_checkpoint, part, parameters.flatten(shapes))
     assert config.speech_lm and config.speech_lm.vocabulary == 319 + 1 + 81
     assert config.llm == design.config.llm and config.flow == design.config.flow
 
 
-def test_the_tokenizer_knows_turns_and_units(made):
-    config = Omni2Config.load(made / "config.json")
-    tokenizer = Tokenizer(made, config, 20)
+def test_the_tokenizer_knows_turns_and_units(new_checkpoint):
+    config = Omni2Config.load(new_checkpoint / "config.json")
+    tokenizer = Tokenizer(new_checkpoint, config, 20)
     ids = tokenizer.text.get_vocab()
     assert len(ids) == 320 and ids[SPEECH_TEXT] == config.tokens.speech == 319
     assert config.tokens.text_eos == (ids["<|im_end|>"],)
@@ -69,8 +60,8 @@ def test_the_tokenizer_knows_turns_and_units(made):
     assert encoded[-4:] == digits  # also "12" and "34" of the text above stay apart
     sep = config.tokens.sep
     assert tokenizer.unit_text([sep, sep + 1, *digits, sep + 81]) == "<0>1234<80>"
-    listed = sum(file.stat().st_size for file in (made / "tokenizer").iterdir())
-    assert listed < 10_000 and not (made / "tts_tokenizer").exists()
+    listed = sum(file.stat().st_size for file in (new_checkpoint / "tokenizer").iterdir())
+    assert listed < 10_000 and not (new_checkpoint / "tts_tokenizer").exists()
 
 
 def test_units_are_spelled_as_a_listed_tokenizer_spells_them(checkpoint_dir):

@@ -11,7 +11,7 @@ from omni2_jax.audio import recordings
 from omni2_jax.config import Omni2Config
 from omni2_jax.train.data.dataset import RecordError
 from omni2_jax.train.data.records import Dialogue
-from omni2_jax.train.examples import PAD, Examples, Item, Row, full, put, segment_samples
+from omni2_jax.train.examples import PAD, Examples, Item, Row, full, put
 from omni2_jax.train.settings import Bucket
 
 
@@ -44,7 +44,7 @@ class DialogueExamples(Examples):
         return 0
 
     def empty(self, bucket: Bucket) -> Row:
-        audio = np.zeros((bucket.segments, segment_samples(self.config)), np.int16)
+        audio = np.zeros((bucket.segments, self.config.segment_samples), np.int16)
         return {"audio": audio, "ids": full(bucket.positions, PAD)}
 
     def fill_questions(self, row: Row, dialogue: Dialogue, conversation: Conversation) -> None:
@@ -52,7 +52,7 @@ class DialogueExamples(Examples):
 
         Raises RecordError if a recording is not as long as its turn states.
         """
-        window = segment_samples(self.config)
+        window = self.config.segment_samples
         segments = [
             segment
             for turn in dialogue.turns[::2]
@@ -78,7 +78,7 @@ class DialogueExamples(Examples):
             raise ValueError("it is a recording with its text, without a question")
         if any(turn.clip is None for turn in dialogue.turns[::2]):
             raise ValueError("a user turn has no recording")
-        window = segment_samples(self.config)
+        window = self.config.segment_samples
         segments = [-(-turn.samples // window) for turn in dialogue.turns[::2]]
         replies = [self.encode(turn) for turn in dialogue.turns[1::2]]
         ids, starts = list(self.first_prompt(segments[0])), []

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from omni2_jax.audio.features import WHISPER_HOP
 from omni2_jax.checkpoint.tokenizer import Tokenizer
 from omni2_jax.config import Omni2Config
 from omni2_jax.train.data.dataset import Dataset
@@ -108,12 +107,6 @@ class ReplyExamples(Examples):
         """The reply that an item refers to."""
         assert item.turn is not None
         return self.data.dialogue(item.dialogue).turns[item.turn]
-
-
-def segment_samples(config: Omni2Config) -> int:
-    """Samples at 16 kHz in one window of the speech encoder: 480,000 (30 s) for Whisper."""
-    # The encoder's second convolution has a stride of 2.
-    return 2 * config.speech_encoder.frames * WHISPER_HOP if config.speech_encoder else 0
 
 
 def full(shape: int | tuple[int, ...], value: int) -> np.ndarray:

@@ -56,7 +56,7 @@ class Bucket:
     A size that a stage does not use is ignored.
     """
 
-    segments: int = 1  # windows of the speech encoder (30 s of question each)
+    segments: int = 1  # windows of the speech encoder (as released, 30 s of question each)
     positions: int = 0  # of the LLM
     tokens: int = 0  # of the speech LM for one reply; for the stage "flow": speech units
 

@@ -11,7 +11,6 @@ from omni2_jax.audio import recordings
 from omni2_jax.checkpoint.tokenizer import Tokenizer
 from omni2_jax.train import step, weights
 from omni2_jax.train.data.dataset import RecordError
-from omni2_jax.train.examples import segment_samples
 from omni2_jax.train.reporter import Reporter
 from omni2_jax.train.sampler import Sampler
 from omni2_jax.train.split import Split
@@ -71,7 +70,7 @@ class Validator:
         except RecordError as error:
             reporter.say(f"{error}; no sample of it")
             return
-        window = segment_samples(self.split.examples.config)
+        window = self.split.examples.config.segment_samples
         answer = sampler.answer(recordings.fit(samples, "truncate", window)[0])
         content = f"{question.text}\n{answer.text}\n{answer.unit_text}\n"
         (folder / f"{index}.txt").write_text(content)

@@ -97,8 +97,8 @@ def check_chat_template(tokenizer: Any, directory: Path) -> None:
 class Tokenizer:
     """Turns to prompt ids, and answers to text.
 
-    positions: how many LLM positions 30 s of speech take (300). Raises ValueError naming the
-    directory if a tokenizer or its chat template cannot be used.
+    positions: how many LLM positions a segment of speech takes (300 of 30 s). Raises ValueError
+    naming the directory if a tokenizer or its chat template cannot be used.
     """
 
     def __init__(self, directory: Path, config: Omni2Config, positions: int):

@@ -131,10 +131,19 @@ def chat(
         ),
     ] = False,
     truncate: Annotated[
-        bool, typer.Option("--truncate", help="Cut turns over 30 s (they are refused otherwise).")
+        bool,
+        typer.Option(
+            "--truncate",
+            help="Cut turns that are longer than the speech encoder's window, 30 s as released. "
+            "They are refused otherwise.",
+        ),
     ] = False,
     split_long: Annotated[
-        bool, typer.Option("--split-long", help="Split turns over 30 s into several segments.")
+        bool,
+        typer.Option(
+            "--split-long",
+            help="Split turns that are longer than the window into several segments.",
+        ),
     ] = False,
     mesh: Annotated[
         str | None,
@@ -145,6 +154,7 @@ def chat(
     ] = None,
 ) -> None:
     """Answer spoken questions in text and speech."""
+    from omni2_jax.config import Omni2Config
     from omni2_jax.generate.omni2 import Omni2
     from omni2_jax.generate.questions import read_questions
     from omni2_jax.sharding import parse_mesh
@@ -175,7 +185,8 @@ def chat(
             raise ValueError(
                 "--questions takes --out-dir, and neither wav files, --out nor --stream"
             )
-        items = read_questions(questions, options.long_turns)
+        window = Omni2Config.load(checkpoint / "config.json").segment_samples
+        items = read_questions(questions, options.long_turns, window)
         answer_questions(load, checkpoint, items, out_dir, not no_wav, batch, voice, options)
         return
     if not wavs:
@@ -187,7 +198,8 @@ def chat(
     from omni2_jax.audio import recordings
 
     # A bad file is reported before minutes are spent on the others.
-    segments = sum(len(recordings.load_turn(wav, options.long_turns)) for wav in wavs)
+    window = Omni2Config.load(checkpoint / "config.json").segment_samples
+    segments = sum(len(recordings.load_turn(wav, options.long_turns, window)) for wav in wavs)
     outs = targets(out, len(wavs))
     with console.status("loading"):
         model = load()

@@ -8,7 +8,7 @@ Python: ranges by the types of the fields (`ranges.py`), relations within a part
 from omni2_jax.config.model import DECODER_PARTS, LANGUAGE_PARTS, PARTS, Omni2Config
 from omni2_jax.config.parts import (
     FRAMES_PER_UNIT,
-    SEGMENT_FRAMES,
+    SAMPLES_PER_FRAME,
     UNITS_PER_SECOND,
     AdapterConfig,
     DecoderConfig,
@@ -25,7 +25,7 @@ __all__ = [
     "FRAMES_PER_UNIT",
     "LANGUAGE_PARTS",
     "PARTS",
-    "SEGMENT_FRAMES",
+    "SAMPLES_PER_FRAME",
     "UNITS_PER_SECOND",
     "AdapterConfig",
     "DecoderConfig",

@@ -10,7 +10,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from omni2_jax.config.parts import (
-    SEGMENT_FRAMES,
+    SAMPLES_PER_FRAME,
     AdapterConfig,
     DecoderConfig,
     FlowConfig,
@@ -106,6 +106,14 @@ class Omni2Config:
             )
         return self.speech_encoder.frames // self.adapter.stride
 
+    @property
+    def segment_samples(self) -> int:
+        """Samples at 16 kHz in one window of the speech encoder, a segment: 480,000 for 30 s.
+
+        0 without a speech encoder.
+        """
+        return SAMPLES_PER_FRAME * self.speech_encoder.frames if self.speech_encoder else 0
+
     def replace(self, **changes) -> "Omni2Config":
         """A copy with other fields. Raises ValueError if the result is not valid."""
         return dataclasses.replace(self, **changes)
@@ -119,16 +127,6 @@ class Omni2Config:
         """Raise ValueError naming the file `path` if the settings of one of `parts` are null."""
         absent = [part for part in parts if getattr(self, part, True) is None]
         require(not absent, f"{path}: {', '.join(absent)} is null, expected the part's settings")
-
-    def need_full_window(self, path: Path) -> None:
-        """Raise ValueError naming the file `path` unless the speech encoder's window is 30 s.
-
-        Training takes any window; generation cuts and pads turns to 30 s.
-        """
-        if self.speech_encoder and (frames := self.speech_encoder.frames) != SEGMENT_FRAMES:
-            raise ValueError(
-                f"{path}: speech_encoder.frames is {frames}, expected {SEGMENT_FRAMES} to generate"
-            )
 
     def save(self, path: Path) -> None:
         """Write config.json, whole or not at all.

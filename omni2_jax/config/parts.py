@@ -26,7 +26,7 @@ from omni2_jax.config.ranges import (
 
 UNITS_PER_SECOND = 25  # of speech, fixed by the S3 tokenizer
 FRAMES_PER_UNIT = 2  # mel frames of the flow and the vocoder: 50 a second
-SEGMENT_FRAMES = 1500  # frames that the speech encoder makes of 30 s
+SAMPLES_PER_FRAME = 320  # of the speech encoder, at 16 kHz: a frame is 20 ms
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -68,10 +68,10 @@ class DecoderConfig:
 
 @dataclass(frozen=True, config=STRICT)
 class SpeechEncoderConfig:
-    """Whisper-large-v3's encoder: 30 s of log-mel in, 1500 frames out."""
+    """Whisper's encoder: a window of log-mel in, `frames` out. Defaults: large-v3's, with 30 s."""
 
     mels: Size = 128
-    frames: Annotated[int, Field(ge=1, le=100_000)] = SEGMENT_FRAMES
+    frames: Annotated[int, Field(ge=1, le=100_000)] = 1500  # of the window: 50 a second
     width: Size = 1280
     layers: Count = 32
     heads: Count = 20

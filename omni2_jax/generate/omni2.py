@@ -124,12 +124,14 @@ class Omni2:
             engine.params = params
 
     def hear(self, sound: Sound, long_turns: str = "refuse") -> list[jax.Array]:
-        """Encode a spoken turn -> speech features [300, D] of every segment of 30 s.
+        """Encode a spoken turn -> speech features [F, D] of every segment: 300 of 30 s.
 
-        sound: a file, or samples [N] at 16 kHz. long_turns: "refuse" a turn over 30 s, "truncate"
-        it, or "split" it into several segments. Raises ValueError for bad audio.
+        sound: a file, or samples [N] at 16 kHz. long_turns: "refuse" a turn that is longer than a
+        segment, the speech encoder's window, "truncate" it, or "split" it into several segments.
+        Raises ValueError for bad audio.
         """
-        padded, _ = recordings.pad(load_clips(sound, long_turns), recordings.TURN_SAMPLES)
+        window = self.config.segment_samples
+        padded, _ = recordings.pad(load_clips(sound, long_turns, window), window)
         return [self._encode(self.params, segment[None]) for segment in padded]
 
     def voice(self, name: str | None) -> jax.Array | None:
@@ -186,8 +188,8 @@ class Omni2:
     ) -> Session:
         """A conversation of several turns. overflow, instructions: see `Session`.
 
-        turns, segments: how many turns the conversation will have at most, and segments of 30 s in
-        them, if that is known: then the LLM's cache is made for these, otherwise for the longest
+        turns, segments: how many turns the conversation will have at most, and segments in them, if
+        that is known: then the LLM's cache is made for these, otherwise for the longest
         conversation that the checkpoint allows. Raises ValueError for an unknown voice or overflow.
         """
         options = options or Options()
@@ -305,7 +307,6 @@ def describe(directory: Path, decoder: bool) -> tuple[Omni2Config, Tokenizer, di
             f"{directory} lacks {', '.join(missing)}: add it with `omni2 convert` from a {release}"
         )
     config.need(directory / "config.json", *parts_of(decoder))
-    config.need_full_window(directory / "config.json")
     tokenizer = Tokenizer(directory, config, config.speech_positions)
     defaults = generation_defaults(directory / "generation_config.json")
     return config.only(*parts_of(decoder), "speaker"), tokenizer, defaults

@@ -57,7 +57,7 @@ class Options:
     flow_cache_dtype: str = "float32"  # bfloat16 halves the memory of the flow's KV cache
     # Join the waveforms of two steps without the small jumps that the released code makes.
     seamless: bool = True
-    long_turns: Literal["refuse", "truncate", "split"] = "refuse"  # of over 30 s
+    long_turns: Literal["refuse", "truncate", "split"] = "refuse"  # of more than a segment
 
     def __post_init__(self):
         for name in LIMITS:

@@ -33,15 +33,15 @@ def turns_of(conversation: Conversation) -> list[Sound | str]:
     return turns
 
 
-def load_clips(sound: Sound, long_turns: str) -> list[np.ndarray]:
-    """A sound as segments of at most 30 s, samples [N] at 16 kHz.
+def load_clips(sound: Sound, long_turns: str, window: int) -> list[np.ndarray]:
+    """A sound as segments of at most `window` samples, [N] at 16 kHz.
 
     long_turns: "refuse", "truncate" or "split" a longer one. Raises ValueError for bad audio.
     """
     if isinstance(sound, str | Path):
-        return recordings.load_turn(sound, long_turns)
+        return recordings.load_turn(sound, long_turns, window)
     samples = recordings.check(np.asarray(sound, np.float32), "the samples given")
-    return recordings.fit(samples, long_turns)
+    return recordings.fit(samples, long_turns, window)
 
 
 def prompt_ids(
@@ -52,14 +52,15 @@ def prompt_ids(
     A sound is only read if its length decides how many segments it has (long_turns "split").
     Raises ValueError for a conversation that `turns_of` refuses, or of more than `limit` positions.
     """
-    turns = turns_of(conversation)
+    turns, window = turns_of(conversation), tokenizer.config.segment_samples
     parts: list[str | int] = []
     for index, turn in enumerate(turns):
         if index % 2:
             assert isinstance(turn, str)
             parts.append(turn)
         else:
-            parts.append(len(load_clips(turn, long_turns)) if long_turns == "split" else 1)
+            splits = long_turns == "split"
+            parts.append(len(load_clips(turn, long_turns, window)) if splits else 1)
     ids = tokenizer.prompt(parts)
     if len(ids) > limit:
         raise ValueError(

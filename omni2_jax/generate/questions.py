@@ -32,12 +32,14 @@ class Question:
     context: str
 
 
-def read_questions(path: Path, over: str = "refuse") -> list[Question]:
+def read_questions(
+    path: Path, over: str = "refuse", window: int = recordings.TURN_SAMPLES
+) -> list[Question]:
     """All items of a questions.json; sound paths are resolved by `sound_path`.
 
-    over: what becomes of turns over 30 s, see `recordings.fit`. Raises ValueError naming the file,
-    and where there is one the item, if it cannot be read, or at the first item that has no usable
-    id, lacks a turn, or has a recording that cannot be read.
+    over: what becomes of turns of more than `window` samples, see `recordings.fit`. Raises
+    ValueError naming the file, and where there is one the item, if it cannot be read, or at the
+    first item that has no usable id, lacks a turn, or has a recording that cannot be read.
     """
     items = read_json(path)
     if not isinstance(items, list) or not items:
@@ -51,7 +53,7 @@ def read_questions(path: Path, over: str = "refuse") -> list[Question]:
     for question in questions:
         for sound in question.turns[::2]:
             try:
-                recordings.load_turn(sound, over)
+                recordings.load_turn(sound, over, window)
             except ValueError as error:
                 raise ValueError(f"{question.context}: {error}") from None
     return questions

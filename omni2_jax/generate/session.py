@@ -33,7 +33,7 @@ class Reply:
     samples: np.ndarray  # float32 [N], 24 kHz
 
 
-Question = list[jax.Array] | str  # speech features [300, D] of every segment of 30 s, or a text
+Question = list[jax.Array] | str  # speech features [F, D] of every segment, or a text
 
 
 @dataclass
@@ -60,7 +60,7 @@ class Session:
         overflow: str = "error",
         instructions: str | None = None,
     ):
-        """hear: the function from a sound to its speech features, [300, D] for each 30 s segment.
+        """hear: the function from a sound to its speech features, [F, D] of every segment.
 
         request: the settings of every turn. voice: x-vector [192]; None without a decoder.
         overflow: if the conversation does not fit the LLM's cache any more, "error" refuses the

@@ -58,7 +58,7 @@ class Model(nnx.Module):
         self.speaker = c.speaker and Speaker(c.speaker, rngs)
 
     def encode_speech(self, mel: Array) -> Array:
-        """Log-mel of segments of 30 s [B, 3000, M] -> speech features [B, 300, D]."""
+        """Log-mel of segments [B, 2T, M] -> speech features [B, F, D]: 300 of 30 s."""
         return self.adapter(self.speech_encoder(mel))
 
     def embed_prompt(self, ids: Array, features: Array, first: Array | int = 0) -> Array:

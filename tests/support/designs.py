@@ -1,6 +1,7 @@
 """A design of a tiny model for `omni2 new`, as the text of a config file, and a text for it."""
 
 import random
+from pathlib import Path
 
 DESIGN = """
 from omni2_jax.config import (
@@ -32,6 +33,14 @@ TEXT = """
     what is the sum of one two three four five six seven eight nine ten and how many days are in
     a week name the capital of France Spain Italy it has colours red green blue please say that
 """
+
+
+def write(folder: Path) -> tuple[Path, Path]:
+    """Write both into a folder; their paths."""
+    design, words = folder / "design.py", folder / "text.txt"
+    design.write_text(DESIGN)
+    words.write_text(text())
+    return design, words
 
 
 def text(lines: int = 200, seed: int = 0) -> str:
