@@ -54,6 +54,8 @@ def open_system(name: str, options: SystemOptions) -> System:
             f"{name} is a folder of answers, whose times cannot be measured any more: the task "
             "latency needs a checkpoint or an endpoint"
         )
+    if options.read or options.write:
+        raise ValueError(f"{name} is no checkpoint, which --read and --write need")
     return AnswersFolder(Path(name))
 
 
