@@ -52,7 +52,7 @@ class CheckpointSystem:
         for item in items:
             try:
                 for sound in item.turns[::2]:
-                    load_clips(sound, long_turns)
+                    load_clips(sound, long_turns, config.segment_samples)
                 ids = prompt_ids(tokenizer, item.turns, long_turns, config.max_prompt)
             except ValueError as error:
                 raise ValueError(f"{item.context}: {error}") from None
