@@ -11,7 +11,7 @@ from omni2_jax.checkpoint import tokenizer
 from omni2_jax.checkpoint.lazy import LazyArray
 from omni2_jax.cli.console import say
 from omni2_jax.config import PARTS, AdapterConfig, Omni2Config, SpeechEncoderConfig
-from omni2_jax.convert import families, json_files
+from omni2_jax.convert import ctranslate2, families, json_files
 from omni2_jax.convert.families import qwen2
 from omni2_jax.convert.formats import torch_dims
 from omni2_jax.convert.json_files import checked, short
@@ -153,6 +153,8 @@ def whisper_heads(directory: Path, config: Mapping[str, Any], whisper: Path | No
     says it), the .pt inside the release that its config.json names. A path that leads out of the
     release is not followed. Raises ConversionError if a file is damaged.
     """
+    if whisper and ctranslate2.is_directory(whisper):
+        return ctranslate2.whisper(whisper)[0].heads
     if whisper and whisper.is_dir():
         return whisper_directory(whisper).heads
     if whisper:

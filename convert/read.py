@@ -1,4 +1,4 @@
-"""Five kinds of sources -> `Release`. Names and shapes are checked before data is read."""
+"""Kinds of sources -> `Release`. Names and shapes are checked before data is read."""
 
 import dataclasses
 from pathlib import Path
@@ -6,7 +6,14 @@ from pathlib import Path
 import numpy as np
 
 from omni2_jax.checkpoint import tokenizer
-from omni2_jax.convert import cosyvoice, hugging_face, safetensors_files, vocabulary, vocoders
+from omni2_jax.convert import (
+    cosyvoice,
+    ctranslate2,
+    hugging_face,
+    safetensors_files,
+    vocabulary,
+    vocoders,
+)
 from omni2_jax.convert.formats import onnx_file, torch_dims, torch_file, torch_object
 from omni2_jax.convert.hugging_face import EMPTY_CONFIG
 from omni2_jax.convert.plan import ConversionError, plan
@@ -73,11 +80,16 @@ def read_llm(directory: Path, speech_lm: Path | None = None) -> Release:
 
 
 def read_whisper(path: Path) -> Release:
-    """An OpenAI Whisper .pt or a Hugging Face Whisper directory, without the text decoder.
+    """An OpenAI Whisper .pt, or a Hugging Face or CTranslate2 directory, without the text decoder.
 
     Raises ConversionError if it is something else, or damaged.
     """
-    if path.is_dir():
+    hugging_face_names = False
+    if ctranslate2.is_directory(path):
+        weights = path / ctranslate2.FILE
+        encoder, sources = ctranslate2.whisper(path)
+    elif path.is_dir():
+        hugging_face_names = True
         weights = safetensors_files.weights_file(path)
         sources = {
             name.removeprefix("model."): source
@@ -89,7 +101,7 @@ def read_whisper(path: Path) -> Release:
         heads = torch_dims(path).get("n_audio_head")
         encoder = hugging_face.speech_encoder(sources, "encoder.", path, heads)
     config = EMPTY_CONFIG.replace(speech_encoder=encoder)
-    table = whisper.table(hugging_face=path.is_dir()).at("encoder.", "speech_encoder.")
+    table = whisper.table(hugging_face_names).at("encoder.", "speech_encoder.")
     table = dataclasses.replace(
         table, dropped={r"(decoder|proj_out)\..*": "the text decoder is not part of LLaMA-Omni2"}
     )

@@ -39,7 +39,7 @@ OMNI2 = Source(
         "models/speech_encoder/*.pt",
     )
 )
-WHISPER = Source(("config.json", *WEIGHTS))
+WHISPER = Source(("config.json", "model.bin", *WEIGHTS))
 DECODER = Source(
     (
         "cosyvoice.yaml",

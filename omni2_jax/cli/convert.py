@@ -80,7 +80,8 @@ def convert(
     whisper: Annotated[
         str | None,
         typer.Option(
-            metavar=SOURCE, help="An OpenAI Whisper .pt or a Hugging Face Whisper directory."
+            metavar=SOURCE,
+            help="An OpenAI Whisper .pt, or a Hugging Face or CTranslate2 Whisper directory.",
         ),
     ] = None,
     llm: Annotated[
