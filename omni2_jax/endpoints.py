@@ -39,6 +39,10 @@ class AnswerError(ValueError):
     """The server is there, but gave no usable answer to this request, even when asked again."""
 
 
+class TooLongError(AnswerError):
+    """The answer was cut off at the number of tokens that was asked for. It is not asked again."""
+
+
 @dataclass(frozen=True)
 class Endpoint:
     """A model behind a server.
@@ -131,8 +135,8 @@ class Client:
     ) -> str:
         """The model's reply, without white space around it.
 
-        messages: {"role", "content"} each. json: ask for a JSON object. An answer that was cut off
-        at `max_tokens` is an AnswerError.
+        messages: {"role", "content"} each. json: ask for a JSON object. Raises TooLongError if the
+        reply was cut off at `max_tokens`.
         """
         options: dict[str, Any] = {"temperature": temperature, "max_tokens": max_tokens}
         options |= {"seed": seed} if seed is not None else {}
@@ -147,7 +151,7 @@ class Client:
             if not text:
                 raise AnswerError("the reply is empty")
             if choice.finish_reason == "length":
-                raise AnswerError(f"the reply is longer than {max_tokens} tokens")
+                raise TooLongError(f"the reply is longer than {max_tokens} tokens")
             return text
 
         return self.ask(ask)
@@ -237,6 +241,8 @@ class Client:
         for _ in range(ANSWERS):
             try:
                 return request()
+            except TooLongError:
+                raise
             except AnswerError as error:
                 fault = str(error)
             except openai.APIStatusError as error:
