@@ -285,6 +285,17 @@ def save(path: str | Path, samples: np.ndarray, rate: int = OUTPUT_RATE) -> None
         writer.write(samples)
 
 
+def wav_bytes(samples: np.ndarray, rate: int = OUTPUT_RATE) -> bytes:
+    """Samples [N] in [-1, 1] (clipped to it) as a 16-bit mono wav in memory.
+
+    Samples of a 16-bit file come back exactly. Raises ValueError if they do not pass `check`.
+    """
+    buffer = io.BytesIO()
+    values = to_int16(check(np.asarray(samples, np.float32), "the samples"))
+    soundfile.write(buffer, values, rate, format="WAV", subtype="PCM_16")
+    return buffer.getvalue()
+
+
 def check_writable(path: str | Path) -> None:
     """Raise ValueError unless a file can be written at `path`.
 

@@ -68,6 +68,13 @@ def evaluate(
     ] = None,
     judge_model: Annotated[str, typer.Option(help="The judge's name there.")] = "gpt-4o",
     votes: Annotated[int, typer.Option(min=1, help="How often each answer is judged.")] = 1,
+    judgements: Annotated[
+        Path | None,
+        typer.Option(
+            help="The file that keeps what the judge said, so that nothing is paid for twice; "
+            "evaluations may share it. [default: OUT/judgements.sqlite]"
+        ),
+    ] = None,
     utmos: Annotated[
         Path | None,
         typer.Option(help="For naturalness: TorchScript weights of UTMOS, 16 kHz samples [1, N]."),
@@ -144,7 +151,15 @@ def evaluate(
             model=model,
             key_variable=key_variable,
         ),
-        task_options=TaskOptions(judge, judge_model, key_variable, votes, utmos, seed),
+        task_options=TaskOptions(
+            judge=judge,
+            judge_model=judge_model,
+            key_variable=key_variable,
+            votes=votes,
+            judgements=judgements or out / "judgements.sqlite",
+            utmos=utmos,
+            seed=seed,
+        ),
         recogniser=recogniser,
         recogniser_options=RecogniserOptions(
             language, beam, device, model=recogniser_model, key_variable=key_variable

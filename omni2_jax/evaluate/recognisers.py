@@ -14,6 +14,7 @@ import numpy as np
 
 from omni2_jax import hub
 from omni2_jax.audio import recordings
+from omni2_jax.endpoints import Client, Endpoint
 from omni2_jax.evaluate.items import sha256
 from omni2_jax.files import first_line
 
@@ -109,6 +110,34 @@ class WhisperRecogniser:
         }
 
 
+class EndpointRecogniser:
+    """A recogniser behind /v1/audio/transcriptions (OpenAI's protocol), at temperature 0.
+
+    Raises EndpointError if the server cannot be used.
+    """
+
+    workers = 8
+
+    def __init__(self, endpoint: Endpoint, language: str):
+        self.client, self.language = Client(endpoint), language
+        self.client.check()
+
+    def transcribe(self, samples: np.ndarray, rate: int) -> str:
+        if not samples.size:
+            return ""
+        return self.client.transcribe(recordings.wav_bytes(samples, rate), language=self.language)
+
+    def describe(self) -> dict[str, Any]:
+        endpoint = self.client.endpoint
+        return {
+            "kind": "endpoint",
+            "model": endpoint.model,
+            "url": endpoint.url,
+            "language": self.language,
+            "temperature": 0,
+        }
+
+
 @dataclass(frozen=True)
 class RecogniserOptions:
     """How a recogniser hears. beam_size, device, compute_type and threads are faster-whisper's;
@@ -127,9 +156,12 @@ class RecogniserOptions:
 def open_recogniser(source: str, options: RecogniserOptions = RecogniserOptions()) -> Recogniser:
     """The recogniser that an option names.
 
-    source: a directory or Hugging Face id of a Whisper model for faster-whisper. Raises ValueError
-    if it cannot be opened.
+    source: a directory or Hugging Face id of a Whisper model for faster-whisper, or a URL, as
+    http://HOST/v1. Raises ValueError or EndpointError, one line, if it cannot be used.
     """
+    if source.startswith(("http://", "https://")):
+        endpoint = Endpoint(source, options.model, options.key_variable)
+        return EndpointRecogniser(endpoint, options.language)
     return WhisperRecogniser(
         source,
         options.language,

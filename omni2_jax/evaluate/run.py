@@ -12,7 +12,6 @@ begun with are refused.
 
 import functools
 import hashlib
-import io
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -167,9 +166,12 @@ class Evaluation:
                 settings=task.describe(),
                 answers=len(rows),
                 left_out={reason: count for reason, count in unanswered.items() if count},
-                metrics=summarise(task, rows, names),
+                metrics=summarise(task, rows, names, answers),
                 groups={
-                    key: {value: summarise(task, rows, group) for value, group in values.items()}
+                    key: {
+                        value: summarise(task, rows, group, answers)
+                        for value, group in values.items()
+                    }
                     for key, values in groups(self.items).items()
                 },
             )
@@ -202,10 +204,12 @@ class Evaluation:
         return notes
 
 
-def summarise(task: Task, scores: Mapping[str, Scores], names: Sequence[str]) -> results.Summary:
+def summarise(
+    task: Task, scores: Mapping[str, Scores], names: Sequence[str], answers: Mapping[str, Any]
+) -> results.Summary:
     """The metrics of a task over some of the items."""
     rows = [scores[name] for name in names if name in scores]
-    return task.summarise(rows, unanswered=len(names) - len(rows))
+    return task.summarise(rows, unanswered=sum(name not in answers for name in names))
 
 
 def check_hears(recogniser: Recogniser, items: Sequence[Item]) -> None:
@@ -255,9 +259,7 @@ def wav(answer: SpokenAnswer) -> bytes | None:
     """The speech of an answer as a 16-bit wav; None without speech."""
     if answer.samples is None or not answer.samples.size:
         return None
-    buffer = io.BytesIO()
-    soundfile.write(buffer, recordings.to_int16(answer.samples, 32767), answer.rate, format="WAV")
-    return buffer.getvalue()
+    return recordings.wav_bytes(answer.samples, answer.rate)
 
 
 def load_wav(answers: Path, name: str | None) -> tuple[np.ndarray, int]:
@@ -273,7 +275,12 @@ def transcriber(recogniser: Recogniser, answers: Path) -> Callable[[Any], jobs.R
 
     def work(payload: Mapping[str, Any]) -> jobs.Result:
         samples, rate = load_wav(answers, payload["wav"])
-        return jobs.Result(recogniser.transcribe(samples, rate) if samples.size else "")
+        if not samples.size:
+            return jobs.Result("")
+        try:
+            return jobs.Result(recogniser.transcribe(samples, rate))
+        except ValueError as error:
+            raise jobs.Refused("not recognised", f"{payload['wav']}: {error}") from None
 
     return work
 

@@ -38,24 +38,28 @@ def open_system(name: str, options: SystemOptions) -> System:
     """
     from omni2_jax import remote
 
-    path = remote.as_path(name)
-    if (path / "config.json").exists():
+    is_url = name.startswith(("http://", "https://"))
+    if not is_url and ((path := remote.as_path(name)) / "config.json").exists():
         from omni2_jax.evaluate.systems.checkpoint import CheckpointSystem
 
         return CheckpointSystem(path, options)
-    if not Path(name).is_dir():
+    if not is_url and not Path(name).is_dir():
         raise ValueError(
             f"{name} is no system: expected a checkpoint, a folder of answers, or a URL"
         )
-    from omni2_jax.evaluate.systems.folder import AnswersFolder
+    if options.read or options.write:
+        raise ValueError(f"{name} is no checkpoint, which --read and --write need")
+    if is_url:
+        from omni2_jax.evaluate.systems.endpoint import EndpointSystem
 
+        return EndpointSystem(name, options)
     if options.timed:
         raise ValueError(
             f"{name} is a folder of answers, whose times cannot be measured any more: the task "
             "latency needs a checkpoint or an endpoint"
         )
-    if options.read or options.write:
-        raise ValueError(f"{name} is no checkpoint, which --read and --write need")
+    from omni2_jax.evaluate.systems.folder import AnswersFolder
+
     return AnswersFolder(Path(name))
 
 

@@ -50,15 +50,16 @@ class Heard:
 class TaskOptions:
     """Settings of tasks; each task reads its own.
 
-    judge, judge_model, key_variable, votes: of the task instructions; the endpoint, its model, the
-    environment variable with its key, and how often each answer is judged. utmos: TorchScript
-    weights for naturalness. seed: of everything that is drawn at random.
+    Of instructions: judge, the endpoint, judge_model, its model, key_variable, the environment
+    variable with its key, votes, how often each answer is judged, seed, of the votes, and
+    judgements, the file that keeps what the judge said. Of naturalness: utmos, TorchScript weights.
     """
 
     judge: str | None = None
     judge_model: str | None = None
     key_variable: str = "OPENAI_API_KEY"
     votes: int = 1
+    judgements: Path | None = None
     utmos: Path | None = None
     seed: int = 0
 
@@ -103,5 +104,5 @@ class Task(abc.ABC):
     def summarise(self, scores: Sequence[Scores], unanswered: int) -> dict[str, Estimate]:
         """The metrics of the scores, without those that nothing is known about.
 
-        unanswered: items without an answer or without scores.
+        scores: of the answers that could be scored. unanswered: items without an answer.
         """
