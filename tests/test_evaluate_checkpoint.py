@@ -1,0 +1,130 @@
+"""A checkpoint as the system: its answers in batches, with a clock, and over a grid of R and W."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from omni2_jax import jobs
+from omni2_jax.audio import recordings
+from omni2_jax.evaluate import measure, run
+from omni2_jax.evaluate.items import read_items
+from omni2_jax.evaluate.results import Results
+from omni2_jax.evaluate.systems import SystemOptions, open_system
+from omni2_jax.generate.omni2 import Omni2, join
+from tests.support.conversations import GREEDY, clip
+from tests.support.evaluations import ScriptedRecogniser, write_lines
+
+OPTIONS = dataclasses.replace(GREEDY, max_new_tokens=12, max_flush_units=15)
+
+
+@pytest.fixture
+def data(tmp_path):
+    """Three questions, one of them after an earlier turn."""
+    rows = [{"id": name, "audio": str(clip(name))} for name in ("speech_a", "speech_b")]
+    turns = [{"audio": str(clip("short_d"))}, {"text": "Yes."}, {"audio": str(clip("synth_c"))}]
+    return write_lines(tmp_path / "items.jsonl", [*rows, {"id": "talk", "turns": turns}])
+
+
+@pytest.fixture
+def loaded(monkeypatch, model):
+    """The checkpoint is in memory already; what it was loaded with is noted."""
+    calls: list[dict] = []
+    monkeypatch.setattr(
+        Omni2, "load", lambda directory, **settings: calls.append(settings) or model
+    )
+    return calls
+
+
+def test_batched_answers(loaded, checkpoint_dir, model, warm_engine, data, tmp_path):
+    """Three at once: text and speech of each are those of `Omni2.streams`."""
+    options = SystemOptions(batch=3, options=GREEDY)
+    settings = measure.Settings(
+        ("asr-wer",), str(checkpoint_dir), data, tmp_path / "out", options, recogniser="scripted"
+    )
+    compiled = warm_engine.compilations()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(measure, "open_recogniser", lambda *_: ScriptedRecogniser())
+        (results,) = measure.measure(settings)
+    assert warm_engine.compilations() == compiled
+    items = read_items(data)
+    streams = model.streams([item.turns for item in items], options=GREEDY, slots=3)
+    for item, replies in zip(items, streams, strict=True):
+        answer = join(replies, spoken=True)
+        samples, rate = run.load_wav(tmp_path / "out" / "answers", f"wav/{item.name}.wav")
+        assert rate == recordings.OUTPUT_RATE and answer.waveform is not None
+        np.testing.assert_allclose(samples, np.clip(answer.waveform, -1, 1), atol=1e-4)
+    assert results.system["read"] == model.config.read and len(results.system["checksum"]) == 64
+    assert Results.load(tmp_path / "out" / "results.json") == results
+
+
+def test_timed_answers(loaded, checkpoint_dir, data):
+    """One at a time; stages are known for single turns."""
+    items = read_items(data)
+    system = open_system(str(checkpoint_dir), SystemOptions(timed=True, options=OPTIONS))
+    assert system.workers == 1
+    system.check(items)
+    answer = system.open()
+    for item in items:
+        seconds = answer(item).seconds
+        assert 0 < seconds["first_step"] <= seconds["first_audio"] <= seconds["total"]
+        assert ("hearing" in seconds) == ("prefill" in seconds) == (len(item.turns) == 1)
+    assert loaded == [{"read": None, "write": None}]
+
+
+def test_a_grid_of_the_read_write_rule(loaded, checkpoint_dir, data, tmp_path, monkeypatch):
+    """Every pair is measured in a directory of its own, as a row of table 4."""
+    monkeypatch.setattr(measure, "open_recogniser", lambda *_: ScriptedRecogniser())
+    options = SystemOptions(batch=3, options=GREEDY)
+    settings = measure.Settings(
+        ("asr-wer",), str(checkpoint_dir), data, tmp_path, options, recogniser="scripted", limit=1
+    )
+    found = list(measure.measure(settings, [(1, 5), (3, 10)]))
+    assert [results.rows for results in found] == [["table4/1-5"], ["table4/3-10"]]
+    assert [results.system["read"] for results in found] == [1, 3]
+    assert loaded == [{"read": 1, "write": 5}, {"read": 3, "write": 10}]
+    assert (tmp_path / "read1-write5" / "results.json").exists()
+
+
+@pytest.mark.slow
+def test_another_read_write_rule(checkpoint_dir):
+    """R = 2, W = 5: a step gives two text tokens and five units at the most, and no fewer before
+    the text's end."""
+    model = Omni2.load(checkpoint_dir, decoder=False, read=2, write=5)
+    stream = model.engine(OPTIONS, 400)
+    assert (stream.config.read, stream.config.write) == (2, 5)
+    units = [len(reply.units) for reply in model.stream(clip("speech_a"), options=OPTIONS)]
+    assert max(units) <= 5 and len(units) >= OPTIONS.max_new_tokens // 2
+
+
+def test_what_is_refused(loaded, checkpoint_dir, model, data, tmp_path, monkeypatch):
+    """Bad audio and long conversations before the model is loaded; of a failed answer, the item."""
+    bad = tmp_path / "bad.wav"
+    bad.write_bytes(b"RIFF")
+    system = open_system(str(checkpoint_dir), SystemOptions(options=GREEDY))
+    for turns, words in (
+        ([{"audio": str(bad)}], "bad.wav is cut short"),
+        (
+            [
+                {"audio": str(clip("short_d"))},
+                {"text": "Yes. " * 5000},
+                {"audio": str(clip("short_d"))},
+            ],
+            "at most 4096 fit",
+        ),
+    ):
+        items = read_items(write_lines(tmp_path / "bad.jsonl", [{"turns": turns}]))
+        with pytest.raises(ValueError, match=words) as error:
+            system.check(items)
+        assert str(error.value).startswith(f"{tmp_path / 'bad.jsonl'}: item 0")
+    assert not loaded
+    items = read_items(data)
+    system.check(items)
+
+    def fail(*_, **__):
+        raise ValueError("nothing is heard")
+
+    answer = system.open()
+    monkeypatch.setattr(model, "streams", fail)
+    with pytest.raises(jobs.Refused, match="nothing is heard"):
+        answer(items[0])
