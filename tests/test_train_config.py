@@ -18,7 +18,7 @@ from omni2_jax.train.settings import (
 )
 from tests.support.paths import ROOT
 
-STAGES = ("stage1a", "stage1b", "stage2", "flow")
+STAGES = ("text", "stage1a", "stage1b", "stage2", "flow")
 
 
 def read(*changes: str, name: str = "stage1b") -> TrainConfig:
@@ -110,7 +110,7 @@ FAULTS = {
     "batch=": "batch: Input should be a valid integer",
     "epochs=none": "epochs: Input should be a valid number",
     "strict=perhaps": "strict: Input should be a valid boolean",
-    "stage=1c": "stage is '1c', expected 1a, 1b, 2 or flow",
+    "stage=1c": "stage is '1c', expected text, 1a, 1b, 2",
     "remat=some": "remat: Input should be 'none', 'dots' or 'full'",
     "optimizer=1": "optimizer: Input should be a dictionary or an instance of OptimizerConfig",
     # Values
@@ -229,7 +229,7 @@ def test_by_name(tmp_path, monkeypatch):
     assert config_files.read("stage1b") == read()
     (tmp_path / "mine.py").write_text(f"{IMPORT}\nconfig = TrainConfig('2', seed=7)")
     assert config_files.read("mine.py").seed == 7
-    shipped = "flow, stage1a, stage1b, stage2"
+    shipped = ".*flow, .*stage1a, stage1b, stage2, text.*"
     for name in ("stage1", "omni2_7b", "__init__"):
         with pytest.raises(
             ValueError, match=rf"config {name} does not exist.*; shipped: {shipped}$"

@@ -43,6 +43,10 @@ class Examples(abc.ABC):
     ):
         self.train, self.config, self.tokenizer, self.data = train, config, tokenizer, data
 
+    def __len__(self) -> int:
+        """How many indices `items` takes."""
+        return len(self.data)
+
     @abc.abstractmethod
     def items(self, index: int) -> list[Item]:
         """The examples of dialogue `index`.

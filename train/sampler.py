@@ -47,11 +47,12 @@ class Sampler:
     def of(cls, stage: "Stage", directory: Path, tokenizer: Tokenizer | None) -> "Sampler | None":
         """None if no question can be answered.
 
-        That is so if the checkpoint lacks a part of the language side, if the stage has no
-        tokenizer, or if the run has several processes.
+        That is so if the stage is not judged by answers, if the checkpoint lacks a part of the
+        language side, if the stage has no tokenizer, or if the run has several processes.
         """
         complete = set(LANGUAGE_PARTS) <= set(parameters.parts(directory))
-        if not (stage.train.samples and complete and tokenizer and jax.process_count() == 1):
+        wanted = stage.answers and stage.train.samples
+        if not (wanted and complete and tokenizer and jax.process_count() == 1):
             return None
         return cls(stage, directory, tokenizer)
 

@@ -10,7 +10,6 @@ from omni2_jax import sharding
 from omni2_jax.checkpoint.tokenizer import Tokenizer
 from omni2_jax.cli.console import console
 from omni2_jax.config import Omni2Config
-from omni2_jax.train.data.dataset import Dataset
 from omni2_jax.train.data.loader import Batch, Catalogue, Loader, catalogue, schedule
 from omni2_jax.train.examples import Examples
 from omni2_jax.train.stages.base import Stage
@@ -40,9 +39,9 @@ def open_split(
     divide the batch.
     """
     train = stage.train
-    examples = stage.examples(config, tokenizer, Dataset(path), name)
+    examples = stage.examples(config, tokenizer, stage.open_data(path, name), name)
     indices = rich.progress.track(
-        range(len(examples.data)),
+        range(len(examples)),
         f"measuring {path}",
         console=console,
         transient=True,

@@ -30,6 +30,7 @@ class Validator:
         tokenizer: Tokenizer | None,
     ):
         self.stage, self.split, self.frozen = stage, split, frozen
+        stage.validation = split.examples
         self.validate = step.compile_validation(objective)
         self.sampler = Sampler.of(stage, start, tokenizer)
 
@@ -45,7 +46,9 @@ class Validator:
         if reporter.metrics:
             reporter.metrics.write(done - 1, measured)
         values = ", ".join(
-            f"{name.replace('_', ' ')} {value:.4f}" for name, value in measured.items()
+            f"{name.replace('_', ' ')} {value:.4f}"
+            for name, value in measured.items()
+            if "/" not in name
         )
         reporter.say(f"step {done}: {values}")
         if self.sampler:

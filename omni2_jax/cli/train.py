@@ -9,7 +9,9 @@ from omni2_jax.cli.paths import directory
 
 Config = Annotated[
     str,
-    typer.Option("--config", help="stage1a, stage1b, stage2, flow, or a Python file like them."),
+    typer.Option(
+        "--config", help="The name of a shipped config, such as stage1a, or a Python file like it."
+    ),
 ]
 Changes = Annotated[
     list[str] | None,

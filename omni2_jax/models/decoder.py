@@ -63,18 +63,27 @@ class Attention(nnx.Module):
         )
 
     def __call__(
-        self, x: Array, positions: Array, layer: Array, cache: KVCache | None
+        self,
+        x: Array,
+        positions: Array,
+        layer: Array,
+        cache: KVCache | None,
+        segments: Array | None = None,
     ) -> tuple[Array, KVCache | None]:
         """x [B, T, D] at positions [B, T] -> [B, T, D] and the cache.
 
-        layer: the layer's index in the cache, which gets its new keys and values.
+        layer: the layer's index in the cache, which gets its new keys and values. segments [B, T]:
+        without a cache, positions of other segments are not seen.
         """
         q, k, v = self.query(x), self.key(x), self.value(x)
         if self.query_norm is not None and self.key_norm is not None:
             q, k = self.query_norm(q), self.key_norm(k)
         q, k = rope(q, positions, self.theta), rope(k, positions, self.theta)
         if cache is None:  # rows start at 0 and are right-padded, so a causal mask is enough
-            return self.out(attention(q, k, v, causal=True)), None
+            mask = None
+            if segments is not None:
+                mask = (segments[:, :, None] == segments[:, None, :])[:, None]
+            return self.out(attention(q, k, v, mask, causal=True)), None
         cache = cache.write(layer, positions, k, v)
         k, v = cache.read(layer)
         key_positions = jnp.arange(cache.capacity)[None, None, :]
@@ -106,9 +115,14 @@ class Block(nnx.Module):
         self.mlp = SwiGLU(config, rngs)
 
     def __call__(
-        self, x: Array, positions: Array, layer: Array, cache: KVCache | None
+        self,
+        x: Array,
+        positions: Array,
+        layer: Array,
+        cache: KVCache | None,
+        segments: Array | None = None,
     ) -> tuple[Array, KVCache | None]:
-        y, cache = self.attention(self.attention_norm(x), positions, layer, cache)
+        y, cache = self.attention(self.attention_norm(x), positions, layer, cache, segments)
         x = x + y
         return x + self.mlp(self.mlp_norm(x)), cache
 
@@ -129,7 +143,12 @@ class Decoder(nnx.Module):
         return self.embedding(jnp.maximum(ids, 0))
 
     def __call__(
-        self, x: Array, positions: Array, cache: KVCache | None = None, remat: str = "none"
+        self,
+        x: Array,
+        positions: Array,
+        cache: KVCache | None = None,
+        remat: str = "none",
+        segments: Array | None = None,
     ) -> tuple[Array, KVCache | None]:
         """Embeddings x [B, T, D] at positions [B, T] -> hidden states [B, T, D], and the cache.
 
@@ -137,11 +156,13 @@ class Decoder(nnx.Module):
         With a cache x continues its rows: keys and values are written at `positions`, except at
         padding (-1), and a query attends to all positions up to its own. The hidden states are
         those after the last norm.
-        remat: what training keeps of a layer, see `layers.scan`.
+        remat: what training keeps of a layer, see `layers.scan`. segments [B, T]: for rows without
+        a cache that hold several texts one after the other, the number of the text of each
+        position; a text sees itself alone.
         """
 
         def block(layer: Block, carry: tuple, index: Array) -> tuple[tuple, None]:
-            x, cache = layer(carry[0], positions, index, carry[1])
+            x, cache = layer(carry[0], positions, index, carry[1], segments)
             return (constrain(x, "batch", None, None), cache), None
 
         (x, cache), _ = scan(self.layers, block, (x, cache), jnp.arange(self.config.layers), remat)

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 # Name in the settings -> class. As text, so that reading settings imports the one stage that they
 # name.
 STAGES = {
+    "text": "omni2_jax.train.stages.text:Text",
     "1a": "omni2_jax.train.stages.speech_to_text:SpeechToText",
     "1b": "omni2_jax.train.stages.text_to_speech:TextToSpeech",
     "2": "omni2_jax.train.stages.speech_to_speech:SpeechToSpeech",

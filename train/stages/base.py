@@ -41,11 +41,13 @@ class Stage(abc.ABC):
     settings: ClassVar[tuple[str, ...]] = ()  # settings that belong to this stage and not to all
     example_type: ClassVar[type[Examples]]
     needs_tokenizer: ClassVar[bool] = True
+    answers: ClassVar[bool] = True  # whether validation asks the model spoken questions
     needs_recordings: ClassVar[bool] = False  # whether examples are recordings of replies
     scored: ClassVar[tuple[str, ...]] = ()  # language models whose logits the loss computes
 
     def __init__(self, train: TrainConfig):
         self.train = train
+        self.validation: Examples | None = None  # the validation's, before the first `measure`
 
     @classmethod
     def faults(cls, train: TrainConfig) -> list[str]:
@@ -92,6 +94,13 @@ class Stage(abc.ABC):
 
     # Data
 
+    def open_data(self, path: str, split: str) -> Dataset:
+        """The data set at `path`. split: "data" or "validation".
+
+        Raises ValueError if it cannot be used.
+        """
+        return Dataset(path)
+
     def examples(
         self, config: Omni2Config, tokenizer: Tokenizer | None, data: Dataset, split: str
     ) -> Examples:
@@ -121,7 +130,10 @@ class Stage(abc.ABC):
         return {"loss": loss, "terms": terms}
 
     def report(self, sums: Mapping[str, np.ndarray]) -> dict[str, float]:
-        """The measurements of a validation, by name, from the sums over all of its batches."""
+        """The measurements of a validation, by name, from the sums over all of its batches.
+
+        Names with a slash are details, which are written and not printed.
+        """
         return {"validation_loss": float(sums["loss"]) / max(int(sums["terms"]), 1)}
 
     def objective(self, weights: "Weights", steps: int) -> "Objective":
