@@ -92,7 +92,7 @@ def test_everything_behind_endpoints(evaluate, standin, tmp_path):
 def test_votes_are_paid_for_once(evaluate, standin, tmp_path):
     """Three votes for each text, with seeds of their own; another directory asks for nothing."""
     answers = write_answers(tmp_path / "answers")
-    more = ("--system", answers, "--votes", 3, "--judgements", tmp_path / "store" / "all.sqlite")
+    more = ("--system", answers, "--votes", 3, "--judgements", tmp_path / "judgements")
     assert evaluate(*more, tasks=["instructions"]) == 0
     asked = [body for _, body in standin.requests if "messages" in body]
     assert len(asked) == 4 * 2 * 3 == judged(standin)

@@ -71,8 +71,8 @@ def evaluate(
     judgements: Annotated[
         Path | None,
         typer.Option(
-            help="The file that keeps what the judge said, so that nothing is paid for twice; "
-            "evaluations may share it. [default: OUT/judgements.sqlite]"
+            help="Directory that keeps what the judge said, so that nothing is paid for twice; "
+            "evaluations may share it. [default: OUT/judgements]"
         ),
     ] = None,
     utmos: Annotated[
@@ -156,7 +156,7 @@ def evaluate(
             judge_model=judge_model,
             key_variable=key_variable,
             votes=votes,
-            judgements=judgements or out / "judgements.sqlite",
+            judgements=judgements or out / "judgements",
             utmos=utmos,
             seed=seed,
         ),

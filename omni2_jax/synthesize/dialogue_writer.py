@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
+from omni2_jax.answer_cache import AnswerCache
 from omni2_jax.endpoints import AnswerError, Client, Endpoint, TooLongError
 from omni2_jax.jobs import Refused, Result
 from omni2_jax.synthesize import prompts, spoken
-from omni2_jax.synthesize.answer_cache import AnswerCache
 from omni2_jax.synthesize.records import TextDialogue, TextTurn
 from omni2_jax.synthesize.spoken import Limits
 

@@ -52,7 +52,8 @@ class TaskOptions:
 
     Of instructions: judge, the endpoint, judge_model, its model, key_variable, the environment
     variable with its key, votes, how often each answer is judged, seed, of the votes, and
-    judgements, the file that keeps what the judge said. Of naturalness: utmos, TorchScript weights.
+    judgements, the directory that keeps what the judge said. Of naturalness: utmos, weights in
+    TorchScript.
     """
 
     judge: str | None = None

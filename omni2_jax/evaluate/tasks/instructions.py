@@ -9,11 +9,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 from omni2_jax import jobs
+from omni2_jax.answer_cache import AnswerCache, digest
 from omni2_jax.endpoints import AnswerError, Client, Endpoint
 from omni2_jax.evaluate import estimates
 from omni2_jax.evaluate.estimates import Estimate
 from omni2_jax.evaluate.items import Item
-from omni2_jax.evaluate.judgements import Judgements, key
 from omni2_jax.evaluate.tasks.base import Heard, Metric, Scores, Task, TaskOptions
 
 LOWEST, HIGHEST = 1, 5
@@ -51,14 +51,14 @@ class Instructions(Task):
         if not options.judge or not options.judge_model:
             raise ValueError("the task instructions needs a judge: give --judge and --judge-model")
         if options.judgements is None:
-            raise ValueError("the task instructions needs a file for judgements")
+            raise ValueError("the task instructions needs a directory for judgements")
         self.client = Client(Endpoint(options.judge, options.judge_model, options.key_variable))
 
     def describe(self) -> dict[str, Any]:
         return {
             "judge": self.options.judge_model,
             "votes": self.options.votes,
-            "criteria": key(CRITERIA)[:16],
+            "criteria": digest({"criteria": CRITERIA})[:16],
             "seed": self.options.seed,
         }
 
@@ -69,28 +69,28 @@ class Instructions(Task):
 
     def open(self) -> Callable[[Item, Heard], Scores]:
         assert self.options.judgements
-        store = Judgements(self.options.judgements)
+        cache = AnswerCache(self.options.judgements)
 
         def score(item: Item, heard: Heard) -> Scores:
             return {
-                "score_s2t": self.votes(store, item, heard.text),
-                "score_s2s": self.votes(store, item, heard.transcript or ""),
+                "score_s2t": self.votes(cache, item, heard.text),
+                "score_s2s": self.votes(cache, item, heard.transcript or ""),
             }
 
         return score
 
-    def votes(self, store: Judgements, item: Item, answer: str) -> list[int]:
+    def votes(self, cache: AnswerCache, item: Item, answer: str) -> list[int]:
         """The scores of an answer, one a vote. Raises Refused if no vote can be read."""
         if not any(character.isalnum() for character in answer):
             return [LOWEST] * self.options.votes
-        found = [self.vote(store, item, answer, number) for number in range(self.options.votes)]
+        found = [self.vote(cache, item, answer, number) for number in range(self.options.votes)]
         readable = [score for score in found if score is not None]
         if not readable:
             raise jobs.Refused("unreadable judgement", f"{item.context}: the judge gave no score")
         return readable
 
-    def vote(self, store: Judgements, item: Item, answer: str, number: int) -> int | None:
-        """One vote, from the store if it was asked before; None if it cannot be read."""
+    def vote(self, cache: AnswerCache, item: Item, answer: str, number: int) -> int | None:
+        """One vote, from the cache if it was asked before; None if it cannot be read."""
         messages = [
             {"role": "system", "content": CRITERIA},
             {"role": "user", "content": f"Instruction: {item.question}\n\nAnswer: {answer}"},
@@ -98,20 +98,15 @@ class Instructions(Task):
         temperature = 0.0 if self.options.votes == 1 else 1.0
         for attempt in range(TRIES):
             seed = self.options.seed + number + 1000 * attempt
-            question = (self.options.judge_model, messages, temperature, seed)
-            said = store.get(*question)
+            sampling = {"temperature": temperature, "seed": seed}
+            request = {"model": self.options.judge_model, "messages": messages, **sampling}
+            said = cache.get(request)
             if said is None:
                 try:
-                    said = self.client.chat(
-                        messages,
-                        temperature=temperature,
-                        max_tokens=MAX_TOKENS,
-                        seed=seed,
-                        json=True,
-                    )
+                    said = self.client.chat(messages, max_tokens=MAX_TOKENS, json=True, **sampling)
                 except AnswerError:
                     continue
-                store.put(said, *question)
+                cache.put(request, said)
             if (score := parsed(said)) is not None:
                 return score
         return None
