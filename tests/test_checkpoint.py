@@ -16,8 +16,9 @@ from omni2_jax.config import Omni2Config
 from omni2_jax.train.checkpoints import Checkpoints
 from omni2_jax.train.data.dataset import Dataset
 from omni2_jax.train.data.writer import Shards
-from omni2_jax.train.hidden_states import HiddenStates, identity
+from omni2_jax.train.hidden_states import HiddenStates
 from omni2_jax.train.step import State
+from omni2_jax.train.stored_arrays import identity
 from tests.support.commands import process
 
 RANDOM = np.random.default_rng(0)

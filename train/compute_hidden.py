@@ -7,21 +7,18 @@ nor the speech encoder is loaded, and no question is read. A text of n tokens ta
 """
 
 import dataclasses
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
 import numpy as np
 
 from omni2_jax import files, sharding
-from omni2_jax.cli.console import progress_bar
 from omni2_jax.devices import Device
 from omni2_jax.train import weights
-from omni2_jax.train.data.loader import EMPTY_ROW
-from omni2_jax.train.data.writer import SHARD_BYTES, Shards
-from omni2_jax.train.hidden_states import identity
-from omni2_jax.train.loop import Run, Split
+from omni2_jax.train.examples import Item, Row
+from omni2_jax.train.hidden_states import HiddenStates
+from omni2_jax.train.loop import Run
 from omni2_jax.train.settings import TrainConfig
 from omni2_jax.train.stages import stage_of
 from omni2_jax.train.stages.speech_to_speech import SpeechToSpeech
@@ -48,35 +45,19 @@ def compute(train: TrainConfig, out: Path, devices: Sequence[Device] | None = No
                 return read_dialogue(loaded.model(values), train, batch)
 
             def states(batch: dict[str, jax.Array]) -> np.ndarray:
-                inputs = {name: batch[name][0] for name in ("audio", "ids")}
+                names = ("audio", "frames", "ids")
+                inputs = {name: batch[name][0] for name in names if name in batch}
                 return np.asarray(read(values, inputs).astype(train.dtype))
 
             metadata = {"width": run.config.llm.width, "dtype": train.dtype}
             for name, split in {"data": run.data, "validation": run.validation}.items():
                 if split is not None:
-                    write(work / name, split, states, metadata)
+                    rows = HiddenStates.arrays(split, states, behind_text)
+                    HiddenStates.write(work / name, split, metadata, rows)
 
 
-def write(folder: Path, split: Split, states: Callable, metadata: dict) -> None:
-    """Write the states of one data set, and hidden.json. states: batch -> [B, T, D]."""
-    folder.mkdir()
-    data = split.examples.data
-    shards = Shards(folder, "states", SHARD_BYTES)
-    places: list[int | None] = [None] * len(data)
-    with progress_bar() as bar:
-        task = bar.add_task(f"hidden states of {data.path}", total=len(split.batches))
-        for batch, (placed, raw) in zip(split.batches, split.loader.start(0), strict=True):
-            values = states(placed)
-            for row, number in enumerate(batch.rows):
-                if number == EMPTY_ROW:
-                    continue
-                source = raw["source"][0, row]
-                # Each text token stands in one reply, so ascending positions are the order of the
-                # text.
-                producing = np.sort(source[source >= 0])
-                dialogue = split.catalogue.items[number].dialogue
-                places[dialogue] = shards.add(values[row, producing].tobytes())
-            bar.advance(task)
-    shards.close()
-    metadata = {"data": identity(data), **metadata, "places": places}
-    (folder / "hidden.json").write_text(json.dumps(metadata) + "\n")
+def behind_text(states: np.ndarray, row: Row, item: Item) -> np.ndarray:
+    """Of the states [T, D] of a row those behind the text tokens of its replies, [n, D]."""
+    source = row["source"]
+    # Each text token stands in one reply, so ascending positions are the order of the text.
+    return states[np.sort(source[source >= 0])]

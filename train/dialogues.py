@@ -11,6 +11,7 @@ from omni2_jax.audio import recordings
 from omni2_jax.config import Omni2Config
 from omni2_jax.train.data.dataset import RecordError
 from omni2_jax.train.data.records import Dialogue
+from omni2_jax.train.encoder_frames import EncoderFrames
 from omni2_jax.train.examples import PAD, Examples, Item, Row, full, put
 from omni2_jax.train.settings import Bucket
 
@@ -32,6 +33,8 @@ class Conversation:
 class DialogueExamples(Examples):
     """Examples that are whole dialogues. Subclasses add what the loss needs."""
 
+    frames: EncoderFrames | None = None  # if they are on disk, no recording is read
+
     def items(self, index: int) -> list[Item]:
         dialogue = self.data.dialogue(index)
         conversation = self.conversation(dialogue)
@@ -44,14 +47,27 @@ class DialogueExamples(Examples):
         return 0
 
     def empty(self, bucket: Bucket) -> Row:
-        audio = np.zeros((bucket.segments, self.config.segment_samples), np.int16)
-        return {"audio": audio, "ids": full(bucket.positions, PAD)}
+        ids = {"ids": full(bucket.positions, PAD)}
+        if self.frames is None:
+            audio = np.zeros((bucket.segments, self.config.segment_samples), np.int16)
+            return {"audio": audio} | ids
+        assert self.config.speech_encoder is not None
+        shape = (bucket.segments, self.config.speech_encoder.frames, self.frames.width)
+        return {"frames": np.zeros(shape, self.frames.dtype)} | ids
 
-    def fill_questions(self, row: Row, dialogue: Dialogue, conversation: Conversation) -> None:
-        """Write the recordings of the user turns and the ids of the dialogue.
+    def fill_questions(
+        self, row: Row, index: int, dialogue: Dialogue, conversation: Conversation
+    ) -> None:
+        """Write the ids of dialogue `index` and the recordings of its user turns, or their frames.
 
         Raises RecordError if a recording is not as long as its turn states.
         """
+        put(row, {"ids": conversation.ids})
+        if self.frames is not None:
+            count, (_, size, width) = sum(conversation.segments), row["frames"].shape
+            values = self.frames.read(index, count * size)
+            put(row, {"frames": values.reshape(count, size, width)})
+            return
         window = self.config.segment_samples
         segments = [
             segment
@@ -66,7 +82,6 @@ class DialogueExamples(Examples):
             )
         for i, segment in enumerate(segments):
             put(row, {"audio": recordings.to_int16(segment)}, (i,))
-        put(row, {"ids": conversation.ids})
 
     def conversation(self, dialogue: Dialogue) -> Conversation:
         """The prompts and replies of a dialogue as token ids.

@@ -147,6 +147,7 @@ class TrainConfig:
     rank: int = 0  # stage 1a: train low-rank updates (LoRA) of this rank instead of the LLM
     layout: Literal["read_write", "offline"] = "read_write"  # stages 1b and 2; offline: table 4
     mix: Literal["gate", "sum", "hidden"] = "gate"  # stage 2: ablations of gate fusion (table 2)
+    frames: str | None = None  # stages 1a and 2: the encoder's frames, from `omni2 frames`
     hidden: str | None = None  # stage 2: the LLM's hidden states, computed by `omni2 hidden`
     reset: Annotated[tuple[str, ...], pydantic.BeforeValidator(one_or_more)] = ()
     # ^ parts to initialise at random instead of reading them from the checkpoint (table 3)

@@ -16,6 +16,7 @@ from omni2_jax.cli import (
     console,
     convert,
     evaluate,
+    frames,
     hidden,
     info,
     new,
@@ -30,6 +31,7 @@ SUBCOMMANDS = (
     new.new,
     prepare.prepare,
     train.train,
+    frames.frames,
     hidden.hidden,
     info.info,
 )

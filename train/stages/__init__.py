@@ -37,7 +37,7 @@ def faults(train: "TrainConfig") -> list[str]:
         *names, last = STAGES
         return [f"stage is {train.stage!r}, expected {', '.join(names)} or {last}"]
     stage = stage_class(train.stage)
-    users = {setting: [] for setting in ("rank", "layout", "mix", "hidden", "chunks")}
+    users = {setting: [] for setting in ("rank", "layout", "mix", "frames", "hidden", "chunks")}
     for name in STAGES:
         for setting in stage_class(name).settings:
             users.setdefault(setting, []).append(name)

@@ -16,6 +16,7 @@ from omni2_jax.models.model import Model
 from omni2_jax.train.data.dataset import Dataset
 from omni2_jax.train.data.records import Dialogue
 from omni2_jax.train.dialogues import Conversation, DialogueExamples
+from omni2_jax.train.encoder_frames import EncoderFrames
 from omni2_jax.train.examples import PAD, Item, Row, full, put
 from omni2_jax.train.hidden_states import HiddenStates
 from omni2_jax.train.losses import IGNORE
@@ -51,7 +52,7 @@ class SpeechExamples(DialogueExamples):
         conversation = self.conversation(dialogue)
         self.fill_replies(row, dialogue, conversation)
         if self.hidden is None:
-            self.fill_questions(row, dialogue, conversation)
+            self.fill_questions(row, item.dialogue, dialogue, conversation)
         else:
             put(row, {"hidden": self.hidden.read(item.dialogue, conversation.text_tokens)})
 
@@ -81,13 +82,20 @@ class SpeechToSpeech(Stage):
 
     parts = ("speech_encoder", "adapter", "llm", "fusion", "speech_lm")
     trained = ("fusion", "speech_lm")
-    settings = ("layout", "mix", "hidden")
+    settings = ("layout", "mix", "frames", "hidden")
     example_type = SpeechExamples
     scored = ("speech_lm",)
 
     @property
     def loaded(self) -> tuple[str, ...]:
-        return self.trained if self.train.hidden else self.parts
+        if self.train.hidden:
+            return self.trained
+        return self.parts[1:] if self.train.frames else self.parts
+
+    @classmethod
+    def faults(cls, train: TrainConfig) -> list[str]:
+        both = train.frames and train.hidden
+        return ["frames are not read with hidden; expected one of them"] if both else []
 
     def configure(self, config: Omni2Config) -> Omni2Config:
         return config.replace(mix=self.train.mix)
@@ -96,6 +104,7 @@ class SpeechToSpeech(Stage):
         self, config: Omni2Config, tokenizer: Tokenizer | None, data: Dataset, split: str
     ) -> SpeechExamples:
         examples = SpeechExamples(self.train, config, tokenizer, data)
+        examples.frames = EncoderFrames.of(self.train, config, data, split)
         if self.train.hidden:
             assert config.llm is not None
             path = remote.as_path(self.train.hidden) / split

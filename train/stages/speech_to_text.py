@@ -10,10 +10,13 @@ from dataclasses import replace
 import jax
 
 from omni2_jax.audio import features, recordings
+from omni2_jax.checkpoint.tokenizer import Tokenizer
 from omni2_jax.config import Omni2Config
 from omni2_jax.models.model import Model
 from omni2_jax.sharding import constrain
+from omni2_jax.train.data.dataset import Dataset
 from omni2_jax.train.dialogues import DialogueExamples
+from omni2_jax.train.encoder_frames import EncoderFrames
 from omni2_jax.train.examples import Item, Row, full
 from omni2_jax.train.losses import IGNORE, token_loss
 from omni2_jax.train.settings import Bucket, TrainConfig
@@ -31,7 +34,7 @@ class TextExamples(DialogueExamples):
         conversation = self.conversation(dialogue)
         for start, text in zip(conversation.starts, conversation.replies, strict=True):
             row["targets"][start - 1 : start - 1 + len(text)] = text
-        self.fill_questions(row, dialogue, conversation)
+        self.fill_questions(row, item.dialogue, dialogue, conversation)
 
 
 class SpeechToText(Stage):
@@ -39,9 +42,20 @@ class SpeechToText(Stage):
 
     parts = ("speech_encoder", "adapter", "llm")
     trained = ("adapter", "llm")
-    settings = ("rank",)
+    settings = ("rank", "frames")
     example_type = TextExamples
     scored = ("llm",)
+
+    @property
+    def loaded(self) -> tuple[str, ...]:
+        return self.trained if self.train.frames else self.parts
+
+    def examples(
+        self, config: Omni2Config, tokenizer: Tokenizer | None, data: Dataset, split: str
+    ) -> TextExamples:
+        examples = TextExamples(self.train, config, tokenizer, data)
+        examples.frames = EncoderFrames.of(self.train, config, data, split)
+        return examples
 
     def is_trained(self, path: str) -> bool:
         if self.train.rank and path.startswith("llm."):
@@ -71,7 +85,12 @@ class SpeechToText(Stage):
 
 
 def encode_questions(model: Model, train: TrainConfig, batch: Batch) -> Array:
-    """Recordings [B, C, N] int16 -> frames of the frozen speech encoder [B * C, frames, width]."""
+    """Recordings [B, C, N] int16 -> frames of the frozen speech encoder [B * C, frames, width].
+
+    Frames [B, C, frames, width] that come from the disk are taken as they are.
+    """
+    if "frames" in batch:
+        return batch["frames"].reshape(-1, *batch["frames"].shape[2:]).astype(train.dtype)
     rows, segments, samples = batch["audio"].shape
     audio = recordings.from_int16(batch["audio"].reshape(rows * segments, samples))
     mel = features.log_mel(constrain(audio, "batch", None), mels=model.config.speech_encoder.mels)

@@ -1,0 +1,88 @@
+"""The speech encoder's frames on disk: a run that reads them learns what one learns that does not."""
+
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from omni2_jax.checkpoint import parameters
+from omni2_jax.config import Omni2Config
+from omni2_jax.configs import stage1a, stage1b, stage2
+from omni2_jax.train import compute_frames
+from omni2_jax.train.data.dataset import Dataset
+from omni2_jax.train.encoder_frames import EncoderFrames, origin
+from omni2_jax.train.loop import Run
+from omni2_jax.train.settings import Bucket, TrainConfig
+from tests.support.runs import toy_config
+
+BUCKETS = (Bucket(6, 300),)  # a question of 2 s takes one window, a longer one several
+
+
+@pytest.fixture(scope="module")
+def settings(new_checkpoint, talks):
+    def settings(**changes) -> TrainConfig:
+        sizes = {"batch": 2, "steps": 3, "buckets": BUCKETS}
+        return toy_config(stage1a.config, new_checkpoint, talks, **(sizes | changes))
+
+    return settings
+
+
+@pytest.fixture(scope="module")
+def frames(settings, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("frames") / "frames"
+    compute_frames.compute(settings(batch=1), out, jax.devices()[:1])
+    return out
+
+
+def losses(train: TrainConfig, out: Path) -> list[float]:
+    Run(train, out, jax.devices()[:1]).go()
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").open()]
+    return [line["loss"] for line in lines]
+
+
+def test_a_run_that_reads_them_has_the_same_losses(settings, frames, tmp_path):
+    """They are rounded to float16, so not to the bit."""
+    computed = losses(settings(), tmp_path / "computed")
+    read = losses(settings(frames=str(frames)), tmp_path / "read")
+    np.testing.assert_allclose(read, computed, rtol=1e-4)
+    assert len(set(read)) == 3
+    parts = [parameters.stored(tmp_path / run / "final", "llm") for run in ("computed", "read")]
+    for path, leaf in parts[0].items():
+        np.testing.assert_allclose(parts[1][path].read(), leaf.read(), atol=2e-3)
+
+
+def test_they_belong_to_data_encoder_and_window(settings, frames, new_checkpoint, talks, tmp_path):
+    config, data = Omni2Config.load(new_checkpoint / "config.json"), Dataset(talks)
+    train = settings(frames=str(frames))
+    stored = EncoderFrames.of(train, config, data, "data")
+    assert stored and stored.width == 16 and stored.read(0, 100).dtype == np.float16
+    wrong = [("window", 99), ("encoder", "0123456789abcdef")]
+    for name, value in wrong:
+        with pytest.raises(ValueError, match="or by another speech encoder, or for another window"):
+            EncoderFrames(frames / "data", data, 16, **origin(train, config) | {name: value})
+    other = shutil.copytree(new_checkpoint, tmp_path / "other")
+    before = parameters.fingerprint(other, "speech_encoder")
+    leaves = {
+        path: leaf.read() for path, leaf in parameters.stored(other, "speech_encoder").items()
+    }
+    leaves["conv1.bias"] = leaves["conv1.bias"] + 1
+    shutil.rmtree(other / "params" / "speech_encoder")
+    parameters.save_part(other, "speech_encoder", leaves)
+    assert parameters.fingerprint(other, "speech_encoder") != before
+    with pytest.raises(
+        ValueError, match=f"{frames}/data was made from other data than {talks}, or"
+    ):
+        Run(settings(frames=str(frames), checkpoint=str(other)), tmp_path / "run")
+    with pytest.raises(ValueError, match="holds no encoder frames; omni2 frames computes them"):
+        Run(settings(frames=str(tmp_path)), tmp_path / "run")
+
+
+def test_which_stages_read_them(new_checkpoint, talks, tmp_path):
+    with pytest.raises(ValueError, match="a run of stage 1b reads no frames"):
+        compute_frames.compute(toy_config(stage1b.config, new_checkpoint, talks), tmp_path / "out")
+    with pytest.raises(ValueError, match="frames are not read with hidden; expected one of them"):
+        toy_config(stage2.config, new_checkpoint, talks, frames="a", hidden="b")
+    assert not (tmp_path / "out").exists()
