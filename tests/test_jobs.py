@@ -55,7 +55,7 @@ def test_the_same_bytes_with_any_workers(kind, workers, expected, tmp_path):
 
 @pytest.mark.parametrize("kind", ["threads", "processes"])
 def test_kill(kind, expected, tmp_path):
-    """A killed process loses only what was in flight; a torn line is dropped."""
+    """A killed process loses what was in flight, twice the workers; a torn line is dropped."""
     command = [sys.executable, "-m", "tests.support.jobs", tmp_path, COUNT, 0.02, kind]
     command = list(map(str, command))
     journal = tmp_path / "job" / "journal-0-of-1.jsonl"
@@ -73,7 +73,7 @@ def test_kill(kind, expected, tmp_path):
     subprocess.run(command, cwd=ROOT, check=True)
     assert (tmp_path / "result.jsonl").read_bytes() == expected
     twice = [key for key, count in calls(tmp_path).items() if count > 1]
-    assert len(calls(tmp_path)) == COUNT and len(twice) <= 4
+    assert len(calls(tmp_path)) == COUNT and len(twice) <= 8
     assert journal.read_bytes().startswith(done[: done.rindex(b"\n") + 1])
 
 
