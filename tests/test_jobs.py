@@ -201,6 +201,11 @@ def test_nothing_is_left_of_a_job_without_outcomes(tmp_path):
         Job("words", tmp_path / "file" / "b", {}, fail).run(items(3))
 
 
+def test_no_items(tmp_path):
+    results = job(tmp_path).run([])
+    assert results is not None and list(results) == [] and results.summary() == "0 words"
+
+
 def test_payloads_that_are_not_json(tmp_path):
     """They have a digest of their own."""
     results = Job("blobs", tmp_path, {}, lambda: lambda data: Result(len(data))).run(

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from omni2_jax.cli.main import main
 from omni2_jax.config import Omni2Config
 from omni2_jax.convert import read, write
 from omni2_jax.models import speech_tokenizer
-from omni2_jax.train.data import prepare
+from omni2_jax.train.data import prepare, unit_batches
 from omni2_jax.train.data.dataset import Dataset
 from omni2_jax.train.data.sources import SourceError, json_files
 from tests.support.networks import TINY_TOKENIZER as TINY
@@ -116,11 +117,11 @@ def test_batches_have_few_shapes(monkeypatch):
         assert [np.count_nonzero(row) for row in wav] == lengths.tolist()
         return np.repeat(lengths[:, None], wav.shape[1], axis=1), lengths
 
-    monkeypatch.setattr(prepare, "tokenize", tokenize)
+    monkeypatch.setattr(unit_batches, "tokenize", tokenize)
     seconds = np.random.default_rng(0).permutation(
         [1, 2, 3, 4, 6, 7, 10, 14, 19, 29, 30, 31, 61, 120]
     )
-    units = prepare.batched_units(
+    units = unit_batches.batched_units(
         None, [np.ones(n * recordings.INPUT_RATE, np.float32) for n in seconds], 4
     )
     assert (
@@ -129,7 +130,7 @@ def test_batches_have_few_shapes(monkeypatch):
         == [n * recordings.INPUT_RATE for n in seconds]
     )
     assert shapes == [(4, 6), (4, 15), (4, 60), (4, 120)]
-    assert [prepare.fixed_length(samples) for samples in (160, 48000, 48001)] == [
+    assert [unit_batches.fixed_length(samples) for samples in (160, 48000, 48001)] == [
         48000,
         48000,
         96000,
@@ -643,3 +644,67 @@ def test_a_cut_leaves_the_checkpoint_as_it_was(whole, tokenizer_file, monkeypatc
     with pytest.raises(ZeroDivisionError):
         write.extend(whole, read.read_speech_tokenizer(tokenizer_file), {})
     assert content(whole) == before
+
+
+# ---- as a job ----
+
+
+@pytest.fixture
+def spoken(tmp_path):
+    """24 dialogues in groups of four; the sixth cannot be used."""
+    for name in CLIPS:
+        shutil.copy(SPEECH / f"{name}.wav", tmp_path)
+    dialogues = [[("hi", None), ("yes", f"{CLIPS[i % len(CLIPS)]}.wav")] for i in range(24)]
+    shutil.copy(SPEECH / f"{CLIPS[0]}.wav", tmp_path / "first.wav")
+    dialogues[0] = [("hi", None), ("yes", "first.wav")]
+    dialogues[5] = [("hi", "gone.wav"), ("no", None)]
+    (tmp_path / "data.jsonl").write_text(lines(*dialogues))
+    return tmp_path
+
+
+@pytest.fixture
+def whole_run(spoken, tokenizer):
+    """The arguments of a run, and the files and the report that it leaves."""
+    args = ("--source", spoken, "--speech-tokenizer", tokenizer, "--batch", 1)
+    code, printed = run(*args, "--out", spoken / "all")
+    assert code == 0 and not (spoken / "all.job").exists()
+    return args, content(spoken / "all"), printed.replace("/all ", "/out ")
+
+
+def test_a_killed_run_goes_on(spoken, whole_run):
+    args, files, printed = whole_run
+    options = [sys.executable, "-m", "omni2_jax", "prepare", *map(str, args), "--workers", "1"]
+    process = subprocess.Popen([*options, "--out", str(spoken / "out")], cwd=ROOT)
+    journal = spoken / "out.job" / "journal-0-of-1.jsonl"
+    while not journal.exists() or b"groups/" not in journal.read_bytes():
+        assert process.poll() is None
+        time.sleep(0.005)
+    process.kill()
+    process.wait()
+    assert 0 < len(content(spoken / "out.job" / "groups")) < 6 and not (spoken / "out").exists()
+    code, _ = run(*args, "--out", spoken / "out", "--max-seconds", 500)
+    assert "was begun with max_seconds 600.0, not 500.0" in str(code)
+    (spoken / "first.wav").unlink()  # it is in the first group, which is not made again
+    code, again = run(*args, "--out", spoken / "out")
+    assert (code, again) == (0, printed) and content(spoken / "out") == files
+    assert not (spoken / "out.job").exists()
+
+
+def test_shards_are_merged(spoken, whole_run):
+    args, files, printed = whole_run
+    for index in (1, 0):
+        code, _ = run(*args, "--out", spoken / "out", "--shard", f"{index}/2")
+        assert code == 0 and not (spoken / "out").exists()
+        if index:
+            code, _ = run(*args, "--out", spoken / "out")
+            assert "3 groups of dialogues are missing" in str(code) and "--shard 0/2" in str(code)
+    code, again = run(*args, "--out", spoken / "out")
+    assert (code, again) == (0, printed) and content(spoken / "out") == files
+
+
+def test_strict_after_a_run_that_was_not(spoken, whole_run):
+    args, _, _ = whole_run
+    run(*args, "--out", spoken / "out", "--shard", "0/2")
+    run(*args, "--out", spoken / "out", "--shard", "1/2")
+    code, _ = run(*args, "--out", spoken / "out", "--strict")
+    assert f"{spoken}: d5 (dialogue 5): turn 0: " in str(code) and not (spoken / "out").exists()

@@ -6,6 +6,8 @@ from typing import Annotated
 import typer
 
 from omni2_jax.cli.paths import directory
+from omni2_jax.cli.where import RayOption, ShardOption, WorkersOption
+from omni2_jax.jobs.where import Where
 
 
 def prepare(
@@ -59,13 +61,26 @@ def prepare(
         str | None,
         typer.Option(help='Only what states this "split", as train or test. [default: all]'),
     ] = None,
+    workers: WorkersOption = None,
+    ray: RayOption = None,
+    shard: ShardOption = None,
 ) -> None:
     """Make a data set of spoken dialogues, or of a voice's recordings with their text.
 
-    Dialogues that cannot be used are left out and named.
+    Dialogues that cannot be used are left out and named. The same command goes on where a killed
+    one stopped.
     """
     from omni2_jax.train.data import prepare
 
     prepare.prepare(
-        source, out, format, speech_tokenizer, strict, shard_mb, batch, max_seconds, split
+        source,
+        out,
+        format,
+        speech_tokenizer,
+        strict,
+        shard_mb,
+        batch,
+        max_seconds,
+        split,
+        Where(workers, ray, shard),
     )

@@ -25,11 +25,11 @@ that they do not depend on how many workers there were, on which machines, or on
 `Job.run` says what is raised. The options of a command are the types in omni2_jax/cli/where.py.
 """
 
-from omni2_jax.jobs.job import Job
+from omni2_jax.jobs.job import HERE, Job
 from omni2_jax.jobs.journal import Outcome
 from omni2_jax.jobs.loop import Item
 from omni2_jax.jobs.pools import Refused, Result
 from omni2_jax.jobs.results import Results
 from omni2_jax.jobs.where import Shard, Where
 
-__all__ = ["Item", "Job", "Outcome", "Refused", "Result", "Results", "Shard", "Where"]
+__all__ = ["HERE", "Item", "Job", "Outcome", "Refused", "Result", "Results", "Shard", "Where"]

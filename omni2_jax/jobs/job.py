@@ -117,8 +117,7 @@ class Job:
                 f"{len(tasks):,} {self.name} are missing in {self.directory}; run the command with "
                 f"--shard {', '.join(str(Shard(index, count)) for index in shards)} first"
             )
-        present = [journal for journal in journals if journal.places]
-        return Results(self.name, self.directory, present)
+        return Results(self.name, self.directory, journals)
 
     def journal(self, shard: Shard) -> Journal:
         """The journal of a shard."""

@@ -71,7 +71,7 @@ def run(tasks: Iterator[Task], pool: Pool, journal: Journal, bar: Bar) -> None:
                 running[pool.submit(task.item.payload)] = task
             if not running:
                 break
-            if failures or stopping.is_set():
+            if stopping.is_set() or any(number < math.inf for number, _ in failures):
                 running = {future: task for future, task in running.items() if not future.cancel()}
             done, _ = wait(running, return_when=FIRST_COMPLETED)
             finished = [(running.pop(future), future) for future in done]

@@ -16,10 +16,11 @@ class Results:
     """
 
     def __init__(self, name: str, directory: Path, journals: Sequence[Journal]):
-        self.name, self.directory, self.journals = name, directory, journals
+        self.name, self.directory = name, directory
+        self.journals = [journal for journal in journals if journal.places]  # others have no file
         places = [
             (number, place, source)
-            for source, journal in enumerate(journals)
+            for source, journal in enumerate(self.journals)
             for number, place in journal.places.items()
         ]
         self.places = sorted(places)

@@ -5,45 +5,40 @@ samples at 24 kHz are what the stages of the decoder read. Recordings are resamp
 Replies that bring a recording but no units get them from the speech tokenizer, in batches of a few
 fixed lengths. Dialogues that cannot be used are counted, named and left out. A user's turn over
 30 s is kept whole: training examples cut it into segments.
+
+Groups of dialogues (`groups`) are the items of a job. Their files lie in OUT.job until the data set
+is written from them.
 """
 
 import contextlib
-import dataclasses
-import itertools
-import os
-from collections import Counter, defaultdict, deque
-from collections.abc import Generator, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+import functools
+import hashlib
+import json
+from collections import Counter, defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
 
-import jax.numpy as jnp
-import numpy as np
 import rich.progress
 import rich.table
 import rich.text
 
+from omni2_jax import files, jobs, remote
 from omni2_jax.audio import recordings
 from omni2_jax.cli.console import console, progress_bar
-from omni2_jax.models.speech_tokenizer import SpeechTokenizer, fingerprint, tokenize
+from omni2_jax.models.speech_tokenizer import fingerprint
 from omni2_jax.models.speech_tokenizer import load as load_speech_tokenizer
 from omni2_jax.train.data import sources
 from omni2_jax.train.data.dataset import Info
-from omni2_jax.train.data.records import RATES, Dialogue, encode_clip
-from omni2_jax.train.data.sources import Entry, Sound, SourceError
+from omni2_jax.train.data.groups import GroupWorker, Prepared, unpack_group
+from omni2_jax.train.data.sources import Entry
+from omni2_jax.train.data.unit_batches import batches
 from omni2_jax.train.data.writer import SHARD_BYTES, Writer
 
-# Seconds that a batch of recordings is padded to; over 30 s to 60, 120, 240 and so on.
-BATCH_SECONDS = (3, 6, 10, 15, 20, 30)
-# Batches of dialogues that are read at once, so that recordings of like length share a batch.
+# Batches of dialogues in a group.
 GROUP_BATCHES = 4
 MAX_BATCH = 1024
-# A recording whose loudest sample is below this is silence: -54 dB of full scale.
-SILENCE = 2e-3
 MAX_NAMED = 3  # dialogues left out that are named for each kind of fault
-
-Item = TypeVar("Item")
 
 
 def prepare(
@@ -56,8 +51,11 @@ def prepare(
     batch: int = 16,
     max_seconds: float = 600,
     split: str | None = None,
+    where: jobs.Where = jobs.HERE,
 ) -> None:
     """Make a data set; the parameters are those of `omni2 prepare`.
+
+    Where it was killed, the same call goes on. Nothing is written after one shard of several.
 
     Raises ValueError if `source` cannot be read, `out` exists or cannot be written to, no dialogue
     can be used or, when strict, one cannot. Then `out` is not there.
@@ -68,6 +66,8 @@ def prepare(
         )
     if not 1 <= batch <= MAX_BATCH:
         raise ValueError(f"batch is {batch}; expected 1 to {MAX_BATCH}")
+    if where.ray is not None:
+        source = source.absolute()  # Ray's workers have other working directories
     entries = sources.read(source, format, split)
     if out.exists():
         raise ValueError(f"{out} exists already; give a new directory")
@@ -75,201 +75,78 @@ def prepare(
     if speech_tokenizer is not None:
         tokenizer = load_speech_tokenizer(speech_tokenizer)
         origin = {"tokenizer": str(speech_tokenizer), "fingerprint": fingerprint(tokenizer)}
-    damaged = Damaged()
-    reading = read_groups(entries, tokenizer is not None, GROUP_BATCHES * batch, max_seconds)
-    with (
-        Writer(out, shard_mb * 2**20, **origin) as writer,
-        progress_bar(rich.progress.TaskProgressColumn()) as progress,
-        contextlib.closing(reading) as groups,
-    ):
-        task = progress.add_task("preparing", total=1.0)
-        for entry, result in tokenized(groups, tokenizer, batch):
-            if isinstance(result, Prepared):
-                writer.add(result.dialogue, result.clips)
-            elif strict:
-                raise ValueError(f"{source}: {entry.context}: {result}")
-            else:
-                damaged.add(result.kind, f"{entry.context}: {result}")
-            description = f"{writer.info.dialogues} dialogues"
-            progress.update(task, completed=entry.done, description=description)
-        if not writer.info.dialogues:
-            reason = damaged.summary() or "it holds no dialogue"
-            raise ValueError(f"nothing of {source} can be used: {reason}")
+    if where.ray is not None and speech_tokenizer is not None:
+        tokenizer = remote.absolute(speech_tokenizer)  # each worker loads it
+    settings = {"source": str(source), "bytes": sources.size(source), "format": format}
+    settings |= {"split": split, "batch": batch, "max_seconds": max_seconds, **origin}
+    make = functools.partial(GroupWorker, source, tokenizer, batch, max_seconds, strict)
+    with job_directory(out) as directory:
+        job = jobs.Job("groups of dialogues", directory, settings, make, workers=2)
+        results = job.run(groups(entries, GROUP_BATCHES * batch), where)
+        if results is None:
+            return
+        damaged = Damaged()
+        with Writer(out, shard_mb * 2**20, **origin) as writer:
+            write(results, writer, damaged, source if strict else None)
+            if not writer.info.dialogues:
+                reason = damaged.summary() or "it holds no dialogue"
+                raise UnusableError(f"nothing of {source} can be used: {reason}")
     report(out, writer.info, damaged)
 
 
-# ---- recordings ----
+def groups(entries: Iterator[Entry], size: int) -> Iterator[jobs.Item]:
+    """The dialogues in groups of `size`, as items of a job."""
+    for number, group in enumerate(batches(entries, size)):
+        name = f"groups/{number:06d}.msgpack"
+        contexts = json.dumps([entry.context for entry in group])
+        digest = hashlib.sha256(contexts.encode()).hexdigest()[:16]
+        yield jobs.Item(name, (name, group), digest, group[-1].done)
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """A dialogue to be written.
+class UnusableError(ValueError):
+    """Nothing of a source can be used."""
 
-    clips: each turn's recording from `encode_clip`, or None. untokenized: by the index of the turn,
-    recordings [N] at 16 kHz of the replies that still lack units.
+
+@contextlib.contextmanager
+def job_directory(out: Path) -> Iterator[Path]:
+    """The directory for the job of a data set, beside it: OUT.job.
+
+    It is removed when the data set is there, or none can be made of the source; otherwise it stays,
+    so that the same command goes on.
     """
-
-    dialogue: Dialogue
-    clips: tuple[bytes | None, ...]
-    untokenized: dict[int, np.ndarray]
-
-    def with_units(self, units: dict[int, np.ndarray]) -> "Prepared":
-        """The same with units [U] of turns, by their index."""
-        turns = [
-            dataclasses.replace(turn, units=units.get(index, turn.units))
-            for index, turn in enumerate(self.dialogue.turns)
-        ]
-        return Prepared(dataclasses.replace(self.dialogue, turns=tuple(turns)), self.clips, {})
-
-
-Group = list[tuple[Entry, Prepared | SourceError]]
-
-
-def read_groups(
-    entries: Iterator[Entry], tokenize: bool, size: int, max_seconds: float
-) -> Generator[Group, None, None]:
-    """The dialogues in groups of `size`. Threads read a group while the one before it is in use.
-
-    tokenize: whether replies without units are to get them.
-    """
-    pool = ThreadPoolExecutor(os.cpu_count())
-    ahead: deque[list[tuple[Entry, Future[Prepared | SourceError]]]] = deque()
+    directory = out.with_name(f"{out.name}.job")
+    new_parents = [parent for parent in out.parents if not parent.exists()]
     try:
-        for group in itertools.chain(batches(entries, size), ([],)):
-            ahead.append(
-                [(entry, pool.submit(prepared, entry, tokenize, max_seconds)) for entry in group]
-            )
-            if len(ahead) > 1:
-                yield [(entry, future.result()) for entry, future in ahead.popleft()]
-    finally:
-        pool.shutdown(cancel_futures=True)
+        yield directory
+    except UnusableError:
+        files.remove_directory(directory)
+        with contextlib.suppress(OSError):
+            for parent in new_parents:
+                parent.rmdir()
+        raise
+    if out.exists():
+        files.remove_directory(directory)
 
 
-def batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
-    """Consecutive items in lists of `size`; the last may be shorter."""
-    iterator = iter(items)
-    while batch := list(itertools.islice(iterator, size)):
-        yield batch
+def write(
+    results: jobs.Results, writer: Writer, damaged: "Damaged", strict_source: Path | None
+) -> None:
+    """Write the dialogues of all groups, in order.
 
-
-def prepared(entry: Entry, tokenize: bool, max_seconds: float) -> Prepared | SourceError:
-    """An entry with its recordings, or what is wrong with it. tokenize: see `read_groups`."""
-    try:
-        source = entry.read()
-        if source.dialogue.is_recording:
-            check_rate(source.sounds[0])
-        clips, turns, untokenized = [], [], {}
-        turns_and_sounds = zip(source.dialogue.turns, source.sounds, strict=True)
-        for index, (turn, sound) in enumerate(turns_and_sounds):
-            clip, count = None, 0
-            if sound is not None:
-                samples = load(sound, RATES[turn.role], index, max_seconds)
-                if source.dialogue.is_recording and np.max(np.abs(samples)) < SILENCE:
-                    raise SourceError("silence", f"{sound} holds no sound")
-                clip, count = encode_clip(samples, RATES[turn.role]), len(samples)
-                if tokenize and turn.role == "assistant" and turn.units is None:
-                    untokenized[index] = load(sound, recordings.INPUT_RATE, index, max_seconds)
-            clips.append(clip)
-            turns.append(dataclasses.replace(turn, samples=count))
-        dialogue = dataclasses.replace(source.dialogue, turns=tuple(turns))
-        return Prepared(dialogue, tuple(clips), untokenized)
-    except SourceError as error:
-        return error
-
-
-def check_rate(sound: Sound | None) -> None:
-    """Raise SourceError for a recording of a voice that is missing, or of a rate below 16 kHz.
-
-    The mel spectra reach up to 8 kHz: a decoder must not learn that there is nothing above 4 kHz.
+    Raises ValueError at the first one that cannot be used if there is a `strict_source`, naming it.
     """
-    if sound is None:
-        raise SourceError("no audio", "there is no 'audio'")
-    if isinstance(sound, Path) and not os.path.exists(sound):
-        raise SourceError("audio missing", f"{sound} does not exist")
-    try:
-        with recordings.open_audio(sound) as file:
-            rate = file.samplerate
-    except ValueError as error:
-        raise SourceError("audio unreadable", str(error)) from None
-    if rate < recordings.INPUT_RATE:
-        message = f"{sound} has a rate of {rate} Hz, expected at least {recordings.INPUT_RATE} Hz"
-        raise SourceError("rate too low", message)
-
-
-def load(sound: Sound, rate: int, turn: int, max_seconds: float) -> np.ndarray:
-    """The recording [N] of a turn, at `rate` Hz.
-
-    Raises SourceError if it is missing, unreadable, or not between 10 ms and `max_seconds` long.
-    """
-    if isinstance(sound, Path) and not os.path.exists(sound):
-        raise SourceError("audio missing", f"turn {turn}: {sound} does not exist")
-    try:
-        samples = recordings.load(sound, rate, max_seconds)
-    except ValueError as error:
-        raise SourceError("audio unreadable", f"turn {turn}: {error}") from None
-    if len(samples) * 100 < rate:
-        message = f"turn {turn}: {sound} has {len(samples)} samples at {rate} Hz, less than 10 ms"
-        raise SourceError("audio too short", message)
-    return samples
-
-
-# ---- units ----
-
-
-def tokenized(
-    groups: Iterable[Group], tokenizer: SpeechTokenizer | None, batch: int
-) -> Iterator[tuple[Entry, Prepared | SourceError]]:
-    """Every dialogue in order, with units for the replies that lacked them."""
-    for group in groups:
-        places, wavs = [], []
-        for number, (_, result) in enumerate(group):
-            if isinstance(result, Prepared):
-                for turn, wav in result.untokenized.items():
-                    places.append((number, turn))
-                    wavs.append(wav)
-        units: dict[int, dict[int, np.ndarray]] = defaultdict(dict)
-        if tokenizer is not None:
-            rows = batched_units(tokenizer, wavs, batch)
-            for (number, turn), row in zip(places, rows, strict=True):
-                units[number][turn] = row
-        for number, (entry, result) in enumerate(group):
-            if isinstance(result, Prepared):
-                result = result.with_units(units[number])
-            yield entry, result
-
-
-def batched_units(
-    tokenizer: SpeechTokenizer, wavs: Sequence[np.ndarray], batch: int
-) -> list[np.ndarray]:
-    """The units int32 [U] of each recording [N] at 16 kHz.
-
-    Recordings of like length share a batch, and batches have one of a few shapes.
-    """
-    order = sorted(range(len(wavs)), key=lambda index: len(wavs[index]))
-    running = []
-    for indices in batches(order, batch):
-        size = fixed_length(len(wavs[indices[-1]]))
-        padded, lengths = recordings.pad([wavs[index] for index in indices], size)
-        empty = (0, batch - len(indices))
-        padded = jnp.asarray(np.pad(padded, (empty, (0, 0))))
-        codes = tokenize(tokenizer, padded, jnp.asarray(np.pad(lengths, empty)))
-        running.append((indices, codes))
-    units: dict[int, np.ndarray] = {}
-    for indices, (codes, counts) in running:  # fetched when all are dispatched
-        codes, counts = np.asarray(codes), np.asarray(counts)
-        units |= {index: codes[row, : counts[row]] for row, index in enumerate(indices)}
-    return [units[index] for index in range(len(wavs))]
-
-
-def fixed_length(samples: int) -> int:
-    """The samples that a batch is padded to whose longest recording has `samples`."""
-    for seconds in BATCH_SECONDS:
-        if samples <= seconds * recordings.INPUT_RATE:
-            return seconds * recordings.INPUT_RATE
-    size = BATCH_SECONDS[-1] * recordings.INPUT_RATE
-    while size < samples:
-        size *= 2
-    return size
+    with progress_bar(rich.progress.TaskProgressColumn()) as progress:
+        task = progress.add_task("writing", total=len(results))
+        for outcome in results:
+            for context, dialogue in unpack_group((results.directory / outcome.key).read_bytes()):
+                if isinstance(dialogue, Prepared):
+                    writer.add(dialogue.dialogue, dialogue.clips)
+                elif strict_source is not None:
+                    raise ValueError(f"{strict_source}: {context}: {dialogue}")
+                else:
+                    damaged.add(dialogue.kind, f"{context}: {dialogue}")
+            description = f"{writer.info.dialogues:,} dialogues written"
+            progress.update(task, advance=1, description=description)
 
 
 # ---- the closing report ----

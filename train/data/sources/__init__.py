@@ -53,12 +53,22 @@ def read(path: Path, kind: str | None = None, split: str | None = None) -> Itera
     """
     if kind is not None and kind not in FORMATS:
         raise ValueError(f"format {kind!r}; expected one of {', '.join(FORMATS)}")
-    if not path.exists():
-        raise ValueError(f"{path} does not exist")
-    file = inner_file(path) if path.is_dir() else path
+    file = main_file(path)
     if not file.is_dir():
         check_regular(file)
     return entries(file, FORMATS[kind or infer(file)], split)
+
+
+def size(path: Path) -> int:
+    """The bytes of a source's files of dialogues. Raises ValueError if there are none."""
+    return sum(file.stat().st_size for file in parquet.files(main_file(path)))
+
+
+def main_file(path: Path) -> Path:
+    """The file of a source that holds its dialogues, or the folder of its parquet files."""
+    if not path.exists():
+        raise ValueError(f"{path} does not exist")
+    return inner_file(path) if path.is_dir() else path
 
 
 def inner_file(folder: Path) -> Path:

@@ -24,8 +24,11 @@ class SourceError(ValueError):
     """A dialogue that cannot be used. kind: the fault in a few words, for counting."""
 
     def __init__(self, kind: str, message: str):
-        super().__init__(message)
-        self.kind = kind
+        super().__init__(kind, message)  # both, or it could not be pickled
+        self.kind, self.message = kind, message
+
+    def __str__(self) -> str:
+        return self.message
 
 
 @dataclass(frozen=True)
