@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from omni2_jax.synthesize import make_dialogues, templates
+from omni2_jax.synthesize import make_dialogues, sampling, templates
 from omni2_jax.synthesize.grammar import Grammar, Rule
 from omni2_jax.synthesize.grammar_file import read_grammar
 from omni2_jax.synthesize.records import TextDialogue, read_dialogues
@@ -145,13 +145,17 @@ def test_held_out_phrasings_and_values_never_occur_in_training(grammar_file):
         assert (values(turn.reply) in sums) <= (dialogue.split == "unseen_phrasing")
 
 
-def test_all_dialogues_that_exist_are_found_and_one_more_is_refused(grammar_file):
+def test_all_dialogues_that_exist_are_found_and_one_more_is_refused(grammar_file, monkeypatch):
+    monkeypatch.setattr(sampling, "MAX_FAILURES", 300)
     text = SUMS.replace("[1, 1]", "[1]").replace("0.25", "0").replace("0.2", "0")
     grammar = read_grammar(grammar_file(text))
     exist = 55 * 4 + 3  # sums with a >= b, four phrasings; capitals
     assert len(sample(grammar, seen=exist)) == exist
     with pytest.raises(ValueError, match=rf"has {exist} dialogues of the split seen, {exist + 1} "):
         sample(grammar, seen=exist + 1)
+    for split, kind in (("unseen_phrasing", "phrasings"), ("unseen_values", "values")):
+        with pytest.raises(ValueError, match=f"no dialogues of the split {split}: .* no {kind}"):
+            sample(grammar, **{split: 1})
     replies = 55 + 3
     assert len(set(sentences(grammar, "replies", replies, 0))) == replies
     with pytest.raises(ValueError, match=rf"has {replies} distinct replies, {replies + 1} are"):
@@ -194,12 +198,15 @@ FAULTS = [
     ("[Italy, Rome]", "[Italy, No]", "[Italy", "False is neither text nor an integer"),
     ("[Italy, Rome]", "[Italy]", "[Italy", "the row has 1 values, the table has 2"),
     ("a >= b", "a > 90", "a > 90", "no values of plus meet its condition"),
-    ("b <= previous.c", "b > 90", "b > 90", "meet its condition after plus"),
+    ("b <= previous.c", "b > 90", "b > 90", "no values of minus meet its condition"),
     ("a >= b", "a ** b", "a ** b", "** is not allowed"),
     ("- Add <a> and <b>.", "- <a> plus <b>?", "<a> plus <b>?", "this question comes twice"),
     ("where: a >= b", "were: a >= b", "a >= b", "topics.plus.were is not the name"),
     ("And minus <b>?", "[7]", "7]", "minus.questions.0 is 7"),
     ("  capital:\n", "  plus:\n", "plus:\n    slots: {place", "'plus' comes twice"),
+    ("follow_ups:\n  minus", "follow_ups:\n  plus", "plus:", "'plus' is also a topic"),
+    ("    follow_ups: [minus]\n", "", "minus:\n    slots", "minus comes after no rule"),
+    ("key: <a>+<b>", "key: <a.x>+<b>", "<a.x>", "has no attribute 'x'"),
     ("turns: [1, 1]", "turns: [0, 0]", "[0, 0]", "all weights are 0"),
     ("turns: [1, 1]", "turns: [1, 1]]", "]\nheld", "expected"),
     ("turns: [1, 1]", "include: [none.yaml]", "none.yaml", "there is no file 'none.yaml'"),
@@ -258,6 +265,27 @@ def test_every_question_of_nano_has_one_reply(nano):
                 replies.setdefault(turn.question, {})[turn.reply] = rule.name
     assert len(replies) > 5000
     assert {question: found for question, found in replies.items() if len(found) > 1} == {}
+
+
+def test_the_sums_of_nano_are_right(nano):
+    numbers = {templates.words(number): number for number in range(101)}
+    operations = {
+        "plus": lambda a, b: a + b,
+        "minus": lambda a, b: a - b,
+        "times": lambda a, b: a * b,
+        "divided by": lambda a, b: a / b,
+    }
+    checked = Counter()
+    for topic in ("plus", "minus", "times", "divided"):
+        for scope in nano.topics[topic].scopes({}):
+            reply = nano.topics[topic].turn(scope, 0).reply.lower()
+            parts = re.fullmatch(r"(.+) (plus|minus|times|divided by) (.+) is (.+)\.", reply)
+            assert parts is not None
+            a, b, c = (numbers[parts[i]] for i in (1, 3, 4))
+            assert operations[parts[2]](a, b) == c
+            checked[parts[2]] += 1
+    assert checked["plus"] == checked["minus"] == 5151  # pairs whose sum is at most 100
+    assert min(checked.values()) > 140
 
 
 def test_the_texts_of_nano_are_fit_to_be_spoken(nano):

@@ -146,6 +146,16 @@ class Grammar:
             drafts = itertools.chain.from_iterable(map(Draft.extensions, drafts))
         return drafts
 
+    def lacks(self, split: str) -> str | None:
+        """Why there are no dialogues of a split; None if there may be some."""
+        rules = [*self.topics.values(), *self.follow_ups.values()]
+        if split in ("unseen_phrasing", "unseen_both") and not any(rule.held_out for rule in rules):
+            return "it holds out no phrasings"
+        has_keys = self.held_out.values > 0 and any(rule.key for rule in rules)
+        if split in ("unseen_values", "unseen_both") and not has_keys:
+            return "it holds out no values"
+        return None
+
     def holds_out(self, key: str) -> bool:
         """True if values with this key are only for the evaluation."""
         return share(f"{self.held_out.seed} {key}") < self.held_out.values
@@ -216,7 +226,7 @@ class Draft:
         turns = [step.rule.turn(step.scope, step.phrasing) for step in self.steps]
         text = "\n".join([*(turn.question for turn in turns), str(self.copy)])
         topic = self.steps[0].rule.name
-        return TextDialogue(f"{topic}-{digest(text)[:12]}", self.split(), topic, turns)
+        return TextDialogue(f"{topic}-{digest(text)[:16]}", self.split(), topic, turns)
 
 
 def digest(text: str) -> str:

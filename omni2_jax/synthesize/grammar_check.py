@@ -3,7 +3,7 @@
 import random
 from collections.abc import Collection
 
-from omni2_jax.synthesize.grammar import Draft, Grammar, Rule
+from omni2_jax.synthesize.grammar import Draft, Grammar, Rule, Scope
 
 SAMPLES = 10  # random turns after which a follow-up is tried
 
@@ -12,15 +12,19 @@ def check_grammar(grammar: Grammar) -> None:
     """Try every topic, and every follow-up after each turn that names it.
 
     Raises ValueError, with the place, for unknown names, filters and follow-ups, for conditions
-    that never hold, and for templates that cannot be filled in.
+    that never hold, for follow-ups that nothing leads to, and for templates that cannot be filled
+    in.
     """
+    for name in grammar.topics.keys() & grammar.follow_ups.keys():
+        raise ValueError(f"{grammar.follow_ups[name].place}: {name!r} is also a topic")
     for rule in [*grammar.topics.values(), *grammar.follow_ups.values()]:
         for name in rule.follow_ups:
             if name not in grammar.follow_ups:
                 raise ValueError(f"{rule.place}: there is no follow-up {name!r}")
-    rng = random.Random(0)
+    rng, met = random.Random(0), set[str]()
     visited: set[tuple[str, frozenset[str]]] = set()
     queue = [(topic, [Draft(grammar, ())] * SAMPLES) for topic in grammar.topics.values()]
+    tried: dict[str, Rule] = {}
     while queue:
         rule, drafts = queue.pop()
         names = frozenset(drafts[0].before(rule))
@@ -28,16 +32,28 @@ def check_grammar(grammar: Grammar) -> None:
             continue
         visited.add((rule.name, names))
         check_names(rule, names)
+        tried[rule.name] = rule
         extended = [new for draft in drafts if (new := draft.extended(rule, rng)) is not None]
-        if not extended:
-            after = f" after {drafts[0].steps[-1].rule.name}" if drafts[0].steps else ""
+        if extended:
+            met.add(rule.name)
+            fill_in(rule, extended[0].steps[-1].scope)
+            queue += [(grammar.follow_ups[name], extended) for name in rule.follow_ups]
+    for rule in tried.values():
+        if rule.name not in met:
             place = rule.place if rule.where is None else rule.where.place
-            raise ValueError(f"{place}: no values of {rule.name} meet its condition{after}")
-        for step in (draft.steps[-1] for draft in extended):
-            for phrasing in range(len(rule.questions) if step is extended[0].steps[-1] else 1):
-                rule.turn(step.scope, phrasing)
-            rule.all_replies(step.scope)
-        queue += [(grammar.follow_ups[name], extended) for name in rule.follow_ups]
+            raise ValueError(f"{place}: no values of {rule.name} meet its condition")
+    for rule in grammar.follow_ups.values():
+        if rule.name not in tried:
+            raise ValueError(f"{rule.place}: the follow-up {rule.name} comes after no rule")
+
+
+def fill_in(rule: Rule, scope: Scope) -> None:
+    """Fill in all templates of a rule. Raises ValueError if one cannot be."""
+    for phrasing in range(len(rule.questions)):
+        rule.turn(scope, phrasing)
+    rule.all_replies(scope)
+    if rule.key is not None:
+        rule.key.fill(scope)
 
 
 def check_names(rule: Rule, before: Collection[str]) -> None:

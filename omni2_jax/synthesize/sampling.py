@@ -8,19 +8,23 @@ from omni2_jax.synthesize.grammar import Draft, Grammar
 from omni2_jax.synthesize.records import TextDialogue
 
 MAX_FAILURES = 5_000  # drafts in a row that are of no use, before all dialogues are listed
-MAX_LISTED = 2_000_000  # drafts that are looked at when all are listed
+MAX_LISTED = 300_000  # drafts that are looked at when all are listed
 
 
 class Sampler:
     """Draws dialogues at random. When hardly any is new, it goes through all that exist.
 
-    left: how many are still wanted of each split. found: how many it has made.
+    wanted: how many of each split. left: how many are still to be made. Raises ValueError if
+    dialogues are wanted of a split of which the grammar has none.
     """
 
     def __init__(self, grammar: Grammar, wanted: Mapping[str, int], seed: int):
         self.grammar, self.wanted, self.seed = grammar, dict(wanted), seed
         self.left = dict(wanted)
-        self.ids: set[str] = set()
+        self.made: set[str] = set()
+        for split, count in wanted.items():
+            if count and (reason := grammar.lacks(split)):
+                raise ValueError(f"the grammar has no dialogues of the split {split}: {reason}")
 
     def __iter__(self) -> Iterator[TextDialogue]:
         """The dialogues, in a random order that follows from the seed.
@@ -62,9 +66,10 @@ class Sampler:
             return None
         dialogue = draft.dialogue()
         repeats = len(set(dialogue.questions)) < len(dialogue.questions)
-        if repeats or dialogue.id in self.ids:
+        text = dialogue.id.rpartition("-")[2]  # a hash of the questions
+        if repeats or text in self.made:
             return None
-        self.ids.add(dialogue.id)
+        self.made.add(text)
         self.left[dialogue.split] -= 1
         return dialogue
 
