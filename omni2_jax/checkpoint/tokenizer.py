@@ -46,23 +46,21 @@ def load(directory: Path) -> Any:
         raise ValueError(f"{directory} is not a readable tokenizer: {first_line(error)}") from None
 
 
+# A turn of a conversation: a text, a number of segments of speech, or several of these in a row.
+Turn = str | int | Sequence[str | int]
+
+
 def render(
-    tokenizer: Any, turns: Sequence[str | int], directory: Path, instructions: str | None = None
+    tokenizer: Any, turns: Sequence[Turn], directory: Path, instructions: str | None = None
 ) -> str:
     """Turns as the chat template spells them, up to where the next answer begins.
 
-    A spoken turn is its number of segments, spelled as SPEECH_TEXT; another turn is its text, in
-    which SPEECH_TEXT becomes WRITTEN_SPEECH. instructions: the system message; None is the
-    template's own.
+    A segment of speech is spelled as SPEECH_TEXT; in a text, SPEECH_TEXT becomes WRITTEN_SPEECH.
+    instructions: the system message; None is the template's own.
     A template that knows of thinking (Qwen3's) is asked for an answer without it: it then spells an
     empty block of thoughts, behind which the answer begins. Other templates ignore the option.
     Raises ValueError naming the tokenizer's directory if the template cannot be used.
     """
-
-    def spell(turn: str | int) -> str:
-        if isinstance(turn, str):
-            return turn.replace(SPEECH_TEXT, WRITTEN_SPEECH)
-        return SPEECH_TEXT * turn
 
     messages = [
         {"role": "assistant" if i % 2 else "user", "content": spell(turn)}
@@ -78,6 +76,15 @@ def render(
         raise ValueError(
             f"the chat template of {directory} cannot be used: {first_line(error)}"
         ) from None
+
+
+def spell(turn: Turn) -> str:
+    """A turn as it is put into the chat template."""
+    if isinstance(turn, str):
+        return turn.replace(SPEECH_TEXT, WRITTEN_SPEECH)
+    if isinstance(turn, int):
+        return SPEECH_TEXT * turn
+    return "".join(map(spell, turn))
 
 
 def check_chat_template(tokenizer: Any, directory: Path) -> None:
@@ -112,20 +119,22 @@ class Tokenizer:
         self.config = config
         self.positions = positions
 
-    def prompt(self, turns: Sequence[str | int], instructions: str | None = None) -> list[int]:
+    def prompt(self, turns: Sequence[Turn], instructions: str | None = None) -> list[int]:
         """Turns, the user's first -> prompt ids with SPEECH at the positions of speech features.
 
-        A spoken turn is its number of segments, another turn is its text. The chat template is
-        that of the released code (Qwen2.5's). instructions: the system message; None is the
-        template's default system line.
+        The chat template is that of the released code (Qwen2.5's). instructions: the system
+        message; None is the template's default system line.
         """
         return self.expand(self.encode(self.render(turns, instructions)))
 
-    def continuation(self, turn: str | int, ended: bool) -> list[int]:
+    def answer(self, text: str) -> list[int]:
+        """The ids of an answer's text, without an end token."""
+        return self.encode(spell(text))
+
+    def continuation(self, turn: Turn, ended: bool) -> list[int]:
         """The prompt ids that follow an answer in the cache: the user's next turn.
 
-        turn: the number of segments of a spoken turn, or a text. ended: whether the cache holds the
-        answer's end token already; otherwise it comes first.
+        ended: whether the cache holds the answer's end token already; otherwise it comes first.
         """
         rendered = self.render([1, ANSWER_MARKER, turn])
         ids = self.encode(rendered.split(ANSWER_MARKER, 1)[1])
@@ -138,7 +147,7 @@ class Tokenizer:
         encoded = [self.text.encode(part, add_special_tokens=False) for part in parts]
         return [token for ids in encoded for token in ids]
 
-    def render(self, turns: Sequence[str | int], instructions: str | None = None) -> str:
+    def render(self, turns: Sequence[Turn], instructions: str | None = None) -> str:
         """Turns as the chat template spells them, SPEECH_TEXT for a segment of speech.
 
         Raises ValueError naming the tokenizer's directory if the template cannot be used.

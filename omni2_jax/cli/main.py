@@ -21,6 +21,7 @@ from omni2_jax.cli import (
     info,
     new,
     prepare,
+    serve,
     synthesize,
     train,
 )
@@ -34,6 +35,7 @@ SUBCOMMANDS = (
     frames.frames,
     hidden.hidden,
     info.info,
+    serve.serve,
 )
 
 app = console.new_app()

@@ -31,9 +31,11 @@ class Reply:
     units: list[int]  # 25 a second
     unit_text: str  # the units as the released scripts write them, "<12><6560>"
     samples: np.ndarray  # float32 [N], 24 kHz
+    text_tokens: list[int]  # of the text, with special tokens
 
 
-Question = list[jax.Array] | str  # speech features [F, D] of every segment, or a text
+# The parts of a turn in their order: texts, and speech features [F, D] of segments.
+Question = Sequence[str | jax.Array]
 
 
 @dataclass
@@ -89,12 +91,13 @@ class Session:
         yield from self.reply(self.hear(sound))
 
     def reply(self, question: Question) -> Iterator[Reply]:
-        """Answer a turn: its speech features, as `hear` returns them, or its text.
+        """Answer a turn: speech features, as `hear` returns them, a text, or both.
 
         When this method returns, the prompt has been dispatched to the device if a slot is free.
         Iterate over the result, or call `interrupt`. Raises the errors of `respond`.
         """
         self.check_idle()
+        question = [question] if isinstance(question, str) else list(question)
         pieces, prefix = self.prompt(question)
         stream = self.stream = self.engine.submit(
             pieces, self.request, self.voice, prefix, self.length, keep_prefix=True
@@ -134,6 +137,14 @@ class Session:
         self.prefix = stream.prefix
         self.length = stream.num_delivered if stream.prefix is not None else 0
 
+    def resume(self, turns: Sequence[Turn]) -> None:
+        """Go on from other turns than those of this session; the next turn computes all of them.
+
+        Raises RuntimeError while an answer is being generated.
+        """
+        self.check_idle()
+        self.turns, self.prefix, self.length = list(turns), None, 0
+
     def truncate(self, tokens: int) -> None:
         """Keep only the first `tokens` text tokens of the last answer.
 
@@ -168,7 +179,7 @@ class Session:
             turns = self.turns[first:]
             ids = self.dialogue(turns, question)
             if len(ids) <= limit:
-                self.turns, self.prefix, self.length = turns, None, 0
+                self.resume(turns)
                 return self.split(ids, [*(turn.question for turn in turns), question]), None
         raise ValueError(
             f"the conversation takes {len(ids)} positions and its answer up to {max_text} more, "
@@ -178,7 +189,8 @@ class Session:
 
     def split(self, ids: list[int], questions: Sequence[Question]) -> list[PromptPiece]:
         """The pieces of a prompt that holds these questions."""
-        features = [f for question in questions if not isinstance(question, str) for f in question]
+        parts = [part for question in questions for part in question]
+        features = [part for part in parts if not isinstance(part, str)]
         if not features:
             width = self.engine.config.llm.width
             features = [jnp.zeros((self.tokenizer.positions, width), self.engine.dtype)]
@@ -201,9 +213,9 @@ class Session:
         return ids
 
 
-def content(question: Question) -> str | int:
-    """A question as the tokenizer takes it: its text, or its number of segments."""
-    return question if isinstance(question, str) else len(question)
+def content(question: Question) -> list[str | int]:
+    """A question as the tokenizer takes it: its texts, and 1 for each of its segments."""
+    return [part if isinstance(part, str) else 1 for part in question]
 
 
 def replies(stream: ResponseStream, tokenizer: Tokenizer, answer: list[int]) -> Iterator[Reply]:
@@ -221,4 +233,4 @@ def replies(stream: ResponseStream, tokenizer: Tokenizer, answer: list[int]) -> 
         delivered = max(delivered, whole, key=len)
         unit_text = tokenizer.unit_text(output.speech_tokens)
         units = parse_units(unit_text, tokenizer.config.units)
-        yield Reply(new_text, units, unit_text, output.samples)
+        yield Reply(new_text, units, unit_text, output.samples, output.text_tokens)

@@ -1,0 +1,105 @@
+"""`omni2 serve`: a server to talk to."""
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from omni2_jax.cli.console import console, say
+from omni2_jax.cli.paths import directory
+
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+
+
+def serve(
+    checkpoint: Annotated[
+        Path, typer.Option(parser=directory, help="A checkpoint directory made by `omni2 convert`.")
+    ],
+    host: Annotated[
+        str, typer.Option(help="The address to listen on; others than loopback need --key-file.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="The port; 0 is a free one.")] = 8000,
+    sessions: Annotated[
+        int, typer.Option(min=1, help="Clients at the same time; more are refused.")
+    ] = 4,
+    context: Annotated[
+        int,
+        typer.Option(
+            min=512, help="LLM positions of a conversation; the oldest turns are forgotten."
+        ),
+    ] = 4096,
+    max_new_tokens: Annotated[
+        int, typer.Option(min=1, max=4096, help="Text tokens of one answer at most.")
+    ] = 256,
+    key_file: Annotated[
+        Path | None,
+        typer.Option(help="A file of API keys, one a line; clients must have one of them."),
+    ] = None,
+    origin: Annotated[
+        list[str] | None,
+        typer.Option(help="Web pages of this origin may use the server, as https://example.org."),
+    ] = None,
+    certificate: Annotated[
+        Path | None, typer.Option(help="A TLS certificate (PEM); with --private-key.")
+    ] = None,
+    private_key: Annotated[Path | None, typer.Option(help="The certificate's key (PEM).")] = None,
+    no_wav: Annotated[bool, typer.Option("--no-wav", help="Answer in text only.")] = False,
+) -> None:
+    """Serve a model: OpenAI's Realtime API and chat completions."""
+    import socket
+
+    import uvicorn
+
+    keys = read_keys(key_file) if key_file else ()
+    if host not in LOOPBACK and not keys:
+        raise ValueError(f"--host {host} is open to others: give API keys with --key-file")
+    for path in filter(None, (certificate, private_key)):
+        if not path.is_file():
+            raise ValueError(f"{path} is not a file")
+    if (certificate is None) != (private_key is None):
+        raise ValueError("--certificate and --private-key belong together")
+    # The port is taken before minutes are spent on the model.
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError as error:
+        raise ValueError(f"cannot listen on {host}:{port}: {os.strerror(error.errno)}") from None
+
+    from omni2_jax.generate.omni2 import Omni2
+    from omni2_jax.generate.options import Options
+    from omni2_jax.serve.app import create_app
+    from omni2_jax.serve.limits import Limits
+    from omni2_jax.serve.server import Server
+
+    limits = Limits(sessions=sessions, context=context)
+    with console.status("loading"):
+        model = Omni2.load(checkpoint, decoder=not no_wav)
+        server = Server(model, Options(max_new_tokens=max_new_tokens), limits, checkpoint.name)
+    with console.status("compiling"):
+        server.worker.start()
+    address = f"[{host}]" if ":" in host else host
+    scheme = "https" if certificate else "http"
+    say(f"listening on {scheme}://{address}:{listener.getsockname()[1]}")
+    config = uvicorn.Config(
+        create_app(server, keys, tuple(origin or ())),
+        log_level="warning",
+        ws_max_size=limits.event_bytes,
+        ssl_certfile=certificate,
+        ssl_keyfile=private_key,
+        timeout_graceful_shutdown=20,
+    )
+    uvicorn.Server(config).run(sockets=[listener])
+
+
+def read_keys(path: Path) -> tuple[str, ...]:
+    """The API keys of a file, one a line. Raises ValueError if there is none."""
+    try:
+        keys = tuple(line.strip() for line in path.read_text().splitlines() if line.strip())
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
+    if not keys:
+        raise ValueError(f"{path} holds no key")
+    return keys

@@ -1,0 +1,65 @@
+"""Who may use the server: API keys, and the origins of web pages."""
+
+import hmac
+from urllib.parse import urlsplit
+
+from starlette.datastructures import Headers
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.websockets import WebSocketClose
+
+OPEN_PATHS = ("/healthz",)  # load balancers ask without a key
+POLICY_VIOLATION = 1008  # WebSocket close code
+KEY_PROTOCOL = "openai-insecure-api-key."  # how a browser, which cannot set headers, sends a key
+
+
+class Access:
+    """ASGI middleware that refuses requests without a key, and pages of foreign origins.
+
+    keys: () lets everybody in. origins: those of pages that may use the server, as
+    "https://example.org"; pages that the server itself has sent always may.
+    """
+
+    def __init__(self, app: ASGIApp, keys: tuple[str, ...], origins: tuple[str, ...]):
+        self.app, self.origins = app, origins
+        self.keys = tuple(key.encode() for key in keys)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] not in ("http", "websocket"):
+            await self.app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        if not self.is_allowed_origin(headers):
+            await self.refuse(scope, receive, send, 403, "this origin may not use the server")
+        elif scope["path"] not in OPEN_PATHS and not self.has_key(headers):
+            await self.refuse(scope, receive, send, 401, "an API key is missing or wrong")
+        else:
+            await self.app(scope, receive, send)
+
+    def is_allowed_origin(self, headers: Headers) -> bool:
+        """Whether the page may use the server; without this, any page could use a local one."""
+        origin = headers.get("origin")
+        if origin is None or origin in self.origins:
+            return True
+        return urlsplit(origin).netloc == headers.get("host")
+
+    def has_key(self, headers: Headers) -> bool:
+        """Whether the request has one of the keys; compared in constant time."""
+        if not self.keys:
+            return True
+        given = headers.get("authorization", "").removeprefix("Bearer ").strip()
+        for name in headers.get("sec-websocket-protocol", "").split(","):
+            if name.strip().startswith(KEY_PROTOCOL):
+                given = name.strip().removeprefix(KEY_PROTOCOL)
+        matches = [hmac.compare_digest(given.encode(), key) for key in self.keys]
+        return any(matches)
+
+    async def refuse(
+        self, scope: Scope, receive: Receive, send: Send, status: int, message: str
+    ) -> None:
+        """Answer with an error in the API's form; a WebSocket is closed before it opens."""
+        if scope["type"] == "websocket":
+            await WebSocketClose(POLICY_VIOLATION, message)(scope, receive, send)
+            return
+        error = {"message": message, "type": "invalid_request_error", "code": None, "param": None}
+        await JSONResponse({"error": error}, status)(scope, receive, send)

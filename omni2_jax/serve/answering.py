@@ -1,0 +1,185 @@
+"""One response of the Realtime API: the events from `response.created` to `response.done`."""
+
+import asyncio
+import base64
+import dataclasses
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from omni2_jax.generate.options import Options
+from omni2_jax.generate.session import Reply
+from omni2_jax.serve.audio import Encoder
+from omni2_jax.serve.conversation import Item, new_id
+from omni2_jax.serve.events import EventError, ResponsePatch
+
+if TYPE_CHECKING:
+    from omni2_jax.serve.realtime import Realtime
+
+
+@dataclass
+class Response:
+    """A response that is being generated, or has ended."""
+
+    item: Item
+    modality: str  # "audio" or "text"
+    encoder: Encoder
+    metadata: dict[str, str] | None
+    start: float  # time.monotonic() when the user's turn ended
+    id: str = field(default_factory=lambda: new_id("resp"))
+    status: str = "in_progress"
+    reason: str | None = None  # why it was cancelled or is incomplete
+    error: str | None = None
+    tokens_sent: int = 0
+    input_tokens: int = 0
+    task: asyncio.Task | None = None
+
+    def describe(self) -> dict:
+        """The response as the API writes it."""
+        details = None
+        if self.status not in ("in_progress", "completed"):
+            details = {"type": self.status, "reason": self.reason}
+            if self.error:
+                details = {
+                    "type": self.status,
+                    "error": {"type": "server_error", "message": self.error},
+                }
+        usage = None
+        if self.status != "in_progress":
+            output = self.tokens_sent + self.item.num_units
+            usage = {
+                "total_tokens": self.input_tokens + output,
+                "input_tokens": self.input_tokens,
+                "output_tokens": output,
+                "output_token_details": {
+                    "text_tokens": self.tokens_sent,
+                    "audio_tokens": self.item.num_units,
+                },
+            }
+        return {
+            "id": self.id,
+            "object": "realtime.response",
+            "status": self.status,
+            "status_details": details,
+            "output": [] if self.status == "in_progress" else [self.item.describe()],
+            "output_modalities": [self.modality],
+            "metadata": self.metadata,
+            "usage": usage,
+        }
+
+    def place(self) -> dict:
+        """The ids that every event about the response's only content part has."""
+        return {
+            "response_id": self.id,
+            "item_id": self.item.id,
+            "output_index": 0,
+            "content_index": 0,
+        }
+
+
+def options_of(base: Options, patch: ResponsePatch, session: dict, modality: str) -> Options:
+    """The options of a response: its own settings, else the session's, else the server's."""
+    limit = patch.max_output_tokens or session["max_output_tokens"]
+    temperature = patch.temperature if patch.temperature is not None else session["temperature"]
+    tokens = base.max_new_tokens
+    return dataclasses.replace(
+        base,
+        max_new_tokens=tokens if limit == "inf" else min(tokens, limit),
+        temperature=base.temperature if temperature is None else temperature,
+        # Without audio, nothing needs the units that are spoken after the end of the text.
+        max_flush_units=base.max_flush_units if modality == "audio" else 1,
+    )
+
+
+async def respond(realtime: "Realtime", response: Response, patch: ResponsePatch) -> None:
+    """Generate a response and send its events. Failures end it; they are sent, not raised."""
+    send = realtime.send
+    send("response.created", response=response.describe())
+    try:
+        await generate(realtime, response, patch)
+    except EventError as error:
+        response.status, response.error = "failed", str(error)
+    except Exception as error:
+        realtime.server.log_failure(error)
+        response.status, response.error = "failed", realtime.server.public_message(error)
+    else:
+        response.status = "cancelled" if response.reason else "completed"
+        if response.status == "completed" and not realtime.has_ended(response.item.answer):
+            response.status, response.reason = "incomplete", "max_output_tokens"
+    finish(realtime, response)
+
+
+async def generate(realtime: "Realtime", response: Response, patch: ResponsePatch) -> None:
+    """Run the model and send what it says, until it ends or the response is cancelled."""
+    send, item, place = realtime.send, response.item, response.place()
+    question = await realtime.question(patch, response)
+    realtime.conversation.add(item)
+    item_fields = {"response_id": response.id, "output_index": 0, "item": item.describe()}
+    send("response.output_item.added", **item_fields)
+    previous = realtime.conversation.items[-2].id
+    send("conversation.item.added", previous_item_id=previous, item=item.describe())
+    part = {"type": response.modality, "text" if response.modality == "text" else "transcript": ""}
+    send("response.content_part.added", **place, part=part)
+    if response.reason:
+        return
+    answer = await realtime.worker.answer(realtime.session, question)
+    if response.reason:  # it was cancelled before there was anything to interrupt
+        await realtime.worker.interrupt(realtime.session)
+    response.input_tokens = realtime.session.length
+    async for reply in answer:
+        if not response.reason:
+            deliver(realtime, response, reply)
+    if response.reason:
+        # The session keeps what was sent, not what was computed.
+        await realtime.worker.run(realtime.session.truncate, response.tokens_sent)
+
+
+def deliver(realtime: "Realtime", response: Response, reply: Reply) -> None:
+    """Send one reply."""
+    send, item, place = realtime.send, response.item, response.place()
+    item.answer = [*item.answer, *reply.text_tokens]
+    response.tokens_sent = len(item.answer)
+    item.num_units += len(reply.units)
+    if reply.text:
+        item.parts.append(reply.text)
+        kind = "output_text" if response.modality == "text" else "output_audio_transcript"
+        send(f"response.{kind}.delta", **place, delta=reply.text)
+    if response.modality == "audio" and reply.samples.size:
+        if not item.num_samples:
+            realtime.server.metrics.first_audio.observe(time.monotonic() - response.start)
+        item.num_samples += reply.samples.size
+        send_audio(realtime, response, response.encoder(reply.samples))
+
+
+def send_audio(realtime: "Realtime", response: Response, data: bytes) -> None:
+    delta = base64.b64encode(data).decode()
+    realtime.send("response.output_audio.delta", **response.place(), delta=delta)
+
+
+def finish(realtime: "Realtime", response: Response) -> None:
+    """Send the events that end a response."""
+    send, item, place = realtime.send, response.item, response.place()
+    item.status = "completed" if response.status == "completed" else "incomplete"
+    if response.status == "failed":
+        item.status = "failed"
+    text = "".join(part for part in item.parts if isinstance(part, str))
+    if item in realtime.conversation.items:
+        if response.modality == "audio":
+            if item.num_samples and not response.reason:
+                rest = response.encoder(realtime.no_samples, last=True)
+                if rest:
+                    send_audio(realtime, response, rest)
+            send("response.output_audio.done", **place)
+            send("response.output_audio_transcript.done", **place, transcript=text)
+            part = {"type": "audio", "transcript": text}
+        else:
+            send("response.output_text.done", **place, text=text)
+            part = {"type": "text", "text": text}
+        send("response.content_part.done", **place, part=part)
+        item_fields = {"response_id": response.id, "output_index": 0, "item": item.describe()}
+        send("response.output_item.done", **item_fields)
+        index = realtime.conversation.items.index(item)
+        previous = realtime.conversation.items[index - 1].id if index else None
+        send("conversation.item.done", previous_item_id=previous, item=item.describe())
+    realtime.server.metrics.responses.labels(response.status).inc()
+    send("response.done", response=response.describe())

@@ -1,0 +1,98 @@
+"""Audio formats of the API: bytes of a client <-> the model's samples."""
+
+import base64
+import binascii
+import io
+
+import numpy as np
+import soundfile
+import soxr
+
+from omni2_jax.audio.recordings import INPUT_RATE, OUTPUT_RATE
+
+# The API's names: sample rate and the name of the encoding in libsndfile.
+FORMATS = {
+    "audio/pcm": (24_000, "PCM_16"),
+    "audio/pcmu": (8_000, "ULAW"),
+    "audio/pcma": (8_000, "ALAW"),
+}
+
+
+def decode_base64(text: str) -> bytes:
+    """The bytes of a base64 text. Raises ValueError if it is none."""
+    try:
+        return base64.b64decode(text, validate=True)
+    except binascii.Error as error:
+        raise ValueError(f"the audio is not base64: {error}") from None
+
+
+class Decoder:
+    """Bytes of a client's audio as they arrive -> samples at 16 kHz.
+
+    Raises ValueError for a format that is not in FORMATS.
+    """
+
+    def __init__(self, name: str):
+        if name not in FORMATS:
+            raise ValueError(f"audio format {name!r}, expected one of {', '.join(FORMATS)}")
+        self.rate, self.encoding = FORMATS[name]
+        self.resampler = soxr.ResampleStream(self.rate, INPUT_RATE, 1, dtype="float32")
+        self.odd_byte = b""  # half of a 16-bit sample, whose other half comes with the next bytes
+
+    def __call__(self, data: bytes, last: bool = False) -> np.ndarray:
+        """Samples [N] float32 at 16 kHz; the resampler keeps a few until `last`."""
+        data = self.odd_byte + data
+        self.odd_byte = b""
+        if self.encoding == "PCM_16" and len(data) % 2:
+            data, self.odd_byte = data[:-1], data[-1:]
+        samples = read_raw(data, self.encoding, self.rate)
+        return self.resampler.resample_chunk(samples, last=last)
+
+
+class Encoder:
+    """The model's samples at 24 kHz as they are generated -> bytes for a client.
+
+    Raises ValueError for a format that is not in FORMATS.
+    """
+
+    def __init__(self, name: str):
+        if name not in FORMATS:
+            raise ValueError(f"audio format {name!r}, expected one of {', '.join(FORMATS)}")
+        self.rate, self.encoding = FORMATS[name]
+        self.resampler = soxr.ResampleStream(OUTPUT_RATE, self.rate, 1, dtype="float32")
+
+    def __call__(self, samples: np.ndarray, last: bool = False) -> bytes:
+        """The bytes of samples [N]; the resampler keeps a few until `last`."""
+        if self.rate != OUTPUT_RATE:
+            samples = self.resampler.resample_chunk(samples.astype(np.float32), last=last)
+        return write_raw(samples, self.encoding, self.rate)
+
+
+def read_raw(data: bytes, encoding: str, rate: int) -> np.ndarray:
+    """Samples [N] float32 of headerless audio in libsndfile's `encoding`."""
+    if not data:
+        return np.zeros(0, np.float32)
+    samples, _ = soundfile.read(
+        io.BytesIO(data),
+        dtype="float32",
+        samplerate=rate,
+        channels=1,
+        format="RAW",
+        subtype=encoding,
+        endian="LITTLE" if encoding == "PCM_16" else "FILE",
+    )
+    return samples
+
+
+def write_raw(samples: np.ndarray, encoding: str, rate: int) -> bytes:
+    """Samples [N] as headerless audio in libsndfile's `encoding`, clipped to [-1, 1]."""
+    file = io.BytesIO()
+    soundfile.write(
+        file,
+        np.clip(samples, -1.0, 1.0),
+        rate,
+        format="RAW",
+        subtype=encoding,
+        endian="LITTLE" if encoding == "PCM_16" else "FILE",
+    )
+    return file.getvalue()

@@ -1,0 +1,178 @@
+"""The items of a conversation in the Realtime API, and the turns of the model that they make up.
+
+The API knows a list of items: messages of the user, of the assistant and of the system, in any
+order. The model knows turns: a question and its answer. Items of the user that follow one another
+are one question. The session's cache is kept as long as the items before the new question are the
+turns that it holds.
+"""
+
+import asyncio
+import math
+import secrets
+from dataclasses import dataclass, field
+
+import jax
+
+from omni2_jax.audio.recordings import OUTPUT_RATE
+from omni2_jax.generate.session import Session, Turn
+from omni2_jax.serve.events import EventError
+
+MAX_ITEMS = 512
+# Units that speech takes for a text token, where an answer was interrupted and its own rate is not
+# known: English at 150 words a minute, 0.75 words a token, 25 units a second.
+UNITS_PER_TOKEN = 7.5
+
+
+def new_id(prefix: str) -> str:
+    """A random id, as "item_0f3c..."."""
+    return f"{prefix}_{secrets.token_hex(12)}"
+
+
+@dataclass(eq=False)
+class Item:
+    """A message. Its parts are texts and, of a spoken turn, segments of speech features [F, D]."""
+
+    id: str
+    role: str  # "user", "assistant" or "system"
+    parts: list[str | jax.Array]
+    is_audio: bool = False
+    status: str = "completed"
+    transcript: str | None = None  # of the user's speech, by a recogniser
+    hearing: asyncio.Task | None = None  # computes the features of the user's speech
+    # Of an answer that the model has given: its tokens, its units and samples at 24 kHz.
+    answer: list[int] = field(default_factory=list)
+    num_units: int = 0
+    num_samples: int = 0
+
+    def describe(self) -> dict:
+        """The item as the API writes it, without its audio."""
+        return {
+            "id": self.id,
+            "object": "realtime.item",
+            "type": "message",
+            "status": self.status,
+            "role": self.role,
+            "content": self.content(),
+        }
+
+    def content(self) -> list[dict]:
+        text = "".join(part for part in self.parts if isinstance(part, str))
+        if self.is_audio:
+            kind = "output_audio" if self.role == "assistant" else "input_audio"
+            return [{"type": kind, "transcript": text or self.transcript}]
+        kind = "output_text" if self.role == "assistant" else "input_text"
+        return [{"type": kind, "text": text}]
+
+    def tokens_heard(self, milliseconds: int) -> int:
+        """How many tokens of the answer's text were said in the first `milliseconds` of its audio.
+
+        Raises EventError if the audio is shorter. The model's text is ahead of its speech and has
+        no time stamps, so that this is an estimate: the speech is taken to be even.
+        """
+        duration = self.num_samples * 1000 / OUTPUT_RATE
+        if milliseconds > math.ceil(duration):
+            raise EventError(
+                f"audio_end_ms is {milliseconds}, but the audio has {duration:.0f} ms",
+                param="audio_end_ms",
+            )
+        if milliseconds == 0:
+            return 0
+        heard = milliseconds / duration
+        if self.status == "completed":
+            return math.ceil(heard * len(self.answer))
+        return min(len(self.answer), math.ceil(heard * self.num_units / UNITS_PER_TOKEN))
+
+
+class Conversation:
+    """The items of one conversation, in their order."""
+
+    def __init__(self):
+        self.items: list[Item] = []
+
+    def find(self, item_id: str) -> Item:
+        """The item of an id. Raises EventError if there is none."""
+        for item in self.items:
+            if item.id == item_id:
+                return item
+        raise EventError(f"there is no item {item_id!r}", "item_not_found", "item_id")
+
+    def add(self, item: Item, previous: str | None = None) -> str | None:
+        """Insert an item behind the item `previous` -> the id of the item before it.
+
+        previous: "root" is the beginning, None the end. Raises EventError for an unknown one, an id
+        that exists, and a conversation of too many items.
+        """
+        if len(self.items) >= MAX_ITEMS:
+            raise EventError(f"a conversation has at most {MAX_ITEMS} items", "too_many_items")
+        if any(other.id == item.id for other in self.items):
+            raise EventError(f"there is an item {item.id!r} already", param="item.id")
+        if previous is None:
+            index = len(self.items)
+        elif previous == "root":
+            index = 0
+        else:
+            index = self.items.index(self.find(previous)) + 1
+        self.items.insert(index, item)
+        return self.items[index - 1].id if index else None
+
+    def delete(self, item_id: str) -> None:
+        """Remove an item. Raises EventError if there is none of this id."""
+        self.items.remove(self.find(item_id))
+
+    def question(self, session: Session) -> list[str | jax.Array]:
+        """Make `session` hold all turns before the last question -> that question.
+
+        Raises EventError if there is nothing to answer.
+        """
+        turns: list[Turn] = []
+        question: list[str | jax.Array] = []
+        for item in self.items:
+            if item.role == "system":
+                continue
+            if item.role == "user":
+                question = [*question, *item.parts]
+            elif item.status == "failed":
+                continue
+            elif question:
+                turns.append(Turn(question, self.answer_tokens(item, session)))
+                question = []
+            elif turns:  # two answers in a row
+                turns[-1].answer = [*turns[-1].answer, *self.answer_tokens(item, session)]
+        if not question:
+            raise EventError(
+                "the conversation does not end with the user's turn", "nothing_to_answer"
+            )
+        # The session may have dropped its oldest turns.
+        held = len(session.turns)
+        if bool(held) != bool(turns) or not same_turns(turns[len(turns) - held :], session.turns):
+            session.resume(turns)
+        return question
+
+    def answer_tokens(self, item: Item, session: Session) -> list[int]:
+        """The tokens of an assistant's message; those of the model's own answer as they were."""
+        if not item.answer:
+            text = "".join(part for part in item.parts if isinstance(part, str))
+            item.answer = session.tokenizer.answer(text)
+        return item.answer
+
+    def instructions(self, instructions: str | None) -> str | None:
+        """The system message: the session's instructions and the system items, or None."""
+        texts = [instructions] if instructions else []
+        for item in self.items:
+            if item.role == "system":
+                texts += [part for part in item.parts if isinstance(part, str)]
+        return "\n".join(texts) or None
+
+
+def same_turns(turns: list[Turn], others: list[Turn]) -> bool:
+    """Whether two lists of turns have the same features, texts and answers."""
+    return len(turns) == len(others) and all(
+        a.answer == b.answer and same_question(a.question, b.question)
+        for a, b in zip(turns, others, strict=True)
+    )
+
+
+def same_question(a, b) -> bool:
+    return len(a) == len(b) and all(
+        x is y or (isinstance(x, str) and x == y) for x, y in zip(a, b, strict=True)
+    )

@@ -1,0 +1,529 @@
+"""A connection of the Realtime API: events of a client in, events of the server out.
+
+Three kinds of tasks work for a connection: one reads and carries out the client's events in their
+order, one sends, and one generates the response, if there is one.
+"""
+
+import asyncio
+import contextlib
+import json
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from starlette.websockets import WebSocket, WebSocketDisconnect
+
+from omni2_jax.audio.recordings import INPUT_RATE
+from omni2_jax.serve import answering, events
+from omni2_jax.serve.answering import Response
+from omni2_jax.serve.audio import Decoder, Encoder, decode_base64
+from omni2_jax.serve.conversation import Conversation, Item, new_id
+from omni2_jax.serve.events import EventError
+from omni2_jax.serve.turn_detection import Change, TurnDetection, TurnDetector
+from omni2_jax.serve.worker import StoppedError
+
+if TYPE_CHECKING:
+    from omni2_jax.serve.server import Server
+
+MIN_TURN_SECONDS = 0.1  # what a commit needs, as in OpenAI's API
+
+
+class Realtime:
+    """One connection. `run` serves it until it ends."""
+
+    no_samples = np.zeros(0, np.float32)
+
+    def __init__(self, server: "Server", socket: WebSocket, is_beta: bool):
+        self.server, self.socket, self.is_beta = server, socket, is_beta
+        self.worker, self.limits = server.worker, server.limits
+        self.id = new_id("sess")
+        self.conversation = Conversation()
+        self.response: Response | None = None
+        self.settings: dict[str, Any] = {
+            "instructions": None,
+            "output_modalities": ["audio"] if server.speaks else ["text"],
+            "max_output_tokens": "inf",
+            "temperature": None,
+            "voice": server.voices[0] if server.voices else None,
+            "input_format": "audio/pcm",
+            "output_format": "audio/pcm",
+            "turn_detection": events.ServerVad(),
+            "transcription": None,
+        }
+        self.decoder = Decoder("audio/pcm")
+        self.detector: TurnDetector | None = None
+        # Samples at 16 kHz that are not part of an item yet, and the number of the first one,
+        # counted from the beginning of the connection.
+        self.buffer = self.no_samples
+        self.buffer_start = 0
+        self.turn_start: int | None = None  # the sample that the user began to speak at
+        self.turn_id: str | None = None  # of the item that the speech will become
+        self.early: tuple[int, asyncio.Task] | None = None  # features of the turn up to a sample
+        self.unsent: asyncio.Queue[str | None] = asyncio.Queue()
+        self.unsent_bytes = 0
+        self.tasks: set[asyncio.Task] = set()
+        self.handlers: dict[type, Callable] = {
+            events.SessionUpdate: self.update_session,
+            events.BufferAppend: self.append_audio,
+            events.BufferCommit: self.commit_audio,
+            events.BufferClear: self.clear_audio,
+            events.ItemCreate: self.create_item,
+            events.ItemDelete: self.delete_item,
+            events.ItemRetrieve: self.retrieve_item,
+            events.ItemTruncate: self.truncate_item,
+            events.ResponseCreate: self.create_response,
+            events.ResponseCancel: self.cancel_response,
+        }
+
+    # The connection.
+
+    async def run(self) -> None:
+        """Serve the connection until the client leaves or a limit is passed."""
+        sender = asyncio.create_task(self.send_events())
+        try:
+            self.session = await self.worker.run(self.worker.session, self.settings["voice"])
+            self.reset_detector()
+            self.send("session.created", session=self.describe())
+            async with asyncio.timeout(self.limits.session_seconds):
+                await self.read_events(sender)
+        except (TimeoutError, StoppedError) as error:
+            reason = "the session has reached its longest duration"
+            if isinstance(error, StoppedError):
+                reason = str(error)
+            self.send_error(EventError(reason, "session_expired"), None)
+        finally:
+            await self.close(sender)
+
+    async def read_events(self, sender: asyncio.Task) -> None:
+        """Carry out the client's events until the connection ends."""
+        while not sender.done():
+            reader = asyncio.ensure_future(self.socket.receive())
+            done, _ = await asyncio.wait(
+                {reader, sender},
+                timeout=self.limits.idle_seconds,
+                return_when=asyncio.FIRST_COMPLETED,
+            )
+            if reader not in done:
+                reader.cancel()
+                if sender not in done:
+                    self.send_error(EventError("the session was idle", "idle_timeout"), None)
+                return
+            message = reader.result()
+            if message["type"] == "websocket.disconnect":
+                return
+            await self.receive(message.get("text") or message.get("bytes") or "")
+
+    async def receive(self, text: str | bytes) -> None:
+        """Carry out one event. A fault of the event is answered by an `error` event."""
+        event_id = None
+        try:
+            event, event_id = events.parse(text)
+            await self.handlers[type(event)](event)
+        except EventError as error:
+            self.server.metrics.errors.inc()
+            self.send_error(error, event_id)
+        except ValueError as error:
+            self.server.metrics.errors.inc()
+            self.send_error(EventError(self.server.public_message(error)), event_id)
+
+    def send(self, kind: str, **fields) -> None:
+        """Queue an event for the client. If the client does not read, the connection is closed."""
+        names = events.BETA_NAMES if self.is_beta else {}
+        event = {"type": names.get(kind, kind), "event_id": new_id("event"), **fields}
+        text = json.dumps(event)
+        self.unsent_bytes += len(text)
+        self.unsent.put_nowait(text if self.unsent_bytes <= self.limits.unsent_bytes else None)
+
+    def send_error(self, error: EventError, event_id: object) -> None:
+        fields = {"type": "invalid_request_error", "code": error.code, "message": str(error)}
+        fields |= {
+            "param": error.param,
+            "event_id": event_id if isinstance(event_id, str) else None,
+        }
+        self.send("error", error=fields)
+
+    async def send_events(self) -> None:
+        """Send queued events; end after None, or when the client is gone."""
+        while (text := await self.unsent.get()) is not None:
+            try:
+                await self.socket.send_text(text)
+            except (WebSocketDisconnect, RuntimeError, OSError):
+                return
+            self.unsent_bytes -= len(text)
+
+    async def close(self, sender: asyncio.Task) -> None:
+        """Stop the response, send what is queued, and close the socket."""
+        self.stop_response("client_cancelled")
+        for task in self.tasks:
+            task.cancel()
+        await asyncio.gather(*self.tasks, return_exceptions=True)
+        self.unsent.put_nowait(None)
+        await asyncio.wait({sender}, timeout=1)
+        sender.cancel()
+        with contextlib.suppress(RuntimeError):  # it is closed already
+            await self.socket.close()
+
+    def start_task(self, coroutine) -> asyncio.Task:
+        """Run a coroutine beside the reader; it ends with the connection at the latest."""
+        task = asyncio.create_task(coroutine)
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
+        return task
+
+    # Settings.
+
+    def describe(self) -> dict:
+        """The session as the API writes it."""
+        settings = self.settings
+        detection, transcription = settings["turn_detection"], settings["transcription"]
+        return {
+            "type": "realtime",
+            "object": "realtime.session",
+            "id": self.id,
+            "model": self.server.name,
+            "instructions": settings["instructions"] or "",
+            "output_modalities": settings["output_modalities"],
+            "max_output_tokens": settings["max_output_tokens"],
+            "tools": [],
+            "tool_choice": "none",
+            "audio": {
+                "input": {
+                    "format": {"type": settings["input_format"]},
+                    "turn_detection": detection.model_dump() if detection else None,
+                    "transcription": transcription.model_dump() if transcription else None,
+                },
+                "output": {
+                    "format": {"type": settings["output_format"]},
+                    "voice": settings["voice"],
+                },
+            },
+        }
+
+    async def update_session(self, event: events.SessionUpdate) -> None:
+        """Change the fields that an event names; either all of them or, after an error, none."""
+        patch = event.session
+        settings = self.settings | patch.model_dump(
+            include={"instructions", "max_output_tokens", "temperature"}, exclude_unset=True
+        )
+        if patch.output_modalities:
+            settings["output_modalities"] = [self.modality(patch.output_modalities)]
+        if patch.audio and patch.audio.output:
+            output = patch.audio.output
+            if output.voice:
+                settings["voice"] = self.server.voice_name(output.voice)
+            if output.format:
+                settings["output_format"] = output.format.type
+        if patch.audio and patch.audio.input:
+            changes = patch.audio.input
+            if changes.format:
+                settings["input_format"] = changes.format.type
+            for name in ("turn_detection", "transcription"):
+                if name in changes.model_fields_set:
+                    settings[name] = getattr(changes, name)
+        if settings["transcription"] and not self.server.recogniser:
+            raise EventError(
+                "this server has no recogniser (`omni2 serve --recogniser`), so it cannot "
+                "transcribe what the user says",
+                param="session.audio.input.transcription",
+            )
+        if settings["max_output_tokens"] is None:
+            settings["max_output_tokens"] = "inf"
+        if settings["voice"] != self.settings["voice"]:
+            self.session.voice = await self.worker.run(self.worker.model.voice, settings["voice"])
+        if settings["input_format"] != self.settings["input_format"]:
+            self.decoder = Decoder(settings["input_format"])
+        is_new_detection = settings["turn_detection"] != self.settings["turn_detection"]
+        self.settings = settings
+        if is_new_detection:
+            self.reset_detector()
+        self.send("session.updated", session=self.describe())
+
+    def modality(self, modalities: list[str]) -> str:
+        """ "audio" or "text". Raises EventError for audio of a model that does not speak."""
+        modality = "audio" if "audio" in modalities else "text"
+        if modality == "audio" and not self.server.speaks:
+            raise EventError("this model answers in text only", param="output_modalities")
+        return modality
+
+    # The user's audio.
+
+    def reset_detector(self) -> None:
+        """Begin to listen anew, with the settings of the session."""
+        vad, self.detector = self.settings["turn_detection"], None
+        self.turn_start = self.turn_id = None
+        self.forget_early()
+        if vad:
+            settings = TurnDetection(
+                **vad.model_dump(include=set(TurnDetection.__dataclass_fields__))
+            )
+            self.detector = TurnDetector(settings)
+            self.detector.restart(self.buffer_start + len(self.buffer))
+
+    async def append_audio(self, event: events.BufferAppend) -> None:
+        """Take audio in; with turn detection, notice where turns begin and end."""
+        samples = self.decoder(decode_base64(event.audio))
+        self.buffer = np.concatenate([self.buffer, samples])
+        if self.detector is None:
+            self.check_turn_length()
+            return
+        # The detector takes a millisecond for every 32 ms of audio.
+        detections = await asyncio.to_thread(lambda: list(self.detector.feed(samples)))
+        for detection in detections:
+            self.notice(detection.change, detection.sample)
+        self.trim_buffer()
+
+    def check_turn_length(self) -> None:
+        """Without turn detection: refuse more audio than a turn may have."""
+        limit = int(self.limits.turn_seconds * INPUT_RATE)
+        if len(self.buffer) > limit:
+            self.buffer = self.buffer[:limit]
+            raise EventError(
+                f"the input buffer holds {self.limits.turn_seconds:g} s of audio, the most that a "
+                "turn may have; commit or clear it",
+                "input_audio_buffer_full",
+            )
+
+    def notice(self, change: Change, sample: int) -> None:
+        """Act on a change that the turn detector has found."""
+        milliseconds = sample * 1000 // INPUT_RATE
+        vad = self.settings["turn_detection"]
+        if change is Change.STARTED:
+            self.turn_start, self.turn_id = max(sample, self.buffer_start), new_id("item")
+            fields = {"audio_start_ms": milliseconds, "item_id": self.turn_id}
+            self.send("input_audio_buffer.speech_started", **fields)
+            if vad.interrupt_response:
+                self.stop_response("turn_detected")
+        elif change is Change.PAUSED:
+            self.hear_early(sample)
+        elif change is Change.RESUMED:
+            self.forget_early()
+        else:
+            fields = {"audio_end_ms": milliseconds, "item_id": self.turn_id}
+            self.send("input_audio_buffer.speech_stopped", **fields)
+            self.end_turn(sample)
+
+    def end_turn(self, sample: int) -> None:
+        """Make an item of the turn that ends before `sample`, and answer it if that is wanted."""
+        self.commit(sample)
+        if self.settings["turn_detection"].create_response and not self.is_responding():
+            self.begin_response(events.ResponsePatch())
+
+    def trim_buffer(self) -> None:
+        """Drop samples that no turn can need; end a turn that is too long."""
+        assert self.detector is not None
+        end = self.buffer_start + len(self.buffer)
+        if self.turn_start is not None:
+            if end - self.turn_start >= self.limits.turn_seconds * INPUT_RATE:
+                stop = self.turn_start + int(self.limits.turn_seconds * INPUT_RATE)
+                self.notice(Change.STOPPED, stop)
+                self.detector.restart(end)
+            return
+        padding = self.detector.settings.prefix_padding_ms * INPUT_RATE // 1000
+        self.drop_before(end - padding - len(self.detector.rest))
+
+    def drop_before(self, sample: int) -> None:
+        """Drop the samples of the buffer before number `sample`."""
+        count = min(max(0, sample - self.buffer_start), len(self.buffer))
+        self.buffer, self.buffer_start = self.buffer[count:], self.buffer_start + count
+
+    def hear_early(self, sample: int) -> None:
+        """Encode the turn up to `sample` now: it may have ended there."""
+        self.forget_early()
+        assert self.turn_start is not None
+        self.early = (sample, self.start_task(self.hear(self.cut(self.turn_start, sample))))
+
+    def forget_early(self) -> None:
+        if self.early:
+            self.early[1].cancel()
+        self.early = None
+
+    def cut(self, start: int, stop: int) -> np.ndarray:
+        """The samples of the buffer from number `start` to `stop`."""
+        return self.buffer[start - self.buffer_start : stop - self.buffer_start].copy()
+
+    async def hear(self, samples: np.ndarray) -> list:
+        """The speech features of a turn."""
+        return await self.worker.run(self.worker.model.hear, samples)
+
+    async def commit_audio(self, event: events.BufferCommit) -> None:
+        """Make an item of all audio that was appended."""
+        end = self.buffer_start + len(self.buffer)
+        start = self.buffer_start if self.turn_start is None else self.turn_start
+        if end - start < MIN_TURN_SECONDS * INPUT_RATE:
+            raise EventError(
+                f"the input buffer holds {(end - start) * 1000 // INPUT_RATE} ms of audio, "
+                f"expected at least {MIN_TURN_SECONDS * 1000:.0f} ms",
+                "input_audio_buffer_commit_empty",
+            )
+        self.forget_early()
+        self.commit(end)
+        if self.detector:
+            self.detector.restart(end)
+
+    def commit(self, stop: int) -> None:
+        """Make an item of the turn that ends before sample number `stop`."""
+        start = self.buffer_start if self.turn_start is None else self.turn_start
+        samples = self.cut(start, stop)
+        if self.early and self.early[0] == stop:
+            task = self.early[1]
+        else:
+            self.forget_early()
+            task = self.start_task(self.hear(samples))
+        item = Item(self.turn_id or new_id("item"), "user", [], is_audio=True, hearing=task)
+        self.turn_start = self.turn_id = self.early = None
+        self.drop_before(stop)
+        previous = self.conversation.add(item)
+        place = {"previous_item_id": previous}
+        self.send("input_audio_buffer.committed", item_id=item.id, **place)
+        self.send("conversation.item.added", item=item.describe(), **place)
+        self.send("conversation.item.done", item=item.describe(), **place)
+        if self.settings["transcription"]:
+            self.start_task(self.transcribe(item, samples))
+
+    async def transcribe(self, item: Item, samples: np.ndarray) -> None:
+        """Send what a recogniser understands of a turn. The model itself does not need it."""
+        place = {"item_id": item.id, "content_index": 0}
+        try:
+            text = await asyncio.to_thread(self.server.recogniser.transcribe, samples, INPUT_RATE)
+        except Exception as error:
+            self.server.log_failure(error)
+            failure = {"type": "transcription_error", "message": "the recogniser failed"}
+            kind = "conversation.item.input_audio_transcription.failed"
+            self.send(kind, **place, error=failure)
+            return
+        item.transcript = text
+        kind = "conversation.item.input_audio_transcription.completed"
+        usage = {"type": "duration", "seconds": len(samples) / INPUT_RATE}
+        self.send(kind, **place, transcript=text, usage=usage)
+
+    async def clear_audio(self, event: events.BufferClear) -> None:
+        """Forget all audio that is not part of an item."""
+        self.drop_before(self.buffer_start + len(self.buffer))
+        self.reset_detector()
+        self.send("input_audio_buffer.cleared")
+
+    # Items.
+
+    async def create_item(self, event: events.ItemCreate) -> None:
+        """Insert a message that the client has written or recorded."""
+        item = self.item_of(event.item)
+        previous = self.conversation.add(item, event.previous_item_id)
+        self.send("conversation.item.added", previous_item_id=previous, item=item.describe())
+        self.send("conversation.item.done", previous_item_id=previous, item=item.describe())
+
+    def item_of(self, message: events.Item) -> Item:
+        """A client's message as an item; speech in it is encoded from now on."""
+        item = Item(message.id or new_id("item"), message.role, [])
+        for content in message.content:
+            if content.type == "input_audio":
+                if message.role != "user" or not content.audio or len(message.content) > 1:
+                    raise EventError(
+                        "input_audio is the only part of a message of the user and has `audio`",
+                        param="item.content",
+                    )
+                decoder = Decoder(self.settings["input_format"])
+                samples = decoder(decode_base64(content.audio), last=True)
+                item.is_audio, item.hearing = True, self.start_task(self.hear(samples))
+            else:
+                item.parts.append(content.text or content.transcript or "")
+        return item
+
+    async def delete_item(self, event: events.ItemDelete) -> None:
+        """Remove a message from the conversation."""
+        if self.is_responding() and self.response.item.id == event.item_id:
+            raise EventError("the item is being generated", param="item_id")
+        self.conversation.delete(event.item_id)
+        self.send("conversation.item.deleted", item_id=event.item_id)
+
+    async def retrieve_item(self, event: events.ItemRetrieve) -> None:
+        """Send an item as the server knows it."""
+        item = self.conversation.find(event.item_id)
+        self.send("conversation.item.retrieved", item=item.describe())
+
+    async def truncate_item(self, event: events.ItemTruncate) -> None:
+        """Forget the end of an answer, which the user did not hear."""
+        item = self.conversation.find(event.item_id)
+        if item.role != "assistant" or not item.is_audio:
+            raise EventError("only a spoken answer can be truncated", param="item_id")
+        if self.is_responding() and self.response.item is item:
+            self.stop_response("client_cancelled")
+            await self.response.task
+        tokens = item.tokens_heard(event.audio_end_ms)
+        # The session forgets them when it is asked again, because it holds other tokens.
+        last = item is self.conversation.items[-1] and self.session.turns
+        if last and self.session.turns[-1].answer == item.answer:
+            await self.worker.run(self.session.truncate, tokens)
+        item.answer = item.answer[:tokens]
+        item.parts = [self.session.tokenizer.decode(item.answer)]
+        item.num_samples = min(item.num_samples, event.audio_end_ms * 24)
+        fields = {"item_id": item.id, "content_index": 0, "audio_end_ms": event.audio_end_ms}
+        self.send("conversation.item.truncated", **fields)
+
+    # Responses.
+
+    def is_responding(self) -> bool:
+        return self.response is not None and self.response.status == "in_progress"
+
+    async def create_response(self, event: events.ResponseCreate) -> None:
+        """Answer the conversation. Raises EventError while another response is in progress."""
+        if self.is_responding():
+            raise EventError(
+                "the conversation has a response in progress; cancel it first",
+                "conversation_already_has_active_response",
+            )
+        self.begin_response(event.response)
+
+    def begin_response(self, patch: events.ResponsePatch) -> None:
+        modality = self.modality(patch.output_modalities or self.settings["output_modalities"])
+        item = Item(new_id("item"), "assistant", [], modality == "audio", "in_progress")
+        encoder = Encoder(self.settings["output_format"])
+        response = Response(item, modality, encoder, patch.metadata, time.monotonic())
+        self.response = response
+        response.task = self.start_task(answering.respond(self, response, patch))
+
+    async def question(self, patch: events.ResponsePatch, response: Response) -> list:
+        """Prepare the session for a response -> the question that it answers."""
+        for item in list(self.conversation.items):
+            if item.hearing:
+                try:
+                    item.parts = await item.hearing
+                except ValueError as error:
+                    self.conversation.delete(item.id)
+                    raise EventError(f"the user's audio cannot be used: {error}") from None
+                item.hearing = None
+        base = self.worker.options
+        options = answering.options_of(base, patch, self.settings, response.modality)
+        instructions = patch.instructions or self.settings["instructions"]
+
+        def prepare() -> list:
+            session = self.session
+            session.request = self.worker.model.request(options)
+            message = self.conversation.instructions(instructions)
+            if message != session.instructions:
+                session.instructions = message
+                session.resume(session.turns)
+            return self.conversation.question(session)
+
+        return await self.worker.run(prepare)
+
+    async def cancel_response(self, event: events.ResponseCancel) -> None:
+        """Stop the response that is being generated."""
+        if not self.is_responding():
+            raise EventError("there is no response to cancel", "response_cancel_not_active")
+        self.stop_response("client_cancelled")
+
+    def stop_response(self, reason: str) -> None:
+        """Send nothing more of the response, and stop the model at its next step."""
+        if not self.is_responding() or self.response.reason:
+            return
+        self.response.reason = reason
+        self.start_interrupt()
+
+    def start_interrupt(self) -> None:
+        """Interrupt the model. This must also happen if the connection ends meanwhile."""
+        self.server.start_task(self.worker.interrupt(self.session))
+
+    def has_ended(self, answer: list[int]) -> bool:
+        """Whether an answer has its end token."""
+        return bool(answer) and answer[-1] in self.session.eos

@@ -1,0 +1,134 @@
+"""The server's state: the model's worker, its clients, and what these may be told."""
+
+import asyncio
+import collections
+import contextlib
+import logging
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from omni2_jax.checkpoint import voices
+from omni2_jax.generate.engine import GenerationError, QueueFullError
+from omni2_jax.generate.options import Options
+from omni2_jax.serve.conversation import new_id
+from omni2_jax.serve.events import EventError, Voice
+from omni2_jax.serve.limits import Limits
+from omni2_jax.serve.metrics import Metrics
+from omni2_jax.serve.worker import StoppedError, Worker
+
+log = logging.getLogger("omni2_jax.serve")
+
+
+class FullError(RuntimeError):
+    """As many clients are connected as the server takes."""
+
+
+class SpokenAnswers:
+    """The texts of spoken answers, which later requests refer to by the audio's id."""
+
+    SECONDS = 3600
+    NUMBER = 256
+
+    def __init__(self):
+        self.texts: collections.OrderedDict[str, str] = collections.OrderedDict()
+
+    def add(self, text: str, answer_id: str | None = None) -> str:
+        """Keep a text -> its id. The oldest ones are forgotten."""
+        answer_id = answer_id or new_id("audio")
+        self.texts[answer_id] = text
+        while len(self.texts) > self.NUMBER:
+            self.texts.popitem(last=False)
+        return answer_id
+
+    def expiry(self) -> int:
+        """Until when an answer can be referred to, in seconds since the epoch."""
+        return int(time.time()) + self.SECONDS
+
+    def find(self, answer_id: str) -> str:
+        """The text of an answer. Raises EventError if it is not known (any more)."""
+        if answer_id not in self.texts:
+            raise EventError(f"there is no spoken answer {answer_id!r} (any more)")
+        return self.texts[answer_id]
+
+
+class Server:
+    """One model and its clients."""
+
+    def __init__(
+        self,
+        model: Any,
+        options: Options,
+        limits: Limits,
+        name: str = "omni2",
+        recogniser: Any = None,
+    ):
+        """model: an Omni2. name: what /v1/models calls it.
+
+        recogniser: transcribes what users say (`transcribe(samples, rate)`), if that is wanted.
+        """
+        self.model, self.limits, self.name, self.recogniser = model, limits, name, recogniser
+        self.worker = Worker(model, options, limits.sessions, limits.context)
+        self.metrics, self.answers = Metrics(), SpokenAnswers()
+        self.clients = 0
+        self.tasks: set[asyncio.Task] = set()
+        self.speaks = model.config.flow is not None
+
+    @property
+    def voices(self) -> list[str]:
+        """The names of the voices that the checkpoint holds."""
+        return voices.names(Path(self.model.directory)) if self.speaks else []
+
+    def voice_name(self, voice: str | Voice) -> str:
+        """The name of a stored voice. Raises EventError if there is none; a path is never read."""
+        name = voice.id if isinstance(voice, Voice) else voice
+        if name not in self.voices:
+            known = ", ".join(self.voices) or "none"
+            raise EventError(f"there is no voice {name!r}; the voices are: {known}", param="voice")
+        return name
+
+    @contextlib.contextmanager
+    def admit(self) -> Iterator[None]:
+        """Serve one client more. Raises FullError if the server takes no more now."""
+        if self.clients >= self.limits.sessions:
+            self.metrics.refused.inc()
+            raise FullError(
+                f"all {self.limits.sessions} sessions of this server are in use; "
+                f"try again in {self.limits.retry_seconds} s"
+            )
+        self.clients += 1
+        self.metrics.sessions.set(self.clients)
+        try:
+            yield
+        finally:
+            self.clients -= 1
+            self.metrics.sessions.set(self.clients)
+
+    def start_task(self, coroutine) -> asyncio.Task:
+        """Run a coroutine that no connection waits for."""
+        task = asyncio.create_task(coroutine)
+        self.tasks.add(task)
+        task.add_done_callback(self.end_task)
+        return task
+
+    def end_task(self, task: asyncio.Task) -> None:
+        self.tasks.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            self.log_failure(task.exception())
+
+    def log_failure(self, error: BaseException | None) -> None:
+        """Log a failure with its traceback; clients get `public_message`."""
+        if not isinstance(error, StoppedError | QueueFullError):
+            log.error("a response failed", exc_info=error)
+
+    def public_message(self, error: BaseException) -> str:
+        """What a client may know of an error: never a path or a traceback."""
+        if isinstance(error, StoppedError | QueueFullError | EventError | FullError):
+            return str(error)
+        if isinstance(error, GenerationError):
+            return "the answer was stopped: the model's numbers were not finite"
+        if isinstance(error, ValueError):
+            text = str(error)
+            return text if "/" not in text and "\\" not in text else "the request cannot be used"
+        return "the server failed to answer"

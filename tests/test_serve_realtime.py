@@ -1,0 +1,309 @@
+"""The Realtime API, driven by OpenAI's own client."""
+
+import asyncio
+import base64
+import dataclasses
+
+import openai
+import pytest
+
+from omni2_jax.serve.limits import Limits
+from omni2_jax.serve.server import Server
+from tests.support.conversations import GREEDY, clip
+from tests.support.server import base64_of, pcm, running
+
+OPTIONS = dataclasses.replace(GREEDY, max_new_tokens=12, max_flush_units=15)
+MANUAL = {"type": "realtime", "audio": {"input": {"turn_detection": None}}}
+SECOND = 2 * 24_000  # bytes
+
+
+@pytest.fixture(scope="module")
+def server(model, warm_engine):
+    server = Server(model, OPTIONS, Limits(sessions=3, context=1000, idle_seconds=20))
+    assert server.worker.engine is warm_engine  # nothing is compiled again
+    server.worker.start()
+    yield server
+    assert server.worker.stop(20)
+
+
+@pytest.fixture(scope="module")
+def address(server):
+    with running(server) as address:
+        yield address
+
+
+def talk(address: str, conversation, **settings):
+    """Run `conversation(connection)` on a connection of OpenAI's client -> its result."""
+
+    async def connect():
+        client = openai.AsyncOpenAI(
+            api_key="unused", base_url=f"http://{address}/v1", websocket_base_url=f"ws://{address}/v1"
+        )
+        async with asyncio.timeout(60), client.realtime.connect(model="omni2", **settings) as link:
+            first = await link.recv()
+            assert first.type == "session.created"
+            return await conversation(link)
+
+    return asyncio.run(connect())
+
+
+async def until(link, *kinds: str) -> list:
+    """The events up to the first of one of these kinds. An `error` event fails the test."""
+    events = []
+    while not events or events[-1].type not in kinds:
+        events.append(await link.recv())
+        assert events[-1].type != "error" or "error" in kinds, events[-1]
+    return events
+
+
+def kinds(events) -> list[str]:
+    """The kinds of events in their order; repeated ones once."""
+    names = [event.type for event in events]
+    return [name for i, name in enumerate(names) if i == 0 or names[i - 1] != name]
+
+
+def audio_of(events) -> bytes:
+    deltas = [event.delta for event in events if event.type == "response.output_audio.delta"]
+    return b"".join(map(base64.b64decode, deltas))
+
+
+async def ask(link, sound: bytes) -> list:
+    """Ask by push-to-talk -> all events up to the end of the response."""
+    for start in range(0, len(sound), SECOND // 5):
+        await link.input_audio_buffer.append(audio=base64_of(sound[start : start + SECOND // 5]))
+    await link.input_audio_buffer.commit()
+    await link.response.create()
+    return await until(link, "response.done")
+
+
+def test_push_to_talk(address, model):
+    """A spoken question is answered as `Omni2.answer` does, with the events of the GA API."""
+
+    async def conversation(link):
+        await link.session.update(session=MANUAL)
+        await until(link, "session.updated")
+        return await ask(link, pcm(clip("short_d")))
+
+    events = talk(address, conversation)
+    assert kinds(events) == [
+        "input_audio_buffer.committed",
+        "conversation.item.added",
+        "conversation.item.done",
+        "response.created",
+        "response.output_item.added",
+        "conversation.item.added",
+        "response.content_part.added",
+        *kinds([e for e in events if e.type.endswith(".delta")]),
+        "response.output_audio.done",
+        "response.output_audio_transcript.done",
+        "response.content_part.done",
+        "response.output_item.done",
+        "conversation.item.done",
+        "response.done",
+    ]
+    (done,) = [e for e in events if e.type == "response.output_audio_transcript.done"]
+    deltas = [e.delta for e in events if e.type == "response.output_audio_transcript.delta"]
+    assert "".join(deltas) == done.transcript != ""
+    expected = model.answer(clip("short_d"), options=OPTIONS)
+    assert done.transcript == expected.text
+    assert len(audio_of(events)) == 2 * len(expected.waveform)
+    assert events[-1].response.status in ("completed", "incomplete")
+
+
+def test_turns_by_voice_activity(address):
+    """The server notices the end of a spoken turn and answers; the second turn follows the first.
+
+    The voice activity detector cuts the silence off, so that the question's item is shorter.
+    """
+    sound = pcm(clip("speech_a")) + bytes(SECOND)
+
+    async def conversation(link):
+        turns = []
+        for _ in range(2):
+            for start in range(0, len(sound), SECOND // 5):
+                await link.input_audio_buffer.append(audio=base64_of(sound[start:][: SECOND // 5]))
+            turns.append(await until(link, "response.done"))
+        return turns
+
+    for events in talk(address, conversation):
+        names = kinds(events)
+        order = ["speech_started", "speech_stopped", "committed"]
+        assert names[:3] == [f"input_audio_buffer.{name}" for name in order]
+        started, stopped, committed = events[:3]
+        assert started.item_id == stopped.item_id == committed.item_id
+        assert 0 <= started.audio_start_ms < stopped.audio_end_ms
+        assert events[-1].response.status in ("completed", "incomplete")
+        assert len(audio_of(events)) > SECOND // 4
+
+
+def test_barge_in(address, server):
+    """Speech during an answer stops it; what was not heard is forgotten; the next turn goes on."""
+    sound = pcm(clip("speech_a"))
+
+    async def conversation(link):
+        await link.session.update(session=MANUAL)
+        await until(link, "session.updated")
+        await link.input_audio_buffer.append(audio=base64_of(sound))
+        await link.input_audio_buffer.commit()
+        await link.response.create(response={"max_output_tokens": "inf"})
+        events = await until(link, "response.output_audio.delta")
+        vad = {"type": "server_vad", "create_response": False}
+        settings = {"type": "realtime", "audio": {"input": {"turn_detection": vad}}}
+        await link.session.update(session=settings)
+        await link.input_audio_buffer.append(audio=base64_of(sound[: 2 * SECOND]))
+        events += await until(link, "response.done")
+        item = events[-1].response.output[0].id
+        await link.conversation.item.truncate(item_id=item, content_index=0, audio_end_ms=100)
+        events += await until(link, "conversation.item.truncated")
+        await link.conversation.item.retrieve(item_id=item)
+        events += await until(link, "conversation.item.retrieved")
+        await link.session.update(session=MANUAL)
+        await link.input_audio_buffer.append(audio=base64_of(sound))
+        await link.input_audio_buffer.commit()
+        await link.response.create()
+        await until(link, "input_audio_buffer.committed")
+        return events, await until(link, "response.done")
+
+    events, later = talk(address, conversation)
+    (done,) = [event for event in events if event.type == "response.done"]
+    names = [event.type for event in events]
+    assert done.response.status == "cancelled"
+    assert done.response.status_details.reason == "turn_detected"
+    # Nothing of the answer is sent after the speech was noticed.
+    after = names[names.index("input_audio_buffer.speech_started") :]
+    assert not any(name.endswith(".delta") for name in after)
+    heard = events[-1].item.content[0].transcript or ""
+    said = "".join(e.delta for e in events if e.type == "response.output_audio_transcript.delta")
+    assert said.startswith(heard) and len(heard) < len(said)
+    assert later[-1].response.status in ("completed", "incomplete")
+
+
+def test_text_turns_and_cancel(address):
+    """A written question, answered in text; another one, cancelled."""
+
+    def message(text):
+        return {"type": "message", "role": "user", "content": [{"type": "input_text", "text": text}]}
+
+    async def conversation(link):
+        await link.conversation.item.create(item=message("What is the sea?"))
+        await link.response.create(response={"output_modalities": ["text"]})
+        events = await until(link, "response.done")
+        await link.conversation.item.create(item=message("And the moon?"))
+        await link.response.create()
+        await until(link, "response.created")
+        await link.response.cancel()
+        return events, await until(link, "response.done")
+
+    events, cancelled = talk(address, conversation)
+    (text,) = [event.text for event in events if event.type == "response.output_text.done"]
+    assert text and not audio_of(events)
+    assert cancelled[-1].response.status == "cancelled"
+
+
+@pytest.mark.parametrize("kind", ["audio/pcmu", "audio/pcma"])
+def test_g711(address, kind):
+    """The formats of telephones: one byte for each of 8,000 samples a second."""
+
+    async def conversation(link):
+        audio = {"input": {"format": {"type": kind}}, "output": {"format": {"type": kind}}}
+        audio["input"]["turn_detection"] = None
+        await link.session.update(session={"type": "realtime", "audio": audio})
+        await until(link, "session.updated")
+        return await ask(link, bytes(range(100, 200)) * 80)
+
+    events = talk(address, conversation)
+    units = events[-1].response.usage.output_token_details.audio_tokens
+    assert abs(len(audio_of(events)) - units * 320) <= 8_000 // 4
+
+
+FAULTS = {
+    "not JSON": ("{", "invalid_json"),
+    "no object": ("[1]", "invalid_json"),
+    "unknown": ('{"type": "session.destroy"}', "unknown_event"),
+    "no type": ('{"event_id": "x"}', "unknown_event"),
+    "a field is missing": ('{"type": "input_audio_buffer.append"}', "invalid_value"),
+    "not base64": ('{"type": "input_audio_buffer.append", "audio": "*"}', "invalid_value"),
+    "nothing to commit": (
+        '{"type": "input_audio_buffer.commit"}',
+        "input_audio_buffer_commit_empty",
+    ),
+    "nothing to answer": ('{"type": "response.cancel"}', "response_cancel_not_active"),
+    "no such item": (
+        '{"type": "conversation.item.delete", "item_id": "../../etc/passwd"}',
+        "item_not_found",
+    ),
+    "no such voice": (
+        '{"type": "session.update", "session": {"audio": {"output": {"voice": "/etc/passwd"}}}}',
+        "invalid_value",
+    ),
+    "beyond the audio": (
+        '{"type": "conversation.item.truncate", "item_id": "q", "content_index": 0, '
+        '"audio_end_ms": 5}',
+        "item_not_found",
+    ),
+}
+
+
+def test_faulty_events(address):
+    """Each gets an `error` event with one clear line; the connection goes on."""
+
+    async def conversation(link):
+        answers = {}
+        for name, (text, _) in FAULTS.items():
+            await link.send_raw(text)
+            answers[name] = await link.recv()
+        await link.session.update(session=MANUAL)
+        await until(link, "session.updated")
+        return answers
+
+    answers = talk(address, conversation)
+    for name, event in answers.items():
+        assert event.type == "error" and event.error.code == FAULTS[name][1], name
+        assert "\n" not in event.error.message and "Traceback" not in event.error.message
+
+
+def test_full_server(address):
+    """A session too many is refused at once, with a time to wait; the others go on."""
+    three = Limits().sessions - 1
+
+    async def conversation(link):
+        async def hold(others: int):
+            if not others:
+                with pytest.raises(AssertionError):  # the first event is no session
+                    await asyncio.to_thread(talk, address, None)
+                return
+            client = openai.AsyncOpenAI(api_key="x", websocket_base_url=f"ws://{address}/v1")
+            async with client.realtime.connect(model="omni2") as other:
+                assert (await other.recv()).type == "session.created"
+                await hold(others - 1)
+
+        await hold(three - 1)
+        await link.session.update(session=MANUAL)
+        return await until(link, "session.updated")
+
+    assert talk(address, conversation)
+
+
+def test_clients_that_vanish(address, server):
+    """Wherever a client goes away, its session ends and the slot is free for the next one."""
+
+    async def vanish(link, after: str):
+        await link.session.update(session=MANUAL)
+        await link.input_audio_buffer.append(audio=base64_of(pcm(clip("short_d"))))
+        await link.input_audio_buffer.commit()
+        await link.response.create()
+        await until(link, after)
+        link._connection.transport.abort()
+
+    for after in ("session.updated", "response.created", "response.output_audio.delta"):
+        with pytest.raises(Exception):  # noqa: B017  the connection is closed in the client, too
+            talk(address, lambda link, after=after: vanish(link, after))
+            raise ConnectionError
+
+    async def conversation(link):
+        await link.session.update(session=MANUAL)
+        await until(link, "session.updated")
+        return await ask(link, pcm(clip("short_d")))
+
+    assert talk(address, conversation)[-1].response.status in ("completed", "incomplete")
+    assert server.clients <= 1
