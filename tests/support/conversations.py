@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from omni2_jax.generate.engine import Engine, PromptPiece, ResponseStream
-from omni2_jax.generate.omni2 import Omni2, Options
-from omni2_jax.generate.prompts import split
+from omni2_jax.generate.omni2 import Answer, Omni2, Options, join
+from omni2_jax.generate.prompts import Conversation, split
 from omni2_jax.generate.read_write_state import Request
 from tests.support.paths import AUDIO, GOLDENS
 
@@ -90,3 +90,9 @@ class Said:
 def broken(piece: PromptPiece) -> PromptPiece:
     """A prompt with one feature that is not a number."""
     return dataclasses.replace(piece, features=jnp.asarray(piece.features).at[7, 3].set(jnp.nan))
+
+
+def answer(model: Omni2, conversation: Conversation, options: Options) -> Answer:
+    """`Omni2.answer` with the engine of three slots, which other tests have compiled."""
+    (stream,) = model.streams([conversation], options=options, slots=3)
+    return join(stream, model.config.flow is not None)
