@@ -74,8 +74,8 @@ def test_streams_equal_the_whole_answer(client):
     for chunk in client.chat.completions.create(**settings, stream=True):
         audio = getattr(chunk.choices[0].delta, "audio", None)
         if audio:
-            texts.append(audio["transcript"])
-            data.append(base64.b64decode(audio["data"]))
+            texts.append(audio.transcript)
+            data.append(base64.b64decode(audio.data))
     assert len(data) > 1 and "".join(texts) == whole.transcript
     assert b"".join(data) == base64.b64decode(whole.data)
 
@@ -157,7 +157,7 @@ def test_keys_and_origins(server):
             async with client.realtime.connect(model="omni2"):
                 pass
 
-        with pytest.raises(Exception, match="403|401|1008"):
+        with pytest.raises(Exception, match="HTTP 403"):
             asyncio.run(connect())
 
 

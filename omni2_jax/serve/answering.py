@@ -12,6 +12,7 @@ from omni2_jax.generate.session import Reply
 from omni2_jax.serve.audio import Encoder
 from omni2_jax.serve.conversation import Item, new_id
 from omni2_jax.serve.events import EventError, ResponsePatch
+from omni2_jax.serve.listener import NO_SAMPLES
 
 if TYPE_CHECKING:
     from omni2_jax.serve.realtime import Realtime
@@ -166,7 +167,7 @@ def finish(realtime: "Realtime", response: Response) -> None:
     if item in realtime.conversation.items:
         if response.modality == "audio":
             if item.num_samples and not response.reason:
-                rest = response.encoder(realtime.no_samples, last=True)
+                rest = response.encoder(NO_SAMPLES, last=True)
                 if rest:
                     send_audio(realtime, response, rest)
             send("response.output_audio.done", **place)

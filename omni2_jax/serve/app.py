@@ -29,10 +29,10 @@ def create_app(
     origins: web pages of these origins may use the server, besides its own pages.
     """
 
+    started = int(time.time())
+
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        started = int(time.time())
-        app.state.started = started
         yield
         server.worker.stop(STOP_SECONDS)
 
@@ -44,7 +44,7 @@ def create_app(
 
     async def models(request: Request) -> Response:
         entry = {"id": server.name, "object": "model", "owned_by": "omni2-jax"}
-        entry["created"] = request.app.state.started
+        entry["created"] = started
         return JSONResponse({"object": "list", "data": [entry]})
 
     async def voices(request: Request) -> Response:

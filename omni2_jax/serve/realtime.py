@@ -20,19 +20,16 @@ from omni2_jax.serve.answering import Response
 from omni2_jax.serve.audio import Decoder, Encoder, decode_base64
 from omni2_jax.serve.conversation import Conversation, Item, new_id
 from omni2_jax.serve.events import EventError
-from omni2_jax.serve.turn_detection import Change, TurnDetection, TurnDetector
+from omni2_jax.serve.listener import Listener
+from omni2_jax.serve.turn_detection import Change
 from omni2_jax.serve.worker import StoppedError
 
 if TYPE_CHECKING:
     from omni2_jax.serve.server import Server
 
-MIN_TURN_SECONDS = 0.1  # what a commit needs, as in OpenAI's API
-
 
 class Realtime:
     """One connection. `run` serves it until it ends."""
-
-    no_samples = np.zeros(0, np.float32)
 
     def __init__(self, server: "Server", socket: WebSocket, is_beta: bool):
         self.server, self.socket, self.is_beta = server, socket, is_beta
@@ -51,15 +48,8 @@ class Realtime:
             "turn_detection": events.ServerVad(),
             "transcription": None,
         }
-        self.decoder = Decoder("audio/pcm")
-        self.detector: TurnDetector | None = None
-        # Samples at 16 kHz that are not part of an item yet, and the number of the first one,
-        # counted from the beginning of the connection.
-        self.buffer = self.no_samples
-        self.buffer_start = 0
-        self.turn_start: int | None = None  # the sample that the user began to speak at
+        self.listener = Listener(self.start_hearing, self.limits.turn_seconds, "audio/pcm")
         self.turn_id: str | None = None  # of the item that the speech will become
-        self.early: tuple[int, asyncio.Task] | None = None  # features of the turn up to a sample
         self.unsent: asyncio.Queue[str | None] = asyncio.Queue()
         self.unsent_bytes = 0
         self.tasks: set[asyncio.Task] = set()
@@ -83,7 +73,7 @@ class Realtime:
         sender = asyncio.create_task(self.send_events())
         try:
             self.session = await self.worker.run(self.worker.session, self.settings["voice"])
-            self.reset_detector()
+            self.listener.detect_turns(self.settings["turn_detection"])
             self.send("session.created", session=self.describe())
             async with asyncio.timeout(self.limits.session_seconds):
                 await self.read_events(sender)
@@ -232,11 +222,12 @@ class Realtime:
         if settings["voice"] != self.settings["voice"]:
             self.session.voice = await self.worker.run(self.worker.model.voice, settings["voice"])
         if settings["input_format"] != self.settings["input_format"]:
-            self.decoder = Decoder(settings["input_format"])
+            self.listener.decoder = Decoder(settings["input_format"])
         is_new_detection = settings["turn_detection"] != self.settings["turn_detection"]
         self.settings = settings
         if is_new_detection:
-            self.reset_detector()
+            self.turn_id = None
+            self.listener.detect_turns(settings["turn_detection"])
         self.send("session.updated", session=self.describe())
 
     def modality(self, modalities: list[str]) -> str:
@@ -248,131 +239,42 @@ class Realtime:
 
     # The user's audio.
 
-    def reset_detector(self) -> None:
-        """Begin to listen anew, with the settings of the session."""
-        vad, self.detector = self.settings["turn_detection"], None
-        self.turn_start = self.turn_id = None
-        self.forget_early()
-        if vad:
-            settings = TurnDetection(
-                **vad.model_dump(include=set(TurnDetection.__dataclass_fields__))
-            )
-            self.detector = TurnDetector(settings)
-            self.detector.restart(self.buffer_start + len(self.buffer))
-
     async def append_audio(self, event: events.BufferAppend) -> None:
-        """Take audio in; with turn detection, notice where turns begin and end."""
-        samples = self.decoder(decode_base64(event.audio))
-        self.buffer = np.concatenate([self.buffer, samples])
-        if self.detector is None:
-            self.check_turn_length()
-            return
-        # The detector takes a millisecond for every 32 ms of audio.
-        detections = await asyncio.to_thread(lambda: list(self.detector.feed(samples)))
-        for detection in detections:
-            self.notice(detection.change, detection.sample)
-        self.trim_buffer()
+        """Take audio in; with turn detection, act on the beginnings and ends of turns."""
+        for detection in await self.listener.append(decode_base64(event.audio)):
+            if detection.change is Change.STARTED:
+                self.begin_turn(detection.sample)
+            else:
+                self.end_turn(detection.sample)
 
-    def check_turn_length(self) -> None:
-        """Without turn detection: refuse more audio than a turn may have."""
-        limit = int(self.limits.turn_seconds * INPUT_RATE)
-        if len(self.buffer) > limit:
-            self.buffer = self.buffer[:limit]
-            raise EventError(
-                f"the input buffer holds {self.limits.turn_seconds:g} s of audio, the most that a "
-                "turn may have; commit or clear it",
-                "input_audio_buffer_full",
-            )
-
-    def notice(self, change: Change, sample: int) -> None:
-        """Act on a change that the turn detector has found."""
-        milliseconds = sample * 1000 // INPUT_RATE
-        vad = self.settings["turn_detection"]
-        if change is Change.STARTED:
-            self.turn_start, self.turn_id = max(sample, self.buffer_start), new_id("item")
-            fields = {"audio_start_ms": milliseconds, "item_id": self.turn_id}
-            self.send("input_audio_buffer.speech_started", **fields)
-            if vad.interrupt_response:
-                self.stop_response("turn_detected")
-        elif change is Change.PAUSED:
-            self.hear_early(sample)
-        elif change is Change.RESUMED:
-            self.forget_early()
-        else:
-            fields = {"audio_end_ms": milliseconds, "item_id": self.turn_id}
-            self.send("input_audio_buffer.speech_stopped", **fields)
-            self.end_turn(sample)
+    def begin_turn(self, sample: int) -> None:
+        """The user has begun to speak: this interrupts the response, if that is wanted."""
+        self.turn_id = new_id("item")
+        fields = {"audio_start_ms": sample * 1000 // INPUT_RATE, "item_id": self.turn_id}
+        self.send("input_audio_buffer.speech_started", **fields)
+        if self.settings["turn_detection"].interrupt_response:
+            self.stop_response("turn_detected")
 
     def end_turn(self, sample: int) -> None:
         """Make an item of the turn that ends before `sample`, and answer it if that is wanted."""
-        self.commit(sample)
+        fields = {"audio_end_ms": sample * 1000 // INPUT_RATE, "item_id": self.turn_id}
+        self.send("input_audio_buffer.speech_stopped", **fields)
+        self.add_spoken_item(*self.listener.commit(sample))
         if self.settings["turn_detection"].create_response and not self.is_responding():
             self.begin_response(events.ResponsePatch())
 
-    def trim_buffer(self) -> None:
-        """Drop samples that no turn can need; end a turn that is too long."""
-        assert self.detector is not None
-        end = self.buffer_start + len(self.buffer)
-        if self.turn_start is not None:
-            if end - self.turn_start >= self.limits.turn_seconds * INPUT_RATE:
-                stop = self.turn_start + int(self.limits.turn_seconds * INPUT_RATE)
-                self.notice(Change.STOPPED, stop)
-                self.detector.restart(end)
-            return
-        padding = self.detector.settings.prefix_padding_ms * INPUT_RATE // 1000
-        self.drop_before(end - padding - len(self.detector.rest))
-
-    def drop_before(self, sample: int) -> None:
-        """Drop the samples of the buffer before number `sample`."""
-        count = min(max(0, sample - self.buffer_start), len(self.buffer))
-        self.buffer, self.buffer_start = self.buffer[count:], self.buffer_start + count
-
-    def hear_early(self, sample: int) -> None:
-        """Encode the turn up to `sample` now: it may have ended there."""
-        self.forget_early()
-        assert self.turn_start is not None
-        self.early = (sample, self.start_task(self.hear(self.cut(self.turn_start, sample))))
-
-    def forget_early(self) -> None:
-        if self.early:
-            self.early[1].cancel()
-        self.early = None
-
-    def cut(self, start: int, stop: int) -> np.ndarray:
-        """The samples of the buffer from number `start` to `stop`."""
-        return self.buffer[start - self.buffer_start : stop - self.buffer_start].copy()
-
-    async def hear(self, samples: np.ndarray) -> list:
-        """The speech features of a turn."""
-        return await self.worker.run(self.worker.model.hear, samples)
+    def start_hearing(self, samples: np.ndarray) -> asyncio.Task:
+        """The task that computes the speech features of samples [N] at 16 kHz."""
+        return self.start_task(self.worker.run(self.worker.model.hear, samples))
 
     async def commit_audio(self, event: events.BufferCommit) -> None:
         """Make an item of all audio that was appended."""
-        end = self.buffer_start + len(self.buffer)
-        start = self.buffer_start if self.turn_start is None else self.turn_start
-        if end - start < MIN_TURN_SECONDS * INPUT_RATE:
-            raise EventError(
-                f"the input buffer holds {(end - start) * 1000 // INPUT_RATE} ms of audio, "
-                f"expected at least {MIN_TURN_SECONDS * 1000:.0f} ms",
-                "input_audio_buffer_commit_empty",
-            )
-        self.forget_early()
-        self.commit(end)
-        if self.detector:
-            self.detector.restart(end)
+        self.add_spoken_item(*self.listener.commit())
 
-    def commit(self, stop: int) -> None:
-        """Make an item of the turn that ends before sample number `stop`."""
-        start = self.buffer_start if self.turn_start is None else self.turn_start
-        samples = self.cut(start, stop)
-        if self.early and self.early[0] == stop:
-            task = self.early[1]
-        else:
-            self.forget_early()
-            task = self.start_task(self.hear(samples))
-        item = Item(self.turn_id or new_id("item"), "user", [], is_audio=True, hearing=task)
-        self.turn_start = self.turn_id = self.early = None
-        self.drop_before(stop)
+    def add_spoken_item(self, samples: np.ndarray, hearing: asyncio.Task) -> None:
+        """Add a spoken turn to the conversation. hearing: computes its features."""
+        item = Item(self.turn_id or new_id("item"), "user", [], is_audio=True, hearing=hearing)
+        self.turn_id = None
         previous = self.conversation.add(item)
         place = {"previous_item_id": previous}
         self.send("input_audio_buffer.committed", item_id=item.id, **place)
@@ -399,8 +301,8 @@ class Realtime:
 
     async def clear_audio(self, event: events.BufferClear) -> None:
         """Forget all audio that is not part of an item."""
-        self.drop_before(self.buffer_start + len(self.buffer))
-        self.reset_detector()
+        self.turn_id = None
+        self.listener.clear()
         self.send("input_audio_buffer.cleared")
 
     # Items.
@@ -424,7 +326,7 @@ class Realtime:
                     )
                 decoder = Decoder(self.settings["input_format"])
                 samples = decoder(decode_base64(content.audio), last=True)
-                item.is_audio, item.hearing = True, self.start_task(self.hear(samples))
+                item.is_audio, item.hearing = True, self.start_hearing(samples)
             else:
                 item.parts.append(content.text or content.transcript or "")
         return item
