@@ -171,6 +171,15 @@ def test_a_long_question_is_kept_whole(tmp_path):
     assert turns[0].samples == 31 * 16000 and turns[1].clip is None and turns[1].units is None
 
 
+def test_a_question_that_nobody_asks(tmp_path):
+    """A user's recording may have the text "", a turn without a recording may not."""
+    recordings.save(tmp_path / "quiet.wav", np.zeros(16000), 16000)
+    turns = [[("", "quiet.wav"), ("Pardon?", None)], [("", None), ("Pardon?", None)]]
+    (tmp_path / "data.jsonl").write_text(lines(*turns, [("Q?", None), ("", "quiet.wav")]))
+    data = prepared(tmp_path, tmp_path / "out")
+    assert [turn.text for turn in data.dialogue(0).turns] == ["", "Pardon?"] and len(data) == 1
+
+
 # ---- sources ----
 
 TURNS = [

@@ -274,6 +274,13 @@ def from_int16(values):
 # ---- writing ----
 
 
+def encode(samples: np.ndarray, rate: int) -> bytes:
+    """Samples [N] in [-1, 1] as FLAC, 16-bit: those of a 16-bit file come back bit for bit."""
+    content = io.BytesIO()
+    soundfile.write(content, to_int16(samples), rate, format="FLAC", subtype="PCM_16")
+    return content.getvalue()
+
+
 def save(path: str | Path, samples: np.ndarray, rate: int = OUTPUT_RATE) -> None:
     """Write samples [N] in [-1, 1] (clipped to it) as a 16-bit mono wav.
 

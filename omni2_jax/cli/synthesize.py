@@ -2,9 +2,11 @@
 
 from omni2_jax.cli import console
 from omni2_jax.cli.synthesize_dialogues import dialogues
+from omni2_jax.cli.synthesize_speech import speech
 
 app = console.new_app()
 app.command()(dialogues)
+app.command()(speech)
 
 
 @app.callback()

@@ -108,7 +108,7 @@ def noise_for(samples: np.ndarray, ratio: float, rng: Generator) -> np.ndarray:
 
 
 def coloured_noise(size: int, rng: Generator) -> np.ndarray:
-    """Gaussian noise [size] of mean power 1 whose spectrum falls by a random 0 to 6 dB an octave."""
+    """Gaussian noise [size] of mean power 1; its spectrum falls by a random 0 to 6 dB an octave."""
     spectrum = np.fft.rfft(rng.standard_normal(size))
     frequencies = np.arange(len(spectrum), dtype=float)
     frequencies[:1] = 1

@@ -17,15 +17,15 @@
     held_out:                 # these only speak for the evaluation
       - {engine: espeak, voices: [en-us], variants: [f5]}
     replies: {engine: piper, voice: $PIPER_VOICE}
-    augment: {share: 0.3, speed: [0.9, 1.1], gain: [-12, 3], noise: [5, 30], reverberation: [0.1, 0.6]}
+    augment: {share: 0.3, speed: [0.9, 1.1], gain: [-12, 3], noise: [5, 30]}
     checks: {seconds_per_character: [0.02, 0.25], clipped: 0.005}
 
 engines   each has either a command or an endpoint.
   command       a program and its arguments, run without a shell. {text}, {text_file} (a file with
                 the text), {voice}, {out} (the wav to write) and the names of `settings` are
                 replaced; {seed} is another number for each clip and attempt
-  keep_running  the program runs on: it is given a text a line, and answers each with a line, on
-                stdout or stderr, that ends with the name of the wav; {out_dir} is a folder for these
+  keep_running  the program runs on: it is given a text a line, and answers each with a line on
+                stdout or stderr that ends with the name of the wav, which it wrote to {out_dir}
   endpoint      the URL of an OpenAI-compatible server, without /audio/speech; model: its `model`;
                 key_variable: the environment variable with its key
   settings      names and their values. One value is drawn for each dialogue's questions; replies
@@ -199,7 +199,11 @@ def texts_of(voices: VoicesFile) -> dict[str, list[str]]:
         texts.setdefault(entry.engine, []).extend(entry.names())
     for name, values in texts.items():
         engine = voices.engines[name]
-        values += [*engine.command, engine.endpoint, *(word for one in engine.lists for word in one)]
+        values += [
+            *engine.command,
+            engine.endpoint,
+            *(word for one in engine.lists for word in one),
+        ]
     return texts
 
 

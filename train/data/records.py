@@ -9,8 +9,9 @@ A dialogue is a msgpack record:
 
 Turns alternate from user to assistant and every user turn has its reply; or there is a single
 assistant turn, a recording with its text, which the decoder's parts are trained on (`units`,
-`flow`). A text is never empty; a unit is 0..6560. A recording is a FLAC file, 16-bit mono: user
-turns at 16 kHz for the speech encoder, assistant turns at 24 kHz for the flow and the vocoder.
+`flow`). A text is never empty, but for a user's recording in which nobody speaks; a unit is
+0..6560. A recording is a FLAC file, 16-bit mono: user turns at 16 kHz for the speech encoder,
+assistant turns at 24 kHz for the flow and the vocoder.
 """
 
 import io
@@ -76,7 +77,8 @@ def check(dialogue: Dialogue) -> Dialogue:
     for number, (turn, role) in enumerate(zip(dialogue.turns, roles, strict=False)):
         if turn.role != role:
             raise ValueError(f"turn {number} is of {short(turn.role)}, expected {role!r}")
-        if not isinstance(turn.text, str) or not turn.text.strip():
+        is_silent = role == "user" and turn.text == ""
+        if not isinstance(turn.text, str) or not (turn.text.strip() or is_silent):
             raise ValueError(f"turn {number} has no text")
         if turn.units is not None:
             check_units(turn.units, f"turn {number}")
@@ -128,11 +130,8 @@ def unpack_units(content: bytes | None) -> np.ndarray | None:
 
 
 def encode_clip(samples: np.ndarray, rate: int) -> bytes:
-    """Samples [N] in [-1, 1] as FLAC, 16-bit: those of a 16-bit file come back bit for bit."""
-    content = io.BytesIO()
-    pcm = recordings.to_int16(samples)
-    soundfile.write(content, pcm, rate, format="FLAC", subtype="PCM_16")
-    return content.getvalue()
+    """Samples [N] in [-1, 1] as a recording of a data set: `recordings.encode`."""
+    return recordings.encode(samples, rate)
 
 
 def decode_clip(content: bytes) -> np.ndarray:

@@ -7,6 +7,9 @@ import numpy as np
 
 from omni2_jax.synthesize.voices import Voice
 
+PROBE = "One, two, three."  # what an engine says to show that it works
+MAX_SECONDS = 600  # of a clip
+
 
 class EngineError(Exception):
     """An engine that made no speech of a text. The message is one line."""

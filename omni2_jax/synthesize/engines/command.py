@@ -13,12 +13,10 @@ from pathlib import Path
 import numpy as np
 
 from omni2_jax.audio import recordings
-from omni2_jax.synthesize.engines.base import EngineError
+from omni2_jax.synthesize.engines.base import MAX_SECONDS, PROBE, EngineError
 from omni2_jax.synthesize.voices import EngineEntry, Voice, expanded, filled
 
-PROBE = "One, two, three."
 LIST_SECONDS = 30
-MAX_SECONDS = 600  # of a clip
 
 
 class CommandEngine:
@@ -70,7 +68,9 @@ def check_listed(engine: str, entry: EngineEntry, voices: Sequence[str]) -> None
     if not entry.lists:
         return
     try:
-        printed = " ".join(run([expanded(word) for word in one], LIST_SECONDS) for one in entry.lists)
+        printed = " ".join(
+            run([expanded(word) for word in one], LIST_SECONDS) for one in entry.lists
+        )
     except EngineError as error:
         raise ValueError(f"engine {engine}: its list of voices: {error}") from None
     for voice in voices:
@@ -96,12 +96,12 @@ def run(arguments: Sequence[str], seconds: float) -> str:
     except (OSError, ValueError) as error:
         raise EngineError(f"cannot run {arguments[0]}: {error}") from None
     try:
-        with process:
-            printed = process.communicate(timeout=seconds)[0].decode(errors="replace")
+        printed = process.communicate(timeout=seconds)[0].decode(errors="replace")
     except subprocess.TimeoutExpired:
         raise EngineError(f"{arguments[0]} took more than {seconds:g} s") from None
     finally:
         kill_group(process)
+        process.communicate()  # closes its pipes, and ends it for the system, too
     if process.returncode:
         raise EngineError(f"{arguments[0]} failed ({process.returncode}): {last_line(printed)}")
     return printed

@@ -14,9 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from omni2_jax.audio import recordings
-from omni2_jax.synthesize.engines.base import EngineError
+from omni2_jax.synthesize.engines.base import PROBE, EngineError
 from omni2_jax.synthesize.engines.command import (
-    PROBE,
     check_listed,
     check_program,
     kill_group,

@@ -123,8 +123,13 @@ def stated_path(value: object, key: str, context: str) -> str | None:
     return value
 
 
-def parse_text(value: object, context: str) -> str:
-    """A turn's text without white space around it. Raises SourceError if nothing is left."""
+def parse_text(value: object, context: str, may_be_empty: bool = False) -> str:
+    """A turn's text without white space around it. Raises SourceError if nothing is left.
+
+    may_be_empty: allows the text "", for a recording in which nobody speaks.
+    """
+    if may_be_empty and value == "":
+        return ""
     if not isinstance(value, str) or not value.strip():
         raise SourceError("no text", f"{context} has no text")
     if not is_unicode(value):

@@ -71,7 +71,8 @@ def parse(item: Mapping, file: Path, name: str, keys: Keys) -> SourceDialogue:
         role = ROLES.get(role, role)
         # Units of the user's turns are not used.
         units = parse_units(fields.get(keys.units), context) if role != "user" else None
-        turns.append(Turn(role, parse_text(fields.get("text"), context), units))
+        silent = role == "user" and path is not None
+        turns.append(Turn(role, parse_text(fields.get("text"), context, silent), units))
     return checked(name, turns, sounds)
 
 

@@ -1,0 +1,148 @@
+"""What `omni2 synthesize speech` does: dialogues become recordings that `omni2 prepare` reads.
+
+In the directory it makes:
+
+    train.jsonl, validation.jsonl, test.jsonl   a dialogue a line:
+        {"id", "split", "topic", "voices": "seen" | "unseen", "voice": "ENGINE/NAME", "turns": [
+            {"role", "text", "audio", "seconds", "answers", "topic", "augment", "wer"}]}
+    clips/         the recordings: questions at 16 kHz, replies at 24 kHz
+    left_out.jsonl the dialogues that could not be spoken: {"id", "reason", "message"}
+    journal-...    what is finished: the same command goes on where a killed one stopped
+
+Dialogues whose split is not "seen" are for the test; half of them are spoken in voices that are
+held out. Of the others, one share is for the validation, and one, in held-out voices, for the test.
+"""
+
+import functools
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import rich.table
+
+from omni2_jax import files
+from omni2_jax.cli.console import console, say
+from omni2_jax.jobs import Item, Job, Results, Where
+from omni2_jax.synthesize.engines import open_engine
+from omni2_jax.synthesize.records import TextDialogue, read_dialogues
+from omni2_jax.synthesize.speaker import Speaker, SpeakerOptions, number_of
+from omni2_jax.synthesize.voices import VoicesFile
+
+PLACES = ("train", "validation", "test")
+
+
+@dataclass(frozen=True)
+class Shares:
+    """Of the dialogues of the split "seen": those for the validation, and those for the test."""
+
+    validation: float = 0.01
+    test: float = 0.01
+
+
+def synthesize_speech(
+    dialogues: Path,
+    voices: VoicesFile,
+    out: Path,
+    options: SpeakerOptions,
+    shares: Shares,
+    where: Where,
+    workers: int,
+) -> None:
+    """Speak all dialogues of a .jsonl file into the directory `out`.
+
+    workers: dialogues that are spoken at the same time, unless `where` says otherwise. Raises
+    ValueError, before anything is spoken, if the dialogues cannot be read, or an engine or a voice
+    is not there.
+    """
+    total = sum(1 for _ in read_dialogues(dialogues))
+    if not total:
+        raise ValueError(f"{dialogues} holds no dialogue")
+    with console.status("checking engines and voices"):
+        for name, used in voices.used().items():
+            open_engine(name, voices.engines[name]).check(used)
+    settings = asdict(options) | asdict(shares)
+    content = json.dumps(voices.model_dump(mode="json"), sort_keys=True)
+    settings["voices"] = hashlib.sha256(content.encode()).hexdigest()[:16]
+    job = Job("dialogues", out, settings, functools.partial(Speaker, voices, options), workers)
+    results = job.run(items(dialogues, voices, options.seed, shares), where, total)
+    if results is not None:
+        write_manifests(results, out)
+
+
+def items(dialogues: Path, voices: VoicesFile, seed: int, shares: Shares) -> Iterator[Item]:
+    """The dialogues as items of the job."""
+    for dialogue in read_dialogues(dialogues):
+        yield Item(dialogue.id, payload(dialogue, seed, shares, bool(voices.held_out)))
+
+
+def payload(dialogue: TextDialogue, seed: int, shares: Shares, held_out: bool) -> dict[str, Any]:
+    """A dialogue with the manifest that it belongs to, and whether its voice is held out.
+
+    held_out: whether there are held-out voices.
+    """
+    drawn = number_of(f"{seed}/{dialogue.id}/place") / 2**31
+    place, unseen = "train", False
+    if dialogue.split != "seen":
+        place, unseen = "test", drawn < 0.5
+    elif drawn < shares.validation:
+        place = "validation"
+    elif drawn < shares.validation + shares.test:
+        place, unseen = "test", True
+    voices = "unseen" if unseen and held_out else "seen"
+    return asdict(dialogue) | {"place": place, "voices": voices}
+
+
+# ---- results ----
+
+
+@dataclass
+class Count:
+    """What a manifest holds."""
+
+    dialogues: int = 0
+    turns: int = 0
+    seconds: dict[str, float] = field(default_factory=lambda: {"user": 0.0, "assistant": 0.0})
+    voices: set[str] = field(default_factory=set)
+
+    def add(self, line: dict[str, Any]) -> None:
+        self.dialogues += 1
+        self.turns += len(line["turns"]) // 2
+        self.voices.add(line["voice"])
+        for turn in line["turns"]:
+            self.seconds[turn["role"]] += turn["seconds"]
+
+
+def write_manifests(results: Results, out: Path) -> None:
+    """Write the manifests and left_out.jsonl, and print what they hold."""
+    counts = {}
+    for place in PLACES:
+        counts[place] = Count()
+        lines = (one.value["line"] for one in results.accepted() if one.value["place"] == place)
+        with files.atomic_write(out / f"{place}.jsonl") as file:
+            for line in lines:
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+                counts[place].add(line)
+        if not counts[place].dialogues:
+            (out / f"{place}.jsonl").unlink()
+    with files.atomic_write(out / "left_out.jsonl") as file:
+        for one in results:
+            if one.reason is not None:
+                left_out = {"id": one.key, "reason": one.reason, "message": one.message}
+                file.write(json.dumps(left_out, ensure_ascii=False) + "\n")
+    console.print(table(counts))
+    say(results.summary())
+    if results.refused:
+        say(f"{out / 'left_out.jsonl'} names all that were refused")
+
+
+def table(counts: dict[str, Count]) -> rich.table.Table:
+    """What each manifest holds."""
+    shown = rich.table.Table("", "dialogues", "turns", "questions", "replies", "voices")
+    for place, count in counts.items():
+        spoken = [f"{count.seconds[role] / 60:,.1f} min" for role in ("user", "assistant")]
+        numbers = (f"{count.dialogues:,}", f"{count.turns:,}")
+        shown.add_row(place, *numbers, *spoken, str(len(count.voices)))
+    return shown
