@@ -7,8 +7,9 @@ import time
 import pytest
 
 from omni2_jax.jobs import Where
+from omni2_jax.train.data import prepare
 from tests.support.jobs import calls, items, job, processes, write
-from tests.support.paths import ROOT
+from tests.support.paths import EXAMPLES, ROOT
 
 pytest.importorskip("ray")
 from ray.cluster_utils import Cluster
@@ -30,7 +31,7 @@ def cluster():
 
 @pytest.mark.slow
 def test_ray(cluster, tmp_path):
-    """Refusals, an error of the function and one of its making; then a node is killed."""
+    """Refusals, an error of the function and one of its making; prepare; then a node is killed."""
 
     def broken():
         raise OSError("no such voice")
@@ -40,8 +41,12 @@ def test_ray(cluster, tmp_path):
         job(tmp_path / "made", make=broken).run(items(3), where)
     with pytest.raises(OSError, match="no electricity"):
         job(tmp_path / "called").run(items(9, w3={"error": "no electricity"}), where)
-    assert len(job(tmp_path / "called").run(items(9), where) or ()) == 9
+    assert len(job(tmp_path / "called").run(items(9)) or ()) == 9  # it goes on without Ray
     assert {key for key, count in calls(tmp_path / "called").items() if count > 1} == {"w3"}
+    for name, place in (("here", Where()), ("ray", where)):
+        prepare.prepare(EXAMPLES / "training", tmp_path / name / "data", batch=1, where=place)
+    for path in (tmp_path / "here" / "data").iterdir():
+        assert (tmp_path / "ray" / "data" / path.name).read_bytes() == path.read_bytes()
 
     expected, out = tmp_path / "expected", tmp_path / "out"
     write(job(expected).run(items(COUNT)), expected / "result.jsonl")

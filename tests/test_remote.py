@@ -12,11 +12,15 @@ from omni2_jax import files, remote
 from omni2_jax.checkpoint import info, parameters, voices
 from omni2_jax.config import Omni2Config
 from omni2_jax.generate.omni2 import Omni2
+from omni2_jax.jobs import Shard, Where
+from omni2_jax.train.data import prepare
 from omni2_jax.train.data.dataset import Dataset
 from omni2_jax.train.hidden_states import HiddenStates
 from omni2_jax.train.loop import Run
 from tests.support.bucket import Bucket, serve
 from tests.support.commands import process
+from tests.support.jobs import calls, items, job, write
+from tests.support.paths import EXAMPLES
 from tests.support.runs import losses, reported, toy_run
 
 
@@ -186,3 +190,41 @@ def test_a_bucket_that_cannot_be_read(bucket, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     with pytest.raises(ValueError, match=r"pip install 'omni2-jax\[gcs\]'"):
         remote.as_path("gs://speech/a")
+
+
+# ---- jobs ----
+
+
+def test_a_job_goes_on(bucket, tmp_path):
+    """Its journal is a folder of objects. The machine, with all local files, may be another one."""
+    here = job(tmp_path / "here")
+    write(here.run(items(30)), tmp_path / "here.jsonl")
+    there = job(tmp_path / "there", directory=remote.as_path("gs://speech/job"))
+    with pytest.raises(OSError, match="no electricity"):
+        there.run(items(30, w9={"error": "no electricity"}))
+    names = bucket.names("speech/job/journal-0-of-1.jsonl/")
+    assert len(names) > 1 and bucket.names("speech/job/text/")
+    results = there.run(items(30))
+    write(results, tmp_path / "there.jsonl")
+    assert (tmp_path / "there.jsonl").read_bytes() == (tmp_path / "here.jsonl").read_bytes()
+    assert {key for key, count in calls(tmp_path / "there").items() if count > 1} == {"w9"}
+    with pytest.raises(ValueError, match=r"gs://speech/job/.* was begun with seed 1, not 2"):
+        job(tmp_path / "there", directory=there.directory, settings={"seed": 2}).run(items(30))
+    with pytest.raises(ZeroDivisionError):
+        nowhere = remote.as_path("gs://speech/none")
+        job(tmp_path, directory=nowhere, make=lambda: 1 / 0).run(items(3))
+    assert bucket.names("speech/none") == []
+
+
+def test_prepare_in_shards(bucket, tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare, "GROUP_BATCHES", 1)
+    source, out = EXAMPLES / "training", remote.as_path("gs://speech/prepared")
+    prepare.prepare(source, tmp_path / "data", batch=1)
+    for index in (1, 0):
+        prepare.prepare(source, out, batch=1, where=Where(shard=Shard(index, 2)))
+        assert not out.exists()
+    assert bucket.names("speech/prepared.job/journal-1-of-2.jsonl/")
+    prepare.prepare(source, out, batch=1)
+    assert not bucket.names("speech/prepared.job")
+    for path in (tmp_path / "data").iterdir():
+        assert (out / path.name).read_bytes() == path.read_bytes()

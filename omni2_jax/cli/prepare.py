@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from omni2_jax.cli.paths import directory
-from omni2_jax.cli.where import RayOption, ShardOption, WorkersOption
+from omni2_jax.cli.where import RayGpusOption, RayOption, ShardOption, WorkersOption
 from omni2_jax.jobs.where import Where
 
 
@@ -64,6 +64,7 @@ def prepare(
     workers: WorkersOption = None,
     ray: RayOption = None,
     shard: ShardOption = None,
+    ray_gpus: RayGpusOption = 0,
 ) -> None:
     """Make a data set of spoken dialogues, or of a voice's recordings with their text.
 
@@ -82,5 +83,5 @@ def prepare(
         batch,
         max_seconds,
         split,
-        Where(workers, ray, shard),
+        Where(workers, ray, shard, ray_gpus),
     )

@@ -1,6 +1,7 @@
 """Options of commands that run a job (`omni2_jax.jobs`): where its items are processed.
 
-A command takes the three of them as parameters, and passes `Where(workers, ray, shard)` on.
+A command takes them as parameters, and passes `Where(workers, ray, shard, ray_gpus)` on; one that
+has no use for GPUs leaves out `ray_gpus`.
 """
 
 from typing import Annotated
@@ -48,5 +49,11 @@ ShardOption = Annotated[
         help="Process every N-th item only, from the item I = 0 to N - 1 on. When all N shards are "
         "complete, the same command without --shard merges them.",
         show_default=False,
+    ),
+]
+RayGpusOption = Annotated[
+    float,
+    typer.Option(
+        "--ray-gpus", min=0, help="GPUs that Ray reserves for each worker, as 1, 0.5 or 0 for none."
     ),
 ]

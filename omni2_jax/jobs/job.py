@@ -32,8 +32,8 @@ class Job:
     payload, or raises `Refused`; any other exception ends the job. Retries are up to it.
 
     workers: items that are processed at the same time, unless the user says otherwise. kind: what
-    processes them on one machine; threads call one function at the same time. cpus, gpus: what Ray
-    reserves for each worker; one of them is more than 0.
+    processes them on one machine; threads call one function at the same time. cpus: what Ray
+    reserves for each worker.
     """
 
     name: str
@@ -43,7 +43,6 @@ class Job:
     workers: int = 8
     kind: Literal["threads", "processes"] = "threads"
     cpus: float = 1
-    gpus: float = 0
 
     def run(
         self, items: Iterable[Item], where: Where = HERE, total: int | None = None
@@ -98,7 +97,7 @@ class Job:
         if where.ray is not None:
             from omni2_jax.jobs.ray_pool import ray_pool
 
-            return ray_pool(self.make, where.ray, where.workers, self.cpus, self.gpus)
+            return ray_pool(self.make, where.ray, where.workers, self.cpus, where.ray_gpus)
         workers = where.workers or self.workers
         if self.kind == "threads":
             return pools.threads(self.make, workers)

@@ -67,7 +67,7 @@ def fitting(cpus: float, gpus: float) -> int:
     """How many workers the nodes of the cluster hold."""
     needs = [(name, need) for name, need in (("CPU", cpus), ("GPU", gpus)) if need]
     return sum(
-        min(int(node["Resources"].get(name, 0) // need) for name, need in needs)
+        min((int(node["Resources"].get(name, 0) // need) for name, need in needs), default=1)
         for node in ray.nodes()
         if node["Alive"]
     )
@@ -99,7 +99,11 @@ class Actors:
 
     def __init__(self, make: Make, size: int, cpus: float, gpus: float):
         self.make = ray.put(make)
-        self.actor_class = ray.remote(num_cpus=cpus, num_gpus=gpus)(Worker)
+        # JAX would use all CPUs of the node for each of its workers.
+        environment = {"NPROC": str(max(1, int(cpus)))}
+        self.actor_class = ray.remote(
+            num_cpus=cpus, num_gpus=gpus, runtime_env={"env_vars": environment}
+        )(Worker)
         # In place of an actor, an exception for whoever asks for one.
         self.idle: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self.closed = threading.Event()

@@ -28,12 +28,14 @@ class Where:
 
     workers: items that are processed at the same time; None leaves it to the job. ray: None for
     this machine alone, or the address of a Ray cluster; "auto" is the one that this machine is part
-    of. shard: the share of the items that this process works on; None is all of them.
+    of; ray_gpus: the GPUs that it reserves for each worker. shard: the share of the items that this
+    process works on; None is all of them.
     """
 
     workers: int | None = None
     ray: str | None = None
     shard: Shard | None = None
+    ray_gpus: float = 0
 
 
 def parse_shard(text: str) -> Shard:
