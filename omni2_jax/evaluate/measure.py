@@ -76,10 +76,11 @@ def evaluation(point: Settings, system, tasks, items: list[Item], recogniser: Re
 def at(settings: Settings, read: int, write: int) -> Settings:
     """The settings of one point of a grid."""
     options = dataclasses.replace(settings.system_options, read=read, write=write)
-    row = f"table4/{read}-{write}"
+    given = [row for row in settings.rows if row.startswith("table4/")]
+    rows = settings.rows if given else (*settings.rows, f"table4/{read}-{write}")
     return dataclasses.replace(
         settings,
         system_options=options,
         out=settings.out / f"read{read}-write{write}",
-        rows=(*settings.rows, row),
+        rows=rows,
     )

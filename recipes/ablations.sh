@@ -1,0 +1,135 @@
+#!/usr/bin/env bash
+# The paper's ablations: train the variants of tables 2, 3 and 5, measure them, change R and W as in
+# table 4, and write one report with the paper's rows beside the measured ones.
+#
+#   pip install 'omni2-jax[convert,train,evaluate,cuda]'      # on a TPU: [...,tpu]
+#   START=runs-7b/start SOURCE=spoken/data.jsonl TOKENIZER=runs-7b/tokenizer \
+#       QUESTIONS="llama-questions.jsonl web-questions.jsonl" \
+#       MEASURE="--task spoken-qa --task asr-wer --recogniser Systran/faster-whisper-large-v3 --device cuda" \
+#       bash recipes/ablations.sh
+#
+#   START      checkpoint that training starts from (recipes/reproduce_7b.sh makes it)
+#   SOURCE     dialogues: a .jsonl, one dialogue a line, as `omni2 prepare` reads it
+#   TOKENIZER  checkpoint of the speech tokenizer; not needed where replies bring units
+#   QUESTIONS  files of questions, see `omni2 evaluate --help`
+#   MEASURE    options of `omni2 evaluate`: tasks, recogniser, judge
+#   TABLES     which tables, "2 3 4 5"
+#   SHARES     which smaller data sets of table 5, in per cent of the dialogues, "75 50 25"
+#   READ WRITE R and W of table 4; every pair is measured
+#   SETTINGS   options of every `omni2 train`, as "--set mesh.fsdp=-1"
+#   LAUNCH FLAGS WORK   as in recipes/reproduce_7b.sh
+#
+# A run whose result exists is left out, and a run that was cut off is resumed: after an
+# interruption start the script again. All variants share stages as far as they can: table 2 adds
+# two runs of stage 2 to the whole model's three runs, table 3 four, table 5 three for each data set.
+set -euo pipefail
+
+start=${START:?the checkpoint that training starts from}
+source=${SOURCE:?a .jsonl of spoken dialogues}
+questions=${QUESTIONS:?files of questions to evaluate on}
+measure=${MEASURE:---task asr-wer --task naturalness}
+tables=" ${TABLES:-2 3 4 5} "
+shares=${SHARES:-75 50 25}
+read=${READ:-1,2,3,4,5}
+write=${WRITE:-5,10,15,20}
+settings=${SETTINGS:-}
+launch=${LAUNCH:-}
+flags=${FLAGS:-}
+work=${WORK:-ablations}
+mkdir -p "$work"
+
+# dialogues NAME PERCENT TURNS: a data set of the first PERCENT of the dialogues, cut to TURNS turns.
+dialogues() {
+    [ -e "$work/$1/data" ] && return
+    mkdir -p "$work/$1"
+    python3 - "$source" "$work/$1/dialogues.jsonl" "$2" "$3" <<'PYTHON'
+import json, pathlib, sys
+
+source, target = pathlib.Path(sys.argv[1]).absolute(), pathlib.Path(sys.argv[2])
+percent, turns = float(sys.argv[3]), int(sys.argv[4])
+lines = [line for line in source.read_text(encoding="utf-8").splitlines() if line.strip()]
+with open(target, "w", encoding="utf-8") as file:
+    for line in lines[: max(1, round(len(lines) * percent / 100))]:
+        dialogue = json.loads(line)
+        dialogue["turns"] = dialogue["turns"][:turns]
+        for turn in dialogue["turns"]:
+            if turn.get("audio"):
+                turn["audio"] = str(source.parent / turn["audio"])
+        file.write(json.dumps(dialogue, ensure_ascii=False) + "\n")
+PYTHON
+    omni2 prepare --source "$work/$1/dialogues.jsonl" --out "$work/$1/data" \
+        ${TOKENIZER:+--speech-tokenizer "$TOKENIZER"}
+}
+
+# train OUT CONFIG CHECKPOINT DATA [SETTING...]
+train() {
+    local out=$1 config=$2 checkpoint=$3 data=$4
+    shift 4
+    [ -e "$out/final" ] || $launch omni2 train $flags --config "$config" \
+        --set checkpoint="$checkpoint" --set data="$data" $settings "$@" --out "$out"
+}
+
+# whole NAME PERCENT TURNS: the three stages on a data set.
+whole() {
+    dialogues "$1" "$2" "$3"
+    train "$work/$1/1a" stage1a "$start" "$work/$1/data"
+    train "$work/$1/1b" stage1b "$work/$1/1a/final" "$work/$1/data"
+    train "$work/$1/2" stage2 "$work/$1/1b/final" "$work/$1/data"
+}
+
+# evaluate NAME CHECKPOINT [OPTION...]: on every file of questions.
+evaluate() {
+    local name=$1 checkpoint=$2 file
+    shift 2
+    for file in $questions; do
+        omni2 evaluate --system "$checkpoint" --data "$file" --label "$name" $measure "$@" \
+            --out "$work/evaluation/$name/$(basename "${file%.*}")"
+    done
+}
+
+chosen() { case $tables in *" $1 "*) return 0 ;; *) return 1 ;; esac }
+
+# The whole model. It is the first row of tables 2, 3 and 5.
+whole full 100 1000
+full=$work/full
+evaluate full "$full/2/final" --row table2/gate --row table3/streaming --row table5/200k-multi
+
+# Table 2: what the speech LM is given of a text token.
+if chosen 2; then
+    for mix in sum hidden; do
+        train "$full/2-$mix" stage2 "$full/1b/final" "$full/data" --set mix=$mix
+        evaluate $mix "$full/2-$mix/final" --row table2/$mix
+    done
+fi
+
+# Table 3: how the speech LM is trained before stage 2.
+if chosen 3; then
+    train "$full/1b-offline" stage1b "$full/1a/final" "$full/data" --set layout=offline
+    train "$full/2-offline" stage2 "$full/1b-offline/final" "$full/data"
+    evaluate offline-tts "$full/2-offline/final" --row table3/offline
+    train "$full/2-text" stage2 "$full/1a/final" "$full/data"
+    evaluate text-only "$full/2-text/final" --row table3/text
+    train "$full/2-scratch" stage2 "$full/1a/final" "$full/data" --set reset=speech_lm
+    evaluate scratch "$full/2-scratch/final" --row table3/scratch
+fi
+
+# Table 4: R and W, changed when the model answers; and all text before all speech, which is trained.
+if chosen 4; then
+    evaluate read-write "$full/2/final" --read "$read" --write "$write" --task latency
+    train "$full/1b-offline" stage1b "$full/1a/final" "$full/data" --set layout=offline
+    train "$full/2-all-offline" stage2 "$full/1b-offline/final" "$full/data" --set layout=offline
+    # One read of up to 256 text tokens, the longest answer, and then every unit.
+    evaluate offline "$full/2-all-offline/final" --read 256 --write 10 --row table4/offline
+fi
+
+# Table 5: fewer dialogues, and one turn of each.
+if chosen 5; then
+    for share in $shares; do
+        whole "share-$share" "$share" 1000
+        evaluate "share-$share" "$work/share-$share/2/final" --row "table5/$((2 * share))k-multi"
+    done
+    whole single 100 2
+    evaluate single "$work/single/2/final" --row table5/200k-single
+fi
+
+omni2 evaluate report "$work/evaluation" --out "$work/report"
