@@ -97,6 +97,13 @@ def evaluate(
             "repeated.",
         ),
     ] = None,
+    mesh: Annotated[
+        str | None,
+        typer.Option(
+            metavar="AXIS=SIZE,...",
+            help="Share a checkpoint among all devices, as tensor=4 or fsdp=2,tensor=4.",
+        ),
+    ] = None,
     read: Annotated[
         str | None,
         typer.Option(
@@ -147,6 +154,7 @@ def evaluate(
             batch=batch,
             timed="latency" in task,
             voice=voice,
+            mesh=mesh,
             options=parse_options(option or [], seed),
             model=model,
             key_variable=key_variable,

@@ -6,6 +6,7 @@
 The paper uses Whisper-large-v3 (section 4.2).
 """
 
+import functools
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -90,6 +91,10 @@ class WhisperRecogniser:
         )
         return "".join(segment.text for segment in segments).strip()
 
+    @functools.cached_property
+    def checksum(self) -> str:
+        return sha256(self.directory / "model.bin")
+
     def describe(self) -> dict[str, Any]:
         import ctranslate2
         import faster_whisper
@@ -97,7 +102,7 @@ class WhisperRecogniser:
         return {
             "kind": "faster-whisper",
             "model": Path(self.source).name,
-            "sha256": sha256(self.directory / "model.bin"),
+            "sha256": self.checksum,
             "language": self.language,
             "beam_size": self.beam_size,
             "compute_type": self.compute_type,

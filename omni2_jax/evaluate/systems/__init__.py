@@ -17,13 +17,15 @@ class SystemOptions:
     """How a system is asked. A setting that a system does not have is ignored by it.
 
     batch: questions answered at the same time. timed: measure times, one question after the other.
-    read, write: of the read/write rule instead of the checkpoint's. model, voice, key_variable: of
-    an endpoint, its model's name, its voice, and the environment variable with its key.
+    mesh: the devices that share a checkpoint, as "tensor=4". read, write: of the read/write rule
+    instead of the checkpoint's. model, voice, key_variable: of an endpoint, its model's name, its
+    voice, and the environment variable with its key.
     """
 
     batch: int = 8
     timed: bool = False
     voice: str | None = None
+    mesh: str | None = None
     read: int | None = None
     write: int | None = None
     options: Options = field(default_factory=Options)

@@ -1,6 +1,7 @@
 """A checkpoint of this software: many questions at a time, or one at a time with a clock."""
 
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,6 +23,11 @@ class CheckpointSystem:
         self.workers = 1 if options.timed else options.batch
         self.positions = 0  # of the LLM, in the longest prompt
 
+    @functools.cached_property
+    def checksum(self) -> str:
+        """Of all files; reading them takes as long as loading the checkpoint."""
+        return checksum(self.directory)
+
     def describe(self) -> dict[str, Any]:
         import jax
 
@@ -32,7 +38,7 @@ class CheckpointSystem:
         return {
             "kind": "checkpoint",
             "name": self.directory.name,
-            "checksum": checksum(self.directory),
+            "checksum": self.checksum,
             "read": self.options.read or config.read,
             "write": self.options.write or config.write,
             "mix": config.mix,
@@ -40,6 +46,7 @@ class CheckpointSystem:
             "options": dataclasses.asdict(self.options.options),
             "timed": self.options.timed,
             "device": f"{device.platform} ({device.device_kind})",
+            "mesh": self.options.mesh,
         }
 
     def check(self, items: Sequence[Item]) -> None:
@@ -60,8 +67,11 @@ class CheckpointSystem:
 
     def open(self) -> Callable[[Item], SpokenAnswer]:
         from omni2_jax.generate.omni2 import Omni2
+        from omni2_jax.sharding import parse_mesh
 
-        model = Omni2.load(self.directory, read=self.options.read, write=self.options.write)
+        mesh = parse_mesh(self.options.mesh) if self.options.mesh else None
+        read, write = self.options.read, self.options.write
+        model = Omni2.load(self.directory, mesh=mesh, read=read, write=write)
         answer = Timed(model, self.options) if self.options.timed else self.batched(model)
 
         def answered(item: Item) -> SpokenAnswer:
