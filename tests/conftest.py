@@ -5,6 +5,7 @@ import dataclasses
 import importlib.util
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -19,25 +20,23 @@ os.environ["XLA_FLAGS"] = " ".join(
 # others, and with few threads one of those may never get to run.
 os.environ.setdefault("NPROC", "32")
 # Set JAX_COMPILATION_CACHE_DIR to keep what was compiled for the next run. The workers of
-# pytest-xdist get a directory each: JAX does not write entries atomically.
+# pytest-xdist share it: most programs are compiled by one of them only. JAX does not write entries
+# atomically, but an entry is compressed: half of one is refused, and the program compiled again.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="omni2-jax-cache-")
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
-if "PYTEST_XDIST_WORKER" in os.environ:
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = os.path.join(
-        os.environ["JAX_COMPILATION_CACHE_DIR"], os.environ["PYTEST_XDIST_WORKER"]
-    )
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 import jax.numpy as jnp
 import pytest
 
+from omni2_jax.cli.main import main
 from omni2_jax.configs import stage1b
 from omni2_jax.convert import new, read, write
 from omni2_jax.convert.hugging_face import EMPTY_CONFIG
 from omni2_jax.convert.release import Release, combine
-from omni2_jax.generate import omni2
+from omni2_jax.generate import omni2 as omni2_module
 from omni2_jax.generate.engine import Engine
 from omni2_jax.generate.omni2 import Omni2
 from omni2_jax.train.settings import TrainConfig
@@ -55,7 +54,7 @@ if importlib.util.find_spec("torch") is None:
     ]
 
 # All conversations of the tests get buffers of one size: compilation is most of the tests' time.
-omni2.BUCKET = 1280
+omni2_module.BUCKET = 1280
 
 
 @pytest.fixture(scope="session")
@@ -112,6 +111,23 @@ def arguments(toy) -> Callable[..., list[str]]:
         return ["--config", str(ROOT / "configs" / "stage1b.py"), "--out", str(out), *sets]
 
     return arguments
+
+
+@pytest.fixture
+def omni2(monkeypatch, capsys) -> Callable[..., tuple[int | str, str, str]]:
+    """Run `omni2` in this process -> (exit code or the line of its error, stdout, stderr).
+
+    A process of its own (tests.support.commands.process) takes seconds to import everything.
+    """
+
+    def run(*args: object) -> tuple[int | str, str, str]:
+        monkeypatch.setattr(sys, "argv", ["omni2", *map(str, args)])
+        monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+        with pytest.raises(SystemExit) as exit:
+            main()
+        return exit.value.code, *capsys.readouterr()
+
+    return run
 
 
 @pytest.fixture(scope="session")

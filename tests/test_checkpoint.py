@@ -19,7 +19,6 @@ from omni2_jax.train.data.writer import Shards
 from omni2_jax.train.hidden_states import HiddenStates
 from omni2_jax.train.step import State
 from omni2_jax.train.stored_arrays import identity
-from tests.support.commands import process
 
 RANDOM = np.random.default_rng(0)
 LEAVES = {
@@ -117,7 +116,7 @@ def test_no_flipped_bit_of_a_run_state_changes_it(tmp_path):
     assert refused > 20 and silent == []
 
 
-def test_parameters_without_checksums_are_loaded_and_noted(tmp_path, checkpoint_dir):
+def test_parameters_without_checksums_are_loaded_and_noted(omni2, tmp_path, checkpoint_dir):
     """Version 0.1 wrote Zarr 2."""
     directory = tmp_path / "old"
     shutil.copytree(checkpoint_dir, directory)
@@ -130,20 +129,16 @@ def test_parameters_without_checksums_are_loaded_and_noted(tmp_path, checkpoint_
     }
     for path, leaf in parameters.stored(directory, "adapter").items():
         assert np.array_equal(leaf.read(), leaves[path])
-    described = process("info", directory)
-    assert b"no checksums (written by version 0.1): adapter\n" in described.stdout
-    verified = process("info", directory, "--verify")
-    assert verified.returncode == 0
-    assert b"are sound; no checksums to compare with: adapter\n" in verified.stdout
+    assert "no checksums (written by version 0.1): adapter\n" in omni2("info", directory)[1]
+    code, out, _ = omni2("info", directory, "--verify")
+    assert code == 0 and "are sound; no checksums to compare with: adapter\n" in out
 
 
-@pytest.mark.slow
-def test_verify_names_everything_that_is_damaged(tmp_path, checkpoint_dir):
+def test_verify_names_everything_that_is_damaged(omni2, tmp_path, checkpoint_dir):
     directory = tmp_path / "ti[/x]ny"
     shutil.copytree(checkpoint_dir, directory)
-    sound = process("info", directory, "--verify")
-    assert sound.returncode == 0 and sound.stdout.endswith(b"are sound\n")
-    assert str(directory).encode() in sound.stdout
+    code, out, _ = omni2("info", directory, "--verify")
+    assert code == 0 and out.endswith("are sound\n") and str(directory) in out
     for part in ("llm", "flow"):
         files = (directory / "params" / part).rglob("*")
         largest = max(files, key=lambda path: path.stat().st_size)
@@ -153,9 +148,9 @@ def test_verify_names_everything_that_is_damaged(tmp_path, checkpoint_dir):
     (directory / "params" / "adapter" / "_METADATA").write_text("{}")
     (directory / "voices" / "espeak.npy").write_bytes(b"?")
     (directory / "tts_tokenizer" / "tokenizer.json").write_text("?")
-    damaged = process("info", directory, "--verify")
-    lines = [line for line in damaged.stderr.decode().splitlines() if line.startswith("error: ")]
-    assert damaged.returncode == 1 and damaged.stdout == b"" and len(lines) == 5
+    code, out, err = omni2("info", directory, "--verify")
+    lines = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert code == 1 and out == "" and len(lines) == 5
     for words in (
         ("params/llm is damaged: its parameter",),
         ("params/flow is damaged: its parameter",),

@@ -4,7 +4,6 @@ import functools
 import json
 import os
 import shutil
-import sys
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -13,7 +12,6 @@ import pytest
 import soundfile
 
 from omni2_jax.audio import recordings
-from omni2_jax.cli.main import main
 from omni2_jax.generate import omni2 as omni2_module
 from omni2_jax.generate.omni2 import Omni2
 from tests.support.commands import assert_refused, chat, process
@@ -22,20 +20,6 @@ from tests.support.releases import linked, replace
 
 SPEECH = clip("speech_a")
 refused = functools.partial(assert_refused, allowed={"in.wav", "in.json", "ckpt"})
-
-
-@pytest.fixture
-def omni2(monkeypatch, capsys):
-    """Run the command in this process -> (exit code or the line of its error, stdout, stderr)."""
-
-    def run(*args: object) -> tuple[int | str, str, str]:
-        monkeypatch.setattr(sys, "argv", ["omni2", *map(str, args)])
-        monkeypatch.setattr(sys, "excepthook", sys.excepthook)
-        with pytest.raises(SystemExit) as exit:
-            main()
-        return exit.value.code, *capsys.readouterr()
-
-    return run
 
 
 @pytest.fixture

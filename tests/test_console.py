@@ -8,24 +8,9 @@ import pytest
 
 from omni2_jax import __version__
 from omni2_jax.cli import console
-from omni2_jax.cli.main import main
 from tests.support.commands import is_error_line
 
 HEAVY = ("jax", "flax", "numpy", "transformers", "torch")
-
-
-@pytest.fixture
-def omni2(monkeypatch, capsys):
-    """Run the command in this process -> (exit code or the line of its error, stdout, stderr)."""
-
-    def run(*args: str) -> tuple[object, str, str]:
-        monkeypatch.setattr(sys, "argv", ["omni2", *args])
-        monkeypatch.setattr(sys, "excepthook", sys.excepthook)
-        with pytest.raises(SystemExit) as exit:
-            main()
-        return exit.value.code, *capsys.readouterr()
-
-    return run
 
 
 def process(*args: str, **variables: str) -> subprocess.CompletedProcess:
