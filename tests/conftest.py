@@ -57,6 +57,14 @@ if importlib.util.find_spec("torch") is None:
 omni2_module.BUCKET = 1280
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m selects
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A nightly test is slow."""
+    for item in items:
+        if item.get_closest_marker("nightly"):
+            item.add_marker("slow")
+
+
 @pytest.fixture(scope="session")
 def goldens() -> Path:
     return GOLDENS

@@ -118,8 +118,9 @@ def test_speech_in_a_text_is_text(text_model):
     assert answer.unit_text
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_chunks_smaller_than_a_write(model):
+    """Of the whole model; tests/test_flow_streaming.py compares the mel of such chunks."""
     answer = model.answer(clip("short_d"), options=dataclasses.replace(GREEDY, chunk=5))
     assert (
         len(answer.waveform) == 960 * len(answer.units) > 0 and np.isfinite(answer.waveform).all()

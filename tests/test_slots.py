@@ -50,8 +50,13 @@ def samples_of_slots(slots: int) -> np.ndarray:
     return np.concatenate(samples, 1)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("isa", ["AVX2", "DEFAULT"])
+@pytest.mark.parametrize(
+    "isa",
+    [
+        pytest.param("AVX2", marks=pytest.mark.slow),
+        pytest.param("DEFAULT", marks=pytest.mark.nightly),
+    ],
+)
 def test_four_slots_on_other_processors(isa):
     """As on a processor without AVX-512, where the last slot used to differ by 3e-3."""
     code = "import tests.test_slots as t; s = t.samples_of_slots(4); "

@@ -2,15 +2,15 @@
 
 import pytest
 
-QUICK = "2x2x2"  # all three axes
 MESHES = {
+    "2x2x2": (2, 2, 2),
+    "2x4": (1, 2, 4),
     "8x1": (1, 8, 1),
     "1x8": (1, 1, 8),
-    "2x4": (1, 2, 4),
-    QUICK: (2, 2, 2),
 }
-# For parametrize: the quick tests run on one mesh.
+# The first mesh has all three axes. On the second, `tensor` does not divide the key/value heads.
+# The others have only one of these axes.
+MARKS = {"2x4": pytest.mark.slow, "8x1": pytest.mark.nightly, "1x8": pytest.mark.nightly}
 MESH_PARAMS = [
-    pytest.param(mesh, id=name, marks=[] if name == QUICK else [pytest.mark.slow])
-    for name, mesh in MESHES.items()
+    pytest.param(mesh, id=name, marks=MARKS.get(name, ())) for name, mesh in MESHES.items()
 ]
