@@ -48,6 +48,7 @@ MISUSE = {
     ("train", "--config", "stage1a"): "Missing option '--out'.",
     ("prepare", "--source", "x", "--out", "y", "--batch", "many"): "Invalid value for '--batch'",
     ("prepare", "--source", "x", "--out", "y", "--batch", "0"): "Invalid value for '--batch'",
+    ("prepare", "--source", "x", "--out", "y", "--shard", "2/2"): "Invalid value for '--shard'",
 }
 
 

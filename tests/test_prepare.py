@@ -676,7 +676,7 @@ def whole_run(spoken, tokenizer):
     """The arguments of a run, and the files and the report that it leaves."""
     args = ("--source", spoken, "--speech-tokenizer", tokenizer, "--batch", 1)
     code, printed = run(*args, "--out", spoken / "all")
-    assert code == 0 and not (spoken / "all.job").exists()
+    assert code == 0 and not (spoken / "all.work").exists()
     return args, content(spoken / "all"), printed.replace("/all ", "/out ")
 
 
@@ -684,19 +684,19 @@ def test_a_killed_run_goes_on(spoken, whole_run):
     args, files, printed = whole_run
     options = [sys.executable, "-m", "omni2_jax", "prepare", *map(str, args), "--workers", "1"]
     process = subprocess.Popen([*options, "--out", str(spoken / "out")], cwd=ROOT)
-    journal = spoken / "out.job" / "journal-0-of-1.jsonl"
+    journal = spoken / "out.work" / "journal-0-of-1.jsonl"
     while not journal.exists() or b"groups/" not in journal.read_bytes():
         assert process.poll() is None
         time.sleep(0.005)
     process.kill()
     process.wait()
-    assert 0 < len(content(spoken / "out.job" / "groups")) < 6 and not (spoken / "out").exists()
+    assert 0 < len(content(spoken / "out.work" / "groups")) < 6 and not (spoken / "out").exists()
     code, _ = run(*args, "--out", spoken / "out", "--max-seconds", 500)
     assert "was begun with max_seconds 600.0, not 500.0" in str(code)
     (spoken / "first.wav").unlink()  # it is in the first group, which is not made again
     code, again = run(*args, "--out", spoken / "out")
     assert (code, again) == (0, printed) and content(spoken / "out") == files
-    assert not (spoken / "out.job").exists()
+    assert not (spoken / "out.work").exists()
 
 
 def test_shards_are_merged(spoken, whole_run):

@@ -222,8 +222,8 @@ def test_prepare_in_shards(bucket, tmp_path, monkeypatch):
     for index in (1, 0):
         prepare.prepare(source, out, batch=1, where=Where(shard=Shard(index, 2)))
         assert not out.exists()
-    assert bucket.names("speech/prepared.job/journal-1-of-2.jsonl/")
+    assert bucket.names("speech/prepared.work/journal-1-of-2.jsonl/")
     prepare.prepare(source, out, batch=1)
-    assert not bucket.names("speech/prepared.job")
+    assert not bucket.names("speech/prepared.work")
     for path in (tmp_path / "data").iterdir():
         assert (out / path.name).read_bytes() == path.read_bytes()

@@ -68,8 +68,8 @@ def prepare(
 ) -> None:
     """Make a data set of spoken dialogues, or of a voice's recordings with their text.
 
-    Dialogues that cannot be used are left out and named. The same command goes on where a killed
-    one stopped.
+    Dialogues that cannot be used are left out and named. A command that was killed goes on where it
+    stopped; its work is kept in OUT.work.
     """
     from omni2_jax.train.data import prepare
 

@@ -66,4 +66,5 @@ class Bar(contextlib.AbstractContextManager):
         of = "" if self.total is None else f" of {self.total:,}"
         rate = (self.done - self.before) / max(time.monotonic() - self.began, 1e-9)
         refused = f", {self.refused:,} refused" if self.refused else ""
-        return f"{self.done:,}{of} {self.name}, {rate:.3g}/s{refused}"
+        rate_text = f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}"
+        return f"{self.done:,}{of} {self.name}, {rate_text}/s{refused}"

@@ -21,7 +21,7 @@ from omni2_jax.cli.console import say
 from omni2_jax.files import first_line
 from omni2_jax.jobs.pools import Make, Pool, Refused, Result, Work, call, stopped
 
-MAX_DEATHS = 5  # of workers with the same payload: perhaps it is what kills them
+MAX_DEATHS = 5  # of workers in turn, for the same reason: it is not the nodes then
 CONNECT_SECONDS = 10
 WAIT_SECONDS = 0.5  # between two looks at whether the job has ended
 
@@ -113,7 +113,8 @@ class Actors:
 
     def start(self) -> None:
         """Start an actor, and another one if it dies, until one is ready."""
-        while not self.closed.is_set():
+        death = ""
+        for _ in range(MAX_DEATHS):
             actor = self.actor_class.remote()
             begun = actor.begin.remote(self.make)
             # Ray does not survive a shutdown while a thread waits in `ray.get`.
@@ -126,8 +127,9 @@ class Actors:
                 return self.idle.put(actor)
             except RayTaskError as error:
                 return self.idle.put(error.cause)
-            except RayError:
-                pass
+            except RayError as error:
+                death = first_line(error)
+        self.idle.put(RuntimeError(f"{MAX_DEATHS} Ray workers died when they started: {death}"))
 
     def call(self, payload: Any) -> Result | Refused:
         """The result of a payload from the next actor that is idle.

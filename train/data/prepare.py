@@ -6,8 +6,8 @@ Replies that bring a recording but no units get them from the speech tokenizer, 
 fixed lengths. Dialogues that cannot be used are counted, named and left out. A user's turn over
 30 s is kept whole: training examples cut it into segments.
 
-Groups of dialogues (`groups`) are the items of a job. Their files lie in OUT.job until the data set
-is written from them.
+Groups of dialogues (`groups`) are the items of a job. Their files lie in OUT.work until the data
+set is written from them.
 """
 
 import contextlib
@@ -80,7 +80,7 @@ def prepare(
     settings = {"source": str(source), "bytes": sources.size(source), "format": format}
     settings |= {"split": split, "batch": batch, "max_seconds": max_seconds, **origin}
     make = functools.partial(GroupWorker, source, tokenizer, batch, max_seconds, strict)
-    with job_directory(out) as directory:
+    with work_directory(out) as directory:
         job = jobs.Job("groups of dialogues", directory, settings, make, workers=2)
         results = job.run(groups(entries, GROUP_BATCHES * batch), where)
         if results is None:
@@ -108,13 +108,13 @@ class UnusableError(ValueError):
 
 
 @contextlib.contextmanager
-def job_directory(out: Path) -> Iterator[Path]:
-    """The directory for the job of a data set, beside it: OUT.job.
+def work_directory(out: Path) -> Iterator[Path]:
+    """The directory for the job of a data set, beside it: OUT.work.
 
     It is removed when the data set is there, or none can be made of the source; otherwise it stays,
     so that the same command goes on.
     """
-    directory = out.with_name(f"{out.name}.job")
+    directory = out.with_name(f"{out.name}.work")
     new_parents = [parent for parent in out.parents if not parent.exists()]
     try:
         yield directory
