@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from omni2_jax.cli.paths import directory
-from omni2_jax.cli.where import RayOption, ShardOption, WorkersOption
+from omni2_jax.cli.where import RayGpusOption, RayOption, ShardOption, WorkersOption
 
 
 def speech(
@@ -61,6 +61,7 @@ def speech(
     workers: WorkersOption = None,
     ray: RayOption = None,
     shard: ShardOption = None,
+    ray_gpus: RayGpusOption = 0,
 ) -> None:
     """Speak dialogues: recordings, and manifests that `omni2 prepare` and `omni2 evaluate` read.
 
@@ -78,6 +79,6 @@ def speech(
         out,
         SpeakerOptions(seed, attempts, recogniser, recogniser_model, language, max_wer),
         make_speech.Shares(validation, test),
-        Where(workers, ray, shard),
+        Where(workers, ray, shard, ray_gpus),
         workers=os.cpu_count() or 1,
     )

@@ -99,8 +99,10 @@ class Actors:
 
     def __init__(self, make: Make, size: int, cpus: float, gpus: float):
         self.make = ray.put(make)
-        # JAX would use all CPUs of the node for each of its workers.
+        # Each worker's JAX would use all CPUs and all GPUs of the node.
         environment = {"NPROC": str(max(1, int(cpus)))}
+        if not gpus:
+            environment["JAX_PLATFORMS"] = "cpu"
         self.actor_class = ray.remote(
             num_cpus=cpus, num_gpus=gpus, runtime_env={"env_vars": environment}
         )(Worker)
