@@ -2,14 +2,12 @@
 
 import json
 import os
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from omni2_jax.audio import recordings
-from omni2_jax.cli.main import main
 from omni2_jax.evaluate import items as item_files
 from omni2_jax.evaluate import measure
 from omni2_jax.evaluate.results import Results
@@ -18,20 +16,6 @@ from omni2_jax.evaluate.tasks import spoken_qa
 from tests.support import evaluations
 from tests.support.commands import is_error_line
 from tests.support.evaluations import ScriptedRecogniser, write_answers, write_items, write_lines
-
-
-@pytest.fixture
-def omni2(monkeypatch, capsys):
-    """Run the command in this process -> (exit code or the line of its error, stdout, stderr)."""
-
-    def run(*args: object) -> tuple[int | str, str, str]:
-        monkeypatch.setattr(sys, "argv", ["omni2", *map(str, args)])
-        monkeypatch.setattr(sys, "excepthook", sys.excepthook)
-        with pytest.raises(SystemExit) as exit:
-            main()
-        return exit.value.code, *capsys.readouterr()
-
-    return run
 
 
 @pytest.fixture
