@@ -18,8 +18,16 @@ from safetensors.numpy import save_file
 
 from omni2_jax import files
 from omni2_jax.checkpoint import parameters, voices
+from omni2_jax.cli.console import say
 from omni2_jax.config import LANGUAGE_PARTS, DecoderConfig, Omni2Config
-from omni2_jax.convert import families, json_files, vocoders
+from omni2_jax.convert import (
+    cosyvoice,
+    decoder_yaml,
+    families,
+    json_files,
+    vocabulary,
+    vocoders,
+)
 from omni2_jax.convert.families import qwen2
 from omni2_jax.convert.formats import reason
 from omni2_jax.convert.hugging_face import HEADS, OMNI2
@@ -161,12 +169,22 @@ def write_omni2(
     stated = json_files.read(original) if original.exists() else {}
     stream_params = {"stream_params": generated["stream_params"]}
     write_json(out / "config.json", generated | stated | stream_params)
-    for source, target in {"tokenizer": out, "tts_tokenizer": out / "tts_tokenizer"}.items():
-        target.mkdir(exist_ok=True)
-        for file in (directory / source).iterdir():
-            shutil.copyfile(file, target / file.name)
+    write_tokenizers(directory, config, out)
     if (directory / "generation_config.json").exists():
         shutil.copyfile(directory / "generation_config.json", out / "generation_config.json")
+
+
+def write_tokenizers(directory: Path, config: Omni2Config, out: Path) -> None:
+    """Write both tokenizers; a checkpoint from nothing does not list the units of the second."""
+    shutil.copytree(directory / "tokenizer", out, dirs_exist_ok=True)
+    if (directory / "tts_tokenizer").exists():
+        shutil.copytree(directory / "tts_tokenizer", out / "tts_tokenizer")
+        return
+    (out / "tts_tokenizer").mkdir()
+    plain = vocabulary.read(directory / "tokenizer")
+    for name, file in vocabulary.with_units(plain, config.units).items():
+        content = file if isinstance(file, bytes) else file.read_bytes()
+        (out / "tts_tokenizer" / name).write_bytes(content)
 
 
 def release_json(config: Omni2Config, dtype: str) -> dict[str, Any]:
@@ -207,8 +225,11 @@ def write_decoder(
     """Write flow, vocoder and voices into the new directory `out`. Raises as `write`."""
     import torch
 
-    assert config.vocoder is not None
+    assert config.flow is not None and config.vocoder is not None
     out.mkdir()
+    assets = [path for path in directory.glob("assets/*") if path.name != "config.json"]
+    if not any(path.name in cosyvoice.FILES for path in assets):
+        decoder_yaml.write(out / decoder_yaml.FILE, config.flow, config.vocoder)
     vocoder = vocoders.of_config(config.vocoder)
     tables = {
         "flow.pt": flow.table().at("", "flow."),
@@ -221,9 +242,10 @@ def write_decoder(
         }
         with writing(out / name):
             torch.save(state, out / name)
-    for asset in (directory / "assets").iterdir():
-        if asset.name != "config.json":
-            shutil.copyfile(asset, out / asset.name)
+    for asset in assets:
+        shutil.copyfile(asset, out / asset.name)
+    if config.speaker and not (out / "campplus.onnx").exists():
+        say("speaker: a fresh one has no campplus.onnx and is left out")
     x_vectors = {
         name: {"embedding": torch.from_numpy(voices.resolve(directory, config, name))[None]}
         for name in voices.names(directory)

@@ -15,6 +15,7 @@ from omni2_jax.convert.release import Release
 from omni2_jax.convert.vocabulary import UNIT_EOS, TextTokenizer
 from omni2_jax.models.model import Model
 from omni2_jax.models.speech_tokenizer import SpeechTokenizer
+from omni2_jax.synthesize.records import read_dialogues
 
 ALL_PARTS = (*PARTS, "speech_tokenizer")
 # The parts whose dimensions a part depends on, beside its own.
@@ -174,8 +175,16 @@ def check_units(config: Omni2Config, tokenizer: SpeechTokenizerConfig | None) ->
 
 
 def texts(path: Path) -> Iterator[str]:
-    """The lines of a text file. Raises ValueError naming the file if it cannot be read."""
+    """The lines of a text file; the questions and replies of a .jsonl of dialogues.
+
+    Raises ValueError naming the file if it cannot be read.
+    """
     try:
+        if path.suffix == ".jsonl":
+            for dialogue in read_dialogues(path):
+                for turn in dialogue.turns:
+                    yield from (turn.question, turn.reply)
+            return
         with path.open(encoding="utf-8-sig") as file:
             yield from (line.strip() for line in file if line.strip())
     except UnicodeDecodeError as error:

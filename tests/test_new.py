@@ -1,17 +1,20 @@
 """`omni2 new`: a checkpoint from nothing, of any dimensions, deterministic and ready to load."""
 
 import dataclasses
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
+import rich.progress
 
 from omni2_jax.checkpoint import parameters
 from omni2_jax.checkpoint.tokenizer import SPEECH_TEXT, Tokenizer
 from omni2_jax.config import Omni2Config, SpeechEncoderConfig
-from omni2_jax.convert import new, new_tokenizer
+from omni2_jax.convert import export, new, new_tokenizer, read, write
 from omni2_jax.convert.hugging_face import EMPTY_CONFIG
-from omni2_jax.convert.release import Release
+from omni2_jax.convert.plan import ConversionError
+from omni2_jax.convert.release import Release, combine
 from omni2_jax.models.model import SPEECH, abstract_model
 from tests.support import designs
 
@@ -153,3 +156,51 @@ def test_what_cannot_be_made_is_one_line(design, files, tmp_path):
         new.Design.read(str(tmp_path / "empty.py"))
     with pytest.raises(ValueError, match="config omni2_7 does not exist; did you mean omni2_7b"):
         new.Design.read("omni2_7")
+
+
+def test_it_goes_to_the_released_layout_and_back(design, files, tmp_path):
+    """What a release can hold: four up layers, chunks of 50 units, and no fresh speaker encoder."""
+    flow = dataclasses.replace(design.config.flow, up_layers=4)
+    config = design.config.replace(flow=flow, speaker=None)
+    made = new.make(dataclasses.replace(design, config=config), NOTHING, (), files / "text.txt")
+    write.write(tmp_path / "new", made, {})
+    with rich.progress.Progress(disable=True) as progress:
+        export.write(tmp_path / "new", tmp_path / "release", progress)
+    back = combine(
+        [
+            read.read_omni2(tmp_path / "release" / "LLaMA-Omni2"),
+            read.read_decoder(tmp_path / "release" / "cosy2_decoder"),
+        ]
+    )
+    released = dataclasses.replace(flow, noise_frames=15000)  # no release holds the noise
+    assert back.config == made.config.replace(flow=released)
+    assert set(back.params) == set(made.params) - {"speech_tokenizer"}
+    for part in back.params:
+        ours, theirs = leaves(made, part), leaves(back, part)
+        for path in ours.keys() - {"noise"}:
+            # Weight norm rounds the vocoder's kernels.
+            np.testing.assert_allclose(theirs[path], ours[path], rtol=1e-6 * (part == "vocoder"))
+    write.write(tmp_path / "back", back, {})
+    first, second = (Tokenizer(tmp_path / name, back.config, 20) for name in ("new", "back"))
+    assert first.prompt([1, "It is.", 1]) == second.prompt([1, "It is.", 1])
+    tokens = [320, 400, 7, 319, 399]
+    assert first.unit_text(tokens) == second.unit_text(tokens)
+    wrong = design.config.replace(speaker=None)
+    made = new.make(dataclasses.replace(design, config=wrong), NOTHING, (), files / "text.txt")
+    write.write(tmp_path / "wrong", made, {})
+    with (
+        rich.progress.Progress(disable=True) as progress,
+        pytest.raises(ConversionError, match=r"flow.up_layers is 1, but the released layout holds"),
+    ):
+        export.write(tmp_path / "wrong", tmp_path / "nothing", progress)
+    assert not (tmp_path / "nothing").exists()
+
+
+def test_a_tokenizer_learns_from_dialogues(tmp_path):
+    line = {"id": "a", "split": "seen", "topic": "x"}
+    line["turns"] = [{"question": "zebra zebra", "reply": "zebra"}]
+    (tmp_path / "talk.jsonl").write_text(json.dumps(line) + "\n")
+    assert list(new.texts(tmp_path / "talk.jsonl")) == ["zebra zebra", "zebra"]
+    (tmp_path / "talk.jsonl").write_text("{}\n")
+    with pytest.raises(ValueError, match=r"talk.jsonl, line 1: .*id is missing"):
+        list(new.texts(tmp_path / "talk.jsonl"))

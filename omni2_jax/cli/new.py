@@ -28,7 +28,7 @@ def new(
         Path | None,
         typer.Option(
             help="What the tokenizer is learnt from, a byte-level BPE of llm.vocabulary tokens: a "
-            "text file."
+            "text file, or a .jsonl of dialogues."
         ),
     ] = None,
     parts: Annotated[
