@@ -58,7 +58,9 @@ class Bucket:
 
     segments: int = 1  # windows of the speech encoder (as released, 30 s of question each)
     positions: int = 0  # of the LLM
-    tokens: int = 0  # of the speech LM for one reply; for the stage "flow": speech units
+    tokens: int = (
+        0  # of the speech LM for one reply; for the stages "units" and "flow": speech units
+    )
 
     def __post_init__(self):
         faults = [
@@ -126,7 +128,7 @@ class TrainConfig:
 
     __pydantic_config__ = pydantic.ConfigDict(extra="forbid")
 
-    stage: str  # a key of stages.STAGES: 1a, 1b, 2 or flow
+    stage: str  # a key of stages.STAGES: 1a, 1b, 2, units or flow
     checkpoint: str = ""  # to start from; of `omni2 convert` or an earlier stage
     data: str = ""  # a data set of `omni2 prepare`
     validation: str | None = None  # another data set of `omni2 prepare`
@@ -153,6 +155,8 @@ class TrainConfig:
     # ^ parts to initialise at random instead of reading them from the checkpoint (table 3)
     chunks: Annotated[tuple[int, ...], pydantic.BeforeValidator(one_or_more)] = ()
     # ^ stage flow: chunk sizes to draw from, 0 = the whole reply; empty = the checkpoint's size
+    # Stage units: a checkpoint, the speech encoder of which the tokenizer starts from.
+    whisper: str | None = None
     # How it is computed
     mesh: Annotated[MeshConfig, from_sequence(MeshConfig)] = field(default_factory=MeshConfig)
     # Of the computation; trained weights are kept in float32.

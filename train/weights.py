@@ -115,6 +115,12 @@ def load(stage: "Stage", directory: Path, mesh: Mesh) -> tuple[Weights, Params, 
     ]
     values |= initial(weights, missing, stage.train.seed)
     trained, frozen = split_params(stage, values)
+    for path in trained:
+        if (start := stage.initial(path)) is not None:
+            value = start.read()
+            trained[path] = jax.make_array_from_callback(
+                value.shape, weights.shardings[path], value.__getitem__
+            )
     return weights, {path: leaf.astype(jnp.float32) for path, leaf in trained.items()}, frozen
 
 

@@ -23,7 +23,15 @@ from omni2_jax.config import SpeechTokenizerConfig
 from omni2_jax.files import atomic_write
 from omni2_jax.models import speech_encoder
 from omni2_jax.models.decoder import rope
-from omni2_jax.models.layers import Conv1d, Linear, attention, inside, scan, stack
+from omni2_jax.models.layers import (
+    Conv1d,
+    DepthwiseConv1d,
+    Linear,
+    attention,
+    inside,
+    scan,
+    stack,
+)
 from omni2_jax.models.speech_encoder import gelu
 from omni2_jax.validation import validated
 
@@ -46,7 +54,7 @@ class Block(speech_encoder.Block):
         super().__init__(config, rngs, RESIDUAL_SCALE)
         taps, width = config.fsmn_taps, config.width
         self.theta = config.rope_theta
-        self.memory = Conv1d(
+        self.memory = DepthwiseConv1d(
             rngs,
             (taps, 1, width),
             padding=((taps - 1) // 2, taps // 2),
@@ -95,11 +103,7 @@ class SpeechTokenizer(nnx.Module):
 
     def quantize(self, hidden: Array) -> Array:
         """Hidden states [B, T, D] -> units [B, T] int32; the first channel is the least digit."""
-        digits = (
-            jnp.round(LIMIT * jnp.tanh(self.project(hidden).astype(jnp.float32))).astype(jnp.int32)
-            + LEVELS // 2
-        )
-        return digits @ LEVELS ** jnp.arange(digits.shape[-1])
+        return units_of_digits(bounded(self.project(hidden)))
 
     def __call__(self, mel: Array, lengths: Array) -> tuple[Array, Array]:
         """Log-mel [B, T, M] and lengths [B] in frames -> units [B, ceil(T / 4)] int32, lengths [B].
@@ -137,6 +141,26 @@ class SpeechTokenizer(nnx.Module):
         window = jnp.clip((position - overlap // 2 // STRIDE) // (step // STRIDE), 0, last)
         rows = jnp.arange(len(lengths))[:, None]
         return units[window, rows, position - window * (step // STRIDE)]
+
+
+def bounded(x: Array) -> Array:
+    """Projected hidden states -> float32 between the outer levels, -1 and 1."""
+    return LIMIT * jnp.tanh(x.astype(jnp.float32))
+
+
+def straight_through(x: Array) -> Array:
+    """Projected hidden states -> digits -1, 0 or 1 in float32, with the gradient of `bounded`.
+
+    The rounding has no gradient of its own (Bengio et al., arXiv 1308.3432; FSQ, arXiv 2309.15505).
+    """
+    y = bounded(x)
+    return y + jax.lax.stop_gradient(jnp.round(y) - y)
+
+
+def units_of_digits(digits: Array) -> Array:
+    """Digits [..., K] from -1 to 1, which are rounded here -> units [...] int32."""
+    digits = jnp.round(digits).astype(jnp.int32) + LEVELS // 2
+    return digits @ LEVELS ** jnp.arange(digits.shape[-1])
 
 
 def halved(length: Any) -> Any:

@@ -17,6 +17,7 @@ STAGES = {
     "1a": "omni2_jax.train.stages.speech_to_text:SpeechToText",
     "1b": "omni2_jax.train.stages.text_to_speech:TextToSpeech",
     "2": "omni2_jax.train.stages.speech_to_speech:SpeechToSpeech",
+    "units": "omni2_jax.train.stages.units:Units",
     "flow": "omni2_jax.train.stages.flow:FlowMatching",
 }
 
@@ -37,7 +38,8 @@ def faults(train: "TrainConfig") -> list[str]:
         *names, last = STAGES
         return [f"stage is {train.stage!r}, expected {', '.join(names)} or {last}"]
     stage = stage_class(train.stage)
-    users = {setting: [] for setting in ("rank", "layout", "mix", "frames", "hidden", "chunks")}
+    shared = ("rank", "layout", "mix", "frames", "hidden", "chunks", "whisper")
+    users = {setting: [] for setting in shared}
     for name in STAGES:
         for setting in stage_class(name).settings:
             users.setdefault(setting, []).append(name)

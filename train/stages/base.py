@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from omni2_jax.checkpoint.lazy import LazyArray
 from omni2_jax.checkpoint.tokenizer import Tokenizer
 from omni2_jax.config import Omni2Config
 from omni2_jax.models.model import Model
@@ -69,6 +70,10 @@ class Stage(abc.ABC):
     def compute_dtype(self) -> jnp.dtype:
         """The dtype that trained weights are cast to for the computation."""
         return jnp.dtype(self.train.dtype)
+
+    def initial(self, path: str) -> LazyArray | None:
+        """The value that a trained parameter starts from, if it is not the checkpoint's."""
+        return None
 
     # Configurations of the model
 
