@@ -1,10 +1,10 @@
-"""Stage "units": a small speech tokenizer for one voice, on a CPU.
+"""Stage "units": the speech tokenizer of one voice, on a CPU.
 
+omni2 new --config voice --parts speech_tokenizer --out start
 omni2 prepare --source voice --split train --out recordings
 omni2 prepare --source voice --split test --out held-out
-omni2 train --config voice_units --set checkpoint=start --set data=recordings --set validation=held-out --out runs/units
-
-`start` is a checkpoint with a speech tokenizer of any size.
+omni2 train --config voice_units --set checkpoint=start --set data=recordings \
+    --set validation=held-out --out runs/units
 """
 
 from omni2_jax.train.settings import Bucket, OptimizerConfig, TrainConfig
@@ -12,8 +12,8 @@ from omni2_jax.train.settings import Bucket, OptimizerConfig, TrainConfig
 config = TrainConfig(
     stage="units",
     batch=16,
-    steps=3000,
-    optimizer=OptimizerConfig(peak=2e-3, final=0.02, beta2=0.98, decay=0.01, clip=1.0),
+    steps=6000,
+    optimizer=OptimizerConfig(peak=2e-3, final=0.02, beta2=0.98, decay=0.01),
     buckets=(Bucket(0, 0, 75), Bucket(0, 0, 125), Bucket(0, 0, 250)),
     dtype="float32",
     save_every=250,
