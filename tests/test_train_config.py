@@ -277,6 +277,7 @@ OTHER = {
     "buckets": "buckets=[{'tokens': 8}]",
     "rank": "stage=1a rank=3",
     "hidden": "stage=2 hidden=other",
+    "frames": "stage=2 frames=other",
     "layout": "layout=offline",
     "mix": "stage=2 mix=sum",
     "reset": "reset=('speech_lm',)",

@@ -193,9 +193,9 @@ def trained(settings, tmp_path_factory) -> Path:
 
 
 def test_stage_learns(trained):
-    """The loss falls to a third; most letters are recognised; every value of a digit is in use."""
+    """The loss falls to a tenth; letters are recognised; every value of a digit is in use."""
     values = list(reported(trained).values())
-    assert np.mean(values[-5:]) < np.mean(values[:5]) / 3
+    assert np.mean(values[-5:]) < values[0] / 10
     measured = {
         name: list(reported(trained, name).values())
         for name in (
@@ -206,8 +206,7 @@ def test_stage_learns(trained):
             "rarest_digit",
         )
     }
-    print(measured, values[::10])  # XXX
-    assert measured["character_error_rate"][-1] < 0.5
+    assert measured["character_error_rate"][-1] < 0.2
     assert measured["mel_error"][-1] < measured["mel_error"][0]
     assert measured["rarest_digit"][-1] > 0.05
     assert 50 < measured["perplexity"][-1] <= measured["units_used"][-1]
