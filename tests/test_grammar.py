@@ -158,7 +158,7 @@ def test_all_dialogues_that_exist_are_found_and_one_more_is_refused(grammar_file
             sample(grammar, **{split: 1})
     replies = 55 + 3
     assert len(set(sentences(grammar, "replies", replies, 0))) == replies
-    with pytest.raises(ValueError, match=rf"has {replies} distinct replies, {replies + 1} are"):
+    with pytest.raises(ValueError, match=rf"has {replies} distinct replies or few more; "):
         list(sentences(grammar, "replies", replies + 1, 0))
 
 

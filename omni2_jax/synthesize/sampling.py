@@ -86,21 +86,31 @@ class Sampler:
 def sentences(grammar: Grammar, kind: str, count: int, seed: int) -> Iterator[str]:
     """`count` distinct sentences of the split "seen".
 
-    kind: "questions", "replies" or "both". Raises ValueError, after those that there are, if the
-    grammar has fewer.
+    kind: "questions", "replies" or "both". Raises ValueError, after those that were found, if the
+    grammar has fewer, or hardly any more.
     """
     found: dict[str, None] = {}
-    sampler = iter(Sampler(grammar, {"seen": sys.maxsize}, seed))
-    while len(found) < count:
-        try:
-            dialogue = next(sampler)
-        except ValueError:
-            raise ValueError(
-                f"the grammar has {len(found)} distinct {kind}, {count} are wanted"
-            ) from None
-        for turn in dialogue.turns:
-            texts = {"questions": [turn.question], "replies": [turn.reply]}
-            for text in texts.get(kind, [turn.question, turn.reply]):
-                if text and text not in found and len(found) < count:
-                    found[text] = None
+    failures = 0
+    try:
+        for dialogue in Sampler(grammar, {"seen": sys.maxsize}, seed):
+            failures += 1
+            for text in texts(dialogue, kind):
+                if text and text not in found:
+                    found[text], failures = None, 0
                     yield text
+                if len(found) == count:
+                    return
+            if failures > MAX_FAILURES:  # new dialogues of sentences that are not new
+                break
+    except ValueError:
+        pass  # there are no more dialogues
+    raise ValueError(
+        f"the grammar has {len(found)} distinct {kind} or few more; {count} are wanted"
+    )
+
+
+def texts(dialogue: TextDialogue, kind: str) -> list[str]:
+    """The questions, the replies or both, in their order."""
+    pairs = [(turn.question, turn.reply) for turn in dialogue.turns]
+    chosen = {"questions": slice(0, 1), "replies": slice(1, 2)}.get(kind, slice(0, 2))
+    return [text for pair in pairs for text in pair[chosen]]
