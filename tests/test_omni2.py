@@ -2,13 +2,15 @@
 
 import copy
 import dataclasses
+import shutil
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import soundfile
 
 from omni2_jax.checkpoint import voices
-from omni2_jax.generate.omni2 import Answer, Omni2
+from omni2_jax.generate.omni2 import Answer, Omni2, describe
 from omni2_jax.models.model import SPEECH
 from tests.support.conversations import CASES, GREEDY, clip, conversation
 
@@ -125,3 +127,22 @@ def test_chunks_smaller_than_a_write(model):
     assert (
         len(answer.waveform) == 960 * len(answer.units) > 0 and np.isfinite(answer.waveform).all()
     )
+
+
+def test_text_alone(checkpoint_dir, new_checkpoint, tmp_path):
+    """Without speech LM and decoder the text is the same, and no unit is written."""
+    model = Omni2.load(checkpoint_dir, dtype=jnp.float32, speech=False)
+    assert set(model.params) == {"speech_encoder", "adapter", "llm"}
+    answer = model.answer(conversation("A"), options=GREEDY)
+    assert answer.text == CASES["A"]["text"].strip()
+    assert answer.units == [] and answer.unit_text == "" and answer.waveform is None
+    # Nothing else has to be there: a little LLM that has heard, but does not speak yet.
+    little = shutil.copytree(new_checkpoint, tmp_path / "little")
+    for part in ("fusion", "speech_lm", "flow", "vocoder"):
+        shutil.rmtree(little / "params" / part)
+    config, _, _ = describe(little, decoder=True, speech=False)
+    assert config.speech_lm is None and config.flow is None
+    with pytest.raises(
+        ValueError, match=r"lacks fusion, speech_lm: .* \(--text-only, speech=False\)"
+    ):
+        describe(little, decoder=False)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import rich.text
 import typer
 
-from omni2_jax.cli.chat_questions import answer_questions, save_speech
+from omni2_jax.cli.chat_questions import answer_questions, check_prompts, save_speech
 from omni2_jax.cli.chat_timing import Timing, timed_replies
 from omni2_jax.cli.console import console, say
 from omni2_jax.cli.paths import directory
@@ -52,6 +52,12 @@ def chat(
     ] = None,
     no_wav: Annotated[
         bool, typer.Option("--no-wav", help="Text and units only, no audio.")
+    ] = False,
+    text_only: Annotated[
+        bool,
+        typer.Option(
+            "--text-only", help="Text alone: neither the speech LM nor the decoder is needed."
+        ),
     ] = False,
     batch: Annotated[
         int, typer.Option(min=1, help="With --questions: how many to answer at the same time.")
@@ -177,8 +183,13 @@ def chat(
         seamless=not no_seamless,
         long_turns="truncate" if truncate else "split" if split_long else "refuse",
     )
+    no_wav = no_wav or text_only
     load = functools.partial(
-        Omni2.load, checkpoint, decoder=not no_wav, mesh=parse_mesh(mesh) if mesh else None
+        Omni2.load,
+        checkpoint,
+        decoder=not no_wav,
+        mesh=parse_mesh(mesh) if mesh else None,
+        speech=not text_only,
     )
     if questions:
         if wavs or out or stream or out_dir is None:
@@ -187,14 +198,16 @@ def chat(
             )
         window = Omni2Config.load(checkpoint / "config.json").segment_samples
         items = read_questions(questions, options.long_turns, window)
-        answer_questions(load, checkpoint, items, out_dir, not no_wav, batch, voice, options)
+        check_prompts(checkpoint, not no_wav, not text_only, items, options)
+        answer_questions(load, items, out_dir, not no_wav, batch, voice, options)
         return
     if not wavs:
         raise ValueError("nothing to answer: give wav files, or --questions with --out-dir")
     if str(out) == "-" and not stream:
         raise ValueError("--out - needs --stream")
     if out and no_wav:
-        raise ValueError("--out and --no-wav exclude each other")
+        option = "--text-only" if text_only else "--no-wav"
+        raise ValueError(f"--out and {option} exclude each other")
     from omni2_jax.audio import recordings
 
     # A bad file is reported before minutes are spent on the others.
@@ -237,7 +250,8 @@ def converse(session: "Session", wavs: list[Path], outs: list[Path | None]) -> N
         is_saved = out is not None and save_speech(out, answer.waveform)
         seconds = answer.waveform.size / recordings.OUTPUT_RATE
         speech = f", {seconds:.2f} s of speech" if seconds else ""  # none with --no-wav
-        say(f"{len(answer.units)} units{speech}" + (f" -> {out}" if is_saved else ""))
+        if session.engine.config.speech_lm:
+            say(f"{len(answer.units)} units{speech}" + (f" -> {out}" if is_saved else ""))
 
 
 def print_text(replies: "Iterator[Reply]", file) -> "Iterator[Reply]":

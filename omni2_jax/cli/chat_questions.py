@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
 def answer_questions(
     load: "Callable[[], Omni2]",
-    checkpoint: Path,
     questions: "Sequence[Question]",
     out_dir: Path,
     with_wav: bool,
@@ -30,8 +29,8 @@ def answer_questions(
     """Answer every question, `batch` at the same time.
 
     As soon as an answer is complete, its line in OUT_DIR/answers.jsonl and its wav are written.
-    load: loads the checkpoint. Raises ValueError, naming file and item, for a conversation that is
-    too long (before the model is loaded) or whose answer fails.
+    load: loads the checkpoint. Raises ValueError, naming file and item, for a conversation whose
+    answer fails.
     """
     from omni2_jax.audio import recordings
     from omni2_jax.generate.omni2 import join
@@ -41,7 +40,6 @@ def answer_questions(
         raise ValueError(f"{answers} exists already; give a new --out-dir")
     existing = next(parent for parent in answers.absolute().parents if parent.exists())
     recordings.check_writable(existing / answers.name)
-    check_prompts(checkpoint, with_wav, questions, options)
     with console.status("loading"):
         model = load()
         conversations = [question.turns for question in questions]
@@ -63,16 +61,21 @@ def answer_questions(
 
 
 def check_prompts(
-    checkpoint: Path, decoder: bool, questions: "Sequence[Question]", options: "Options"
+    checkpoint: Path,
+    decoder: bool,
+    speech: bool,
+    questions: "Sequence[Question]",
+    options: "Options",
 ) -> None:
     """Raise ValueError, naming file and item, for a conversation that is too long.
 
-    This needs the checkpoint's config and tokenizer, not its parameters.
+    This needs the checkpoint's config and tokenizer, not its parameters. decoder, speech: see
+    `generate.omni2.parts_of`.
     """
     from omni2_jax.generate.omni2 import describe
     from omni2_jax.generate.prompts import prompt_ids
 
-    config, tokenizer, _ = describe(checkpoint, decoder)
+    config, tokenizer, _ = describe(checkpoint, decoder, speech)
     for question in questions:
         try:
             prompt_ids(tokenizer, question.turns, options.long_turns, config.max_prompt)

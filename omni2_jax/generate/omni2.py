@@ -34,6 +34,7 @@ from omni2_jax.generate.read_write_state import Request
 from omni2_jax.generate.session import Reply, Session
 from omni2_jax.models.model import for_serving, language_dtype
 
+TEXT_PARTS = ("speech_encoder", "adapter", "llm")  # what answers in text need
 TEMPLATE = 128  # positions that the chat template adds to a turn at most
 BUCKET = 256  # buffer sizes are multiples of this, so that few sizes are ever compiled
 DEFAULT_SLOTS = 8  # conversations that `Omni2.streams` answers at the same time at most
@@ -93,6 +94,7 @@ class Omni2:
         unroll: bool | None = None,
         read: int | None = None,
         write: int | None = None,
+        speech: bool = True,
     ) -> "Omni2":
         """Read a checkpoint directory.
 
@@ -104,15 +106,16 @@ class Omni2:
         (`for_serving`).
         read, write: R and W of the read/write rule; by default the checkpoint's, with which the
         speech LM was trained.
+        speech: False answers in text alone; neither speech LM nor decoder is loaded.
         Raises ValueError naming what is missing or damaged.
         """
         directory = remote.as_path(directory)
-        config, tokenizer, defaults = describe(directory, decoder)
+        config, tokenizer, defaults = describe(directory, decoder, speech)
         config = config.replace(read=read or config.read, write=write or config.write)
         default = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
         if mesh:
             sharding.check(mesh, config.llm.width, config.llm.hidden)
-        loaded = config.only(*parts_of(decoder))
+        loaded = config.only(*parts_of(decoder, speech))
         graph, params = parameters.load(directory, loaded, jnp.dtype(dtype or default), mesh)
         graph, params = for_serving(graph, params, unroll)
         return cls(directory, config, graph, params, tokenizer, defaults)
@@ -287,29 +290,39 @@ def join(replies: Iterator[Reply], spoken: bool) -> Answer:
     )
 
 
-def parts_of(decoder: bool) -> tuple[str, ...]:
-    """The parts of a checkpoint that answers need, with or without flow and vocoder."""
+def parts_of(decoder: bool, speech: bool = True) -> tuple[str, ...]:
+    """The parts of a checkpoint that answers need, with or without flow and vocoder.
+
+    speech: False for answers in text alone.
+    """
+    if not speech:
+        return TEXT_PARTS
     return (*LANGUAGE_PARTS, "flow", "vocoder") if decoder else LANGUAGE_PARTS
 
 
-def describe(directory: Path, decoder: bool) -> tuple[Omni2Config, Tokenizer, dict]:
+def describe(
+    directory: Path, decoder: bool, speech: bool = True
+) -> tuple[Omni2Config, Tokenizer, dict]:
     """Everything of a checkpoint but its parameters: config, tokenizer, generation_config.json.
 
-    Raises ValueError naming what is missing or damaged.
+    decoder, speech: see `parts_of`. Raises ValueError naming what is missing or damaged.
     """
     config = Omni2Config.load(directory / "config.json")
-    present = parameters.parts(directory)
-    missing = [part for part in parts_of(decoder) if part not in present]
+    present, needed = parameters.parts(directory), parts_of(decoder, speech)
+    missing = [part for part in needed if part not in present]
     if missing:
+        can_write = speech and not set(missing) & set(TEXT_PARTS)
+        hint = "; or answer in text alone (--text-only, speech=False)" if can_write else ""
         is_language = bool(set(missing) & set(LANGUAGE_PARTS))
         release = "LLaMA-Omni2 release with --omni2" if is_language else "decoder with --decoder"
         raise ValueError(
             f"{directory} lacks {', '.join(missing)}: add it with `omni2 convert` from a {release}"
+            f"{hint}"
         )
-    config.need(directory / "config.json", *parts_of(decoder))
+    config.need(directory / "config.json", *needed)
     tokenizer = Tokenizer(directory, config, config.speech_positions)
     defaults = generation_defaults(directory / "generation_config.json")
-    return config.only(*parts_of(decoder), "speaker"), tokenizer, defaults
+    return config.only(*needed, "speaker"), tokenizer, defaults
 
 
 def generation_defaults(path: Path) -> dict:

@@ -76,9 +76,14 @@ def read_write(
 ) -> tuple[ReadWriteState, ReadWriteOutput]:
     """One step of every slot: up to R text tokens, their fusion, up to W speech tokens.
 
-    units_only: only units and the end token can be sampled.
+    units_only: only units and the end token can be sampled. Without a speech LM nothing is written,
+    and the answer ends with its text.
     """
     state, text_tokens, hiddens, ended = read(model, state)
+    if model.speech_lm is None:
+        state = dataclasses.replace(state, phase=jnp.where(ended, IDLE, state.phase))
+        no_speech = jnp.full((ended.size, model.config.write), -1, jnp.int32)
+        return state, ReadWriteOutput(text_tokens, no_speech, state.phase)
     state, speech_tokens = write(model, state, text_tokens, hiddens, ended, units_only)
     return state, ReadWriteOutput(text_tokens, speech_tokens, state.phase)
 

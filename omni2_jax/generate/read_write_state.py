@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from omni2_jax.config import Omni2Config
+from omni2_jax.config import DecoderConfig, Omni2Config
 from omni2_jax.generate.options import Options
 from omni2_jax.generate.sampling import Sampling
 from omni2_jax.models.kv_cache import KVCache
@@ -19,6 +19,8 @@ Array = jax.Array
 
 # Phases of a slot. FAILED: logits were not finite. No step changes such a slot, as if it were idle.
 IDLE, READING, FLUSHING, FAILED = range(4)
+# Stands for a speech LM that is not there, so that its KV cache has a place in the state.
+NO_SPEECH_LM = DecoderConfig(vocabulary=1, width=2, layers=1, heads=1, kv_heads=1, hidden=1)
 MAX_EOS = 8  # end-of-text tokens that a request may name
 
 
@@ -113,7 +115,11 @@ class ReadWriteState:
             hidden=jnp.zeros((slots, config.llm.width), dtype),
             generated_mask=jnp.zeros((slots, config.llm.vocabulary), bool),
             text_count=zeros(),
-            speech=KVCache.empty(config.speech_lm, slots, speech_capacity, dtype),
+            speech=(
+                KVCache.empty(config.speech_lm, slots, speech_capacity, dtype)
+                if config.speech_lm
+                else KVCache.empty(NO_SPEECH_LM, slots, 1, dtype)
+            ),
             speech_length=zeros(),
             last_speech_token=zeros() - 1,
             flush_count=zeros(),
