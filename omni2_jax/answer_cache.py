@@ -2,9 +2,8 @@
 
 import hashlib
 import json
-import os
-import socket
 import threading
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ class AnswerCache:
                 if line.endswith(b"\n"):
                     key, text = json.loads(line)
                     self.answers[key] = text
-        name = f"answers-{socket.gethostname()}-{os.getpid()}.jsonl"
+        name = f"answers-{uuid.uuid4().hex}.jsonl"  # process ids are used again
         self.file = open(directory / name, "ab")  # noqa: SIM115 - it lives as long as the process
 
     def get(self, request: Mapping[str, Any]) -> str | None:

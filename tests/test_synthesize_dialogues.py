@@ -153,6 +153,9 @@ def test_kill(standin, seeds, tmp_path):
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     assert not out.exists()
+    (answers,) = (tmp_path / "out.jsonl.work" / "answers").glob("*.jsonl")
+    with open(answers, "ab") as file:
+        file.write(b'["0123')  # a line that was being written
     standin.always.clear()
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     asked = paid(standin)

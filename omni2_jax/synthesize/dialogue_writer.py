@@ -51,7 +51,8 @@ class WriterSettings:
 
 
 class DialogueWriter:
-    """Writes the dialogue of a payload {"key", "text", "fault"}, see `seeds.Seed`.
+    """Writes the dialogue of a payload {"key", "text", "fault"}, see `seeds.Seed`. Its topic is the
+    name of the seeds' file.
 
     cache: a directory for the answers, see `AnswerCache`. Raises EndpointError or AnswerError if
     the server is not there, or does not answer a trial.
@@ -79,7 +80,7 @@ class DialogueWriter:
             except Refused as refusal:
                 shortened = refusal.reason
         texts = [TextTurn(question, reply) for question, reply in turns]
-        dialogue = TextDialogue(key, "seen", "", texts)
+        dialogue = TextDialogue(key, "seen", key.rpartition("-")[0], texts)
         return Result({"dialogue": dataclasses.asdict(dialogue), "shortened": shortened})
 
     def first_turn(self, key: str, seed: str) -> tuple[str, str]:
