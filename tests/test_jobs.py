@@ -128,7 +128,7 @@ def test_a_damaged_source_keeps_what_was_read_before(tmp_path):
 def test_shards(expected, tmp_path):
     for index in (2, 0):
         assert run(tmp_path, where=Where(shard=Shard(index, 3))) is None
-    with pytest.raises(ValueError, match=r"20 words are missing in .*--shard 1/3 first"):
+    with pytest.raises(ValueError, match=r"20 words are missing in .*--shard 1/3"):
         run(tmp_path)
     assert run(tmp_path, where=Where(shard=Shard(1, 3))) is None
     write(run(tmp_path), tmp_path / "result.jsonl")
@@ -199,6 +199,13 @@ def test_nothing_is_left_of_a_job_without_outcomes(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match=r"cannot write to .*file/b"):
         Job("words", tmp_path / "file" / "b", {}, fail).run(items(3))
+
+
+def test_more_and_fewer_items(tmp_path):
+    for count in (9, 20, 5):
+        results = run(tmp_path, count)
+        assert results is not None and len(results) == len(list(results)) == count
+    assert set(calls(tmp_path).values()) == {1}
 
 
 def test_no_items(tmp_path):

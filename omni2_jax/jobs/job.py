@@ -4,7 +4,7 @@ import contextlib
 import hashlib
 import itertools
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,7 +58,7 @@ class Job:
         Raises ValueError, one line, if the journal was begun with other settings or items, is in
         use, is damaged or cannot be written; if two items have the same key; if shards are missing.
         """
-        shard = where.shard or WHOLE
+        shard, items = where.shard or WHOLE, Counted(items)
         counts = {other.count for other in shards_in(self.directory)}
         if len(counts) == 1 and counts != {1} and shard == WHOLE:
             return self.merge(items, counts.pop())
@@ -70,7 +70,7 @@ class Job:
         with self.journal(shard) as journal:
             self.process(items, where, total, journal)
         if shard == WHOLE:
-            return Results(self.name, self.directory, [journal])
+            return Results(self.name, self.directory, [journal], items.count)
         say(
             f"shard {shard} of the {self.name} is complete; when all shards are, run the same "
             "command without --shard"
@@ -103,30 +103,44 @@ class Job:
             return pools.threads(self.make, workers)
         return pools.processes(self.make, workers)
 
-    def merge(self, items: Iterable[Item], count: int) -> Results:
+    def merge(self, items: "Counted", count: int) -> Results:
         """The outcomes of `count` shards. Raises ValueError naming the shards that lack some."""
         journals = [self.journal(Shard(index, count)) for index in range(count)]
         with contextlib.ExitStack() as stack:
             for shard in shards_in(self.directory):
                 stack.enter_context(journals[shard.index])
-            tasks = list(lacking(items, journals))
-        if tasks:
-            shards = sorted({task.number % count for task in tasks})
+            missing = [task.number for task in lacking(items, journals)]
+        if missing:
+            shards = sorted({Shard(number % count, count) for number in missing})
             raise ValueError(
-                f"{len(tasks):,} {self.name} are missing in {self.directory}; run the command with "
-                f"--shard {', '.join(str(Shard(index, count)) for index in shards)} first"
+                f"{len(missing):,} {self.name} are missing in {self.directory}; first run the "
+                f"command with --shard {', '.join(map(str, shards))}"
             )
-        return Results(self.name, self.directory, journals)
+        return Results(self.name, self.directory, journals, items.count)
 
     def journal(self, shard: Shard) -> Journal:
         """The journal of a shard."""
         return Journal(self.directory, shard, {"job": self.name, **self.settings})
 
 
+class Counted:
+    """Items, and how many there were so far."""
+
+    def __init__(self, items: Iterable[Item]):
+        self.items, self.count = items, 0
+
+    def __iter__(self) -> Iterator[Item]:
+        for item in self.items:
+            self.count += 1
+            yield item
+
+
 def lacking(
-    items: Iterable[Item], journals: list[Journal], ours=lambda number: True
+    items: Iterable[Item],
+    journals: list[Journal],
+    ours: Callable[[int], bool] = lambda number: True,
 ) -> Iterator[Task]:
-    """The items without an outcome.
+    """The items without an outcome. ours: whether the item of a number is to be looked at.
 
     Raises ValueError if two items have the same key, or one differs from the item of its outcome.
     """

@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, cast
 
 import ray
+import rich.text
 from ray.exceptions import RayError, RayTaskError
 
 from omni2_jax.cli.console import say
@@ -78,7 +79,7 @@ class Notes(io.TextIOBase):
 
     def write(self, text: str) -> int:
         if text.strip():
-            say(text.strip().splitlines()[0])
+            say(rich.text.Text.from_ansi(text.strip().splitlines()[0]).plain)
         return len(text)
 
 

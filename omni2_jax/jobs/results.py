@@ -11,17 +11,18 @@ from omni2_jax.jobs.journal import Journal, Outcome, read_outcome
 class Results:
     """All outcomes of a job in the order of its items, read one at a time from its journals.
 
-    name: what the items are called in the summary. Files of results are in `directory`.
-    refused: the number of refused items by reason.
+    name: what the items are called in the summary. Files of results are in `directory`. count: of
+    the items; an earlier run may have had more. refused: the number of refused items by reason.
     """
 
-    def __init__(self, name: str, directory: Path, journals: Sequence[Journal]):
+    def __init__(self, name: str, directory: Path, journals: Sequence[Journal], count: int):
         self.name, self.directory = name, directory
         self.journals = [journal for journal in journals if journal.places]  # others have no file
         places = [
             (number, place, source)
             for source, journal in enumerate(self.journals)
             for number, place in journal.places.items()
+            if number < count
         ]
         self.places = sorted(places)
         self.refused = Counter(place.reason for _, place, _ in places if place.reason is not None)

@@ -77,7 +77,7 @@ def prepare(
         origin = {"tokenizer": str(speech_tokenizer), "fingerprint": fingerprint(tokenizer)}
     if where.ray is not None and speech_tokenizer is not None:
         tokenizer = remote.absolute(speech_tokenizer)  # each worker loads it
-    settings = {"source": str(source), "bytes": sources.size(source), "format": format}
+    settings = {"source": str(source.absolute()), "bytes": sources.size(source), "format": format}
     settings |= {"split": split, "batch": batch, "max_seconds": max_seconds, **origin}
     make = functools.partial(GroupWorker, source, tokenizer, batch, max_seconds, strict)
     with work_directory(out) as directory:
