@@ -126,6 +126,23 @@ def test_dialogues_become_a_data_set(tmp_path, monkeypatch, capsys):
     assert {line.split(" ", 1)[1] for line in new.splitlines() if line} == {"One, two, three."}
 
 
+def test_sentences_become_recordings_of_a_voice(tmp_path):
+    (tmp_path / "text.txt").write_text("The sea is blue.\n\nThat is FAIL.\nTea is hot.\n")
+    absent = [{"engine": "tts", "voices": ["fail"]}]  # no question is asked
+    voices = read_voices(voices_file(tmp_path, questions=absent))
+    out = tmp_path / "out"
+    synthesize_speech(
+        tmp_path / "text.txt", voices, out, SpeakerOptions(), Shares(), Where(), workers=2
+    )
+    lines = [json.loads(line) for line in (out / "metadata.jsonl").read_text().splitlines()]
+    assert [line["text"] for line in lines] == ["The sea is blue.", "Tea is hot."]
+    assert json.loads((out / "left_out.jsonl").read_text())["id"] == "s000002"
+    prepare.prepare(out, tmp_path / "data")
+    data = Dataset(tmp_path / "data")
+    assert [data.dialogue(i).turns[0].text for i in range(2)] == [line["text"] for line in lines]
+    assert data.dialogue(0).is_recording
+
+
 def pitch(path: Path) -> float:
     """The strongest frequency of a recording in Hz."""
     samples = recordings.load(path, 16000)
@@ -389,7 +406,7 @@ def test_the_voices_of_the_recipe(monkeypatch):
 
 
 def test_no_dialogues(tmp_path):
-    with pytest.raises(ValueError, match=r"dialogues.jsonl holds no dialogue"):
+    with pytest.raises(ValueError, match=r"dialogues.jsonl holds no dialogues"):
         speak(tmp_path, [])
     assert not (tmp_path / "out").exists()
 

@@ -12,7 +12,11 @@ from omni2_jax.cli.where import RayGpusOption, RayOption, ShardOption, WorkersOp
 
 def speech(
     dialogues: Annotated[
-        Path, typer.Option(help="The .jsonl file of `omni2 synthesize dialogues`.")
+        Path,
+        typer.Option(
+            help="The .jsonl file of `omni2 synthesize dialogues`; or a .txt file of sentences, "
+            "for recordings of the voice of the replies."
+        ),
     ],
     voices: Annotated[
         Path,

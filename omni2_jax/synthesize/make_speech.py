@@ -9,14 +9,19 @@ In the directory it makes:
     left_out.jsonl the dialogues that could not be spoken: {"id", "reason", "message"}
     journal-...    what is finished: the same command goes on where a killed one stopped
 
+Of a text file, each line is a sentence, which the voice of the replies speaks:
+
+    metadata.jsonl  {"id", "text", "audio", "seconds", "wer"}
+
 Dialogues whose split is not "seen" are for the test; half of them are spoken in voices that are
 held out. Of the others, one share is for the validation, and one, in held-out voices, for the test.
 """
 
 import functools
 import hashlib
+import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -51,31 +56,55 @@ def synthesize_speech(
     where: Where,
     workers: int,
 ) -> None:
-    """Speak all dialogues of a .jsonl file into the directory `out`.
+    """Speak all dialogues of a .jsonl file, or all lines of a .txt file, into the directory `out`.
 
     workers: dialogues that are spoken at the same time, unless `where` says otherwise. Raises
     ValueError, before anything is spoken, if the dialogues cannot be read, or an engine or a voice
     is not there.
     """
-    total = sum(1 for _ in read_dialogues(dialogues))
+    is_text = dialogues.suffix == ".txt"
+    name = "sentences" if is_text else "dialogues"
+
+    def items() -> Iterator[Item]:
+        if is_text:
+            return sentences(dialogues)
+        held_out = bool(voices.held_out)
+        return (
+            Item(one.id, payload(one, options.seed, shares, held_out))
+            for one in read_dialogues(dialogues)
+        )
+
+    total = sum(1 for _ in items())
     if not total:
-        raise ValueError(f"{dialogues} holds no dialogue")
+        raise ValueError(f"{dialogues} holds no {name}")
     with console.status("checking engines and voices"):
-        for name, used in voices.used().items():
-            open_engine(name, voices.engines[name]).check(used)
+        for engine, names in voices.used(replies_only=is_text).items():
+            open_engine(engine, voices.engines[engine]).check(names)
     settings = asdict(options) | asdict(shares)
     content = json.dumps(voices.model_dump(mode="json"), sort_keys=True)
     settings["voices"] = hashlib.sha256(content.encode()).hexdigest()[:16]
-    job = Job("dialogues", out, settings, functools.partial(Speaker, voices, options), workers)
-    results = job.run(items(dialogues, voices, options.seed, shares), where, total)
-    if results is not None:
+    job = Job(name, out, settings, functools.partial(Speaker, voices, options), workers)
+    results = job.run(items(), where, total)
+    if results is None:
+        return
+    if is_text:
+        write_lines(results, out / "metadata.jsonl", lambda value: value)
+    else:
         write_manifests(results, out)
+    write_left_out(results, out / "left_out.jsonl")
+    say(results.summary())
 
 
-def items(dialogues: Path, voices: VoicesFile, seed: int, shares: Shares) -> Iterator[Item]:
-    """The dialogues as items of the job."""
-    for dialogue in read_dialogues(dialogues):
-        yield Item(dialogue.id, payload(dialogue, seed, shares, bool(voices.held_out)))
+def sentences(path: Path) -> Iterator[Item]:
+    """The lines of a text file as items. Raises ValueError if it is no text."""
+    try:
+        with open(path, encoding="utf-8") as lines:
+            for number, line in enumerate(lines):
+                if line.strip():
+                    name = f"s{number:06d}"
+                    yield Item(name, {"id": name, "text": line.strip()})
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is not a text file in UTF-8") from None
 
 
 def payload(dialogue: TextDialogue, seed: int, shares: Shares, held_out: bool) -> dict[str, Any]:
@@ -116,26 +145,43 @@ class Count:
 
 
 def write_manifests(results: Results, out: Path) -> None:
-    """Write the manifests and left_out.jsonl, and print what they hold."""
+    """Write the manifests that have dialogues, and print what they hold."""
     counts = {}
     for place in PLACES:
         counts[place] = Count()
-        lines = (one.value["line"] for one in results.accepted() if one.value["place"] == place)
-        with files.atomic_write(out / f"{place}.jsonl") as file:
-            for line in lines:
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
-                counts[place].add(line)
-        if not counts[place].dialogues:
-            (out / f"{place}.jsonl").unlink()
-    with files.atomic_write(out / "left_out.jsonl") as file:
+
+        def line_of(value: dict[str, Any], place: str = place) -> dict[str, Any] | None:
+            if value["place"] != place:
+                return None
+            counts[place].add(value["line"])
+            return value["line"]
+
+        write_lines(results, out / f"{place}.jsonl", line_of)
+    console.print(table(counts))
+
+
+def write_lines(
+    results: Results, path: Path, line_of: Callable[[dict[str, Any]], dict[str, Any] | None]
+) -> None:
+    """Write a line for each value for which `line_of` gives one; without any, no file."""
+    lines = (line for one in results.accepted() if (line := line_of(one.value)) is not None)
+    first = next(lines, None)
+    if first is None:
+        return
+    with files.atomic_write(path) as file:
+        for line in itertools.chain([first], lines):
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+def write_left_out(results: Results, path: Path) -> None:
+    """Write what was refused, by name and with its reason."""
+    with files.atomic_write(path) as file:
         for one in results:
             if one.reason is not None:
                 left_out = {"id": one.key, "reason": one.reason, "message": one.message}
                 file.write(json.dumps(left_out, ensure_ascii=False) + "\n")
-    console.print(table(counts))
-    say(results.summary())
     if results.refused:
-        say(f"{out / 'left_out.jsonl'} names all that were refused")
+        say(f"{path} names all that were refused")
 
 
 def table(counts: dict[str, Count]) -> rich.table.Table:

@@ -60,19 +60,23 @@ class Speaker:
         self.failures = 0
 
     def __call__(self, dialogue: Mapping[str, Any]) -> Result:
-        """See `make_speech.payload` and `make_speech` for what goes in and comes out.
+        """See `make_speech` for what comes out of a dialogue, or of a sentence {"id", "text"}.
 
         Raises Refused if a clip cannot be made, ValueError or RuntimeError if none can.
         """
+        if "text" in dialogue:
+            return self.sentence(dialogue["id"], dialogue["text"])
         voice, questions = self.questions(dialogue)
-        replies = [self.reply(dialogue, number) for number in range(len(dialogue["turns"]))]
+        replies = [
+            self.reply(turn["reply"], f"{dialogue['id']}/{number}")
+            for number, turn in enumerate(dialogue["turns"])
+        ]
         turns, files = [], {}
-        folder = f"clips/{hashlib.sha256(dialogue['id'].encode()).hexdigest()[:2]}"
         for number, turn in enumerate(dialogue["turns"]):
             texts = {"user": turn["question"], "assistant": turn["reply"]}
             for role, spoken in (("user", questions[number]), ("assistant", replies[number])):
                 rate = recordings.INPUT_RATE if role == "user" else recordings.OUTPUT_RATE
-                name = f"{folder}/{dialogue['id']}-{number}-{role}.flac"
+                name = f"{folder_of(dialogue['id'])}/{dialogue['id']}-{number}-{role}.flac"
                 files[name] = recordings.encode(spoken.samples, rate)
                 seconds = round(len(spoken.samples) / rate, 3)
                 turns.append({"role": role, "text": texts[role], "audio": name, "seconds": seconds})
@@ -109,14 +113,21 @@ class Speaker:
         samples = augment.changed(spoken.samples, recordings.INPUT_RATE, changes, rng)
         return Spoken(samples, spoken.notes | {"augment": changes})
 
-    def reply(self, dialogue: Mapping[str, Any], number: int) -> "Spoken":
-        """A reply. Raises Refused after the last attempt."""
+    def sentence(self, id: str, text: str) -> Result:
+        """A sentence in the voice of the replies."""
+        spoken = self.reply(text, id)
+        name = f"{folder_of(id)}/{id}.flac"
+        seconds = round(len(spoken.samples) / recordings.OUTPUT_RATE, 3)
+        line = {"id": id, "text": text, "audio": name, "seconds": seconds} | spoken.notes
+        return Result(line, {name: recordings.encode(spoken.samples, recordings.OUTPUT_RATE)})
+
+    def reply(self, text: str, key: str) -> "Spoken":
+        """A text in the voice of the replies. Raises Refused after the last attempt."""
         failure = Refused("no attempts", "")
         for attempt in range(self.options.attempts):
-            key = f"{self.options.seed}/{dialogue['id']}/{number}/reply/{attempt}"
+            seed_key = f"{self.options.seed}/{key}/reply/{attempt}"
             try:
-                text = dialogue["turns"][number]["reply"]
-                return self.clip(text, self.reply_voice, key, recordings.OUTPUT_RATE)
+                return self.clip(text, self.reply_voice, seed_key, recordings.OUTPUT_RATE)
             except Refused as refused:
                 failure = Refused(refused.reason, f"reply: {refused.message}")
         raise failure
@@ -163,3 +174,8 @@ class Spoken:
 def number_of(key: str) -> int:
     """A seed of 31 bits that follows from a text."""
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "little") >> 1
+
+
+def folder_of(id: str) -> str:
+    """The folder of the clips of an id. There are 256 of them, so that none gets too large."""
+    return f"clips/{hashlib.sha256(id.encode()).hexdigest()[:2]}"

@@ -140,10 +140,10 @@ class VoicesFile(Entry):
                     )
         return self
 
-    def used(self) -> dict[str, list[str]]:
+    def used(self, replies_only: bool = False) -> dict[str, list[str]]:
         """The voices that each engine is to speak with."""
         voices: dict[str, list[str]] = {self.replies.engine: [expanded(self.replies.voice)]}
-        for entry in (*self.questions, *self.held_out):
+        for entry in () if replies_only else (*self.questions, *self.held_out):
             names = map(expanded, entry.names())
             voices.setdefault(entry.engine, []).extend(names)
         return {engine: list(dict.fromkeys(names)) for engine, names in voices.items()}
