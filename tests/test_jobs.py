@@ -56,7 +56,7 @@ def test_the_same_bytes_with_any_workers(kind, workers, expected, tmp_path):
 @pytest.mark.parametrize("kind", ["threads", "processes"])
 def test_kill(kind, expected, tmp_path):
     """A killed process loses what was in flight, twice the workers; a torn line is dropped."""
-    command = [sys.executable, "-m", "tests.support.jobs", tmp_path, COUNT, 0.02, kind]
+    command = [sys.executable, "-m", "tests.support.jobs", tmp_path, COUNT, 0.06, kind]
     command = list(map(str, command))
     journal = tmp_path / "job" / "journal-0-of-1.jsonl"
     process = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
