@@ -42,15 +42,12 @@ def measure(settings: Settings, grid: Sequence[tuple[int, int]] | None = None) -
     """
     published.check_rows(settings.rows)
     tasks = {name: open_task(name, settings.task_options) for name in settings.tasks}
-    items = read_items(settings.data, settings.limit, settings.out / "questions")
-    needs_text = any(task.needs_transcript for task in tasks.values())
-    for task in tasks.values():
-        task.check(items)
     points = [settings] if grid is None else [at(settings, *pair) for pair in grid]
     systems = [open_system(point.system, point.system_options) for point in points]
     recogniser = None
-    if needs_text and settings.recogniser:
+    if settings.recogniser and any(task.needs_transcript for task in tasks.values()):
         recogniser = open_recogniser(settings.recogniser, settings.recogniser_options)
+    items = read_items(settings.data, settings.limit, settings.out / "questions")
     for point, system in zip(points, systems, strict=True):
         if grid is not None:
             say(f"read {point.system_options.read}, write {point.system_options.write}")

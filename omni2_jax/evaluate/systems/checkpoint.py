@@ -41,6 +41,7 @@ class CheckpointSystem:
             "checksum": self.checksum,
             "read": self.options.read or config.read,
             "write": self.options.write or config.write,
+            "trained_with": f"R = {config.read}, W = {config.write}",
             "mix": config.mix,
             "voice": self.options.voice,
             "options": dataclasses.asdict(self.options.options),
