@@ -116,3 +116,4 @@ def test_checks(samples, text, reason):
 
 def test_characters():
     assert spoken_characters("It's 72, isn't it?") == 9 + 2 * 5
+    assert spoken_characters("Tea is spelled T, E, A.") == 12 + 3 * 4

@@ -12,8 +12,11 @@ FRAME_SECONDS = 0.02
 ACTIVE = 10 ** (-40 / 20)  # of the loudest frame: where speech is
 SILENT = 10 ** (-55 / 20)  # the level of the loudest frame of a clip without speech
 FULL_SCALE = 32700 / 32768
-# Characters that a digit stands for, as it is spoken: "7" is "seven".
+# Characters that a digit stands for, as it is spoken: "7" is "seven"; and a letter that is a word
+# of its own, as in a spelling.
 DIGIT_CHARACTERS = 5
+LONE_LETTER_CHARACTERS = 4
+LONE_LETTER = re.compile(r"(?<![\w'])[^\W\d_](?![\w'])")
 SPARE_SECONDS = 0.6  # that a clip may be longer: a single letter takes as long as a short word
 
 
@@ -63,4 +66,5 @@ def spoken_characters(text: str) -> int:
     """The letters of a text as it is spoken, about."""
     digits = len(re.findall(r"\d", text))
     letters = sum(character.isalpha() for character in text)
-    return letters + DIGIT_CHARACTERS * digits
+    lone = len(LONE_LETTER.findall(text))
+    return letters + DIGIT_CHARACTERS * digits + (LONE_LETTER_CHARACTERS - 1) * lone
