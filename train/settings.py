@@ -58,9 +58,8 @@ class Bucket:
 
     segments: int = 1  # windows of the speech encoder (as released, 30 s of question each)
     positions: int = 0  # of the LLM
-    tokens: int = (
-        0  # of the speech LM for one reply; for the stages "units" and "flow": speech units
-    )
+    # Of the speech LM for one reply; for the stages of the decoder speech units, 40 ms each.
+    tokens: int = 0
 
     def __post_init__(self):
         faults = [
@@ -123,12 +122,67 @@ class MeshConfig:
 
 
 @dataclass(frozen=True)
+class VocoderTraining:
+    """The phases and the losses of stage "vocoder".
+
+    First the F0 predictor alone, then the vocoder by its spectra, in the end against discriminators
+    as well. The weights of the losses are the reference's (CosyVoice2's hifigan.py), whose feature
+    loss counts twice; it has no `stft`.
+    """
+
+    segment: int = 50  # mel frames of a recording that a step vocodes: 1 s
+    f0_steps: int = 0  # steps of the F0 predictor alone
+    gan_from: int | None = None  # the first step with discriminators; None: they do not exist
+    mel: float = 45.0
+    stft: float = 22.5
+    f0: float = 1.0
+    adversarial: float = 1.0
+    features: float = 4.0
+    relativistic: float = 1.0
+    f0_peak: float = 1e-3  # highest learning rate of the F0 predictor
+    discriminator_peak: float = 2e-4  # and of the discriminators
+    width: int = 32  # channels of a discriminator's first layer
+    periods: Annotated[tuple[int, ...], pydantic.BeforeValidator(one_or_more)] = (2, 3, 5, 7, 11)
+    resolutions: Annotated[tuple[int, ...], pydantic.BeforeValidator(one_or_more)] = (
+        512,
+        1024,
+        2048,
+    )
+
+    def __post_init__(self):
+        smallest = {"segment": 1, "f0_steps": 0, "mel": 0, "stft": 0, "f0": 0, "adversarial": 0}
+        smallest |= {"features": 0, "relativistic": 0, "width": 1}
+        faults = [
+            f"{name} is {getattr(self, name)}, expected at least {low}"
+            for name, low in smallest.items()
+            if getattr(self, name) < low
+        ]
+        faults += [
+            f"{name} is {getattr(self, name)}, expected more than 0"
+            for name in ("f0_peak", "discriminator_peak")
+            if not getattr(self, name) > 0
+        ]
+        if self.gan_from is not None and self.gan_from < self.f0_steps:
+            faults.append(f"gan_from is {self.gan_from}, less than f0_steps, {self.f0_steps}")
+        faults += [
+            f"periods holds {size}, expected more than 0" for size in self.periods if size < 1
+        ]
+        faults += [
+            f"resolutions holds {size}, expected a power of two from 16 on"
+            for size in self.resolutions
+            if size < 16 or size & (size - 1)
+        ]
+        if faults:
+            raise ValueError("; ".join(faults))
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """The settings of one run. Raises ValueError, naming every setting that is out of range."""
 
     __pydantic_config__ = pydantic.ConfigDict(extra="forbid")
 
-    stage: str  # a key of stages.STAGES: 1a, 1b, 2, units or flow
+    stage: str  # a key of stages.STAGES
     checkpoint: str = ""  # to start from; of `omni2 convert` or an earlier stage
     data: str = ""  # a data set of `omni2 prepare`
     validation: str | None = None  # another data set of `omni2 prepare`
@@ -157,6 +211,9 @@ class TrainConfig:
     # ^ stage flow: chunk sizes to draw from, 0 = the whole reply; empty = the checkpoint's size
     # Stage units: a checkpoint, the speech encoder of which the tokenizer starts from.
     whisper: str | None = None
+    vocoder: Annotated[VocoderTraining, from_sequence(VocoderTraining)] = field(
+        default_factory=VocoderTraining
+    )  # stage vocoder
     # How it is computed
     mesh: Annotated[MeshConfig, from_sequence(MeshConfig)] = field(default_factory=MeshConfig)
     # Of the computation; trained weights are kept in float32.

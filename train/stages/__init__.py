@@ -19,6 +19,7 @@ STAGES = {
     "2": "omni2_jax.train.stages.speech_to_speech:SpeechToSpeech",
     "units": "omni2_jax.train.stages.units:Units",
     "flow": "omni2_jax.train.stages.flow:FlowMatching",
+    "vocoder": "omni2_jax.train.stages.vocoder:VocoderStage",
 }
 
 
@@ -43,7 +44,12 @@ def faults(train: "TrainConfig") -> list[str]:
     for name in STAGES:
         for setting in stage_class(name).settings:
             users.setdefault(setting, []).append(name)
-    defaults = {item.name: item.default for item in dataclasses.fields(train)}
+    defaults = {
+        item.name: item.default
+        if item.default_factory is dataclasses.MISSING
+        else item.default_factory()
+        for item in dataclasses.fields(train)
+    }
     unused = [
         f"{setting} is for stage {' and '.join(names)}; stage {train.stage} does not use it"
         for setting, names in users.items()

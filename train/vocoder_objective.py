@@ -1,0 +1,252 @@
+"""What one step of stage "vocoder" does, by the phase it is in.
+
+Three groups of parameters, each with an AdamW of its own: the F0 predictor, the rest of the
+vocoder, and the discriminators. A group that is not trained in a phase stays as it is, its
+optimizer too. The learning rates are part of the state, so that other rates need no other program.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from omni2_jax import sharding
+from omni2_jax.train import discriminators, spectral
+from omni2_jax.train.optimizer import decayed
+from omni2_jax.train.settings import OptimizerConfig
+from omni2_jax.train.step import Metrics, Objective, Sums, optimizer_shardings
+from omni2_jax.train.weights import Params, Weights
+
+if TYPE_CHECKING:
+    from omni2_jax.train.stages.vocoder import Pieces, VocoderStage
+
+Array = jax.Array
+
+# The groups that change in each phase, in the order of their steps.
+PHASES = {
+    "f0": ("f0",),
+    "spectral": ("f0", "vocoder"),
+    "adversarial": ("discriminators", "f0", "vocoder"),
+}
+GENERATOR = ("f0", "vocoder")  # the groups that are exported
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Rates:
+    """Learning rates of a group: a linear warm-up from its first step on, then a cosine."""
+
+    peak: Array
+    final: Array
+    first: Array  # the group's first step
+    warmup: Array  # in steps
+    steps: Array  # of the run
+
+    @classmethod
+    def of(cls, config: OptimizerConfig, peak: float, first: int, steps: int) -> "Rates":
+        values = (peak, config.final * peak, first, config.warmup * (steps - first), steps)
+        return cls(*(jnp.asarray(value, jnp.float32) for value in values))
+
+    def at(self, step: Array) -> Array:
+        """The learning rate of a step."""
+        since = step - self.first
+        rising = jnp.minimum(1, (since + 1) / jnp.maximum(self.warmup, 1))
+        length = jnp.maximum(self.steps - self.first - self.warmup, 1)
+        share = jnp.clip((since - self.warmup) / length, 0, 1)
+        falling = (1 + jnp.cos(jnp.pi * share)) / 2
+        return rising * (self.final + (self.peak - self.final) * falling)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class State:
+    """Everything that changes, by group."""
+
+    step: Array
+    params: dict[str, Params]  # float32
+    opt: dict[str, optax.OptState]
+    rates: dict[str, Rates]
+    ema: Params | None  # of the vocoder and its F0 predictor
+
+
+class VocoderObjective(Objective):
+    """The F0 predictor, then spectral losses, then discriminators too."""
+
+    def __init__(self, stage: "VocoderStage", weights: Weights, steps: int):
+        self.stage, self.train, self.weights, self.steps = stage, stage.train, weights, steps
+        self.settings = stage.train.vocoder
+        config = stage.train.optimizer
+        adamw = optax.inject_hyperparams(optax.adamw, static_args=("mask",))(
+            learning_rate=0.0,
+            b1=config.beta1,
+            b2=config.beta2,
+            eps=config.eps,
+            weight_decay=config.decay,
+            mask=decayed,
+        )
+        self.clip, self.optimizer = optax.clip_by_global_norm(config.clip), adamw
+        self.mels = weights.config.vocoder.mels
+
+    # The state
+
+    def initial(self, params: Params) -> State:
+        groups = divide(params)
+        settings, config = self.settings, self.train.optimizer
+        starts = {
+            "f0": (settings.f0_peak, 0),
+            "vocoder": (config.peak, settings.f0_steps),
+            "discriminators": (settings.discriminator_peak, settings.gan_from or 0),
+        }
+        rates = {name: Rates.of(config, *starts[name], self.steps) for name in groups}
+        opt = {name: self.optimizer.init(group) for name, group in groups.items()}
+        ema = None if config.ema is None else jax.tree.map(jnp.copy, exported(groups))
+        return State(jnp.zeros((), jnp.int32), groups, opt, rates, ema)
+
+    def shardings(self, params: Params, mesh: Mesh) -> Any:
+        replicated = sharding.replicated(mesh)
+        groups = divide(params)
+        places = {
+            name: {path: self.weights.shardings[path] for path in group}
+            for name, group in groups.items()
+        }
+        opt = {
+            name: optimizer_shardings(self.optimizer, group, places[name], mesh)
+            for name, group in groups.items()
+        }
+        rates = {name: Rates(*[replicated] * 5) for name in groups}  # pyright: ignore[reportArgumentType]
+        ema = None if self.train.optimizer.ema is None else exported(places)
+        return State(replicated, places, opt, rates, ema)  # pyright: ignore[reportArgumentType]
+
+    def result(self, state: State) -> Params:
+        return exported(state.params) if state.ema is None else state.ema
+
+    # A step
+
+    def phase(self, number: int) -> str:
+        return self.stage.phase(number)
+
+    def step(
+        self, state: State, frozen: Params, batch: dict, phase: str = "spectral"
+    ) -> tuple[State, Metrics]:
+        key = jax.random.fold_in(jax.random.key(self.train.seed), state.step)
+        piece_key, source_key = jax.random.split(key)
+        microbatch = jax.tree.map(lambda value: value[0], batch)
+        pieces = self.stage.pieces(self.mels, microbatch, piece_key)
+        params, opt, metrics = dict(state.params), dict(state.opt), {}
+
+        def update(name: str, grads: Params) -> None:
+            """Let a group take its step."""
+            rate = state.rates[name].at(state.step)
+            params[name], opt[name], norm = self.update(params[name], opt[name], grads, rate)
+            metrics[f"{name}_norm"] = norm
+            metrics[f"{name}_rate"] = rate
+
+        if phase == "f0":
+            (metrics["loss"], grads) = jax.value_and_grad(self.f0_loss)(params["f0"], pieces)
+            update("f0", grads)
+        else:
+            generator = {name: params[name] for name in GENERATOR}
+            (samples, f0), pull_back = jax.vjp(
+                lambda groups: self.generate(groups, pieces, source_key), generator
+            )
+            if phase == "adversarial":
+                loss, grads = jax.value_and_grad(self.discriminators_loss)(
+                    params["discriminators"], pieces, samples
+                )
+                metrics["discriminator_loss"] = loss
+                update("discriminators", grads)
+            judges = params.get("discriminators") if phase == "adversarial" else None
+            (metrics["loss"], terms), to_outputs = jax.value_and_grad(
+                lambda outputs: self.losses(outputs, pieces, judges), has_aux=True
+            )((samples, f0))
+            metrics |= terms
+            (grads,) = pull_back(to_outputs)
+            for name in GENERATOR:
+                update(name, grads[name])
+        return State(state.step + 1, params, opt, state.rates, self.average(state, params)), metrics
+
+    def update(
+        self, params: Params, opt: Any, grads: Params, rate: Array
+    ) -> tuple[Params, Any, Array]:
+        """A group after a step with these gradients -> (parameters, optimizer's state, norm)."""
+        norm = optax.tree.norm(grads)
+        grads, _ = self.clip.update(grads, optax.EmptyState())
+        opt = opt._replace(hyperparams=opt.hyperparams | {"learning_rate": rate})
+        updates, opt = self.optimizer.update(grads, opt, params)
+        return optax.apply_updates(params, updates), opt, norm  # pyright: ignore[reportReturnType]
+
+    def average(self, state: State, params: dict[str, Params]) -> Params | None:
+        """The average of the weights after a step."""
+        decay = self.train.optimizer.ema
+        if decay is None or state.ema is None:
+            return None
+        return jax.tree.map(
+            lambda old, new: decay * old + (1 - decay) * new, state.ema, exported(params)
+        )
+
+    # Losses
+
+    def generate(
+        self, groups: dict[str, Params], pieces: "Pieces", key: Array
+    ) -> tuple[Array, Array]:
+        """The vocoder's samples of some pieces, and its F0."""
+        vocoder = self.weights.model(*groups.values()).vocoder
+        return self.stage.generate(vocoder, pieces, key)
+
+    def f0_loss(self, params: Params, pieces: "Pieces") -> Array:
+        """The mean error of the F0 predictor, in Hz."""
+        vocoder = self.weights.model(params).vocoder
+        f0 = vocoder.f0(pieces.mel, jnp.full(len(pieces.mel), pieces.mel.shape[1]))
+        return spectral.row_mean(jnp.abs(f0 - pieces.f0), pieces.rows)
+
+    def discriminators_loss(self, params: Params, pieces: "Pieces", samples: Array) -> Array:
+        """What the discriminators minimize, given recorded pieces and their generated samples."""
+        judge = self.weights.model(params).discriminators
+        real, false = judge(pieces.samples), judge(samples)
+        loss = discriminators.discriminator_loss(real, false, pieces.rows)
+        relativistic = discriminators.relativistic_loss(real, false, pieces.rows)
+        return loss + self.settings.relativistic * relativistic
+
+    def losses(
+        self, outputs: tuple[Array, Array], pieces: "Pieces", judges: Params | None
+    ) -> tuple[Array, Metrics]:
+        """What the vocoder minimizes, and the losses that it consists of, not weighted."""
+        (samples, f0), settings, rows = outputs, self.settings, pieces.rows
+        terms = {
+            "mel": spectral.mel_loss(samples, pieces.samples, rows),
+            "stft": spectral.stft_loss(samples, pieces.samples, rows),
+            "f0": spectral.row_mean(jnp.abs(f0 - pieces.f0), rows),
+        }
+        if judges is not None:
+            judge = self.weights.model(judges).discriminators
+            real, false = judge(pieces.samples), judge(samples)
+            terms |= {
+                "adversarial": discriminators.adversarial_loss(false, rows),
+                "features": discriminators.feature_loss(real, false, rows),
+                "relativistic": discriminators.relativistic_loss(false, real, rows),
+            }
+        loss = sum((getattr(settings, name) * term for name, term in terms.items()), jnp.zeros(()))
+        return loss, {f"{name}_loss": term for name, term in terms.items()}
+
+    def validate(self, params: Params, frozen: Params, batch: dict) -> Sums:
+        """The log-mel difference of whole recordings, see `VocoderStage.loss`."""
+        microbatch = jax.tree.map(lambda value: value[0], batch)
+        return self.stage.measure(self.weights.model(params), microbatch, jax.random.key(0))
+
+
+def divide(values: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Values by path -> by group and path."""
+    groups: dict[str, dict[str, Any]] = {}
+    for path, value in values.items():
+        part, _, rest = path.partition(".")
+        is_f0 = part == "vocoder" and rest.startswith("f0.")
+        groups.setdefault("f0" if is_f0 else part, {})[path] = value
+    return groups
+
+
+def exported(groups: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """What belongs to the vocoder, by path."""
+    return {path: value for name in GENERATOR for path, value in groups[name].items()}
