@@ -16,6 +16,8 @@ from flax import nnx
 from omni2_jax.models.layers import Array, Linear
 from omni2_jax.train.spectral import magnitudes, row_mean
 
+Maps = list[list[Array]]  # the feature maps of each discriminator, its scores last
+
 SLOPE = 0.1  # of the leaky ReLUs
 STRIDES = {"period": 3, "resolution": 4}
 LAYERS = 3  # strided ones, each of which has twice the channels of the one before
@@ -82,7 +84,7 @@ class Discriminators(nnx.Module):
             [Discriminator(rngs, width, STRIDES["resolution"], 3) for _ in resolutions]
         )
 
-    def __call__(self, x: Array) -> list[list[Array]]:
+    def __call__(self, x: Array) -> Maps:
         """Samples [B, N] -> the feature maps of each discriminator, its scores last."""
         maps = []
         for size, judge in zip(self.sizes, self.periods, strict=True):
@@ -98,9 +100,7 @@ class Discriminators(nnx.Module):
 # ---- losses, of what `Discriminators` returns; rows [B]: bool, those that count ----
 
 
-def discriminator_loss(
-    recorded: list[list[Array]], generated: list[list[Array]], rows: Array
-) -> Array:
+def discriminator_loss(recorded: Maps, generated: Maps, rows: Array) -> Array:
     """Least squares: the scores of recordings towards 1, those of generated samples towards 0."""
     return sum(
         (
@@ -111,12 +111,12 @@ def discriminator_loss(
     )
 
 
-def adversarial_loss(generated: list[list[Array]], rows: Array) -> Array:
+def adversarial_loss(generated: Maps, rows: Array) -> Array:
     """Least squares: the scores of generated samples towards 1."""
     return sum((row_mean(jnp.square(1 - maps[-1]), rows) for maps in generated), jnp.zeros(()))
 
 
-def feature_loss(recorded: list[list[Array]], generated: list[list[Array]], rows: Array) -> Array:
+def feature_loss(recorded: Maps, generated: Maps, rows: Array) -> Array:
     """The mean difference of every feature map, added up (HiFi-GAN, equation 6)."""
     return sum(
         (
@@ -128,7 +128,7 @@ def feature_loss(recorded: list[list[Array]], generated: list[list[Array]], rows
     )
 
 
-def relativistic_loss(better: list[list[Array]], worse: list[list[Array]], rows: Array) -> Array:
+def relativistic_loss(better: Maps, worse: Maps, rows: Array) -> Array:
     """The truncated pointwise relativistic loss of `better` against `worse` (HiFTNet, section 2.4).
 
     The scores of one should exceed those of the other by more than the median difference; TAU at

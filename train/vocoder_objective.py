@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from omni2_jax.train.stages.vocoder import Pieces, VocoderStage
 
 Array = jax.Array
+Losses = dict[str, Array]  # by the names of their weights in the settings
 
 # The groups that change in each phase, in the order of their steps.
 PHASES = {
@@ -70,6 +71,16 @@ class State:
     opt: dict[str, optax.OptState]
     rates: dict[str, Rates]
     ema: Params | None  # of the vocoder and its F0 predictor
+
+
+@dataclass(frozen=True)
+class Judged:
+    """The discriminators' loss and gradients, and the vocoder's losses by its generated samples."""
+
+    discriminator_loss: Array
+    grads: Params
+    losses: Losses  # not weighted
+    to_samples: Array  # gradient of their weighted sum
 
 
 class VocoderObjective(Objective):
@@ -152,18 +163,16 @@ class VocoderObjective(Objective):
             (samples, f0), pull_back = jax.vjp(
                 lambda groups: self.generate(groups, pieces, source_key), generator
             )
+            losses, to_samples, to_f0 = self.spectral_losses(samples, f0, pieces)
             if phase == "adversarial":
-                loss, grads = jax.value_and_grad(self.discriminators_loss)(
-                    params["discriminators"], pieces, samples
-                )
-                metrics["discriminator_loss"] = loss
-                update("discriminators", grads)
-            judges = params.get("discriminators") if phase == "adversarial" else None
-            (metrics["loss"], terms), to_outputs = jax.value_and_grad(
-                lambda outputs: self.losses(outputs, pieces, judges), has_aux=True
-            )((samples, f0))
-            metrics |= terms
-            (grads,) = pull_back(to_outputs)
+                judged = self.judge(params["discriminators"], pieces, samples)
+                losses |= judged.losses
+                to_samples += judged.to_samples
+                metrics["discriminator_loss"] = judged.discriminator_loss
+                update("discriminators", judged.grads)
+            metrics |= {f"{name}_loss": loss for name, loss in losses.items()}
+            metrics["loss"] = self.weighted(losses)
+            (grads,) = pull_back((to_samples, to_f0))
             for name in GENERATOR:
                 update(name, grads[name])
         return State(state.step + 1, params, opt, state.rates, self.average(state, params)), metrics
@@ -202,34 +211,58 @@ class VocoderObjective(Objective):
         f0 = vocoder.f0(pieces.mel, jnp.full(len(pieces.mel), pieces.mel.shape[1]))
         return spectral.row_mean(jnp.abs(f0 - pieces.f0), pieces.rows)
 
-    def discriminators_loss(self, params: Params, pieces: "Pieces", samples: Array) -> Array:
-        """What the discriminators minimize, given recorded pieces and their generated samples."""
-        judge = self.weights.model(params).discriminators
-        real, false = judge(pieces.samples), judge(samples)
-        loss = discriminators.discriminator_loss(real, false, pieces.rows)
-        relativistic = discriminators.relativistic_loss(real, false, pieces.rows)
-        return loss + self.settings.relativistic * relativistic
+    def weighted(self, losses: Losses) -> Array:
+        """The sum of losses with their weights from the settings."""
+        return sum(
+            (getattr(self.settings, name) * loss for name, loss in losses.items()), jnp.zeros(())
+        )
 
-    def losses(
-        self, outputs: tuple[Array, Array], pieces: "Pieces", judges: Params | None
-    ) -> tuple[Array, Metrics]:
-        """What the vocoder minimizes, and the losses that it consists of, not weighted."""
-        (samples, f0), settings, rows = outputs, self.settings, pieces.rows
-        terms = {
-            "mel": spectral.mel_loss(samples, pieces.samples, rows),
-            "stft": spectral.stft_loss(samples, pieces.samples, rows),
-            "f0": spectral.row_mean(jnp.abs(f0 - pieces.f0), rows),
-        }
-        if judges is not None:
-            judge = self.weights.model(judges).discriminators
-            real, false = judge(pieces.samples), judge(samples)
-            terms |= {
+    def spectral_losses(
+        self, samples: Array, f0: Array, pieces: "Pieces"
+    ) -> tuple[Losses, Array, Array]:
+        """Losses of generated samples and their F0 -> (losses, gradients to samples and to F0)."""
+        recorded, rows = pieces.samples, pieces.rows
+
+        def loss(samples: Array, f0: Array) -> tuple[Array, Losses]:
+            losses = {
+                "mel": spectral.mel_loss(samples, recorded, rows),
+                "stft": spectral.stft_loss(samples, recorded, rows),
+                "f0": spectral.row_mean(jnp.abs(f0 - pieces.f0), rows),
+            }
+            return self.weighted(losses), losses
+
+        (_, losses), grads = jax.value_and_grad(loss, (0, 1), has_aux=True)(samples, f0)
+        return losses, *grads
+
+    def judge(self, params: Params, pieces: "Pieces", samples: Array) -> "Judged":
+        """What the discriminators make of generated samples, for them and for the vocoder.
+
+        Both learn from the same scores, so that each network runs once on each signal.
+        """
+        rows, settings = pieces.rows, self.settings
+
+        def maps(params: Params, samples: Array) -> discriminators.Maps:
+            return self.weights.model(params).discriminators(samples)
+
+        def discriminator_loss(real: discriminators.Maps, false: discriminators.Maps) -> Array:
+            loss = discriminators.discriminator_loss(real, false, rows)
+            relativistic = discriminators.relativistic_loss(real, false, rows)
+            return loss + settings.relativistic * relativistic
+
+        def vocoder_loss(false: discriminators.Maps) -> tuple[Array, Losses]:
+            losses = {
                 "adversarial": discriminators.adversarial_loss(false, rows),
                 "features": discriminators.feature_loss(real, false, rows),
                 "relativistic": discriminators.relativistic_loss(false, real, rows),
             }
-        loss = sum((getattr(settings, name) * term for name, term in terms.items()), jnp.zeros(()))
-        return loss, {f"{name}_loss": term for name, term in terms.items()}
+            return self.weighted(losses), losses
+
+        real, from_real = jax.vjp(lambda params: maps(params, pieces.samples), params)
+        false, from_false = jax.vjp(maps, params, samples)
+        loss, to_maps = jax.value_and_grad(discriminator_loss, (0, 1))(real, false)
+        grads = jax.tree.map(jnp.add, from_real(to_maps[0])[0], from_false(to_maps[1])[0])
+        (_, losses), to_false = jax.value_and_grad(vocoder_loss, has_aux=True)(false)
+        return Judged(loss, grads, losses, from_false(to_false)[1])
 
     def validate(self, params: Params, frozen: Params, batch: dict) -> Sums:
         """The log-mel difference of whole recordings, see `VocoderStage.loss`."""
