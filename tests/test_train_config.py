@@ -18,7 +18,7 @@ from omni2_jax.train.settings import (
 )
 from tests.support.paths import ROOT
 
-STAGES = ("text", "stage1a", "stage1b", "stage2", "flow")
+STAGES = ("text", "stage1a", "stage1b", "stage2", "flow", "voice_vocoder")
 
 
 def read(*changes: str, name: str = "stage1b") -> TrainConfig:
@@ -125,6 +125,12 @@ FAULTS = {
     "buckets=()": "buckets is empty; at least one is needed",
     "rank=4": "rank is for stage 1a; stage 1b does not use it",
     "mix=sum": "mix is for stage 2; stage 1b does not use it",
+    "vocoder.segment=9": "vocoder is for stage vocoder; stage 1b does not use it",
+    "vocoder.gan_from=-1": "vocoder: gan_from is -1, less than f0_steps, 0",
+    "vocoder.mel=-1": "vocoder: mel is -1.0, expected at least 0",
+    "vocoder.resolutions=500": "vocoder: resolutions holds 500, expected a power of two",
+    "vocoder.periods=(2,0)": "vocoder: periods holds 0, expected more than 0",
+    "mu_steps=3": "mu_steps is for stage flow; stage 1b does not use it",
     "hidden=states": "hidden is for stage 2; stage 1b does not use it",
     "chunks=50": "chunks is for stage flow; stage 1b does not use it",
     "buckets=((1,2,3,4),)": "(1, 2, 3, 4) has 4 values, expected segments, positions, tokens",
@@ -283,6 +289,9 @@ OTHER = {
     "reset": "reset=('speech_lm',)",
     "chunks": "stage=flow chunks=(1,)",
     "whisper": "stage=units whisper=other",
+    "mu_steps": "stage=flow mu_steps=5",
+    "one_voice": "stage=flow one_voice=true",
+    "vocoder": "stage=vocoder vocoder.gan_from=5",
     "dtype": "dtype=float32",
 }
 

@@ -211,6 +211,10 @@ class TrainConfig:
     # ^ stage flow: chunk sizes to draw from, 0 = the whole reply; empty = the checkpoint's size
     # Stage units: a checkpoint, the speech encoder of which the tokenizer starts from.
     whisper: str | None = None
+    # Stage flow: steps in which the encoder alone learns the mel, before the estimator does.
+    mu_steps: int = 0
+    # Stage flow: recordings of one voice, for a flow without a speaker encoder (flow.speaker is 1).
+    one_voice: bool = False
     vocoder: Annotated[VocoderTraining, from_sequence(VocoderTraining)] = field(
         default_factory=VocoderTraining
     )  # stage vocoder
@@ -232,7 +236,7 @@ class TrainConfig:
     peak_flops: float | None = None  # of one device, if devices.py does not know it; for the MFU
 
     def __post_init__(self):
-        smallest = dict.fromkeys(("seed", "rank", "samples"), 0)
+        smallest = dict.fromkeys(("seed", "rank", "samples", "mu_steps"), 0)
         smallest |= dict.fromkeys(("batch", "microbatches", "loss_block", "workers"), 1)
         smallest |= dict.fromkeys(("save_every", "keep", "validate_every", "max_sample_text"), 1)
         faults = [

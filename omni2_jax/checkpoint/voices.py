@@ -33,8 +33,13 @@ def save(directory: Path, name: str, x_vector: np.ndarray) -> None:
 def resolve(directory: Path, config: Omni2Config, voice: str | None) -> np.ndarray:
     """The x-vector [192] of a stored voice's name, of a prompt file, or (None) of the first voice.
 
-    Raises ValueError if there is none, or its file is damaged.
+    A flow of one voice has the x-vector [1], and takes no name. Raises ValueError if there is none,
+    or its file is damaged.
     """
+    if config.flow and config.flow.speaker == 1:
+        if voice is not None:
+            raise ValueError(f"voice {voice!r}: the flow of {directory} has one voice; name none")
+        return np.ones(1, np.float32)
     stored = names(directory)
     if voice is None and stored:
         voice = stored[0]

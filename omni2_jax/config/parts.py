@@ -100,7 +100,11 @@ class FlowConfig:
     layers: Count = 6
     up_layers: Count = 4
     mels: Annotated[int, Field(ge=1, le=1024)] = 80
-    speaker: Size = 192  # size of an x-vector
+    # Size of an x-vector; 1 for a flow of one voice, whose x-vector is always the number 1.
+    speaker: Size = 192
+    # The flow works on (mel - mel_mean) / mel_std; the released one on the log-mel itself.
+    mel_mean: Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)] = 0.0
+    mel_std: Annotated[float, Field(gt=0, le=100, allow_inf_nan=False)] = 1.0
     upsample: Literal[2] = FRAMES_PER_UNIT
     lookahead: Annotated[int, Field(ge=1, le=100)] = 3  # units
     chunk: Annotated[int, Field(ge=1, le=10_000)] = 50  # units that attend to one another

@@ -1,4 +1,4 @@
-"""Stage "flow": fine-tune flow matching for a new voice, on recordings and their units.
+"""Stage "flow": flow matching on recordings and their units, for a new voice or from nothing.
 
 B batch, U units, T mel frames, M mel bins. Reference: CosyVoice2's
 CausalMaskedDiffWithXvec.forward.
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from omni2_jax.audio import features, recordings
-from omni2_jax.config import UNITS_PER_SECOND
+from omni2_jax.config import UNITS_PER_SECOND, Omni2Config
 from omni2_jax.models import speaker
 from omni2_jax.models.flow.mask import Chunks
 from omni2_jax.models.model import Model
@@ -35,16 +35,19 @@ class RecordingExamples(ReplyExamples):
     def reply_size(self, turn: int, reply: Turn) -> int:
         if reply.clip is None or reply.units is None:
             raise ValueError(
-                f"turn {turn} has no recording or no units, which the flow is trained on"
+                f"turn {turn} has no recording or no units, which the flow is trained on; "
+                "omni2 prepare --speech-tokenizer makes units of recordings"
             )
         return len(reply.units)
 
     def empty(self, bucket: Bucket) -> Row:
-        return {
+        row = {
             "units": full(bucket.tokens, PAD),
             "audio_24k": np.zeros(bucket.tokens * OUTPUT_SAMPLES, np.int16),
-            "audio_16k": np.zeros(bucket.tokens * INPUT_SAMPLES, np.int16),
         }
+        if not self.train.one_voice:
+            row["audio_16k"] = np.zeros(bucket.tokens * INPUT_SAMPLES, np.int16)
+        return row
 
     def fill(self, row: Row, item: Item) -> None:
         """The recording and its units are cut to the shorter of the two, in whole units."""
@@ -53,15 +56,10 @@ class RecordingExamples(ReplyExamples):
         samples = self.data.clip(reply.clip)
         units = reply.units[: len(samples) // OUTPUT_SAMPLES]
         speech = samples[: len(units) * OUTPUT_SAMPLES]
-        narrow = recordings.resample(speech, recordings.OUTPUT_RATE, recordings.INPUT_RATE)
-        put(
-            row,
-            {
-                "units": units,
-                "audio_24k": recordings.to_int16(speech),
-                "audio_16k": recordings.to_int16(narrow),
-            },
-        )
+        put(row, {"units": units, "audio_24k": recordings.to_int16(speech)})
+        if not self.train.one_voice:
+            narrow = recordings.resample(speech, recordings.OUTPUT_RATE, recordings.INPUT_RATE)
+            put(row, {"audio_16k": recordings.to_int16(narrow)})
 
 
 class FlowMatching(Stage):
@@ -72,9 +70,8 @@ class FlowMatching(Stage):
     from the setting `chunks`.
     """
 
-    parts = ("flow", "speaker")
     trained = ("flow",)
-    settings = ("chunks",)
+    settings = ("chunks", "mu_steps", "one_voice")
     example_type = RecordingExamples
     needs_tokenizer = False
     needs_recordings = True
@@ -84,6 +81,27 @@ class FlowMatching(Stage):
         negative = [size for size in train.chunks if size < 0]
         return [f"chunks holds {size}, expected at least 0" for size in negative]
 
+    @property
+    def parts(self) -> tuple[str, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return ("flow",) if self.train.one_voice else ("flow", "speaker")
+
+    def configure(self, config: Omni2Config) -> Omni2Config:
+        """Raises ValueError unless the x-vector's size fits the setting `one_voice`."""
+        size = config.flow.speaker
+        if (size == 1) != self.train.one_voice:
+            expected = "1" if self.train.one_voice else "that of a speaker encoder's x-vectors"
+            raise ValueError(
+                f"flow.speaker of the checkpoint is {size}, expected {expected} with the setting "
+                f"one_voice={self.train.one_voice}"
+            )
+        return config
+
+    def phase(self, number: int) -> str:
+        return "mu" if number < self.train.mu_steps else ""
+
+    def loss_in(self, phase: str):
+        return self.mu_loss if phase == "mu" else self.loss
+
     def is_trained(self, path: str) -> bool:
         # The noise is a constant that is stored with the weights.
         return super().is_trained(path) and path != "flow.noise"
@@ -91,6 +109,23 @@ class FlowMatching(Stage):
     @property
     def compute_dtype(self) -> jnp.dtype:
         return jnp.dtype(jnp.float32)
+
+    def mu_loss(self, model: Model, batch: Batch, key: Array) -> Loss:
+        """The error of the encoder's guess of the recordings' mel frames, in nepers."""
+        lengths = jnp.sum(batch["units"] != PAD, 1)
+        mel, _ = condition(model, batch)
+        mu = self.mu(model, batch, lengths, self.draw_chunks(model, batch, key))
+        return model.flow.compute_mu_loss(mel, model.flow.config.upsample * lengths, mu)
+
+    def draw_chunks(self, model: Model, batch: Batch, key: Array) -> Chunks:
+        """The chunk size of a step."""
+        whole = batch["units"].shape[1]
+        sizes = [size or whole for size in self.train.chunks] or [model.flow.config.chunk]
+        return Chunks(jnp.array(sizes)[jax.random.randint(key, (), 0, len(sizes))])
+
+    def mu(self, model: Model, batch: Batch, lengths: Array, chunks: Chunks) -> Array:
+        """The encoder's guess of the mel of a batch, [B, T, M]."""
+        return model.flow.mu(jnp.maximum(batch["units"], 0), lengths, chunks, self.train.remat)
 
     def loss(self, model: Model, batch: Batch, key: Array) -> Loss:
         """The flow matching loss of the recordings' mel frames."""
@@ -107,9 +142,8 @@ class FlowMatching(Stage):
         )
         frame = jnp.arange(mel.shape[1])
         prompt = jnp.where(frame[None, :, None] < prompt_frames[:, None, None], mel, 0)
-        sizes = [size or units.shape[1] for size in self.train.chunks] or [config.chunk]
-        chunks = Chunks(jnp.array(sizes)[jax.random.randint(chunk_key, (), 0, len(sizes))])
-        mu = flow.mu(jnp.maximum(units, 0), lengths, chunks)
+        chunks = self.draw_chunks(model, batch, chunk_key)
+        mu = self.mu(model, batch, lengths, chunks)
         return flow.compute_loss(
             mel,
             rate * lengths,
@@ -120,6 +154,7 @@ class FlowMatching(Stage):
             jax.random.normal(noise_key, mel.shape),
             jax.random.bernoulli(keep_key, 1 - config.guidance_dropout, (rows,)),
             chunks,
+            self.train.remat,
         )
 
     def frozen_work(self):
@@ -127,11 +162,14 @@ class FlowMatching(Stage):
 
 
 def condition(model: Model, batch: Batch) -> tuple[Array, Array]:
-    """The log-mel [B, T, M] of the recordings, and the x-vectors [B, E] of their speaker."""
+    """The normalized log-mel [B, T, M] of recordings, and the x-vectors [B, E] of their speaker."""
     lengths = jnp.sum(batch["units"] != PAD, 1)
     speech = recordings.from_int16(batch["audio_24k"])
-    narrow = recordings.from_int16(batch["audio_16k"])
     mel = features.mel24k(speech, lengths * OUTPUT_SAMPLES, model.flow.config.mels)
+    mel = model.flow.normalized(mel)
+    if "audio_16k" not in batch:
+        return mel, jnp.ones((len(mel), 1))
+    narrow = recordings.from_int16(batch["audio_16k"])
     # A row of padding counts as two units of silence: its x-vector has to be finite.
     x_vector = speaker.embed(model.speaker, narrow, jnp.maximum(lengths, 2) * INPUT_SAMPLES)
     return mel, jax.lax.stop_gradient(x_vector)

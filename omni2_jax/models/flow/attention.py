@@ -52,11 +52,18 @@ def softmax_attention(q: Array, keys: Array, values: Array, bias: Array) -> Arra
 
 
 def run_blocks(
-    blocks: nnx.Module, x: Array, window: Window, cache: Maybe[RingKVCache]
+    blocks: nnx.Module,
+    x: Array,
+    window: Window,
+    cache: Maybe[RingKVCache],
+    remat: str = "full",
 ) -> tuple[Array, Maybe[RingKVCache]]:
     """x [B, T, C] through stacked transformer blocks -> ([B, T, C], cache).
 
     The cache is at the layer of the first block, and comes back at the layer after the last one.
+    remat: what training, which has no cache, keeps of a block, see `layers.scan`. By default its
+    attention is computed again in the backward pass: saving all of its activations takes 115 GB for
+    16 replies of 20 s.
     """
 
     def body(block, carry, _):
@@ -64,6 +71,4 @@ def run_blocks(
         x = constrain(x, "batch", None, None)
         return (x, cache and cache.next_layer()), None
 
-    # Without a cache (training), attention is computed again in the backward pass: saving all of
-    # its activations takes 115 GB for 16 replies of 20 s.
-    return scan(blocks, body, (x, cache), remat="full" if cache is None else "none")[0]
+    return scan(blocks, body, (x, cache), remat=remat if cache is None else "none")[0]

@@ -170,22 +170,30 @@ class Encoder(nnx.Module):
         )
 
     def __call__(
-        self, x: Array, units: Window, frames: Window, cache: Maybe[EncoderCache]
+        self,
+        x: Array,
+        units: Window,
+        frames: Window,
+        cache: Maybe[EncoderCache],
+        remat: str = "full",
     ) -> tuple[Array, Maybe[EncoderCache]]:
         """Unit embeddings x [B, T', D] -> (features [B, 2T, D], cache).
 
         `units` [B, T'] and `frames` [B, 2T] are the windows before and after upsampling. T' may be
         larger than T: the last of the T units are mixed with the units after them (LookAhead).
+        remat: see `run_blocks`.
         """
         num_units = frames.valid.shape[1] // self.config.upsample
         x = self.embed(x) * units.valid[..., None]  # like the zeros that follow the last unit
         x, look_ahead = self.look_ahead(x, units, cache and cache.look_ahead)
         x, units = x[:, :num_units], units.first(num_units)
-        x, unit_kv = run_blocks(self.blocks, x, units, cache and cache.units.at(jnp.int32(0)))
+        unit_kv = cache and cache.units.at(jnp.int32(0))
+        x, unit_kv = run_blocks(self.blocks, x, units, unit_kv, remat)
         x = jnp.repeat(x, self.config.upsample, axis=1)
         x, upsample = self.upsample(x, frames, cache and cache.upsample)
         x = self.up_embed(x)
-        x, frame_kv = run_blocks(self.up_blocks, x, frames, cache and cache.frames.at(jnp.int32(0)))
+        frame_kv = cache and cache.frames.at(jnp.int32(0))
+        x, frame_kv = run_blocks(self.up_blocks, x, frames, frame_kv, remat)
         x = self.norm(x)
         if cache is None:
             return x, cache

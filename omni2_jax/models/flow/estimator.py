@@ -138,14 +138,19 @@ class Stage(nnx.Module):
         )
 
     def __call__(
-        self, x: Array, time: Array, window: Window, cache: Maybe[StageCache]
+        self,
+        x: Array,
+        time: Array,
+        window: Window,
+        cache: Maybe[StageCache],
+        remat: str = "full",
     ) -> tuple[Array, Maybe[StageCache]]:
         """x [B, T, C_in], time [B or 1, 4C] -> ([B, T, C], cache)."""
         y, conv1 = self.conv1(x, window, cache and cache.convs.conv1)
         y = y + self.time(jax.nn.mish(time))[:, None]
         y, conv2 = self.conv2(y, window, cache and cache.convs.conv2)
         y = y + self.skip(x * window.valid[..., None])
-        y, kv = run_blocks(self.blocks, y, window, cache and cache.kv)
+        y, kv = run_blocks(self.blocks, y, window, cache and cache.kv, remat)
         if cache is None:
             return y, cache
         return y, StageCache(StageConvs(conv1, conv2), kv)
@@ -222,12 +227,13 @@ class Estimator(nnx.Module):
         t: Array,
         window: Window,
         cache: Maybe[EstimatorCache],
+        remat: str = "full",
     ) -> tuple[Array, Maybe[EstimatorCache]]:
         """Mel x [B, T, M] at time t [B or 1] and its conditions -> (dx/dt [B, T, M], cache).
 
         cond [B, T, 3M]: the encoder's mel, the speaker, the prompt's mel. The cache is that of one
         Euler step: its convolutions, and the key/value cache at the step's first layer, from where
-        it advances by one with every block.
+        it advances by one with every block. remat: see `run_blocks`.
         """
         valid, time = window.valid[..., None], self.time(t)
         convs, kv = (NO_CACHE, NO_CACHE) if cache is None else (cache.convs, cache.kv)
@@ -235,7 +241,7 @@ class Estimator(nnx.Module):
         def run(stage: Stage, carry, convs: Maybe[StageConvs]):
             """One stage: ((x, kv), its convolutions) -> the same after it."""
             x, kv = carry
-            x, cache = stage(x, time, window, kv and StageCache(convs, kv))
+            x, cache = stage(x, time, window, kv and StageCache(convs, kv), remat)
             return (x, cache and cache.kv), cache and cache.convs
 
         x = jnp.concatenate([x, cond], -1)

@@ -17,7 +17,7 @@ from omni2_jax.models.flow.cache import NO_CACHE, Maybe
 from omni2_jax.models.flow.encoder import Encoder, EncoderCache
 from omni2_jax.models.flow.estimator import Estimator, EstimatorCache
 from omni2_jax.models.flow.mask import Chunks, Window
-from omni2_jax.models.layers import Embedding, Linear, param
+from omni2_jax.models.layers import Embedding, Linear, inside, param
 
 Array = jax.Array
 
@@ -80,12 +80,29 @@ class Flow(nnx.Module):
         norm = jnp.maximum(jnp.linalg.norm(xvector, axis=-1, keepdims=True), 1e-12)
         return self.speaker(xvector / norm)
 
-    def mu(self, units: Array, lengths: Array, chunks: Chunks) -> Array:
-        """Right-padded units [B, n] of `lengths` [B] -> the encoder's guess of mel [B, T, M]."""
+    def normalized(self, mel: Array) -> Array:
+        """Log-mel -> what the flow works on: of mean 0 and deviation 1, if the config says so."""
+        config = self.config
+        if (config.mel_mean, config.mel_std) == (0, 1):
+            return mel
+        return (mel - config.mel_mean) / config.mel_std
+
+    def restored(self, mel: Array) -> Array:
+        """The inverse of `normalized`."""
+        config = self.config
+        if (config.mel_mean, config.mel_std) == (0, 1):
+            return mel
+        return mel * config.mel_std + config.mel_mean
+
+    def mu(self, units: Array, lengths: Array, chunks: Chunks, remat: str = "full") -> Array:
+        """Right-padded units [B, n] of `lengths` [B] -> the encoder's guess of mel [B, T, M].
+
+        The mel is a normalized one. remat: see `run_blocks`.
+        """
         n, rate = units.shape[1], self.config.upsample
         unit_window = Window.whole(n, lengths, chunks, 1)
         frame_window = Window.whole(rate * n, rate * lengths, chunks, rate)
-        features, _ = self.encoder(self.embed(units), unit_window, frame_window, NO_CACHE)
+        features, _ = self.encoder(self.embed(units), unit_window, frame_window, NO_CACHE, remat)
         return self.project(features)
 
     def empty_cache(self, batch: int, capacity: int, dtype) -> FlowCache:
@@ -105,7 +122,7 @@ class Flow(nnx.Module):
         window: Window,
         cache: Maybe[EstimatorCache],
     ) -> tuple[Array, Maybe[EstimatorCache]]:
-        """Integrate from noise z [B, T, M] to mel -> (mel [B, T, M], cache).
+        """Integrate from noise z [B, T, M] to a normalized mel -> (mel [B, T, M], cache).
 
         Euler's method with classifier-free guidance under the conditions mu [B, T, M], voice
         [B, M] and cond [B, T, M], the prompt's mel. Reference: ConditionalCFM.solve_euler.
@@ -165,10 +182,11 @@ class Flow(nnx.Module):
         window = Window.whole(frames, rate * available, chunks, rate)
         cond = jnp.zeros_like(mu)
         if prompt is not None:
-            cond = cond.at[:, : prompt.mel.shape[1]].set(prompt.mel)
+            cond = cond.at[:, : prompt.mel.shape[1]].set(self.normalized(prompt.mel))
             cond = cond * (window.query < rate * before[:, None])[..., None]
         z = jnp.broadcast_to(self.noise[:frames].astype(mu.dtype), mu.shape)
         mel, _ = self.solve(mu, voice, cond, z, window, NO_CACHE)
+        mel = self.restored(mel)
 
         def without_prompt(row: Array, start: Array) -> Array:
             return jax.lax.dynamic_slice_in_dim(row, start, rate * n)
@@ -187,13 +205,15 @@ class Flow(nnx.Module):
         z: Array,
         conditioned: Array,
         chunks: Chunks | None = None,
+        remat: str = "full",
     ) -> tuple[Array, Array]:
         """Conditional flow matching loss -> (sum of squared errors, number of terms).
 
-        mel [B, T, M]: targets of `lengths` [B] frames; mu, cond [B, T, M] and voice [B, M]: their
-        conditions. Random draws: t [B] uniform in [0, 1]; z [B, T, M] normal; conditioned [B] bool:
-        a row without its conditions trains the free branch of the guidance (its probability is
-        `guidance_dropout`). chunks: as in `__call__`. Reference: ConditionalCFM.compute_loss.
+        mel [B, T, M]: targets, normalized, of `lengths` [B] frames; mu, cond [B, T, M] and voice
+        [B, M]: their conditions. Random draws: t [B] uniform in [0, 1]; z [B, T, M] normal;
+        conditioned [B] bool: a row without its conditions trains the free branch of the guidance
+        (its probability is `guidance_dropout`). chunks: as in `__call__`; remat: see `run_blocks`.
+        Reference: ConditionalCFM.compute_loss.
         """
         t, noise_share = cosine(t), 1 - self.config.sigma_min
         chunks = chunks or Chunks(self.config.chunk)
@@ -201,6 +221,15 @@ class Flow(nnx.Module):
         x = (1 - noise_share * t[:, None, None]) * z + t[:, None, None] * mel
         conditions = jnp.concatenate([mu, jnp.broadcast_to(voice[:, None], mu.shape), cond], -1)
         conditions = conditions * conditioned[:, None, None]
-        velocity, _ = self.estimator(x, conditions, t, window, NO_CACHE)
+        velocity, _ = self.estimator(x, conditions, t, window, NO_CACHE, remat)
         error = (velocity - (mel - noise_share * z)) * window.valid[..., None]
         return jnp.square(error).sum(), window.valid.sum() * mel.shape[-1]
+
+    def compute_mu_loss(self, mel: Array, lengths: Array, mu: Array) -> tuple[Array, Array]:
+        """The encoder's error alone -> (sum of absolute errors in nepers, number of terms).
+
+        mel [B, T, M]: targets, normalized, of `lengths` [B] frames; mu [B, T, M].
+        """
+        valid = inside(lengths, mel.shape[1])
+        error = self.config.mel_std * jnp.abs(mel - mu)
+        return error.sum(where=valid[..., None]), valid.sum() * mel.shape[-1]

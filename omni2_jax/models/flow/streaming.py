@@ -243,7 +243,7 @@ def compute(
     z = jnp.take(flow.noise[...].astype(mu.dtype), frames.query % config.noise_frames, axis=0)
     cond = jnp.zeros_like(mu)  # no prompt
     mel, estimator = flow.solve(mu, state.voice, cond, z, frames, state.cache.estimator)
-    return mel, FlowCache(encoder, estimator)
+    return flow.restored(mel), FlowCache(encoder, estimator)
 
 
 def flow_step(

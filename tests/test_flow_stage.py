@@ -1,0 +1,172 @@
+"""Stage "flow" from nothing, for one voice: the encoder alone, then the estimator; and the mel's
+statistics in the config.
+"""
+
+import dataclasses
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from flax import nnx
+
+from omni2_jax.checkpoint import parameters, voices
+from omni2_jax.config import FlowConfig, Omni2Config
+from omni2_jax.configs import flow
+from omni2_jax.models.flow.matching import Flow, Prompt
+from omni2_jax.train.loop import Run
+from omni2_jax.train.settings import Bucket, OptimizerConfig, TrainConfig
+from tests.support.compare import tree_equal
+from tests.support.runs import reported
+
+SMALL = FlowConfig(
+    width=32,
+    heads=2,
+    hidden=32,
+    layers=1,
+    up_layers=1,
+    speaker=1,
+    mel_mean=-4.6,
+    mel_std=2.7,
+    chunk=10,
+    channels=16,
+    estimator_heads=2,
+    estimator_head_size=8,
+    blocks=1,
+    mid_blocks=1,
+    steps=2,
+    noise_frames=200,
+)
+MU_STEPS, STEPS = 40, 80
+
+
+def fresh(config: FlowConfig) -> tuple[nnx.GraphDef, dict]:
+    graph, state = nnx.split(Flow(config, nnx.Rngs(0)))
+    return graph, nnx.to_pure_dict(state)
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory) -> Path:
+    """A checkpoint of a small flow alone, with fresh parameters."""
+    out = tmp_path_factory.mktemp("start")
+    parameters.save_part(out, "flow", parameters.flatten(fresh(SMALL)[1]))
+    Omni2Config(flow=SMALL).only("flow").save(out / "config.json")
+    return out
+
+
+@pytest.fixture(scope="module")
+def settings(start, talks) -> TrainConfig:
+    return dataclasses.replace(
+        flow.config,
+        checkpoint=str(start),
+        data=str(talks),
+        one_voice=True,
+        mu_steps=MU_STEPS,
+        batch=3,
+        steps=STEPS,
+        optimizer=OptimizerConfig(peak=1e-2, beta2=0.99),
+        buckets=(Bucket(0, 0, 40),),
+        chunks=(),
+        remat="none",
+        workers=1,
+        save_every=10,
+        keep=99,
+    )
+
+
+def train(settings: TrainConfig, out: Path) -> Path:
+    Run(settings, out, jax.devices()[:1]).go()
+    return out
+
+
+@pytest.fixture(scope="module")
+def trained(settings, tmp_path_factory) -> Path:
+    return train(settings, tmp_path_factory.mktemp("runs") / "straight")
+
+
+def state(run: Path, step: int) -> dict:
+    """The saved state after a step."""
+    with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
+        return checkpointer.restore((run / "steps" / str(step) / "default").absolute())
+
+
+def test_both_phases_learn(trained):
+    """The encoder's error halves while the estimator stays as it was; then its loss halves."""
+    losses = list(reported(trained).values())
+    assert np.mean(losses[MU_STEPS - 5 : MU_STEPS]) < np.mean(losses[:3]) / 2
+    assert np.mean(losses[-5:]) < np.mean(losses[MU_STEPS : MU_STEPS + 3]) / 2
+    before, between, after = (state(trained, step)["params"] for step in (10, MU_STEPS, STEPS))
+    for path in before:
+        in_encoder = path.startswith(("flow.embed", "flow.encoder", "flow.project"))
+        assert np.array_equal(before[path], between[path]) == (not in_encoder), path
+        assert not np.array_equal(between[path], after[path]), path
+
+
+def test_resumed_in_each_phase(settings, trained, tmp_path):
+    """Killed in the first phase, or in the second, it ends with the same state to the bit."""
+    for step in (20, 60):
+        cut = tmp_path / str(step)
+        shutil.copytree(trained, cut, ignore=shutil.ignore_patterns("final"))
+        for path in (cut / "steps").iterdir():
+            if int(path.name) > step:
+                shutil.rmtree(path)
+        train(settings, cut)
+        assert tree_equal(state(cut, STEPS), state(trained, STEPS))
+        assert reported(cut) == reported(trained)
+
+
+def test_recomputation_does_not_change_the_gradients(settings, start, talks):
+    """A step with the setting `remat` at "full" and at "none"."""
+    results = []
+    for remat in ("full", "none"):
+        run = Run(dataclasses.replace(settings, remat=remat, steps=1), start.parent / remat)
+        batch, _ = next(iter(run.data.loader.start(0)))
+        model = nnx.merge(*fresh(SMALL))
+        graph, params = nnx.split(model)
+
+        def loss(params, graph=graph, run=run, batch=batch):
+            part = type("Parts", (), {"flow": nnx.merge(graph, params)})
+            row = jax.tree.map(lambda leaf: leaf[0], batch)
+            return run.stage.loss(part, row, jax.random.key(0))[0]
+
+        results.append(jax.tree.leaves(jax.jit(jax.grad(loss))(params)))
+    for one, other in zip(*results, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-3 * np.abs(other).max() + 1e-6)
+
+
+def test_mel_statistics():
+    """A flow with statistics gives the mel of the same flow without them, scaled and shifted."""
+    plain = dataclasses.replace(SMALL, mel_mean=0.0, mel_std=1.0)
+    params = fresh(SMALL)[1]
+    units, lengths = jnp.arange(12)[None], jnp.array([12])
+    mel = 3 * jax.random.normal(jax.random.key(1), (1, 8, 80)) - 4
+    results = []
+    for config, prompt in ((SMALL, mel), (plain, (mel + 4.6) / 2.7)):
+        graph, _ = fresh(config)
+
+        @jax.jit
+        def run(params, prompt, graph=graph):
+            model = nnx.merge(graph, params)
+            begin = Prompt(jnp.arange(4)[None], prompt, jnp.array([4]))
+            return model(units, lengths, model.voice(jnp.ones((1, 1))), prompt=begin)[0]
+
+        results.append(run(params, prompt))
+    np.testing.assert_allclose(results[0], results[1] * 2.7 - 4.6, atol=1e-4)
+
+
+def test_the_one_voice(start, settings, checkpoint_dir, tmp_path):
+    """Its x-vector needs no speaker encoder and has no name; checkpoint and setting must agree."""
+    config = Omni2Config.load(start / "config.json")
+    np.testing.assert_array_equal(voices.resolve(start, config, None), [1])
+    with pytest.raises(ValueError, match=r"voice 'jane': the flow of .* has one voice; name none$"):
+        voices.resolve(start, config, "jane")
+    for checkpoint, one_voice, says in (
+        (checkpoint_dir, True, "flow.speaker of the checkpoint is 192, expected 1"),
+        (start, False, "lacks speaker, which stage flow needs"),
+    ):
+        changed = dataclasses.replace(settings, checkpoint=str(checkpoint), one_voice=one_voice)
+        with pytest.raises(ValueError, match=says):
+            Run(changed, tmp_path / "run")
