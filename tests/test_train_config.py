@@ -18,7 +18,7 @@ from omni2_jax.train.settings import (
 )
 from tests.support.paths import ROOT
 
-STAGES = ("text", "stage1a", "stage1b", "stage2", "flow", "voice_vocoder", "voice_flow")
+STAGES = ("text", "stage1a", "stage1b", "stage2", "flow", "voice_vocoder", "voice_flow", "vocoder")
 
 
 def read(*changes: str, name: str = "stage1b") -> TrainConfig:

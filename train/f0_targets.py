@@ -64,7 +64,7 @@ def read(data: Dataset) -> F0Targets | None:
         with np.load(data.files / FILE, allow_pickle=False) as stored:
             targets = F0Targets(stored["values"], stored["starts"])
             fits = stored["version"] == VERSION and len(targets.starts) == data.info.clips + 1
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):
         return None
     return targets if fits and targets.starts[-1] == len(targets.values) else None
 
