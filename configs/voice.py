@@ -1,9 +1,37 @@
-"""One voice from nothing: a speech tokenizer of 2187 units, to be trained on an hour of recordings.
+"""One voice from nothing, to be trained on an hour of recordings: a speech tokenizer of 2187 units
+(0.5M parameters), a flow (1.9M) and a vocoder (0.7M).
 
 omni2 new --config voice --parts speech_tokenizer --out start
+omni2 new --config voice --parts flow,vocoder --out voice
 """
 
-from omni2_jax.config import Omni2Config, SpeechTokenizerConfig
+from omni2_jax.config import FlowConfig, HiftConfig, Omni2Config, SpeechTokenizerConfig
 
 speech_tokenizer = SpeechTokenizerConfig(mels=80, width=128, layers=2, heads=4, digits=7)
-config = Omni2Config(units=speech_tokenizer.units).only()
+flow = FlowConfig(
+    units=speech_tokenizer.units,
+    width=128,
+    heads=4,
+    hidden=256,
+    layers=2,
+    up_layers=1,
+    speaker=1,
+    mel_mean=-4.6,
+    mel_std=2.7,
+    channels=64,
+    estimator_heads=4,
+    estimator_head_size=16,
+    blocks=1,
+    mid_blocks=4,
+    noise_frames=1500,  # 30 s
+)
+vocoder = HiftConfig(
+    channels=128,
+    f0_channels=96,
+    resblock_kernels=(3, 7),
+    resblock_dilations=((1, 3), (1, 3)),
+    source_dilations=((1,), (1,), (1,)),
+)
+config = Omni2Config(units=speech_tokenizer.units, flow=flow, vocoder=vocoder).only(
+    "flow", "vocoder"
+)

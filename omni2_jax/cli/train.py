@@ -10,9 +10,8 @@ from omni2_jax.cli.paths import directory
 Config = Annotated[
     str,
     typer.Option(
-        "--config", help="The name of a shipped config, such as stage1a, or a Python file like it."
         "--config",
-        help="stage1a, stage1b, stage2, flow, vocoder, another shipped config, or a Python file.",
+        help="The name of a shipped config, such as stage1a, or a Python file like it.",
     ),
 ]
 Changes = Annotated[
