@@ -203,6 +203,9 @@ class TrainConfig:
     rank: int = 0  # stage 1a: train low-rank updates (LoRA) of this rank instead of the LLM
     layout: Literal["read_write", "offline"] = "read_write"  # stages 1b and 2; offline: table 4
     mix: Literal["gate", "sum", "hidden"] = "gate"  # stage 2: ablations of gate fusion (table 2)
+    replay: float = 0.0  # stage 1a: share of rows that are dialogues as text, of `replay_data`
+    replay_data: str | None = None  # a .jsonl of dialogues or a data set; None is `data`
+    ctc: float = 0.0  # stage 1a: weight of a CTC loss of the questions' text (see the stage)
     frames: str | None = None  # stages 1a and 2: the encoder's frames, from `omni2 frames`
     hidden: str | None = None  # stage 2: the LLM's hidden states, computed by `omni2 hidden`
     reset: Annotated[tuple[str, ...], pydantic.BeforeValidator(one_or_more)] = ()

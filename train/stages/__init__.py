@@ -39,7 +39,18 @@ def faults(train: "TrainConfig") -> list[str]:
         *names, last = STAGES
         return [f"stage is {train.stage!r}, expected {', '.join(names)} or {last}"]
     stage = stage_class(train.stage)
-    shared = ("rank", "layout", "mix", "frames", "hidden", "chunks", "whisper")
+    shared = (
+        "rank",
+        "replay",
+        "replay_data",
+        "ctc",
+        "layout",
+        "mix",
+        "frames",
+        "hidden",
+        "chunks",
+        "whisper",
+    )
     users = {setting: [] for setting in shared}
     for name in STAGES:
         for setting in stage_class(name).settings:

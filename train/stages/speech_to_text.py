@@ -1,13 +1,18 @@
 """Stage I(a): speech to text. The adapter and the LLM learn to answer spoken questions in text
 (paper section 4.1).
 
-The loss is the cross-entropy of the assistant's text. B batch, C segments, N samples, T LLM
-positions, D LLM width.
+The loss is the cross-entropy of the assistant's text. A little LLM forgets its text unless some of
+it is replayed, and hears sooner with a small CTC loss: the settings `replay` and `ctc`. B batch,
+C segments, N samples, F speech features of a segment, T LLM positions, D LLM width, V vocabulary.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
 
 from omni2_jax.audio import features, recordings
 from omni2_jax.checkpoint.tokenizer import Tokenizer
@@ -15,26 +20,87 @@ from omni2_jax.config import Omni2Config
 from omni2_jax.models.model import Model
 from omni2_jax.sharding import constrain
 from omni2_jax.train.data.dataset import Dataset
-from omni2_jax.train.dialogues import DialogueExamples
+from omni2_jax.train.data.records import Dialogue
+from omni2_jax.train.data.texts import Texts
+from omni2_jax.train.dialogues import Conversation, DialogueExamples
 from omni2_jax.train.encoder_frames import EncoderFrames
-from omni2_jax.train.examples import Item, Row, full
+from omni2_jax.train.examples import PAD, Item, Row, full, put
 from omni2_jax.train.losses import IGNORE, token_loss
 from omni2_jax.train.settings import Bucket, TrainConfig
 from omni2_jax.train.stages.base import Array, Batch, Loss, Stage, positions
+from omni2_jax.train.written import open_texts, written
 
 
 class TextExamples(DialogueExamples):
-    """Dialogues, and as targets the text of their replies."""
+    """Dialogues, and as targets the text of their replies.
+
+    texts: dialogues as text, which make up the share `replay` of all rows. The larger of both data
+    sets is used once in an epoch, and the other one again and again.
+    """
+
+    def __init__(
+        self,
+        train: TrainConfig,
+        config: Omni2Config,
+        tokenizer: Tokenizer | None,
+        data: Dataset,
+        texts: Dataset | Texts | None = None,
+    ):
+        super().__init__(train, config, tokenizer, data)
+        self.texts, self.copies, self.num_texts = texts, 1, 0
+        if texts is not None:
+            ratio = train.replay / (1 - train.replay)  # texts for each dialogue
+            self.copies = max(1, round(len(texts) / ratio / len(data)))
+            self.num_texts = round(self.copies * len(data) * ratio)
+
+    def __len__(self) -> int:
+        return self.copies * len(self.data) + self.num_texts
+
+    def items(self, index: int) -> list[Item]:
+        """As for all examples; the dialogue of an item that is a text is a negative number."""
+        number = index - self.copies * len(self.data)
+        if number < 0:
+            return super().items(index % len(self.data))
+        assert self.texts is not None
+        number %= len(self.texts)
+        size = len(written(self, self.texts.dialogue(number)).ids)
+        return [Item(-1 - number, None, Bucket(0, size, 0))]
 
     def empty(self, bucket: Bucket) -> Row:
-        return super().empty(bucket) | {"targets": full(bucket.positions, IGNORE)}
+        row = super().empty(bucket) | {"targets": full(bucket.positions, IGNORE)}
+        if self.train.ctc:
+            row["question"] = full((bucket.segments, self.config.speech_positions), PAD)
+        return row
 
     def fill(self, row: Row, item: Item) -> None:
+        if item.dialogue < 0:
+            assert self.texts is not None
+            text = written(self, self.texts.dialogue(-1 - item.dialogue))
+            put(row, {"ids": text.ids})
+            put_targets(row, text.starts, text.replies)
+            return
         dialogue = self.data.dialogue(item.dialogue)
         conversation = self.conversation(dialogue)
-        for start, text in zip(conversation.starts, conversation.replies, strict=True):
-            row["targets"][start - 1 : start - 1 + len(text)] = text
+        put_targets(row, conversation.starts, conversation.replies)
+        if self.train.ctc:
+            self.fill_labels(row, dialogue, conversation)
         self.fill_questions(row, item.dialogue, dialogue, conversation)
+
+    def fill_labels(self, row: Row, dialogue: Dialogue, conversation: Conversation) -> None:
+        """Write the text of every question that takes one segment and fits its positions."""
+        assert self.tokenizer is not None
+        segment = 0
+        for question, count in zip(dialogue.turns[::2], conversation.segments, strict=True):
+            ids = self.tokenizer.text.encode(question.text, add_special_tokens=False)
+            if count == 1 and len(ids) <= row["question"].shape[1]:
+                put(row, {"question": np.array(ids, np.int32)}, (segment,))
+            segment += count
+
+
+def put_targets(row: Row, starts: Sequence[int], replies: Sequence[Sequence[int]]) -> None:
+    """Write the targets of replies; the first token is predicted at the position before it."""
+    for start, text in zip(starts, replies, strict=True):
+        row["targets"][start - 1 : start - 1 + len(text)] = text
 
 
 class SpeechToText(Stage):
@@ -42,9 +108,20 @@ class SpeechToText(Stage):
 
     parts = ("speech_encoder", "adapter", "llm")
     trained = ("adapter", "llm")
-    settings = ("rank", "frames")
+    settings = ("rank", "frames", "replay", "replay_data", "ctc")
     example_type = TextExamples
     scored = ("llm",)
+
+    @classmethod
+    def faults(cls, train: TrainConfig) -> list[str]:
+        faults = []
+        if not 0 <= train.replay < 1:
+            faults.append(f"replay is {train.replay}, expected at least 0 and less than 1")
+        if train.ctc < 0:
+            faults.append(f"ctc is {train.ctc}, expected at least 0")
+        if train.replay_data and not train.replay:
+            faults.append("replay_data is given, but replay is 0")
+        return faults
 
     @property
     def loaded(self) -> tuple[str, ...]:
@@ -53,7 +130,10 @@ class SpeechToText(Stage):
     def examples(
         self, config: Omni2Config, tokenizer: Tokenizer | None, data: Dataset, split: str
     ) -> TextExamples:
-        examples = TextExamples(self.train, config, tokenizer, data)
+        texts = None
+        if self.train.replay and split == "data":
+            texts = open_texts(self.train.replay_data or self.train.data, split)
+        examples = TextExamples(self.train, config, tokenizer, data, texts)
         examples.frames = EncoderFrames.of(self.train, config, data, split)
         return examples
 
@@ -73,9 +153,21 @@ class SpeechToText(Stage):
         return config.replace(mix="text")
 
     def loss(self, model: Model, batch: Batch, key: Array) -> Loss:
-        """The cross-entropy of the replies' text."""
+        """The cross-entropy of the replies' text; with the setting `ctc` also `hearing_loss`.
+
+        Both are means over their tokens, added with the weight `ctc`.
+        """
+        speech = hear(model, self.train, batch)
+        hidden = read(model, self.train, batch, speech)
+        loss, terms = token_loss(hidden, batch["targets"], model.llm.logits, self.train.loss_block)
+        if self.train.ctc:
+            loss += self.train.ctc * terms * hearing_loss(model, speech, batch["question"])
+        return loss, terms
+
+    def measure(self, model: Model, batch: Batch, key: Array) -> dict[str, Array]:
         hidden = read_dialogue(model, self.train, batch)
-        return token_loss(hidden, batch["targets"], model.llm.logits, self.train.loss_block)
+        loss, terms = token_loss(hidden, batch["targets"], model.llm.logits, self.train.loss_block)
+        return {"loss": loss, "terms": terms}
 
     def frozen_work(self):
         def encoder(model: Model, batch: Batch) -> Array:
@@ -97,10 +189,42 @@ def encode_questions(model: Model, train: TrainConfig, batch: Batch) -> Array:
     return jax.lax.stop_gradient(model.speech_encoder(mel.astype(train.dtype)))
 
 
-def read_dialogue(model: Model, train: TrainConfig, batch: Batch) -> Array:
-    """Recordings [B, C, N] int16 and ids [B, T] of dialogues -> LLM hidden states [B, T, D]."""
+def hear(model: Model, train: TrainConfig, batch: Batch) -> Array:
+    """Recordings [B, C, N] int16, or their frames, -> speech features [B, C * F, D]."""
     speech = model.adapter(encode_questions(model, train, batch))
-    speech = speech.reshape(len(batch["ids"]), -1, speech.shape[-1])
+    return speech.reshape(len(batch["ids"]), -1, speech.shape[-1])
+
+
+def read(model: Model, train: TrainConfig, batch: Batch, speech: Array) -> Array:
+    """Speech features [B, C * F, D] and ids [B, T] of dialogues -> LLM hidden states [B, T, D]."""
     inputs = constrain(model.embed_prompt(batch["ids"], speech), "batch", None, None)
     hidden, _ = model.llm(inputs, positions(batch["ids"]), remat=train.remat)
     return hidden
+
+
+def read_dialogue(model: Model, train: TrainConfig, batch: Batch) -> Array:
+    """Recordings [B, C, N] int16 and ids [B, T] of dialogues -> LLM hidden states [B, T, D]."""
+    return read(model, train, batch, hear(model, train, batch))
+
+
+def hearing_loss(model: Model, speech: Array, question: Array) -> Array:
+    """The CTC loss of the questions' text, a mean over its tokens: what the adapter alone heard.
+
+    speech [B, C * F, D]: its features, which are compared with the LLM's embeddings; <speech> is
+    the blank. question [B, C, F]: token ids of each segment, or PAD. All logits [B, C, F, V] are in
+    memory, so it is for small vocabularies. Reference: Graves et al. 2006.
+    """
+    labels = question.reshape(-1, question.shape[-1])
+    features = speech.reshape(*labels.shape, -1)  # as many features as there is place for labels
+    table = model.llm.embedding.table[...].astype(features.dtype)
+    logits = jnp.einsum("...D,VD->...V", features, table).astype(jnp.float32)
+    missing = (labels == PAD).astype(jnp.float32)
+    losses = optax.ctc_loss(
+        logits,
+        jnp.zeros(labels.shape),
+        jnp.maximum(labels, 0),
+        missing,
+        blank_id=model.config.tokens.speech,
+    )
+    has_text = labels[:, 0] != PAD
+    return jnp.sum(jnp.where(has_text, losses, 0)) / jnp.maximum(jnp.sum(1 - missing), 1)

@@ -5,7 +5,6 @@ replies. Short dialogues share a row, and each sees itself alone. B batch, T LLM
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -18,25 +17,13 @@ from omni2_jax.config import Omni2Config
 from omni2_jax.models.model import Model
 from omni2_jax.sharding import constrain
 from omni2_jax.train.data.dataset import Dataset
-from omni2_jax.train.data.records import Dialogue
 from omni2_jax.train.data.texts import Labels, Texts
 from omni2_jax.train.examples import PAD, Examples, Item, Row, full
 from omni2_jax.train.losses import IGNORE, token_hits, token_loss
 from omni2_jax.train.packing import pack
 from omni2_jax.train.settings import Bucket, TrainConfig
 from omni2_jax.train.stages.base import Array, Batch, Loss, Stage
-
-
-@dataclass(frozen=True)
-class Written:
-    """A dialogue of typed questions as the LLM reads it: `Conversation` without speech.
-
-    Reply k with its end token starts at `starts[k]`.
-    """
-
-    ids: np.ndarray  # [T]
-    replies: list[list[int]]
-    starts: list[int]
+from omni2_jax.train.written import Written, open_texts, written
 
 
 class WrittenExamples(Examples):
@@ -73,9 +60,9 @@ class WrittenExamples(Examples):
         """The topics, or the splits, of all replies; none if the data set does not state them."""
         labels = [
             self.labels(index, reply)
-            for index, written in enumerate(self.written)
-            if isinstance(written, Written)
-            for reply in range(len(written.replies))
+            for index, one in enumerate(self.written)
+            if isinstance(one, Written)
+            for reply in range(len(one.replies))
         ]
         return sorted({getattr(label, kind) for label in labels} - {""})
 
@@ -85,26 +72,9 @@ class WrittenExamples(Examples):
     def read(self, index: int) -> "Written | ValueError":
         """A dialogue as token ids, or what is wrong with it."""
         try:
-            return self.written_dialogue(self.data.dialogue(index))
+            return written(self, self.data.dialogue(index))
         except ValueError as error:
             return error
-
-    def written_dialogue(self, dialogue: Dialogue) -> Written:
-        """A dialogue as token ids. Raises ValueError if there is no question, or an empty reply."""
-        assert self.tokenizer is not None
-        if dialogue.is_recording:
-            raise ValueError("it is a recording with its text, without a question")
-        ids, replies, starts = [], [], []
-        for question, reply in zip(dialogue.turns[::2], dialogue.turns[1::2], strict=True):
-            text = question.text
-            if replies:
-                ids += self.tokenizer.continuation(text, ended=True)
-            else:
-                ids += self.tokenizer.prompt([text])
-            starts.append(len(ids))
-            replies.append(self.encode(reply))
-            ids += replies[-1]
-        return Written(np.array(ids, np.int32), replies, starts)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -130,15 +100,13 @@ class WrittenExamples(Examples):
     def fill(self, row: Row, item: Item) -> None:
         first, count = 0, 0  # position and reply
         for number, index in enumerate(self.rows[item.dialogue]):
-            written = self.written[index]
-            assert isinstance(written, Written)
-            size = len(written.ids)
+            one = self.written[index]
+            assert isinstance(one, Written)
+            size = len(one.ids)
             place = slice(first, first + size)
-            row["ids"][place], row["positions"][place] = written.ids, np.arange(size)
+            row["ids"][place], row["positions"][place] = one.ids, np.arange(size)
             row["dialogue"][place] = number
-            for reply, (start, text) in enumerate(
-                zip(written.starts, written.replies, strict=True)
-            ):
+            for reply, (start, text) in enumerate(zip(one.starts, one.replies, strict=True)):
                 # The first token of a reply is predicted at the position before it.
                 place = slice(first + start - 1, first + start - 1 + len(text))
                 row["targets"][place], row["reply"][place] = text, count
@@ -164,7 +132,7 @@ class Text(Stage):
     scored = ("llm",)
 
     def open_data(self, path: str, split: str) -> Dataset | Texts:
-        return Texts(path, split) if path.endswith(".jsonl") else Dataset(path)
+        return open_texts(path, split)
 
     @property
     def groups(self) -> dict[str, list[str]]:
