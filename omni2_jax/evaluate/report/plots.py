@@ -1,5 +1,6 @@
 """The plots of a report, as PNG files. Published points are hollow, measured ones are filled."""
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from omni2_jax.evaluate.report.published import COLUMNS
 from omni2_jax.evaluate.report.tables import MEASURED, PUBLISHED, Line, ReportTable
 
 DPI = 120
+LABEL_WIDTH = 26  # characters of a line
 PUBLISHED_COLOR, MEASURED_COLOR = "tab:gray", "tab:blue"
 
 
@@ -84,7 +86,8 @@ def bars(ax: matplotlib.axes.Axes, lines: Sequence[Line], name: str) -> None:
         ax.barh(
             place, value, color=color, edgecolor=PUBLISHED_COLOR, xerr=error(line, name), capsize=2
         )
-    ax.set_yticks(range(len(present)), [line.label for line in present], fontsize=7)
+    labels = [textwrap.fill(line.label, LABEL_WIDTH) for line in present]
+    ax.set_yticks(range(len(present)), labels, fontsize=7)
     ax.invert_yaxis()
     ax.grid(axis="x", alpha=0.3)
 
