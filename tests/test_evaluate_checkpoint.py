@@ -119,12 +119,21 @@ def test_what_is_refused(loaded, checkpoint_dir, model, data, tmp_path, monkeypa
         assert str(error.value).startswith(f"{tmp_path / 'bad.jsonl'}: item 0")
     assert not loaded
     items = read_items(data)
+    nobody = open_system(str(checkpoint_dir), SystemOptions(voice="nobody"))
+    with pytest.raises(ValueError, match="voice 'nobody' is neither a file nor a voice"):
+        nobody.check(items)
     system.check(items)
 
-    def fail(*_, **__):
-        raise ValueError("nothing is heard")
+    def failing(error: Exception):
+        def fail(*_, **__):
+            raise error
+
+        return fail
 
     answer = system.open()
-    monkeypatch.setattr(model, "streams", fail)
+    monkeypatch.setattr(model, "streams", failing(ValueError("nothing is heard")))
     with pytest.raises(jobs.Refused, match="nothing is heard"):
+        answer(items[0])
+    monkeypatch.setattr(model, "streams", failing(RuntimeError("out of memory")))
+    with pytest.raises(RuntimeError, match="out of memory"):  # no item's fault
         answer(items[0])

@@ -51,11 +51,13 @@ class CheckpointSystem:
         }
 
     def check(self, items: Sequence[Item]) -> None:
-        """Raise ValueError for bad audio and for conversations that are too long."""
+        """Raise ValueError for an unknown voice, bad audio and conversations that are too long."""
+        from omni2_jax.checkpoint import voices
         from omni2_jax.generate.omni2 import describe
         from omni2_jax.generate.prompts import load_clips, prompt_ids
 
         config, tokenizer, _ = describe(self.directory, decoder=True)
+        voices.resolve(self.directory, config, self.options.voice)
         long_turns = self.options.options.long_turns
         for item in items:
             try:
@@ -67,18 +69,20 @@ class CheckpointSystem:
             self.positions = max(self.positions, len(ids))
 
     def open(self) -> Callable[[Item], SpokenAnswer]:
+        from omni2_jax.generate.engine import GenerationError
         from omni2_jax.generate.omni2 import Omni2
         from omni2_jax.sharding import parse_mesh
 
         mesh = parse_mesh(self.options.mesh) if self.options.mesh else None
         read, write = self.options.read, self.options.write
         model = Omni2.load(self.directory, mesh=mesh, read=read, write=write)
+        model.voice(self.options.voice)  # an unknown voice ends the evaluation
         answer = Timed(model, self.options) if self.options.timed else self.batched(model)
 
         def answered(item: Item) -> SpokenAnswer:
             try:
                 return answer(item)
-            except (ValueError, RuntimeError) as error:
+            except (ValueError, GenerationError) as error:
                 raise jobs.Refused("no answer", f"{item.context}: {error}") from None
 
         return answered
