@@ -15,7 +15,7 @@ import yaml
 from omni2_jax.audio import recordings
 from omni2_jax.evaluate import recognisers
 from omni2_jax.jobs import Where
-from omni2_jax.synthesize import make_speech, speaker
+from omni2_jax.synthesize import make_speech
 from omni2_jax.synthesize.engines import EngineError, open_engine
 from omni2_jax.synthesize.make_speech import Shares, payload, synthesize_speech
 from omni2_jax.synthesize.records import TextDialogue, TextTurn
@@ -427,10 +427,9 @@ def test_whisper_hears_a_real_voice(tmp_path):
         "engines": {"espeak": {"command": command}},
         "questions": [{"engine": "espeak", "voices": ["en-us"]}],
         "held_out": [],
-        "replies": {"engine": "espeak", "voice": "de"},
+        "replies": {"engine": "espeak", "voice": "en-us"},
     }
     asked = [dialogue("a", ("What is the capital of France?", "The capital is Paris."))]
-    made = speak(tmp_path, asked, changes, recogniser=os.environ["OMNI2_WHISPER"], max_wer=0.2)
+    made = speak(tmp_path, asked, changes, recogniser=os.environ["OMNI2_WHISPER"], max_wer=0.4)
     [line] = [line for lines in made.values() for line in lines]
-    assert line.get("reason") == "heard wrong" or line["turns"][0]["wer"] <= 0.2
-    assert speaker.MAX_FAILURES > 1
+    assert [turn["wer"] <= 0.4 for turn in line["turns"]] == [True, True]
