@@ -394,6 +394,7 @@ def test_the_voices_of_the_recipe(monkeypatch):
     monkeypatch.setenv("PIPER_VOICE", "joe.onnx")
     voices = read_voices(ROOT / "recipes" / "nano" / "voices.yaml")
     assert voices.reply_voice() == Voice("piper", "joe.onnx")
+    assert str(Voice("piper", "/voices/joe.onnx")) == "piper/joe.onnx"
     assert read_voices(
         ROOT / "recipes" / "nano" / "voices.yaml", "amy.onnx"
     ).reply_voice().name == ("amy.onnx")

@@ -83,7 +83,7 @@ class Speaker:
                 turns[-1] |= spoken.notes
             turns[-2] |= {key: turn[key] for key in ("answers", "topic") if turn.get(key)}
         line = {key: dialogue[key] for key in ("id", "split", "topic", "voices")}
-        line |= {"voice": f"{voice.engine}/{voice.name}", "turns": turns}
+        line |= {"voice": str(voice), "turns": turns}
         return Result({"place": dialogue["place"], "line": line}, files)
 
     def questions(self, dialogue: Mapping[str, Any]) -> tuple[Voice, list["Spoken"]]:
@@ -97,7 +97,7 @@ class Speaker:
                 spoken = [self.question(text, voice, f"{key}/{i}") for i, text in enumerate(texts)]
                 return voice, spoken
             except Refused as refused:
-                message = f"question in the voice {voice.engine}/{voice.name}: {refused.message}"
+                message = f"question in the voice {voice}: {refused.message}"
                 failure = Refused(refused.reason, message)
         raise failure
 

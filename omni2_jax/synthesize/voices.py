@@ -170,6 +170,10 @@ class Voice(NamedTuple):
     name: str
     settings: tuple[tuple[str, Setting], ...] = ()
 
+    def __str__(self) -> str:
+        """ENGINE/NAME; of a voice that is a file, NAME is the file's."""
+        return f"{self.engine}/{self.name.rsplit('/', 1)[-1]}"
+
 
 def read_voices(path: Path, reply_voice: str | None = None) -> VoicesFile:
     """The content of a voices file. reply_voice: takes the place of `replies.voice`.
