@@ -59,10 +59,10 @@ def read_items(path: Path, limit: int | None = None, folder: Path | None = None)
     folder: where recordings that a parquet file holds are written. Raises ValueError, one line
     that names file and item, for what cannot be read, and for recordings that are missing.
     """
-    rows = list(_rows(path, folder))[:limit]
+    rows = list(read_rows(path, folder))[:limit]
     if not rows:
         raise ValueError(f"{path} holds no items")
-    items = [_item(path, number, row) for number, row in enumerate(rows)]
+    items = [item_of(path, number, row) for number, row in enumerate(rows)]
     names: set[str] = set()
     for item in items:
         if item.name in names:
@@ -112,12 +112,12 @@ def sha256(path: Path) -> str:
 # ---- rows of files ----
 
 
-def _rows(path: Path, folder: Path | None) -> Iterator[Mapping[str, Any]]:
+def read_rows(path: Path, folder: Path | None) -> Iterator[Mapping[str, Any]]:
     """Every item of a file as it is stored there. Raises ValueError naming the file."""
     if not path.exists():
         raise ValueError(f"{path} does not exist")
     if path.is_dir() or path.suffix == ".parquet":
-        yield from _parquet_rows(path, folder)
+        yield from parquet_rows(path, folder)
         return
     recordings.check_regular(path)
     rows = read_json(path) if path.suffix == ".json" else (item for item, _ in json_lines(path))
@@ -131,7 +131,7 @@ def _rows(path: Path, folder: Path | None) -> Iterator[Mapping[str, Any]]:
         yield row
 
 
-def _parquet_rows(path: Path, folder: Path | None) -> Iterator[Mapping[str, Any]]:
+def parquet_rows(path: Path, folder: Path | None) -> Iterator[Mapping[str, Any]]:
     """The rows of parquet files; recordings that they hold are written to `folder`."""
     import pyarrow
     import pyarrow.parquet
@@ -150,12 +150,12 @@ def _parquet_rows(path: Path, folder: Path | None) -> Iterator[Mapping[str, Any]
             if isinstance(audio, Mapping) and audio.get("bytes"):
                 if folder is None:
                     raise ValueError(f"{file} holds recordings, and there is no folder for them")
-                row["audio"] = str(_unpacked(audio["bytes"], folder / f"{count:06d}.wav"))
+                row["audio"] = str(unpack(audio["bytes"], folder / f"{count:06d}.wav"))
             count += 1
             yield row
 
 
-def _unpacked(content: bytes, path: Path) -> Path:
+def unpack(content: bytes, path: Path) -> Path:
     """A recording's bytes as a file; one of the same size exists already."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if not path.exists() or path.stat().st_size != len(content):
@@ -167,13 +167,13 @@ def _unpacked(content: bytes, path: Path) -> Path:
 # ---- one item ----
 
 
-def _item(path: Path, number: int, row: Mapping[str, Any]) -> Item:
+def item_of(path: Path, number: int, row: Mapping[str, Any]) -> Item:
     """The item of a row. Raises ValueError naming file and item."""
     name = next((str(row[key]) for key in ID_KEYS if row.get(key) is not None), f"{number:06d}")
     if problem := name_problem(name):
         raise ValueError(f"{path}: item {number}: id {short(name)} {problem}")
     context = f"{path}: item {number} ({name})"
-    turns, question, reply = _conversation(path, row, context)
+    turns, question, reply = conversation_of(path, row, context)
     used = {*AUDIO_KEYS, *QUESTION_KEYS, *ANSWER_KEYS, *ID_KEYS, "turns", "conversation"}
     nested = row.get("metadata")
     others = {key: value for key, value in row.items() if key not in used}
@@ -185,11 +185,11 @@ def _item(path: Path, number: int, row: Mapping[str, Any]) -> Item:
         for key, value in others.items()
         if isinstance(value, str | int | bool) and len(str(value)) <= MAX_METADATA
     }
-    references = _references(row, context) or _references(_last_turns(row), context)
+    references = references_of(row, context) or references_of(last_turns(row), context)
     return Item(name, turns, question, references, reply, metadata, context)
 
 
-def _conversation(
+def conversation_of(
     path: Path, row: Mapping[str, Any], context: str
 ) -> tuple[tuple[Path | str, ...], str, str]:
     """The turns of a row up to the last user's, the text of that one, and the reply to it."""
@@ -197,7 +197,7 @@ def _conversation(
     if stored is None:
         audio = next((row[key] for key in AUDIO_KEYS if row.get(key) is not None), None)
         question = next((row[key] for key in QUESTION_KEYS if isinstance(row.get(key), str)), "")
-        return (_sound(path, audio, context),), question, ""
+        return (sound_of(path, audio, context),), question, ""
     if not isinstance(stored, list) or not all(isinstance(turn, Mapping) for turn in stored):
         raise ValueError(f"{context}: its turns are no list of objects")
     texts = [turn.get("text") if isinstance(turn.get("text"), str) else "" for turn in stored]
@@ -210,18 +210,18 @@ def _conversation(
             turns.append(texts[index])
             continue
         audio = next((stored[index][k] for k in AUDIO_KEYS if stored[index].get(k)), None)
-        turns.append(_sound(path, audio, f"{context}: turn {index}"))
+        turns.append(sound_of(path, audio, f"{context}: turn {index}"))
     return tuple(turns), texts[last], texts[last + 1] if last + 1 < len(stored) else ""
 
 
-def _last_turns(row: Mapping[str, Any]) -> Mapping[str, Any]:
+def last_turns(row: Mapping[str, Any]) -> Mapping[str, Any]:
     """What a row with turns states beside its last question, or beside the reply to it."""
     stored = row.get("turns", row.get("conversation")) or []
     last = (len(stored) - 1) // 2 * 2
     return {key: value for turn in reversed(stored[last:]) for key, value in turn.items()}
 
 
-def _sound(path: Path, value: object, context: str) -> Path:
+def sound_of(path: Path, value: object, context: str) -> Path:
     """The path of a recording. Raises ValueError for what is no path."""
     if isinstance(value, Mapping):
         value = value.get("path")
@@ -230,7 +230,7 @@ def _sound(path: Path, value: object, context: str) -> Path:
     return sound_path(path, value)
 
 
-def _references(row: Mapping[str, Any], context: str) -> tuple[str, ...]:
+def references_of(row: Mapping[str, Any], context: str) -> tuple[str, ...]:
     """The right answers that a row states, none if it states none."""
     value = next((row[key] for key in ANSWER_KEYS if row.get(key) is not None), [])
     values = value if isinstance(value, list | tuple) else [value]

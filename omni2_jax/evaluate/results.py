@@ -17,8 +17,10 @@ from omni2_jax.files import atomic_write
 from omni2_jax.validation import validated
 
 FILE = "results.json"
-PACKAGES = ("jax", "jaxlib", "numpy", "scipy", "faster-whisper", "jiwer", "speechmos", "openai")
-PACKAGES = (*PACKAGES, "whisper-normalizer")
+PACKAGES = (
+    *("jax", "jaxlib", "numpy", "scipy", "faster-whisper", "jiwer", "speechmos", "openai"),
+    "whisper-normalizer",
+)
 
 Summary = dict[str, Estimate]  # by metric
 
