@@ -47,9 +47,11 @@ class Dumper(yaml.SafeDumper):
 
 
 class Tagged(dict):
-    """A mapping with a tag."""
+    """An empty mapping with a tag."""
 
-    tag: str
+    def __init__(self, tag: str):
+        super().__init__()
+        self.tag = tag
 
 
 Dumper.add_representer(
@@ -102,10 +104,8 @@ def put(content: dict[str, Any], path: str, value: Any) -> None:
     *names, last = path.split(".")
     for depth, name in enumerate(names, 1):
         if name not in content:
-            mapping = Tagged() if (tag := TAGS.get(".".join(names[:depth]))) else {}
-            if isinstance(mapping, Tagged):
-                mapping.tag = tag
-            content[name] = mapping
+            tag = TAGS.get(".".join(names[:depth]))
+            content[name] = Tagged(tag) if tag else {}
         content = content[name]
     content[last] = plain(value)
 

@@ -5,6 +5,7 @@ replies. Short dialogues share a row, and each sees itself alone. B batch, T LLM
 """
 
 from collections.abc import Mapping, Sequence
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -39,7 +40,8 @@ class WrittenExamples(Examples):
         tokenizer: Tokenizer | None,
         data: Dataset | Texts,
     ):
-        super().__init__(train, config, tokenizer, data)
+        # Texts have the methods of a data set that are used here.
+        super().__init__(train, config, tokenizer, cast(Dataset, data))
         indices = rich.progress.track(
             range(len(data)),
             f"encoding {data.path}",
@@ -80,10 +82,13 @@ class WrittenExamples(Examples):
         return len(self.rows)
 
     def items(self, index: int) -> list[Item]:
-        row = [self.written[number] for number in self.rows[index]]
-        if fault := next((w for w in row if isinstance(w, ValueError)), None):
-            raise fault
-        return [Item(index, None, Bucket(0, sum(len(w.ids) for w in row), 0))]
+        size = 0
+        for number in self.rows[index]:
+            one = self.written[number]
+            if isinstance(one, ValueError):
+                raise one
+            size += len(one.ids)
+        return [Item(index, None, Bucket(0, size, 0))]
 
     def empty(self, bucket: Bucket) -> Row:
         size = bucket.positions
