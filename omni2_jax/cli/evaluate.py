@@ -26,7 +26,7 @@ def evaluate(
         list[str] | None,
         typer.Option(
             help="spoken-qa, instructions, asr-wer, naturalness or latency; may be repeated: the "
-            "answers are made once."
+            "answers are made once. Or copy-synthesis: the decoder's parts on recordings."
         ),
     ] = None,
     system: Annotated[
@@ -83,6 +83,9 @@ def evaluate(
         int, typer.Option(min=1, help="Questions answered at the same time; with latency, one.")
     ] = 8,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first N questions.")] = None,
+    split: Annotated[
+        str | None, typer.Option(help='Only questions that state this "split". [default: all]')
+    ] = None,
     model: Annotated[
         str | None, typer.Option(help="The model's name, for a system at a URL.")
     ] = None,
@@ -166,6 +169,9 @@ def evaluate(
             votes=votes,
             judgements=judgements or out / "judgements",
             utmos=utmos,
+            checkpoint=Path(system) if (Path(system) / "config.json").exists() else None,
+            voice=voice,
+            copies=out / "copies",
             seed=seed,
         ),
         recogniser=recogniser,
@@ -173,6 +179,7 @@ def evaluate(
             language, beam, device, model=recogniser_model, key_variable=key_variable
         ),
         limit=limit,
+        split=split,
         label=label,
         dataset=dataset,
         rows=tuple(row or ()),

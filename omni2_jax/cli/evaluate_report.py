@@ -14,8 +14,12 @@ def report(
     out: Annotated[Path, typer.Option(help="Where report.md and its plots are written.")] = Path(
         "report"
     ),
+    run: Annotated[
+        list[Path] | None,
+        typer.Option(help="A directory of `omni2 train`, whose curves are drawn; may be repeated."),
+    ] = None,
 ) -> None:
     """Write report.md: measured rows beside the paper's, each marked, with plots."""
     from omni2_jax.evaluate.report.write import write_report
 
-    print(write_report(folders, out))
+    print(write_report(folders, out, run or ()))

@@ -5,7 +5,7 @@ One reader for the formats of the field:
 questions.json   the released format of conversations (generate/questions.py); an item may bring
                  `answers`
 .jsonl           one object a line. The recording is `audio` (also WavPath, speech, wav; or an
-                 object with `path`), the question's text is `question` (also prompt, instruction),
+                 object with `path`), its text is `question` (also prompt, instruction, text),
                  and the references are `answers` (also answer, reference), one text or a list.
                  These are the keys of VoiceBench and UltraEval-Audio, too. With `turns`, as
                  `omni2 prepare` reads them, an item is a conversation up to its last user's turn.
@@ -28,7 +28,7 @@ from omni2_jax.generate.questions import is_path, name_problem, read_json, sound
 from omni2_jax.train.data.sources import SourceError, json_lines
 
 AUDIO_KEYS = ("audio", "WavPath", "speech", "wav", "audio_path")
-QUESTION_KEYS = ("question", "prompt", "instruction", "QuestionText")
+QUESTION_KEYS = ("question", "prompt", "instruction", "QuestionText", "text")
 ANSWER_KEYS = ("answers", "answer", "reference")
 ID_KEYS = ("id", "key", "question_id")
 MAX_METADATA = 60  # characters of a value that items are grouped by

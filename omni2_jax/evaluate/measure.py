@@ -5,19 +5,25 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from omni2_jax import remote
 from omni2_jax.cli.console import say
 from omni2_jax.evaluate.items import Item, read_items
 from omni2_jax.evaluate.recognisers import Recogniser, RecogniserOptions, open_recogniser
 from omni2_jax.evaluate.report import published
 from omni2_jax.evaluate.results import Results
 from omni2_jax.evaluate.run import Evaluation
-from omni2_jax.evaluate.systems import SystemOptions, open_system
+from omni2_jax.evaluate.systems import System, SystemOptions, open_system
 from omni2_jax.evaluate.tasks import TaskOptions, open_task
+
+COPIES = "copy-synthesis"
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What `omni2 evaluate` was told. limit: of items. label, dataset, rows: see `Results`."""
+    """What `omni2 evaluate` was told.
+
+    limit: of items. split: of items, as "test". label, dataset, rows: see `Results`.
+    """
 
     tasks: tuple[str, ...]
     system: str
@@ -28,6 +34,7 @@ class Settings:
     recogniser: str | None = None
     recogniser_options: RecogniserOptions = field(default_factory=RecogniserOptions)
     limit: int | None = None
+    split: str | None = None
     label: str | None = None
     dataset: str | None = None
     rows: tuple[str, ...] = ()
@@ -43,15 +50,42 @@ def measure(settings: Settings, grid: Sequence[tuple[int, int]] | None = None) -
     published.check_rows(settings.rows)
     tasks = {name: open_task(name, settings.task_options) for name in settings.tasks}
     points = [settings] if grid is None else [at(settings, *pair) for pair in grid]
-    systems = [open_system(point.system, point.system_options) for point in points]
+    systems = [open_measured(point) for point in points]
     recogniser = None
-    if settings.recogniser and any(task.needs_transcript for task in tasks.values()):
+    hears = any(task.needs_transcript or task.hears for task in tasks.values())
+    if settings.recogniser and hears:
         recogniser = open_recogniser(settings.recogniser, settings.recogniser_options)
-    items = read_items(settings.data, settings.limit, settings.out / "questions")
+        for task in tasks.values():
+            task.recogniser = recogniser
+    limit = None if settings.split else settings.limit  # which counts items of the split
+    items = read_items(settings.data, limit, settings.out / "questions")
+    items = of_split(items, settings.split, settings.data)[: settings.limit]
     for point, system in zip(points, systems, strict=True):
         if grid is not None:
             say(f"read {point.system_options.read}, write {point.system_options.write}")
         yield evaluation(point, system, tasks, items, recogniser).run()
+
+
+def of_split(items: list[Item], split: str | None, data: Path) -> list[Item]:
+    """The items that state a split; all of them for None. Raises ValueError if there is none."""
+    chosen = [item for item in items if split is None or item.metadata.get("split") == split]
+    if not chosen:
+        raise ValueError(f"{data} has no item of split {split!r}")
+    return chosen
+
+
+def open_measured(point: Settings) -> System:
+    """The system; for copy synthesis the recordings, which the task copies with the checkpoint.
+
+    Raises ValueError if there is no such system, or for other tasks beside copy synthesis.
+    """
+    if COPIES not in point.tasks:
+        return open_system(point.system, point.system_options)
+    if len(point.tasks) > 1:
+        raise ValueError(f"the task {COPIES} copies recordings, other tasks measure answers")
+    from omni2_jax.evaluate.systems.recordings import Recordings
+
+    return Recordings(remote.as_path(point.system))
 
 
 def evaluation(point: Settings, system, tasks, items: list[Item], recogniser: Recogniser | None):

@@ -1,7 +1,10 @@
 """The plots of a report, as PNG files. Published points are hollow, measured ones are filled."""
 
+import contextlib
+import json
+import math
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -10,6 +13,7 @@ matplotlib.use("Agg")  # no display
 
 import matplotlib.axes
 import matplotlib.pyplot as plt
+import numpy as np
 
 from omni2_jax.evaluate.estimates import Estimate
 from omni2_jax.evaluate.report.published import COLUMNS
@@ -17,6 +21,8 @@ from omni2_jax.evaluate.report.tables import MEASURED, PUBLISHED, Line, ReportTa
 
 DPI = 120
 LABEL_WIDTH = 26  # characters of a line
+# What a run reports of itself and not of what it learns.
+NOT_DRAWN = ("step", "terms", "rate", "tokens_per_s", "seconds", "data_wait", "damaged", "mfu")
 PUBLISHED_COLOR, MEASURED_COLOR = "tab:gray", "tab:blue"
 
 
@@ -102,6 +108,66 @@ def draw_groups(title: str, groups: Sequence[tuple[str, Estimate]], unit: str, p
     ax.invert_yaxis()
     ax.set_xlabel(unit)
     ax.set_title(title, fontsize=9)
+    figure.savefig(path, dpi=DPI)
+    plt.close(figure)
+    return path
+
+
+def draw_spectrograms(title: str, pictures: Mapping[str, np.ndarray], path: Path) -> Path:
+    """Log-mels [T, M] at 50 frames a second, one above the other, in the same colours."""
+    figure, axes = plt.subplots(
+        len(pictures), 1, figsize=(9, 2 * len(pictures)), squeeze=False, layout="constrained"
+    )
+    low, high = np.percentile(next(iter(pictures.values())), [1, 99.5])
+    for (name, mel), ax in zip(pictures.items(), axes[:, 0], strict=True):
+        ax.imshow(
+            mel.T, origin="lower", aspect="auto", vmin=low, vmax=high,
+            extent=(0, len(mel) / 50, 0, mel.shape[1]),
+        )  # fmt: skip
+        ax.set_ylabel(name)
+    axes[-1, 0].set_xlabel("seconds")
+    figure.suptitle(title, fontsize=10)
+    figure.savefig(path, dpi=DPI)
+    plt.close(figure)
+    return path
+
+
+def curves(path: Path) -> dict[str, tuple[list[int], list[float]]]:
+    """The measurements in a metrics.jsonl by name: their steps and values."""
+    found: dict[str, tuple[list[int], list[float]]] = {}
+    for line in path.read_text().splitlines():
+        with contextlib.suppress(ValueError):  # the last line of a run that was killed
+            values = json.loads(line)
+            for name, value in values.items():
+                if name not in NOT_DRAWN:
+                    steps, series = found.setdefault(name, ([], []))
+                    steps.append(values["step"])
+                    series.append(value)
+    return found
+
+
+def draw_run(run: Path, path: Path) -> Path:
+    """The losses and other measurements of a training run, one panel each.
+
+    Raises ValueError if it has no metrics.jsonl.
+    """
+    file = run / "metrics.jsonl"
+    if not file.is_file():
+        raise ValueError(f"{run} has no metrics.jsonl: expected a directory of `omni2 train`")
+    found = curves(file)
+    columns = 3
+    rows = max(1, math.ceil(len(found) / columns))
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(4 * columns, 2.6 * rows), squeeze=False, layout="constrained"
+    )
+    for ax in axes.flat[len(found) :]:
+        ax.set_axis_off()
+    for (name, (steps, values)), ax in zip(found.items(), axes.flat, strict=False):
+        ax.plot(steps, values, color=MEASURED_COLOR, lw=1, marker="." if len(steps) < 50 else "")
+        ax.set_title(name.replace("_", " "), fontsize=9)
+        ax.set_xlabel("step", fontsize=8)
+        ax.grid(alpha=0.3)
+    figure.suptitle(str(run), fontsize=10)
     figure.savefig(path, dpi=DPI)
     plt.close(figure)
     return path

@@ -1,6 +1,7 @@
 """Writing a report: report.md and its plots, from directories of `omni2 evaluate`."""
 
 import re
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -35,10 +36,11 @@ def read_results(folders: Sequence[Path]) -> list[Results]:
     return list(found.values())
 
 
-def write_report(folders: Sequence[Path], out: Path) -> Path:
-    """Write OUT/report.md and its plots -> its path. Raises ValueError for folders without results.
+def write_report(folders: Sequence[Path], out: Path, runs: Sequence[Path] = ()) -> Path:
+    """Write OUT/report.md and its plots -> its path. An earlier report in OUT is replaced.
 
-    An earlier report in OUT is replaced.
+    runs: directories of `omni2 train`, the curves of which are drawn. Raises ValueError for folders
+    without results, and for runs without metrics.
     """
     results = read_results(folders)
     out.mkdir(parents=True, exist_ok=True)
@@ -50,12 +52,27 @@ def write_report(folders: Sequence[Path], out: Path) -> Path:
             parts.append(f"![{table.title}]({picture.name})")
     parts += ["## Everything measured", everything(results)]
     parts += group_sections(results, out)
+    parts += spectrograms(folders, out)
+    for number, run in enumerate(runs):
+        picture = plots.draw_run(run, out / f"run-{number}-{run.name}.png")
+        parts.append(f"## Training: {run.name}\n\n![{run.name}]({picture.name})")
     parts += ["## How it was measured", *map(provenance, results)]
     parts.append(f"Source of the published numbers: {published().source}")
     path = out / "report.md"
     with atomic_write(path) as file:
         file.write("\n\n".join(part.strip() for part in parts) + "\n")
     return path
+
+
+def spectrograms(folders: Sequence[Path], out: Path) -> list[str]:
+    """The pictures that copy synthesis drew, copied to the report."""
+    parts: list[str] = []
+    for number, folder in enumerate(folders):
+        for picture in sorted(folder.rglob("copies/*.png")):
+            name = f"copy-{number}-{picture.name}"
+            shutil.copyfile(picture, out / name)
+            parts.append(f"![{picture.stem}]({name})")
+    return ["## Recordings and their copies", *parts] if parts else []
 
 
 def everything(results: Sequence[Results]) -> str:

@@ -12,6 +12,7 @@ TASKS = {
     "instructions": "omni2_jax.evaluate.tasks.instructions:Instructions",
     "asr-wer": "omni2_jax.evaluate.tasks.asr_wer:AsrWer",
     "naturalness": "omni2_jax.evaluate.tasks.naturalness:Naturalness",
+    "copy-synthesis": "omni2_jax.evaluate.tasks.copy_synthesis:CopySynthesis",
     "latency": "omni2_jax.evaluate.tasks.latency:Latency",
 }
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from omni2_jax.evaluate.estimates import Estimate
 from omni2_jax.evaluate.items import Item
+from omni2_jax.evaluate.recognisers import Recogniser
 
 Scores = Mapping[str, Any]  # of one answer, JSON-able
 
@@ -50,9 +51,10 @@ class Heard:
 class TaskOptions:
     """Settings of tasks; each task reads its own.
 
-    Of instructions: judge, the endpoint, judge_model, its model, key_variable, the environment
-    variable with its key, votes, how often each answer is judged, seed, of the votes, and
-    judgements, the directory that keeps what the judge said. Of naturalness: utmos, weights in
+    Of copy-synthesis: checkpoint, which copies, voice, of its flow, and copies, the directory for
+    the copies. Of instructions: judge, the endpoint, judge_model, its model, key_variable, the
+    environment variable with its key, votes, how often each answer is judged, seed, of the votes,
+    and judgements, the directory that keeps what the judge said. Of naturalness: utmos, weights in
     TorchScript.
     """
 
@@ -62,6 +64,9 @@ class TaskOptions:
     votes: int = 1
     judgements: Path | None = None
     utmos: Path | None = None
+    checkpoint: Path | None = None
+    voice: str | None = None
+    copies: Path | None = None
     seed: int = 0
 
 
@@ -72,6 +77,7 @@ class Task(abc.ABC):
     needs_questions: ClassVar[bool] = False  # the items state the text of their questions
     needs_samples: ClassVar[bool] = False  # scores are computed from the speech itself
     needs_transcript: ClassVar[bool] = False  # a recogniser hears every spoken answer
+    hears: ClassVar[bool] = False  # it uses `recogniser` itself, if there is one
     needs_times: ClassVar[bool] = False  # questions are answered one at a time, with a clock
     metrics: ClassVar[Mapping[str, Metric]]  # by the names in the summary
     workers: int = 4  # answers that are scored at the same time
@@ -79,6 +85,7 @@ class Task(abc.ABC):
     def __init__(self, options: TaskOptions):
         """Raises ValueError for a setting that is missing or cannot be used."""
         self.options = options
+        self.recogniser: Recogniser | None = None
 
     def describe(self) -> dict[str, Any]:
         """Everything that decides the scores besides items and answers, JSON-able."""
