@@ -71,7 +71,8 @@ class CopyMaker:
     """Makes copies with a checkpoint. voice: the flow's, a stored one's name or a prompt's file.
 
     Without it the first stored voice is taken, else that of each recording itself, by the speaker
-    encoder, else none: an x-vector of zeros. Raises ValueError as `paths`, and for a damaged file.
+    encoder; a flow of one voice needs none. Raises ValueError as `paths`, for a damaged file, and
+    if there is no voice.
     """
 
     def __init__(self, directory: Path, voice: str | None = None):
@@ -84,7 +85,9 @@ class CopyMaker:
         if "flow" in self.paths:
             self.tokenizer = speech_tokenizer.load(directory)
         self.x_vector = None
-        if self.tokenizer and (voice or voices.names(directory)):
+        if self.tokenizer and config.flow.speaker == 1:
+            self.x_vector = np.ones(1, np.float32)  # as in training with the setting `one_voice`
+        elif self.tokenizer and (voice or voices.names(directory) or not self.config.speaker):
             self.x_vector = voices.resolve(directory, config, voice)
         self.split = nnx.split(self.model)
         self.compiled: set[tuple[str, int]] = set()
@@ -112,16 +115,14 @@ class CopyMaker:
 
     def conditions(self, samples: np.ndarray, size: int) -> dict[str, Array]:
         """Units [1, size] of a recording and the x-vector [1, E] to speak them with."""
-        assert self.tokenizer is not None and self.config.flow
+        assert self.tokenizer is not None
         wav = recordings.resample(samples, recordings.OUTPUT_RATE, recordings.INPUT_RATE)
         count = size * recordings.INPUT_RATE // UNITS_PER_SECOND
         padded = jnp.asarray(np.pad(wav[:count], (0, max(0, count - len(wav)))))[None]
         found, _ = speech_tokenizer.tokenize(self.tokenizer, padded, jnp.array([len(wav[:count])]))
         x_vector = self.x_vector
-        if x_vector is None and self.model.speaker is not None:
+        if x_vector is None:
             x_vector = speaker.embed(self.model.speaker, jnp.asarray(wav)[None])[0]
-        elif x_vector is None:
-            x_vector = jnp.zeros(self.config.flow.speaker)
         return {"units": found[:, :size], "x_vector": jnp.asarray(x_vector)[None]}
 
     def run(self, path: str, units: int, inputs: Mapping[str, Array]) -> Copy:
