@@ -85,9 +85,7 @@ class CopyMaker:
         if "flow" in self.paths:
             self.tokenizer = speech_tokenizer.load(directory)
         self.x_vector = None
-        if self.tokenizer and config.flow.speaker == 1:
-            self.x_vector = np.ones(1, np.float32)  # as in training with the setting `one_voice`
-        elif self.tokenizer and (voice or voices.names(directory) or not self.config.speaker):
+        if self.tokenizer and (voice or voices.names(directory) or not self.config.speaker):
             self.x_vector = voices.resolve(directory, config, voice)
         self.split = nnx.split(self.model)
         self.compiled: set[tuple[str, int]] = set()
