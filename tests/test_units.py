@@ -276,6 +276,14 @@ def test_on_a_mesh(trained, settings, tmp_path):
     np.testing.assert_allclose(meshed, alone, rtol=0, atol=1e-3)
 
 
+def test_too_many_units_for_a_data_set(checkpoint_dir, tmp_path):
+    """Units are stored in 16 bits, and data sets hold the released tokenizer's 6561."""
+    nine = with_tokenizer(checkpoint_dir, tmp_path / "nine", dataclasses.replace(SMALL, digits=9))
+    with pytest.raises(ValueError, match="nine makes 19683 different units; a data set holds 6561"):
+        prepare.prepare(EXAMPLES / "training", tmp_path / "data", speech_tokenizer=nine)
+    assert not (tmp_path / "data").exists()
+
+
 # ---- a Whisper encoder to start from ----
 
 

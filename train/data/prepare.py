@@ -31,6 +31,7 @@ from omni2_jax.models.speech_tokenizer import load as load_speech_tokenizer
 from omni2_jax.train.data import sources
 from omni2_jax.train.data.dataset import Info
 from omni2_jax.train.data.groups import GroupWorker, Prepared, unpack_group
+from omni2_jax.train.data.records import UNITS
 from omni2_jax.train.data.sources import Entry
 from omni2_jax.train.data.unit_batches import batches
 from omni2_jax.train.data.writer import SHARD_BYTES, Writer
@@ -74,6 +75,11 @@ def prepare(
     tokenizer, origin = None, {}
     if speech_tokenizer is not None:
         tokenizer = load_speech_tokenizer(speech_tokenizer)
+        if tokenizer.config.units > UNITS:
+            raise ValueError(
+                f"{speech_tokenizer} makes {tokenizer.config.units} different units; a data set "
+                f"holds {UNITS} at most"
+            )
         origin = {"tokenizer": str(speech_tokenizer), "fingerprint": fingerprint(tokenizer)}
     if where.ray is not None and speech_tokenizer is not None:
         tokenizer = remote.absolute(speech_tokenizer)  # each worker loads it
