@@ -185,7 +185,8 @@ class VocoderObjective(Objective):
         grads, _ = self.clip.update(grads, optax.EmptyState())
         opt = opt._replace(hyperparams=opt.hyperparams | {"learning_rate": rate})
         updates, opt = self.optimizer.update(grads, opt, params)
-        return optax.apply_updates(params, updates), opt, norm  # pyright: ignore[reportReturnType]
+        updated: Any = optax.apply_updates(params, updates)
+        return updated, opt, norm
 
     def average(self, state: State, params: dict[str, Params]) -> Params | None:
         """The average of the weights after a step."""

@@ -87,7 +87,9 @@ class VocoderModel(nnx.Module):
     def __init__(self, config: Omni2Config, train: TrainConfig, rngs: nnx.Rngs):
         assert config.vocoder is not None
         settings = train.vocoder
-        self.vocoder = build_vocoder(config.vocoder, rngs)
+        vocoder = build_vocoder(config.vocoder, rngs)
+        assert isinstance(vocoder, Hift), "the stage trains HiFT's harmonic source"
+        self.vocoder = vocoder
         if settings.gan_from is not None:
             self.discriminators = Discriminators(
                 rngs, settings.width, settings.periods, settings.resolutions
