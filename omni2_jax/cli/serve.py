@@ -44,6 +44,13 @@ def serve(
         Path | None, typer.Option(help="A TLS certificate (PEM); with --private-key.")
     ] = None,
     private_key: Annotated[Path | None, typer.Option(help="The certificate's key (PEM).")] = None,
+    recogniser: Annotated[
+        str | None,
+        typer.Option(
+            help="Shows users what they said: a faster-whisper model directory, or the URL of an "
+            "endpoint for transcriptions. The model does not need it."
+        ),
+    ] = None,
     no_wav: Annotated[bool, typer.Option("--no-wav", help="Answer in text only.")] = False,
 ) -> None:
     """Serve a model: OpenAI's Realtime API and chat completions."""
@@ -68,6 +75,7 @@ def serve(
     except OSError as error:
         raise ValueError(f"cannot listen on {host}:{port}: {os.strerror(error.errno)}") from None
 
+    from omni2_jax.evaluate.recognisers import open_recogniser
     from omni2_jax.generate.omni2 import Omni2
     from omni2_jax.generate.options import Options
     from omni2_jax.serve.app import create_app
@@ -75,9 +83,11 @@ def serve(
     from omni2_jax.serve.server import Server
 
     limits = Limits(sessions=sessions, context=context)
+    transcriber = open_recogniser(recogniser) if recogniser else None
     with console.status("loading"):
         model = Omni2.load(checkpoint, decoder=not no_wav)
-        server = Server(model, Options(max_new_tokens=max_new_tokens), limits, checkpoint.name)
+        options = Options(max_new_tokens=max_new_tokens)
+        server = Server(model, options, limits, checkpoint.name, transcriber)
     with console.status("compiling"):
         server.worker.start()
     address = f"[{host}]" if ":" in host else host

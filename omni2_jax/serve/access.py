@@ -8,7 +8,9 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 from starlette.websockets import WebSocketClose
 
-OPEN_PATHS = ("/healthz",)  # load balancers ask without a key
+# Paths that need a key. The page is open: it can do nothing without the API; and load balancers
+# ask /healthz without a key.
+GUARDED = ("/v1/", "/metrics")
 POLICY_VIOLATION = 1008  # WebSocket close code
 KEY_PROTOCOL = "openai-insecure-api-key."  # how a browser, which cannot set headers, sends a key
 
@@ -31,7 +33,7 @@ class Access:
         headers = Headers(scope=scope)
         if not self.is_allowed_origin(headers):
             await self.refuse(scope, receive, send, 403, "this origin may not use the server")
-        elif scope["path"] not in OPEN_PATHS and not self.has_key(headers):
+        elif scope["path"].startswith(GUARDED) and not self.has_key(headers):
             await self.refuse(scope, receive, send, 401, "an API key is missing or wrong")
         else:
             await self.app(scope, receive, send)

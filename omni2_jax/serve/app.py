@@ -3,13 +3,15 @@
 import contextlib
 import time
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
-from starlette.routing import Route, WebSocketRoute
+from starlette.routing import Mount, Route, WebSocketRoute
+from starlette.staticfiles import StaticFiles
 from starlette.websockets import WebSocket
 
 from omni2_jax.serve import chat_completions
@@ -17,6 +19,7 @@ from omni2_jax.serve.access import Access
 from omni2_jax.serve.realtime import Realtime
 from omni2_jax.serve.server import FullError, Server
 
+PAGE = Path(__file__).parent / "page"
 STOP_SECONDS = 20.0  # what answers in progress get to finish when the server is stopped
 TRY_AGAIN_LATER = 1013  # WebSocket close code
 
@@ -66,6 +69,7 @@ def create_app(
             Route("/v1/audio/voices", voices),
             Route("/healthz", health),
             Route("/metrics", metrics),
+            Mount("/", StaticFiles(directory=PAGE, html=True)),
         ],
         middleware=[Middleware(Access, keys=keys, origins=origins)],
         lifespan=lifespan,
