@@ -46,8 +46,12 @@ def create_app(
         return await chat_completions.complete(server, request)
 
     async def models(request: Request) -> Response:
-        entry = {"id": server.name, "object": "model", "owned_by": "omni2-jax"}
-        entry["created"] = started
+        entry = {
+            "id": server.name,
+            "object": "model",
+            "owned_by": "omni2-jax",
+            "created": started,
+        }
         return JSONResponse({"object": "list", "data": [entry]})
 
     async def voices(request: Request) -> Response:
@@ -88,8 +92,13 @@ async def serve_realtime(server: Server, socket: WebSocket) -> None:
         with server.admit():
             await Realtime(server, socket, is_beta).run()
     except FullError as error:
-        fields = {"type": "server_error", "code": "server_full", "message": str(error)}
-        fields |= {"param": None, "event_id": None}
-        fields["retry_after_seconds"] = server.limits.retry_seconds
+        fields = {
+            "type": "server_error",
+            "code": "server_full",
+            "message": str(error),
+            "param": None,
+            "event_id": None,
+            "retry_after_seconds": server.limits.retry_seconds,
+        }
         await socket.send_json({"type": "error", "event_id": "event_0", "error": fields})
         await socket.close(TRY_AGAIN_LATER, "server_full")

@@ -39,12 +39,12 @@ CONTAINERS = {
 
 class InputAudio(BaseModel):
     data: str
-    format: str = Field("wav", max_length=16)
+    format: str = Field(default="wav", max_length=16)
 
 
 class Part(BaseModel):
     type: Literal["text", "input_audio"]
-    text: str = Field("", max_length=MAX_TEXT)
+    text: str = Field(default="", max_length=MAX_TEXT)
     input_audio: InputAudio | None = None
 
 
@@ -70,9 +70,9 @@ class Completion(BaseModel):
     modalities: list[Literal["text", "audio"]] = ["text"]
     audio: AudioOutput = AudioOutput()
     stream: bool = False
-    temperature: float | None = Field(None, ge=0, le=2)
-    max_completion_tokens: int | None = Field(None, ge=1)
-    max_tokens: int | None = Field(None, ge=1)
+    temperature: float | None = Field(default=None, ge=0, le=2)
+    max_completion_tokens: int | None = Field(default=None, ge=1)
+    max_tokens: int | None = Field(default=None, ge=1)
 
     @property
     def is_spoken(self) -> bool:

@@ -23,9 +23,9 @@ class Format(BaseModel):
 class ServerVad(BaseModel):
     # This server has no semantic detector: it listens for silence in both cases.
     type: Literal["server_vad", "semantic_vad"] = "server_vad"
-    threshold: float = Field(0.5, ge=0, le=1)
-    prefix_padding_ms: int = Field(300, ge=0, le=5_000)
-    silence_duration_ms: int = Field(500, ge=100, le=10_000)
+    threshold: float = Field(default=0.5, ge=0, le=1)
+    prefix_padding_ms: int = Field(default=300, ge=0, le=5_000)
+    silence_duration_ms: int = Field(default=500, ge=100, le=10_000)
     create_response: bool = True
     interrupt_response: bool = True
 
@@ -65,17 +65,17 @@ class SessionPatch(BaseModel):
     """The fields of a `session.update`; those that are absent stay as they are."""
 
     type: Literal["realtime"] = "realtime"
-    instructions: str | None = Field(None, max_length=MAX_INSTRUCTIONS)
+    instructions: str | None = Field(default=None, max_length=MAX_INSTRUCTIONS)
     output_modalities: Modalities | None = None
     audio: Audio | None = None
     max_output_tokens: MaxTokens | None = None
-    temperature: float | None = Field(None, ge=0, le=2)
+    temperature: float | None = Field(default=None, ge=0, le=2)
 
 
 class Content(BaseModel):
     type: Literal["input_text", "input_audio", "output_text", "output_audio", "text", "audio"]
-    text: str | None = Field(None, max_length=MAX_TEXT)
-    transcript: str | None = Field(None, max_length=MAX_TEXT)
+    text: str | None = Field(default=None, max_length=MAX_TEXT)
+    transcript: str | None = Field(default=None, max_length=MAX_TEXT)
     audio: str | None = None  # base64
 
 
@@ -83,23 +83,23 @@ class Item(BaseModel):
     type: Literal["message"]
     role: Literal["user", "assistant", "system"]
     content: list[Content] = Field(min_length=1, max_length=16)
-    id: str | None = Field(None, max_length=MAX_ID)
+    id: str | None = Field(default=None, max_length=MAX_ID)
 
 
 class ResponsePatch(BaseModel):
     """The fields of a `response.create`, which hold for this response only."""
 
     conversation: Literal["auto"] | None = None
-    instructions: str | None = Field(None, max_length=MAX_INSTRUCTIONS)
+    instructions: str | None = Field(default=None, max_length=MAX_INSTRUCTIONS)
     output_modalities: Modalities | None = None
     audio: Audio | None = None
     max_output_tokens: MaxTokens | None = None
-    temperature: float | None = Field(None, ge=0, le=2)
+    temperature: float | None = Field(default=None, ge=0, le=2)
     metadata: dict[str, str] | None = None
 
 
 class Event(BaseModel):
-    event_id: str | None = Field(None, max_length=MAX_ID)
+    event_id: str | None = Field(default=None, max_length=MAX_ID)
 
 
 class SessionUpdate(Event):
@@ -122,7 +122,7 @@ class BufferClear(Event):
 
 class ItemCreate(Event):
     type: Literal["conversation.item.create"]
-    previous_item_id: str | None = Field(None, max_length=MAX_ID)
+    previous_item_id: str | None = Field(default=None, max_length=MAX_ID)
     item: Item
 
 
@@ -150,7 +150,7 @@ class ResponseCreate(Event):
 
 class ResponseCancel(Event):
     type: Literal["response.cancel"]
-    response_id: str | None = Field(None, max_length=MAX_ID)
+    response_id: str | None = Field(default=None, max_length=MAX_ID)
 
 
 ClientEvent = Annotated[
@@ -192,9 +192,10 @@ def parse(text: str | bytes) -> tuple[Any, str | None]:
     if isinstance(message.get("response"), dict):
         message = message | {"response": from_beta(message["response"])}
     try:
-        return CLIENT_EVENT.validate_python(message), message.get("event_id")
+        event = CLIENT_EVENT.validate_python(message)
     except ValidationError as error:
         raise describe(error, message) from None
+    return event, event.event_id
 
 
 def describe(error: ValidationError, message: dict) -> EventError:

@@ -8,7 +8,7 @@ import asyncio
 import contextlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -230,7 +230,7 @@ class Realtime:
             self.listener.detect_turns(settings["turn_detection"])
         self.send("session.updated", session=self.describe())
 
-    def modality(self, modalities: list[str]) -> str:
+    def modality(self, modalities: Sequence[str]) -> str:
         """ "audio" or "text". Raises EventError for audio of a model that does not speak."""
         modality = "audio" if "audio" in modalities else "text"
         if modality == "audio" and not self.server.speaks:
@@ -260,7 +260,7 @@ class Realtime:
         fields = {"audio_end_ms": sample * 1000 // INPUT_RATE, "item_id": self.turn_id}
         self.send("input_audio_buffer.speech_stopped", **fields)
         self.add_spoken_item(*self.listener.commit(sample))
-        if self.settings["turn_detection"].create_response and not self.is_responding():
+        if self.settings["turn_detection"].create_response and not self.active_response:
             self.begin_response(events.ResponsePatch())
 
     def start_hearing(self, samples: np.ndarray) -> asyncio.Task:
@@ -333,7 +333,8 @@ class Realtime:
 
     async def delete_item(self, event: events.ItemDelete) -> None:
         """Remove a message from the conversation."""
-        if self.is_responding() and self.response.item.id == event.item_id:
+        response = self.active_response
+        if response and response.item.id == event.item_id:
             raise EventError("the item is being generated", param="item_id")
         self.conversation.delete(event.item_id)
         self.send("conversation.item.deleted", item_id=event.item_id)
@@ -348,9 +349,10 @@ class Realtime:
         item = self.conversation.find(event.item_id)
         if item.role != "assistant" or not item.is_audio:
             raise EventError("only a spoken answer can be truncated", param="item_id")
-        if self.is_responding() and self.response.item is item:
+        response = self.active_response
+        if response and response.item is item and response.task:
             self.stop_response("client_cancelled")
-            await self.response.task
+            await response.task
         tokens = item.tokens_heard(event.audio_end_ms)
         # The session forgets them when it is asked again, because it holds other tokens.
         last = item is self.conversation.items[-1] and self.session.turns
@@ -364,12 +366,15 @@ class Realtime:
 
     # Responses.
 
-    def is_responding(self) -> bool:
-        return self.response is not None and self.response.status == "in_progress"
+    @property
+    def active_response(self) -> Response | None:
+        """The response that is being generated, if there is one."""
+        response = self.response
+        return response if response and response.status == "in_progress" else None
 
     async def create_response(self, event: events.ResponseCreate) -> None:
         """Answer the conversation. Raises EventError while another response is in progress."""
-        if self.is_responding():
+        if self.active_response:
             raise EventError(
                 "the conversation has a response in progress; cancel it first",
                 "conversation_already_has_active_response",
@@ -411,20 +416,17 @@ class Realtime:
 
     async def cancel_response(self, event: events.ResponseCancel) -> None:
         """Stop the response that is being generated."""
-        if not self.is_responding():
+        if not self.active_response:
             raise EventError("there is no response to cancel", "response_cancel_not_active")
         self.stop_response("client_cancelled")
 
     def stop_response(self, reason: str) -> None:
         """Send nothing more of the response, and stop the model at its next step."""
-        if not self.is_responding() or self.response.reason:
-            return
-        self.response.reason = reason
-        self.start_interrupt()
-
-    def start_interrupt(self) -> None:
-        """Interrupt the model. This must also happen if the connection ends meanwhile."""
-        self.server.start_task(self.worker.interrupt(self.session))
+        response = self.active_response
+        if response and not response.reason:
+            response.reason = reason
+            # The model must also be interrupted if the connection ends meanwhile.
+            self.server.start_task(self.worker.interrupt(self.session))
 
     def has_ended(self, answer: list[int]) -> bool:
         """Whether an answer has its end token."""
