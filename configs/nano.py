@@ -17,8 +17,5 @@ config = Omni2Config(
     speech_lm=DecoderConfig(
         width=256, layers=6, heads=4, kv_heads=2, hidden=1024, max_positions=2048
     ),
-    flow=None,
-    vocoder=None,
-    speaker=None,
     max_prompt=2048,
-)
+).only("speech_encoder", "adapter", "llm", "fusion", "speech_lm")

@@ -182,9 +182,9 @@ class VocoderObjective(Objective):
     ) -> tuple[Params, Any, Array]:
         """A group after a step with these gradients -> (parameters, optimizer's state, norm)."""
         norm = optax.tree.norm(grads)
-        grads, _ = self.clip.update(grads, optax.EmptyState())
+        clipped, _ = self.clip.update(grads, optax.EmptyState())
         opt = opt._replace(hyperparams=opt.hyperparams | {"learning_rate": rate})
-        updates, opt = self.optimizer.update(grads, opt, params)
+        updates, opt = self.optimizer.update(clipped, opt, params)
         updated: Any = optax.apply_updates(params, updates)
         return updated, opt, norm
 

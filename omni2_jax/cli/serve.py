@@ -1,6 +1,5 @@
 """`omni2 serve`: a server to talk to."""
 
-import os
 from pathlib import Path
 from typing import Annotated
 
@@ -73,7 +72,7 @@ def serve(
     try:
         listener.bind((host, port))
     except OSError as error:
-        raise ValueError(f"cannot listen on {host}:{port}: {os.strerror(error.errno)}") from None
+        raise ValueError(f"cannot listen on {host}:{port}: {error.strerror}") from None
 
     from omni2_jax.evaluate.recognisers import open_recogniser
     from omni2_jax.generate.omni2 import Omni2
