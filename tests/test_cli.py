@@ -291,19 +291,25 @@ BAD_AUDIO = {
 
 
 @pytest.mark.parametrize("message", BAD_AUDIO)
-def test_bad_audio(omni2, tmp_path, message):
-    """Told before the checkpoint is even looked at, for a question as for an item of a list."""
+def test_bad_audio(omni2, checkpoint_dir, tmp_path, message):
+    """Told before parameters are read, for a question as for an item of a list.
+
+    The checkpoint has no parameters: reading them would be another error.
+    """
     bad = tmp_path / "in.wav"
     BAD_AUDIO[message](bad)
+    checkpoint = tmp_path / "ckpt"
+    checkpoint.mkdir()
+    shutil.copy(checkpoint_dir / "config.json", checkpoint)
     refused(
-        omni2(*chat(tmp_path / "nowhere", SPEECH, bad, "--out", tmp_path / "a.wav")),
+        omni2(*chat(checkpoint, SPEECH, bad, "--out", tmp_path / "a.wav")),
         tmp_path,
         "in.wav",
         message,
     )
     given = write_questions(tmp_path / "in.json", [SPEECH], [SPEECH, "Yes.", bad])
     refused(
-        omni2(*chat(tmp_path / "nowhere", "--questions", given, "--out-dir", tmp_path / "out")),
+        omni2(*chat(checkpoint, "--questions", given, "--out-dir", tmp_path / "out")),
         tmp_path,
         "in.wav",
         message,
