@@ -46,7 +46,7 @@ class Realtime:
             "input_format": "audio/pcm",
             "output_format": "audio/pcm",
             "turn_detection": events.ServerVad(),
-            "transcription": None,
+            "transcription": events.Transcription() if server.recogniser else None,
         }
         self.listener = Listener(self.start_hearing, self.limits.turn_seconds, "audio/pcm")
         self.turn_id: str | None = None  # of the item that the speech will become
