@@ -1,36 +1,59 @@
 #!/usr/bin/env bash
-# A voice of your own: fine-tune the flow on recordings of one speaker, then answer in that voice.
+# A voice from nothing: speech tokenizer, flow and vocoder of one voice, learnt from sentences that
+# another program speaks. Nothing released is needed. On two CPU cores it takes about a day; a part
+# that has learnt for an hour speaks already.
 #
-#   recordings/data.jsonl   one dialogue a line; the assistant's turns are the speaker's recordings:
-#     {"id": "0001", "turns": [{"role": "user", "text": "-"},
-#                              {"role": "assistant", "text": "what is said", "audio": "0001.wav"}]}
-#   omni2-7b                a checkpoint with a decoder, made by `omni2 convert`
-#   speech_tokenizer_v2.onnx  of CosyVoice2-0.5B; it turns the recordings into units
+#   pip install 'omni2-jax[train,synthesize,evaluate]'
+#   pip install piper-tts                    # a separate program; any other that writes wavs will do
+#   export PIPER_VOICE=.../en_US-joe-medium.onnx             # the voice to learn; joe's is CC0
+#   export OMNI2_WHISPER=whisper-tiny.en     # a faster-whisper model: it judges what can be understood
+#   bash recipes/voice.sh [DIRECTORY]        # default: ./voice-recipe
 #
-# A step whose result exists is left out, and a run that was cut off is resumed: after an
-# interruption start the script again. One GPU is enough.
+# A step whose result exists is left out, and every command goes on where it was cut off: after an
+# interruption start the script again.
 set -euo pipefail
 
-checkpoint=${CHECKPOINT:-omni2-7b}
-recordings=${RECORDINGS:-recordings}
-tokenizer=${SPEECH_TOKENIZER:-speech_tokenizer_v2.onnx}
-prompt=${PROMPT:-recordings/0001.wav} # a few seconds of the speaker: the voice's x-vector
-work=${WORK:-voice}
+# Otherwise glibc returns the buffers of every training step to the system (23 % of the time).
+export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=8000000000 MALLOC_TOP_PAD_=268435456
+
+repository=$(cd "$(dirname "$0")/.." && pwd)
+work=${1:-voice-recipe}
 mkdir -p "$work"
+cd "$work"
 
-# 1. The speech tokenizer, and the recordings' units with it.
-[ -e "$work/tokenizer" ] ||
-    omni2 convert --speech-tokenizer "$tokenizer" --out "$work/tokenizer"
-[ -e "$work/dialogues" ] ||
-    omni2 prepare --source "$recordings" --speech-tokenizer "$work/tokenizer" \
-        --out "$work/dialogues"
+# 1. Sentences: replies and questions of a grammar. 60 replies are held out.
+for kind in replies questions; do
+    [ -e $kind.txt ] || omni2 synthesize dialogues --grammar "$repository/recipes/nano/grammar.yaml" \
+        --sentences $kind --count 760 --out $kind.txt
+done
+shuf --random-source=<(yes) replies.txt > shuffled.txt
+head -n 60 shuffled.txt > test.txt
+tail -n +61 shuffled.txt | cat - questions.txt > train.txt
 
-# 2. Fine-tune the flow; the speaker encoder and everything else stay as they are.
-[ -e "$work/run/final" ] ||
-    omni2 train --config flow \
-        --set checkpoint="$checkpoint" --set data="$work/dialogues" --out "$work/run"
+# 2. Speak them, and make data sets of the recordings.
+for part in train test; do
+    [ -e speech-$part/metadata.jsonl ] || omni2 synthesize speech \
+        --dialogues $part.txt --voices "$repository/recipes/nano/voices.yaml" --out speech-$part
+    [ -e recordings-$part ] || omni2 prepare --source speech-$part --out recordings-$part
+done
 
-# 3. Answer a question in that voice.
-omni2 chat --checkpoint "$work/run/final" --voice "$prompt" \
-    "${QUESTION:-examples/question.wav}" --out "$work/answer.wav"
-echo "the answer is in $work/answer.wav"
+# 3. Fresh parameters; the speech tokenizer, and the units of all recordings.
+[ -e start ] || omni2 new --config voice --out start
+[ -e runs/units/final ] || omni2 train --config voice_units --set checkpoint=start \
+    --set data=recordings-train --set validation=recordings-test --out runs/units
+for part in train test; do
+    [ -e units-$part ] || omni2 prepare --source speech-$part --speech-tokenizer runs/units/final \
+        --out units-$part
+done
+
+# 4. The vocoder (mel frames to samples), then the flow (units to mel frames).
+[ -e runs/vocoder/final ] || omni2 train --config voice_vocoder --set checkpoint=runs/units/final \
+    --set data=units-train --set validation=units-test --out runs/vocoder
+[ -e runs/flow/final ] || omni2 train --config voice_flow --set checkpoint=runs/vocoder/final \
+    --set data=units-train --set validation=units-test --out runs/flow
+
+# 5. What each part keeps of held-out recordings.
+omni2 evaluate --task copy-synthesis --system runs/flow/final --data speech-test/metadata.jsonl \
+    --recogniser "${OMNI2_WHISPER:?}" --out copies
+omni2 evaluate report copies --run runs/units --run runs/vocoder --run runs/flow --out report
+echo "the report is in $work/report/report.md"
