@@ -4,8 +4,8 @@ import asyncio
 import base64
 import dataclasses
 import io
+import json
 
-import httpx
 import numpy as np
 import openai
 import pytest
@@ -14,7 +14,7 @@ import soundfile
 from omni2_jax.serve.limits import Limits
 from omni2_jax.serve.server import Server
 from tests.support.conversations import GREEDY, answer, clip
-from tests.support.server import base64_of, running
+from tests.support.server import base64_of, get, running
 
 OPTIONS = dataclasses.replace(GREEDY, max_new_tokens=12, max_flush_units=15)
 
@@ -142,15 +142,14 @@ def test_keys_and_origins(server):
     """Without a key, or from a foreign page, nothing is served but the health check."""
     with running(server, keys=("secret",), origins=("https://a.example",)) as address:
         url = f"http://{address}"
-        assert httpx.get(f"{url}/healthz").json() == {"status": "ok"}
-        assert httpx.get(f"{url}/v1/models").status_code == 401
-        bearer = {"Authorization": "Bearer secret"}
-        assert httpx.get(f"{url}/v1/models", headers=bearer).status_code == 200
-        wrong = {"Authorization": "Bearer secreT"}
-        assert httpx.get(f"{url}/v1/models", headers=wrong).status_code == 401
+        assert get(f"{url}/healthz") == (200, '{"status":"ok"}')
+        assert get(f"{url}/v1/models")[0] == 401
+        assert get(f"{url}/v1/models", Authorization="Bearer secreT")[0] == 401
+        assert get(f"{url}/v1/models", Authorization="Bearer secret")[0] == 200
+        assert "<title>omni2-jax</title>" in get(url)[1]
         for origin, status in (("https://b.example", 403), ("https://a.example", 200)):
-            headers = bearer | {"Origin": origin}
-            assert httpx.get(f"{url}/v1/models", headers=headers).status_code == status
+            headers = {"Authorization": "Bearer secret", "Origin": origin}
+            assert get(f"{url}/v1/models", **headers)[0] == status
 
         async def connect():
             client = openai.AsyncOpenAI(api_key="wrong", websocket_base_url=f"ws://{address}/v1")
@@ -164,6 +163,7 @@ def test_keys_and_origins(server):
 def test_metrics_and_lists(address):
     """What monitoring and clients ask for first."""
     url = f"http://{address}"
-    assert "omni2_first_audio_seconds_bucket" in httpx.get(f"{url}/metrics").text
-    assert [m["object"] for m in httpx.get(f"{url}/v1/models").json()["data"]] == ["model"]
-    assert [v["id"] for v in httpx.get(f"{url}/v1/audio/voices").json()["data"]] == ["espeak"]
+    assert "omni2_first_audio_seconds_bucket" in get(f"{url}/metrics")[1]
+    (model,) = json.loads(get(f"{url}/v1/models")[1])["data"]
+    (voice,) = json.loads(get(f"{url}/v1/audio/voices")[1])["data"]
+    assert model["object"] == "model" and voice["id"] == "espeak"

@@ -5,6 +5,8 @@ import contextlib
 import socket
 import threading
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 
 import numpy as np
@@ -31,6 +33,15 @@ def running(server: Server, **settings) -> Iterator[str]:
     finally:
         uvicorn_server.should_exit = True
         thread.join()
+
+
+def get(url: str, **headers: str) -> tuple[int, str]:
+    """The status and the body of a GET request."""
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, headers=headers)) as response:
+            return response.status, response.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode()
 
 
 def pcm(path, rate: int = 24_000) -> bytes:
