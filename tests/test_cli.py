@@ -26,7 +26,9 @@ refused = functools.partial(assert_refused, allowed={"in.wav", "in.json", "ckpt"
 def loaded(monkeypatch, model, text_model, checkpoint_dir):
     """The checkpoint is in memory already."""
     monkeypatch.setattr(
-        Omni2, "load", lambda directory, decoder=True, mesh=None: model if decoder else text_model
+        Omni2,
+        "load",
+        lambda directory, decoder=True, mesh=None, speech=True: model if decoder else text_model,
     )
     return checkpoint_dir
 
@@ -381,7 +383,7 @@ def test_voice(omni2, loaded, checkpoint_dir, tmp_path):
         assert result[0] == known
 
 
-def test_unwritable_output(omni2, tmp_path):
+def test_unwritable_output(omni2, checkpoint_dir, tmp_path):
     given = write_questions(tmp_path / "in.json", [SPEECH])
     for args, word in (
         ([SPEECH, "--out", "/proc/x.wav"], "cannot write /proc/x.wav"),
@@ -396,11 +398,11 @@ def test_unwritable_output(omni2, tmp_path):
         (["--questions", given, "--out-dir", given], "is not a directory"),
         (["--questions", given, "--out-dir", given / "deeper"], "is not a directory"),
     ):
-        refused(omni2(*chat(tmp_path / "nowhere", *args)), tmp_path, word)
+        refused(omni2(*chat(checkpoint_dir, *args)), tmp_path, word)
     (tmp_path / "ckpt").mkdir()
     (tmp_path / "ckpt" / "answers.jsonl").touch()
     refused(
-        omni2(*chat("nowhere", "--questions", given, "--out-dir", tmp_path / "ckpt")),
+        omni2(*chat(checkpoint_dir, "--questions", given, "--out-dir", tmp_path / "ckpt")),
         tmp_path,
         "exists already",
     )
@@ -436,13 +438,13 @@ BAD_QUESTIONS = [
 
 
 @pytest.mark.parametrize(("content", "message"), BAD_QUESTIONS)
-def test_bad_questions(omni2, tmp_path, content, message):
+def test_bad_questions(omni2, checkpoint_dir, tmp_path, content, message):
     given = tmp_path / "in.json"
     given.write_bytes(
         (content if isinstance(content, str) else json.dumps(content)).encode("latin-1")
     )
     refused(
-        omni2(*chat("nowhere", "--questions", given, "--out-dir", tmp_path / "out")),
+        omni2(*chat(checkpoint_dir, "--questions", given, "--out-dir", tmp_path / "out")),
         tmp_path,
         message,
     )
@@ -510,9 +512,9 @@ def test_engine_options(omni2, loaded, monkeypatch):
     ]
 
 
-def test_ctrl_c(omni2, monkeypatch):
+def test_ctrl_c(omni2, checkpoint_dir, monkeypatch):
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(recordings, "load", interrupted)
-    assert omni2(*chat("nowhere", SPEECH))[0] == 130
+    assert omni2(*chat(checkpoint_dir, SPEECH))[0] == 130

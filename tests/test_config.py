@@ -61,6 +61,8 @@ def test_no_setting_takes_nonsense(tmp_path, bad):
     for path in leaves(whole):
         if bad == 10**9 and path[-1] == "rope_theta":
             continue  # a base of 1e9 is possible
+        if bad == -1 and path[-1] == "mel_mean":
+            continue  # the mean of log-mels is negative
         text = message(tmp_path / "config.json", json.dumps(changed(whole, path, bad)))
         assert text.startswith(".".join(path)), text
 
