@@ -9,7 +9,6 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 
@@ -21,7 +20,7 @@ from omni2_jax.train.loop import Run
 from omni2_jax.train.settings import Bucket, OptimizerConfig, TrainConfig
 from omni2_jax.train.stages import stage_of
 from tests.support.compare import tree_equal
-from tests.support.runs import reported
+from tests.support.runs import reported, saved_state, train
 
 SMALL = FlowConfig(
     width=32,
@@ -85,20 +84,9 @@ def settings(start, talks) -> TrainConfig:
     )
 
 
-def train(settings: TrainConfig, out: Path) -> Path:
-    Run(settings, out, jax.devices()[:1]).go()
-    return out
-
-
 @pytest.fixture(scope="module")
 def trained(settings, tmp_path_factory) -> Path:
     return train(settings, tmp_path_factory.mktemp("runs") / "straight")
-
-
-def state(run: Path, step: int) -> dict:
-    """The saved state after a step."""
-    with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
-        return checkpointer.restore((run / "steps" / str(step) / "default").absolute())
 
 
 def test_both_phases_learn(trained):
@@ -106,7 +94,9 @@ def test_both_phases_learn(trained):
     losses = list(reported(trained).values())
     assert np.mean(losses[MU_STEPS - 5 : MU_STEPS]) < 2 / 3 * np.mean(losses[:3])
     assert np.mean(losses[-10:]) < 2 / 3 * np.mean(losses[MU_STEPS : MU_STEPS + 3])
-    before, between, after = (state(trained, step)["params"] for step in (10, MU_STEPS, STEPS))
+    before, between, after = (
+        saved_state(trained, step)["params"] for step in (10, MU_STEPS, STEPS)
+    )
     for path in before:
         in_encoder = path.startswith(("flow.embed", "flow.encoder", "flow.project"))
         assert np.array_equal(before[path], between[path]) == (not in_encoder), path
@@ -120,7 +110,7 @@ def test_resumed(settings, trained, tmp_path):
         if int(path.name) > 30:
             shutil.rmtree(path)
     train(settings, cut)
-    assert tree_equal(state(cut, STEPS), state(trained, STEPS))
+    assert tree_equal(saved_state(cut, STEPS), saved_state(trained, STEPS))
     assert reported(cut) == reported(trained)
 
 

@@ -5,9 +5,7 @@ import json
 import shutil
 from pathlib import Path
 
-import jax
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 
@@ -21,7 +19,7 @@ from omni2_jax.train.data.dataset import Dataset
 from omni2_jax.train.loop import Run
 from omni2_jax.train.settings import Bucket, OptimizerConfig, TrainConfig, VocoderTraining
 from tests.support.compare import tree_equal
-from tests.support.runs import reported
+from tests.support.runs import reported, saved_state, train
 
 # Two stages and one small block: quick to compile.
 SMALL = HiftConfig(
@@ -77,20 +75,9 @@ def settings(start, talks) -> TrainConfig:
     )
 
 
-def train(settings: TrainConfig, out: Path) -> Path:
-    Run(settings, out, jax.devices()[:1]).go()
-    return out
-
-
 @pytest.fixture(scope="module")
 def trained(settings, tmp_path_factory) -> Path:
     return train(settings, tmp_path_factory.mktemp("runs") / "straight")
-
-
-def state(run: Path, step: int) -> dict:
-    """The saved state after a step."""
-    with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
-        return checkpointer.restore((run / "steps" / str(step) / "default").absolute())
 
 
 def test_every_loss_falls(trained):
@@ -108,7 +95,7 @@ def test_every_loss_falls(trained):
 
 def test_groups_change_in_their_phases_only(trained):
     """The F0 predictor alone, then the vocoder too, the discriminators in the last phase."""
-    by_phase = [state(trained, step)["params"] for step in (10, F0_STEPS, 160, STEPS)]
+    by_phase = [saved_state(trained, step)["params"] for step in (10, F0_STEPS, 160, STEPS)]
     for (before, after), changing in zip(
         ((by_phase[i], by_phase[i + 1]) for i in range(3)),
         ({"f0"}, {"f0", "vocoder"}, {"f0", "vocoder", "discriminators"}),
@@ -126,7 +113,7 @@ def test_resumed(settings, trained, tmp_path, step):
         if int(path.name) > step:
             shutil.rmtree(path)
     train(settings, cut)
-    assert tree_equal(state(cut, STEPS), state(trained, STEPS))
+    assert tree_equal(saved_state(cut, STEPS), saved_state(trained, STEPS))
     assert reported(cut) == reported(trained)
 
 
@@ -141,7 +128,7 @@ def test_the_export(start, trained):
         )
         assert tree_equal(before, after) == (part != "vocoder")
     exported = {path: leaf.read() for path, leaf in parameters.stored(final, "vocoder").items()}
-    average = state(trained, STEPS)["ema"]
+    average = saved_state(trained, STEPS)["ema"]
     assert all(np.array_equal(exported[path.partition(".")[2]], average[path]) for path in average)
 
 

@@ -18,7 +18,7 @@ KEY_PROTOCOL = "openai-insecure-api-key."  # how a browser, which cannot set hea
 class Access:
     """ASGI middleware that refuses requests without a key, and pages of foreign origins.
 
-    keys: () lets everybody in. origins: those of pages that may use the server, as
+    keys: () needs no key. origins: those of pages that may use the server, as
     "https://example.org"; pages that the server itself has sent always may.
     """
 

@@ -78,17 +78,16 @@ class Response:
         }
 
 
-def options_of(base: Options, patch: ResponsePatch, session: dict, modality: str) -> Options:
-    """The options of a response: its own settings, else the session's, else the server's."""
-    limit = patch.max_output_tokens or session["max_output_tokens"]
-    temperature = patch.temperature if patch.temperature is not None else session["temperature"]
-    tokens = base.max_new_tokens
+def options_of(
+    base: Options, limit: int | None, temperature: float | None, spoken: bool
+) -> Options:
+    """The options of an answer: the client's limit of tokens and temperature, else the server's."""
     return dataclasses.replace(
         base,
-        max_new_tokens=tokens if limit == "inf" else min(tokens, limit),
+        max_new_tokens=min(base.max_new_tokens, limit or base.max_new_tokens),
         temperature=base.temperature if temperature is None else temperature,
         # Without audio, nothing needs the units that are spoken after the end of the text.
-        max_flush_units=base.max_flush_units if modality == "audio" else 1,
+        max_flush_units=base.max_flush_units if spoken else 1,
     )
 
 

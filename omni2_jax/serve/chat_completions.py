@@ -6,7 +6,6 @@ spoken; with `stream` it comes as server-sent events while it is generated.
 
 import asyncio
 import base64
-import dataclasses
 import io
 import json
 import tempfile
@@ -22,6 +21,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from omni2_jax.audio import recordings
 from omni2_jax.generate.session import Question, Reply, Session, Turn
+from omni2_jax.serve.answering import options_of
 from omni2_jax.serve.audio import Encoder, decode_base64
 from omni2_jax.serve.conversation import new_id
 from omni2_jax.serve.events import MAX_ID, MAX_TEXT, EventError, Voice
@@ -151,13 +151,7 @@ async def prepare(server: Server, completion: Completion) -> tuple[Session, Ques
     if not question:
         raise EventError("the last message must be the user's")
     limit = completion.max_completion_tokens or completion.max_tokens
-    base = server.worker.options
-    options = dataclasses.replace(
-        base,
-        temperature=base.temperature if completion.temperature is None else completion.temperature,
-        max_new_tokens=min(base.max_new_tokens, limit or base.max_new_tokens),
-        max_flush_units=base.max_flush_units if completion.is_spoken else 1,
-    )
+    options = options_of(server.worker.options, limit, completion.temperature, completion.is_spoken)
     session.instructions = "\n".join(instructions) or None
     session.turns = turns
     session.request = await server.worker.run(server.model.request, options)

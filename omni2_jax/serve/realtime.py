@@ -399,8 +399,14 @@ class Realtime:
                     self.conversation.delete(item.id)
                     raise EventError(f"the user's audio cannot be used: {error}") from None
                 item.hearing = None
-        base = self.worker.options
-        options = answering.options_of(base, patch, self.settings, response.modality)
+        limit = patch.max_output_tokens or self.settings["max_output_tokens"]
+        temperature = patch.temperature
+        options = answering.options_of(
+            self.worker.options,
+            None if limit == "inf" else limit,
+            self.settings["temperature"] if temperature is None else temperature,
+            response.modality == "audio",
+        )
         instructions = patch.instructions or self.settings["instructions"]
 
         def prepare() -> list:

@@ -32,12 +32,13 @@ class SpokenAnswers:
     NUMBER = 256
 
     def __init__(self):
-        self.texts: collections.OrderedDict[str, str] = collections.OrderedDict()
+        # Each with the time.time() that it was kept at, the oldest first.
+        self.texts: collections.OrderedDict[str, tuple[float, str]] = collections.OrderedDict()
 
     def add(self, text: str, answer_id: str | None = None) -> str:
         """Keep a text -> its id. The oldest ones are forgotten."""
         answer_id = answer_id or new_id("audio")
-        self.texts[answer_id] = text
+        self.texts[answer_id] = (time.time(), text)
         while len(self.texts) > self.NUMBER:
             self.texts.popitem(last=False)
         return answer_id
@@ -48,9 +49,10 @@ class SpokenAnswers:
 
     def find(self, answer_id: str) -> str:
         """The text of an answer. Raises EventError if it is not known (any more)."""
-        if answer_id not in self.texts:
+        kept, text = self.texts.get(answer_id, (0.0, ""))
+        if time.time() - kept > self.SECONDS:
             raise EventError(f"there is no spoken answer {answer_id!r} (any more)")
-        return self.texts[answer_id]
+        return text
 
 
 class Server:

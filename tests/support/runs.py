@@ -5,10 +5,13 @@ import json
 from collections.abc import Collection
 from pathlib import Path
 
+import jax
 import numpy as np
+import orbax.checkpoint as ocp
 
 from omni2_jax.configs import stage1b
 from omni2_jax.train.data import prepare
+from omni2_jax.train.loop import Run
 from omni2_jax.train.settings import Bucket, OptimizerConfig, TrainConfig
 from tests.support.paths import EXAMPLES
 
@@ -64,3 +67,15 @@ def reported(run: Path, name: str = "loss") -> dict[int, float]:
     by_step = {line["step"]: line[name] for line in lines if name in line}
     assert len(by_step) == sum(name in line for line in lines)
     return by_step
+
+
+def train(settings: TrainConfig, out: Path) -> Path:
+    """Train on one device -> the run's directory."""
+    Run(settings, out, jax.devices()[:1]).go()
+    return out
+
+
+def saved_state(run: Path, step: int) -> dict:
+    """The state that a run has saved after a step, as nested dicts."""
+    with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
+        return checkpointer.restore((run / "steps" / str(step) / "default").absolute())
