@@ -40,7 +40,8 @@ def test_stacked_layers_answer_like_unrolled_ones(checkpoint_dir, engine, model)
         assert (answer.text, answer.speech) == (expected.text, expected.speech)
         assert expected.text and expected.speech and expected.samples.size
         assert_wav(answer.samples, expected.samples, 2e-2, 1e-3)
-    assert stacked_engine.compilations() == engine.compilations()
+    # The shared engine may have compiled more, for other tests.
+    assert stacked_engine.compilations() <= engine.compilations()
 
 
 @pytest.fixture(scope="module")
