@@ -9,6 +9,7 @@ import numpy as np
 
 from omni2_jax import python_files
 from omni2_jax.checkpoint.lazy import LazyArray
+from omni2_jax.checkpoint.parameters import ALL_PARTS
 from omni2_jax.config import PARTS, Omni2Config, SpeechTokenizerConfig, TokenConfig
 from omni2_jax.convert import new_tokenizer, start
 from omni2_jax.convert.release import Release
@@ -17,7 +18,6 @@ from omni2_jax.models.model import Model
 from omni2_jax.models.speech_tokenizer import SpeechTokenizer
 from omni2_jax.synthesize.records import read_dialogues
 
-ALL_PARTS = (*PARTS, "speech_tokenizer")
 # The parts whose dimensions a part depends on, beside its own.
 NEIGHBOURS = {"adapter": ("speech_encoder", "llm"), "fusion": ("llm", "speech_lm")}
 

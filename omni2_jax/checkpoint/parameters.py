@@ -36,6 +36,7 @@ from omni2_jax.models.model import abstract_state, part_dtype
 CHUNK_ERROR = re.compile(
     r'Error reading "([^"]+?)/(?:c|\d)[^"]*" in OCDBT database at (?:local file "[^"]*"|\S+): (.*)'
 )
+ALL_PARTS = (*PARTS, "speech_tokenizer")
 MAX_NAMED = 10  # parameters that one message names
 
 
@@ -78,6 +79,10 @@ def save_part(
             part_directory(directory, part),
             args=ocp.args.PyTreeSave(leaves, ocdbt_target_data_file_size=FILE_BYTES),
         )
+    # Orbax writes the directory's absolute path into this file, and reads only whether it exists.
+    marker = part_directory(directory, part) / "commit_success.txt"
+    if jax.process_index() == 0 and marker.exists():
+        marker.write_text("Checkpoint commit was successful.")
 
 
 def part_directory(directory: Path, part: str) -> epath.Path:
@@ -90,11 +95,7 @@ def parts(directory: Path) -> list[str]:
 
     The speech tokenizer, "speech_tokenizer", is last.
     """
-    return [
-        part
-        for part in (*PARTS, "speech_tokenizer")
-        if (directory / "params" / part / "_METADATA").exists()
-    ]
+    return [part for part in ALL_PARTS if (directory / "params" / part / "_METADATA").exists()]
 
 
 def metadata(directory: Path, part: str) -> dict[str, ocp.metadata.ArrayMetadata]:

@@ -1,0 +1,48 @@
+"""`omni2 join`: parts of several checkpoints as one."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import rich.progress
+import typer
+
+from omni2_jax.cli.console import console, progress_bar, say
+from omni2_jax.cli.paths import directory
+
+
+def join(
+    sources: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="[PART,...=]CKPT ...",
+            help="Checkpoints, and the parts that are taken from them, as "
+            "language=runs/2/final flow=runs/flow/final; `language` and `decoder` stand for all of "
+            "them. Without parts: all that no other source is named for.",
+        ),
+    ],
+    out: Annotated[Path, typer.Option(parser=directory, help="The checkpoint to make.")],
+    dtype: Annotated[
+        Literal["float32", "bfloat16"] | None,
+        typer.Option(help="The type that parameters are stored in. [default: as they are]"),
+    ] = None,
+) -> None:
+    """Make one checkpoint of parts that were trained apart; store them in a smaller type.
+
+    Parts that do not fit one another are refused: by units, mel bands, sizes, and tokenizers.
+    """
+    from omni2_jax.checkpoint import parameters
+    from omni2_jax.convert import precision, write
+    from omni2_jax.convert.join import Source
+    from omni2_jax.convert.join import join as join_parts
+
+    if out.exists():
+        raise ValueError(f"{out} exists already; give a new directory")
+    with console.status("checking names and shapes"):
+        release = join_parts([Source.parse(text) for text in sources])
+        if dtype:
+            release = precision.stored_as(release, dtype)
+    with progress_bar(rich.progress.DownloadColumn()) as progress:
+        task = progress.add_task("writing", total=release.nbytes)
+        write.write(out, release, {}, lambda leaf: progress.advance(task, leaf.nbytes))
+    parts = ", ".join(parameters.parts(out))
+    say(f"wrote {out}: {parts} ({release.nbytes / 1e6:,.1f} MB)")
