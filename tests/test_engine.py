@@ -111,6 +111,24 @@ def test_next_step_is_dispatched_before_the_last_is_read(text_engine, text_model
     assert events == ["dispatch"] + ["dispatch", "fetch"] * len(outputs)
 
 
+def test_forced_texts(text_engine, text_model, alone):
+    """Made to answer what it answers anyway, the model says the same, whatever it would sample.
+
+    Beside them, one is sampled, and one is forced to say what another one says.
+    """
+
+    def force(name: str, text: str) -> ResponseStream:
+        request = request_of(text_model, name, temperature=1.5, seed=9).saying(alone[text].text)
+        return text_engine.submit(pieces(text_model, name), request, None)
+
+    other, free = force("A", "C"), submit(text_engine, text_model, "B")
+    for name, stream in {name: force(name, name) for name in CASES}.items():
+        assert Said.by(stream) == alone[name]
+    assert Said.by(free) == alone["B"]
+    said = Said.by(other)
+    assert said.text == alone["C"].text and said.speech != alone["C"].speech
+
+
 # --- faults
 
 

@@ -120,6 +120,16 @@ def test_speech_in_a_text_is_text(text_model):
     assert answer.unit_text
 
 
+def test_speak(model, monkeypatch):
+    """A text of any length that fits a request, from the engine of three slots."""
+    engine = model.engine
+    monkeypatch.setattr(model, "engine", lambda options, prompt: engine(options, prompt, 3))
+    spoken = model.speak("Good evening.", options=GREEDY)
+    assert spoken.text == "Good evening."
+    assert len(spoken.waveform) == 960 * len(spoken.units) > 0
+    assert model.speak("Good evening, too.", options=GREEDY).units != spoken.units
+
+
 @pytest.mark.nightly
 def test_chunks_smaller_than_a_write(model):
     """Of the whole model; tests/test_flow_streaming.py compares the mel of such chunks."""

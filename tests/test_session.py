@@ -131,6 +131,24 @@ def test_last_replies_unheard(text_model, session):
     )
 
 
+def test_a_text_to_say(text_model, session):
+    """It is the answer to the turn; the next turn goes on from it. Nothing else is said."""
+    said(session.respond(A))
+    text = "I did not hear <speech> in this."
+    assert said(session.reply(session.hear(B), say=text))[0] == text
+    assert session.has_ended(session.turns[-1])
+    whole = from_scratch(text_model, session)
+    assert equal(said(session.respond(C)), said(whole.respond(C)))
+    for text, message in {
+        " \n": "no text",
+        "So<|im_end|>so": r"'<\|im_end\|>', the name of a special token",
+        "word " * 2100: r"has \d+ tokens, at most 2048",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            session.reply("?", say=text)
+    assert session.stream is None and len(session.turns) == 3
+
+
 def test_one_answer_at_a_time(session):
     replies = session.respond(A)
     next(replies)

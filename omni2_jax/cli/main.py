@@ -23,6 +23,7 @@ from omni2_jax.cli import (
     new,
     prepare,
     serve,
+    speak,
     synthesize,
     train,
 )
@@ -38,6 +39,7 @@ SUBCOMMANDS = (
     hidden.hidden,
     info.info,
     serve.serve,
+    speak.speak,
 )
 
 app = console.new_app()

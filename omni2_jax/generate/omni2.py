@@ -4,10 +4,11 @@
     answer = model.answer("question.wav", voice="jane")
     answer.text, answer.units, answer.waveform
 
-`Omni2.stream` yields the same answer step by step, `Omni2.streams` answers many conversations, and
-`Omni2.session` is a conversation of several turns.
+`Omni2.stream` yields the same answer step by step, `Omni2.streams` answers many conversations,
+`Omni2.session` is a conversation of several turns, and `Omni2.speak` says a text.
 """
 
+import dataclasses
 import functools
 import json
 from collections.abc import Iterator, Sequence
@@ -29,7 +30,15 @@ from omni2_jax.generate.batch import Batch
 from omni2_jax.generate.engine import Engine, ResponseStream
 from omni2_jax.generate.engine_config import EngineConfig, longest_answer
 from omni2_jax.generate.options import Options
-from omni2_jax.generate.prompts import Conversation, Sound, load_clips, prompt_ids, split, turns_of
+from omni2_jax.generate.prompts import (
+    Conversation,
+    Sound,
+    forced_ids,
+    load_clips,
+    prompt_ids,
+    split,
+    turns_of,
+)
 from omni2_jax.generate.read_write_state import Request
 from omni2_jax.generate.session import Reply, Session
 from omni2_jax.models.model import for_serving, language_dtype
@@ -37,6 +46,8 @@ from omni2_jax.models.model import for_serving, language_dtype
 TEXT_PARTS = ("speech_encoder", "adapter", "llm")  # what answers in text need
 TEMPLATE = 128  # positions that the chat template adds to a turn at most
 BUCKET = 256  # buffer sizes are multiples of this, so that few sizes are ever compiled
+# What a text that is to be said is the answer to.
+REPEAT = "Please repeat this: {}"
 DEFAULT_SLOTS = 8  # conversations that `Omni2.streams` answers at the same time at most
 
 
@@ -277,6 +288,24 @@ class Omni2:
         batch = Batch(engine, self.tokenizer, submits)
         batch.start()
         return [batch.replies(index) for index in range(len(prompts))]
+
+    def speak(self, text: str, voice: str | None = None, options: Options | None = None) -> Answer:
+        """Say a text: the LLM is made to answer with it. Raises the errors of `stream_speech`."""
+        return join(self.stream_speech(text, voice, options), self.config.flow is not None)
+
+    def stream_speech(
+        self, text: str, voice: str | None = None, options: Options | None = None
+    ) -> Iterator[Reply]:
+        """The same step by step. `Session.reply(question, say=text)` says it in a conversation.
+
+        Raises ValueError for an unknown voice and a text that is empty, has special tokens, or is
+        too long, QueueFullError, and GenerationError.
+        """
+        options = options or Options()
+        tokens = len(forced_ids(self.tokenizer, text))
+        limit = max(tokens, options.max_new_tokens)
+        options = dataclasses.replace(options, max_new_tokens=limit)
+        return self.session(voice, options, turns=1).reply(REPEAT.format(text), say=text)
 
 
 def join(replies: Iterator[Reply], spoken: bool) -> Answer:

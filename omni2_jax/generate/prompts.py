@@ -10,6 +10,7 @@ import numpy as np
 from omni2_jax.audio import recordings
 from omni2_jax.checkpoint.tokenizer import Tokenizer
 from omni2_jax.generate.engine import PromptPiece
+from omni2_jax.generate.read_write_state import MAX_FORCED
 from omni2_jax.models.model import SPEECH
 
 Sound = str | Path | np.ndarray  # a file, or samples [N] at 16 kHz
@@ -67,6 +68,28 @@ def prompt_ids(
             f"the conversation takes {len(ids)} positions, at most {limit} fit; leave out old turns"
         )
     return np.asarray(ids, np.int32)
+
+
+def forced_ids(tokenizer: Tokenizer, text: str) -> list[int]:
+    """The ids of a text that the LLM is made to answer with, and an end token.
+
+    Raises ValueError for a text without words, one of more than MAX_FORCED tokens, and one with the
+    name of a special token, which would end or change the answer.
+    """
+    ids = tokenizer.answer(text.strip())
+    if not ids:
+        raise ValueError("there is no text to say")
+    special = set(ids).intersection(tokenizer.text.all_special_ids)
+    if special:
+        name = tokenizer.text.convert_ids_to_tokens(min(special))
+        raise ValueError(f"the text to say holds {name!r}, the name of a special token")
+    ids = [*ids, tokenizer.config.tokens.text_eos[0]]
+    if len(ids) > MAX_FORCED:
+        raise ValueError(
+            f"the text to say has {len(ids)} tokens, at most {MAX_FORCED} can be said at once; "
+            "say its paragraphs one by one"
+        )
+    return ids
 
 
 def split(

@@ -122,23 +122,27 @@ def read_token(
 ) -> tuple[ReadWriteState, Array, Array]:
     """Generate one text token in every slot where `reading` [B] -> (state, token [B], reading).
 
+    A token that the request forces takes the place of the sampled one; nothing else differs.
     Afterwards `reading` is False where the token ended the text or the logits were not finite.
     """
     request = state.request
+    rows = jnp.arange(reading.size)
     logits = model.llm.logits(state.hidden)
     failed = reading & ~jnp.all(jnp.isfinite(logits), axis=-1)
     reading &= ~failed
     logits = penalize(logits, state.generated_mask, request.text.repetition_penalty)
     # Even numbers for text tokens, odd ones for speech tokens: no key is used twice.
     keys = jax.vmap(jax.random.fold_in)(request.key, 2 * state.text_count)
-    token = jnp.where(reading, sample(logits, request.text, keys), -1)
+    # Behind the last column, the last one is read: -1, or the token that ended the text.
+    forced = request.forced.at[rows, state.text_count].get(mode="clip")
+    token = jnp.where(forced >= 0, forced, sample(logits, request.text, keys))
+    token = jnp.where(reading, token, -1)
     count = state.text_count + reading
     is_eos = jnp.any(token[:, None] == request.text_eos, axis=-1)
     # The end token is fed too: it belongs to the history that the next turn continues.
     positions = jnp.where(reading, state.llm_length, -1)
     embedding = model.llm.embed(token).astype(state.hidden.dtype)
     hidden, llm = model.llm(embedding[:, None], positions[:, None], state.llm)
-    rows = jnp.arange(reading.size)
     state = dataclasses.replace(
         state,
         phase=jnp.where(failed, FAILED, state.phase),

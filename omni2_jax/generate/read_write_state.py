@@ -4,6 +4,7 @@ B slots, R text tokens of a read, W speech tokens of a write, D LLM width, V voc
 S positions of a KV cache, L layers, K key/value heads, H their size.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -22,6 +23,7 @@ IDLE, READING, FLUSHING, FAILED = range(4)
 # Stands for a speech LM that is not there, so that its KV cache has a place in the state.
 NO_SPEECH_LM = DecoderConfig(vocabulary=1, width=2, layers=1, heads=1, kv_heads=1, hidden=1)
 MAX_EOS = 8  # end-of-text tokens that a request may name
+MAX_FORCED = 2048  # text tokens that a request may force: about a quarter of an hour of speech
 
 
 @jax.tree_util.register_dataclass
@@ -32,6 +34,7 @@ class Request:
     text: Sampling
     unit: Sampling
     text_eos: Array  # [B, MAX_EOS] end-of-text tokens, padded with -1
+    forced: Array  # [B, MAX_FORCED] text tokens that are taken, not sampled; padded with -1
     max_text: Array  # [B] text tokens at most
     max_flush: Array  # [B] speech tokens at most after the end of the text
     key: Array  # [B] PRNG keys
@@ -66,11 +69,25 @@ class Request:
             text=Sampling.of(batch, options.temperature, **text),
             unit=Sampling.of(batch, options.unit_temperature, top_k=options.unit_top_k),
             text_eos=jnp.tile(jnp.array(padded, jnp.int32), (batch, 1)),
+            forced=jnp.full((batch, MAX_FORCED), -1, jnp.int32),
             max_text=jnp.full(batch, options.max_new_tokens, jnp.int32),
             max_flush=jnp.full(batch, options.max_flush_units, jnp.int32),
             key=jax.vmap(jax.random.fold_in, (None, 0))(
                 jax.random.key(options.seed), jnp.arange(batch)
             ),
+        )
+
+    def saying(self, tokens: Sequence[int]) -> "Request":
+        """The same request with these text tokens, MAX_FORCED at most, as the answer of every slot.
+
+        The last one should be an end token, as in an answer that the model ends itself.
+        """
+        batch = self.max_text.size
+        padded = (*tokens, *[-1] * (MAX_FORCED - len(tokens)))
+        return dataclasses.replace(
+            self,
+            forced=jnp.tile(jnp.array(padded, jnp.int32), (batch, 1)),
+            max_text=jnp.full(batch, len(tokens), jnp.int32),
         )
 
 

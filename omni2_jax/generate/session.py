@@ -19,7 +19,7 @@ import numpy as np
 
 from omni2_jax.checkpoint.tokenizer import Tokenizer, parse_units
 from omni2_jax.generate.engine import Engine, PromptPiece, ResponseStream
-from omni2_jax.generate.prompts import Sound, split
+from omni2_jax.generate.prompts import Sound, forced_ids, split
 from omni2_jax.generate.read_write_state import ReadWriteState, Request
 
 
@@ -90,17 +90,22 @@ class Session:
         self.check_idle()
         yield from self.reply(self.hear(sound))
 
-    def reply(self, question: Question) -> Iterator[Reply]:
+    def reply(self, question: Question, say: str | None = None) -> Iterator[Reply]:
         """Answer a turn: speech features, as `hear` returns them, a text, or both.
 
+        say: the text of the answer, if the model is not to choose it; it is spoken as if it did.
         When this method returns, the prompt has been dispatched to the device if a slot is free.
-        Iterate over the result, or call `interrupt`. Raises the errors of `respond`.
+        Iterate over the result, or call `interrupt`. Raises the errors of `respond`, and ValueError
+        for a text that cannot be said (`prompts.forced_ids`).
         """
         self.check_idle()
         question = [question] if isinstance(question, str) else list(question)
-        pieces, prefix = self.prompt(question)
+        request = self.request
+        if say is not None:
+            request = request.saying(forced_ids(self.tokenizer, say))
+        pieces, prefix = self.prompt(question, int(request.max_text[0]))
         stream = self.stream = self.engine.submit(
-            pieces, self.request, self.voice, prefix, self.length, keep_prefix=True
+            pieces, request, self.voice, prefix, self.length, keep_prefix=True
         )
         turn = Turn(question, [])
         self.turns.append(turn)
@@ -161,14 +166,16 @@ class Session:
             length = jnp.array([self.length], jnp.int32)
             self.prefix = dataclasses.replace(self.prefix, llm_length=length)
 
-    def prompt(self, question: Question) -> tuple[list[PromptPiece], ReadWriteState | None]:
+    def prompt(
+        self, question: Question, max_text: int
+    ) -> tuple[list[PromptPiece], ReadWriteState | None]:
         """The prompt of a new turn, and the prefix that it follows.
 
+        max_text: text tokens of its answer at most.
         If the turn does not fit behind the prefix, the prompt is that of the whole conversation
         (overflow "drop": of the newest turns that fit), and the prefix is None. Raises ValueError
         if that does not fit either.
         """
-        max_text = int(self.request.max_text[0])
         limit = self.engine.engine_config.llm_capacity - max_text
         if self.prefix is not None:
             ids = self.tokenizer.continuation(content(question), self.has_ended(self.turns[-1]))
