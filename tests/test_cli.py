@@ -63,6 +63,18 @@ def test_answer_to_a_wav(omni2, loaded, model, tmp_path):
     assert os.listdir(tmp_path) == ["answer.wav"]
 
 
+def test_speak(omni2, loaded, model, warm_engine, tmp_path, monkeypatch):
+    """A text to a wav, from the engine that other tests have compiled."""
+    monkeypatch.setattr(model, "engine", lambda options, prompt: warm_engine)
+    command = ["speak", "--checkpoint", loaded, "--max-flush-units", 15, "--out"]
+    code, _, err = omni2(*command, tmp_path / "a.wav", "Good evening.")
+    samples, rate = soundfile.read(tmp_path / "a.wav")
+    assert code == 0 and rate == 24000 and f"{len(samples) / 24000:.2f} s of speech" in err
+    for text, message in {" ": "no text to say", "a<|im_end|>": "special token"}.items():
+        assert message in omni2(*command, tmp_path / "b.wav", text)[0]
+    assert os.listdir(tmp_path) == ["a.wav"]
+
+
 def test_conversation_and_streaming(omni2, loaded, model, tmp_path):
     """Two turns, written as they are made: the files of `NAME-1.wav`, and times on stderr."""
     code, out, err = omni2(
