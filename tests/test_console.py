@@ -44,7 +44,7 @@ def test_version(omni2):
 MISUSE = {
     ("nothing",): "No such command 'nothing'.",
     ("--colour",): "No such option: --colour",
-    ("info",): "Missing argument 'CKPT'.",
+    ("prepare",): "Missing option '--source'.",
     ("train", "--config", "stage1a"): "Missing option '--out'.",
     ("prepare", "--source", "x", "--out", "y", "--batch", "many"): "Invalid value for '--batch'",
     ("prepare", "--source", "x", "--out", "y", "--batch", "0"): "Invalid value for '--batch'",
@@ -60,9 +60,9 @@ def test_misuse_is_one_line(omni2, arguments):
 
 
 def test_exit_code_and_stream_of_an_error():
-    done = process("info")
+    done = process("prepare")
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr == "error: Missing argument 'CKPT'.\n"
+    assert done.stderr == "error: Missing option '--source'.\n"
 
 
 def test_traceback_on_request():

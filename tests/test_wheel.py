@@ -12,6 +12,7 @@ import pytest
 
 from tests.support.paths import AUDIO, DECODER, EXAMPLES, GOLDENS, ROOT
 
+MAX_BYTES = 40e6  # of the package, which is mostly the embedded model
 SOURCES = ("omni2_jax", "convert", "train", "configs")
 
 
@@ -39,19 +40,26 @@ def checked(command: list[object], cwd: Path, **variables: str) -> subprocess.Co
 
 
 @pytest.fixture(scope="module")
-def installed(tmp_path_factory) -> Path:
-    """The folder that the package is installed into: sources -> sdist -> wheel -> folder."""
+def installed(tmp_path_factory, new_checkpoint) -> Path:
+    """The folder that the package is installed into: sources -> sdist -> wheel -> folder.
+
+    Where the sources hold no embedded model, a tiny one is put in its place.
+    """
     work = tmp_path_factory.mktemp("wheel")
     source, target = work / "source", work / "site-packages"
     source.mkdir()
     for name in SOURCES:
         ignored = shutil.ignore_patterns("__pycache__")
         shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=ignored)
+    nano = source / "omni2_jax" / "nano"
+    if not (nano / "config.json").exists():
+        shutil.copytree(new_checkpoint, nano, dirs_exist_ok=True)
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source / name)
     build = "import sys; from setuptools import build_meta; build_meta.build_sdist(sys.argv[1])"
     checked([sys.executable, "-c", build, work], source)
     (sdist,) = work.glob("*.tar.gz")
+    assert sdist.stat().st_size < MAX_BYTES
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation"]
     checked([*pip, "--target", target, sdist], work)
     return target
@@ -62,6 +70,10 @@ def test_the_wheel_holds_one_package_with_every_module(installed):
     assert names == {"omni2_jax", "bin"}
     assert modules(installed / "omni2_jax") == modules(ROOT / "omni2_jax")
     assert (installed / "omni2_jax" / "py.typed").is_file()
+
+
+def test_the_embedded_model_is_whole(omni2):
+    assert "sound" in omni2("info", "--verify")
 
 
 @pytest.mark.parametrize("name", ["convert", "train"])

@@ -91,6 +91,14 @@ def width(config: Omni2Config, *names: str) -> str:
     return " -> ".join(str(part.width) if part else "?" for part in described)
 
 
+def about(directory: Path) -> str:
+    """What a checkpoint says of itself: the first paragraph of its README.md, in one line."""
+    path = directory / "README.md"
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    paragraphs = [" ".join(part.split()) for part in text.split("\n\n")]
+    return next((part for part in paragraphs if part and not part.startswith("#")), "")
+
+
 def facts(directory: Path) -> dict[str, str]:
     """Rules, limits and voices of a checkpoint, by name."""
     config = Omni2Config.load(directory / "config.json")

@@ -12,7 +12,7 @@ import typer
 from omni2_jax.cli.chat_questions import answer_questions, check_prompts, save_speech
 from omni2_jax.cli.chat_timing import Timing, timed_replies
 from omni2_jax.cli.console import console, say
-from omni2_jax.cli.paths import directory
+from omni2_jax.cli.paths import Checkpoint, chosen
 from omni2_jax.generate.options import LIMITS, Options
 
 if TYPE_CHECKING:
@@ -32,10 +32,7 @@ def chat(
         list[Path] | None,
         typer.Argument(metavar="QUESTION.wav ...", help="Spoken turns of one conversation."),
     ] = None,
-    checkpoint: Annotated[
-        Path,
-        typer.Option(parser=directory, help="A checkpoint directory made by `omni2 convert`."),
-    ] = ...,  # pyright: ignore[reportArgumentType]
+    checkpoint: Checkpoint = None,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -167,6 +164,7 @@ def chat(
 
     if truncate and split_long:
         raise ValueError("--truncate and --split-long exclude each other")
+    checkpoint = chosen(checkpoint)
     options = Options(
         temperature=temperature,
         top_p=top_p,

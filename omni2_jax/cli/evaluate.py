@@ -33,7 +33,8 @@ def evaluate(
         str | None,
         typer.Option(
             help="A checkpoint, a folder of answers (of omni2 chat, LLaMA-Omni, VoiceBench or "
-            "UltraEval-Audio), or the URL of chat completions with audio, http://HOST/v1."
+            "UltraEval-Audio), or the URL of chat completions with audio, http://HOST/v1. "
+            "[default: the embedded model]"
         ),
     ] = None,
     data: Annotated[
@@ -137,15 +138,17 @@ def evaluate(
     """Measure how well a system answers spoken questions."""
     if context.invoked_subcommand is not None:
         return
+    from omni2_jax.checkpoint import embedded
     from omni2_jax.evaluate import measure
     from omni2_jax.evaluate.recognisers import RecogniserOptions
     from omni2_jax.evaluate.systems import SystemOptions, parse_options
     from omni2_jax.evaluate.tasks import TaskOptions
 
-    given = {"--task": task, "--system": system, "--data": data, "--out": out}
+    given = {"--task": task, "--data": data, "--out": out}
     if missing := [name for name, value in given.items() if not value]:
         raise typer.BadParameter(f"{', '.join(missing)} must be given")
-    assert task and system and data and out
+    assert task and data and out
+    system = system or str(embedded.or_embedded(None, "--system CKPT"))
     if bool(read) != bool(write):
         raise typer.BadParameter("--read and --write go together")
     common = measure.Settings(

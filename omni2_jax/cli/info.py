@@ -15,15 +15,22 @@ from omni2_jax.cli.paths import directory
 
 def info(
     checkpoint: Annotated[
-        Path, typer.Argument(parser=directory, metavar="CKPT", help="A checkpoint directory.")
-    ],
+        Path | None,
+        typer.Argument(
+            parser=directory,
+            metavar="CKPT",
+            help="A checkpoint directory. [default: the embedded model]",
+        ),
+    ] = None,
     verify: Annotated[
         bool, typer.Option("--verify", help="Read all parameters and check their checksums.")
     ] = False,
 ) -> None:
     """Show what a checkpoint holds: sizes, parameters, R and W, voices."""
+    from omni2_jax.checkpoint import embedded
     from omni2_jax.checkpoint import info as contents
 
+    checkpoint = embedded.or_embedded(checkpoint, "omni2 info CKPT")
     if verify:
         verify_all(checkpoint)
         return
@@ -45,6 +52,8 @@ def info(
     table.add_row("all", "", f"{total_count:,}", "", f"{total_bytes / 1e6:,.1f}")
     console = rich.console.Console()
     console.print(table)
+    if about := contents.about(checkpoint):
+        console.print(about, highlight=False, markup=False)
     for name, value in contents.facts(checkpoint).items():
         console.print(f"{name}: {value}", highlight=False, markup=False)
     if unprotected := [part.name for part in parts if not part.checksums]:

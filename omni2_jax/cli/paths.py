@@ -1,6 +1,7 @@
 """Options that name a directory: a local one, or gs://BUCKET/DIRECTORY."""
 
 from pathlib import Path
+from typing import Annotated
 
 import typer
 
@@ -13,3 +14,19 @@ def directory(text: str) -> Path:
         return remote.as_path(text)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
+
+
+Checkpoint = Annotated[
+    Path | None,
+    typer.Option(
+        parser=directory,
+        help="A checkpoint directory, as `omni2 convert` makes it. [default: the embedded model]",
+    ),
+]
+
+
+def chosen(checkpoint: Path | None) -> Path:
+    """The checkpoint of --checkpoint, else the embedded one. Raises ValueError if there is none."""
+    from omni2_jax.checkpoint import embedded
+
+    return embedded.or_embedded(checkpoint, "--checkpoint CKPT")

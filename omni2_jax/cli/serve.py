@@ -6,15 +6,13 @@ from typing import Annotated
 import typer
 
 from omni2_jax.cli.console import console, say
-from omni2_jax.cli.paths import directory
+from omni2_jax.cli.paths import Checkpoint, chosen
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
 def serve(
-    checkpoint: Annotated[
-        Path, typer.Option(parser=directory, help="A checkpoint directory made by `omni2 convert`.")
-    ],
+    checkpoint: Checkpoint = None,
     host: Annotated[
         str, typer.Option(help="The address to listen on; others than loopback need --key-file.")
     ] = "127.0.0.1",
@@ -57,6 +55,7 @@ def serve(
 
     import uvicorn
 
+    checkpoint = chosen(checkpoint)
     keys = read_keys(key_file) if key_file else ()
     if host not in LOOPBACK and not keys:
         raise ValueError(f"--host {host} is open to others: give API keys with --key-file")

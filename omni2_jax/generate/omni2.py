@@ -23,7 +23,7 @@ from jax.sharding import Mesh
 
 from omni2_jax import remote, sharding
 from omni2_jax.audio import features, recordings
-from omni2_jax.checkpoint import parameters, voices
+from omni2_jax.checkpoint import embedded, parameters, voices
 from omni2_jax.checkpoint.tokenizer import Tokenizer
 from omni2_jax.config import LANGUAGE_PARTS, Omni2Config
 from omni2_jax.generate.batch import Batch
@@ -98,7 +98,7 @@ class Omni2:
     @classmethod
     def load(
         cls,
-        directory: str | Path,
+        directory: str | Path | None = None,
         dtype: jnp.dtype | type | None = None,
         decoder: bool = True,
         mesh: Mesh | None = None,
@@ -107,7 +107,7 @@ class Omni2:
         write: int | None = None,
         speech: bool = True,
     ) -> "Omni2":
-        """Read a checkpoint directory.
+        """Read a checkpoint directory; None is the model that this package carries.
 
         dtype: of the language side; by default bfloat16 on accelerators, float32 on the CPU.
         decoder: whether to load flow and vocoder. mesh: the devices that share the model
@@ -120,7 +120,8 @@ class Omni2:
         speech: False answers in text alone; neither speech LM nor decoder is loaded.
         Raises ValueError naming what is missing or damaged.
         """
-        directory = remote.as_path(directory)
+        path = None if directory is None else remote.as_path(directory)
+        directory = embedded.or_embedded(path, "Omni2.load(CKPT)")
         config, tokenizer, defaults = describe(directory, decoder, speech)
         config = config.replace(read=read or config.read, write=write or config.write)
         default = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
