@@ -1,8 +1,9 @@
-"""`python -m benchmarks.aot`: compile for a TPU slice without having one.
+"""`python -m benchmarks.aot`: compile for a TPU slice or an H100 without having one.
 
-It reports the memory, FLOPs and collectives of the compiled program. Nothing is allocated: all
-inputs are shapes with shardings. The compiler is libtpu's, the programs are those of train/step.py
-and of the engine. Sizes are of one device, FLOPs of all devices.
+It reports the memory, FLOPs and collectives of the compiled program, and for a GPU the kernels and
+bytes of each part beside the fewest bytes that it can move (`least.py`). Nothing is allocated: all
+inputs are shapes with shardings. The programs are those of train/step.py and of the engine. Sizes
+are of one device, FLOPs of all devices.
 """
 
 import os
@@ -12,9 +13,9 @@ os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
 os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-8")
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
 
 import dataclasses
-import importlib.util
 import json
 import re
 import time
@@ -25,21 +26,20 @@ from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
-import rich.console
-import rich.table
 import typer
 from flax import nnx
-from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from benchmarks import roofline, sizes
+from benchmarks import kernels, least, roofline, sizes
+from benchmarks.aot_report import GIB, report
 from benchmarks.hlo import collectives
 from benchmarks.sizes import SIZES, dtype_of
-from omni2_jax import files, sharding
+from benchmarks.targets import GPUS, KNOWN_SLICES, devices
+from omni2_jax import sharding
 from omni2_jax.cli.console import run_function
 from omni2_jax.config import Omni2Config
 from omni2_jax.configs import stage1a, stage2
-from omni2_jax.devices import MEMORY_GIB
+from omni2_jax.devices import memory_gib
 from omni2_jax.generate.engine import Programs
 from omni2_jax.generate.engine_config import EngineConfig
 from omni2_jax.generate.options import Options
@@ -50,47 +50,23 @@ from omni2_jax.train.settings import TrainConfig
 from omni2_jax.train.stages import stage_of
 from omni2_jax.train.weights import split_params, stage_weights
 
-GIB = 2**30
-# Names of slices that were tried.
-KNOWN_SLICES = (
-    "v5e:1x1, v5e:2x2, v5e:2x4, v5e:4x4, v5e:4x8, v5e:8x8, v5e:16x16, v4:2x2x1, v5p:2x2x1, "
-    "v5p:4x4x4, v6e:2x4 and tpu7x:2x2x1"
-)
 TRAINING = {"train": stage1a.config, "train2": stage2.config}
 STREAMING = ("prefill", "step")
+LIVE = 600  # positions of a conversation: a question of 30 s, its prompt, and half of an answer
 STEPS = 1000  # length of the learning rate schedule; it changes constants only
-console = rich.console.Console()
 
 
 @dataclass(frozen=True)
 class Job:
-    """A jitted function, the shapes of its arguments, the same shapes by kind, and its FLOPs."""
+    """A jitted function and the shapes of its arguments; what it has to do, by its shapes."""
 
     function: Any  # of jax.jit
     arguments: tuple
-    kinds: dict[str, Any]
+    kinds: dict[str, Any]  # the shapes by kind
     flops: float
+    parts: dict[str, least.Part]
+    label: kernels.Label  # the part of an instruction
     keywords: dict[str, object] = field(default_factory=dict)
-
-
-def devices(topology: str) -> Sequence[jax.Device]:
-    """The devices of a slice, as "v5e:4x4".
-
-    Raises ValueError if the slice does not exist, or if libtpu is not installed.
-    """
-    if importlib.util.find_spec("libtpu") is None:
-        raise ValueError(
-            "compiling for TPUs needs libtpu, which is not installed: "
-            "pip install 'omni2-jax[tpu-aot]'"
-        )
-    alone = {"chips_per_host_bounds": (1, 1, 1)} if re.fullmatch(r"\w+:1x1(x1)?", topology) else {}
-    try:
-        return topologies.get_topology_desc(topology, "tpu", **alone).devices
-    except Exception as error:  # libtpu raises errors of many classes
-        reason = files.first_line(error)
-        raise ValueError(
-            f"topology {topology!r} does not exist ({reason}); names that work are {KNOWN_SLICES}"
-        ) from None
 
 
 def with_shardings(shapes: Any, shardings: Any) -> Any:
@@ -126,21 +102,29 @@ def training(train: TrainConfig, config: Omni2Config, mesh: Mesh) -> Job:
         name: jax.ShapeDtypeStruct((*cut, *value.shape), value.dtype, sharding=rows)
         for name, value in empty.items()
     }
+    kinds = {
+        "parameters, trained": state.params,
+        "parameters, frozen": frozen,
+        "optimizer": (state.opt, state.ema),
+        "batch": batch,
+    }
     return Job(
         step.compile_step(objective, shardings),
         (state, frozen, batch),
-        {
-            "parameters, trained": state.params,
-            "parameters, frozen": frozen,
-            "optimizer": (state.opt, state.ema),
-            "batch": batch,
-        },
+        kinds,
         flops.step(stage, config, weights.shapes, bucket),
+        least.of_training(kinds, train.microbatches),
+        least.training_label,
     )
 
 
-def streaming(name: str, engine_config: EngineConfig, config: Omni2Config, mesh: Mesh) -> Job:
-    """A program of the engine: "step", for all slots, or "prefill", for a piece of a prompt."""
+def streaming(
+    name: str, engine_config: EngineConfig, config: Omni2Config, mesh: Mesh, live: int = LIVE
+) -> Job:
+    """A program of the engine: "step", for all slots, or "prefill", for a piece of a prompt.
+
+    live: positions in the language models' caches, of which a step reads the keys and values.
+    """
     config = config.replace(speaker=None)
     graph, state = abstract_state(config)
 
@@ -166,12 +150,15 @@ def streaming(name: str, engine_config: EngineConfig, config: Omni2Config, mesh:
     if name == "step":
         work = sum(part.flops for part in roofline.step(config, params, engine_config).values())
         kinds["flow and vocoder"] = (state.flow, state.vocoder)
-        return Job(programs.step, (params, state), kinds, work)
+        parts = least.of_step(config, params, engine_config, live)
+        return Job(programs.step, (params, state), kinds, work, parts, least.label)
     piece = prompt(config, engine_config, mesh)
     work = roofline.decoder_pass(
         config.llm, params["llm"], 0, engine_config.prefill_size, engine_config.llm_capacity
     ).flops
-    return Job(programs.prefill, (params, state), kinds | {"prompt": piece}, work, piece)
+    kinds["prompt"] = piece
+    parts = least.of_prefill(config, params, engine_config)
+    return Job(programs.prefill, (params, state), kinds, work, parts, lambda name: "prefill", piece)
 
 
 def prompt(config: Omni2Config, engine_config: EngineConfig, mesh: Mesh) -> dict:
@@ -193,9 +180,10 @@ def prompt(config: Omni2Config, engine_config: EngineConfig, mesh: Mesh) -> dict
     }
 
 
-def compiled(job: Job, mesh: Mesh) -> dict:
+def compiled(job: Job, mesh: Mesh, largest: int = 0) -> dict:
     """Compile a job -> its figures: bytes of one device, FLOPs, bytes of collectives, seconds.
 
+    On a GPU also what each part moves, and the `largest` instructions by what they move.
     A program that does not fit the device's memory has the figures that XLA's message states.
     """
     kinds = {kind: share(tree) for kind, tree in job.kinds.items()}
@@ -211,7 +199,14 @@ def compiled(job: Job, mesh: Mesh) -> dict:
             raise
         exceeded = {"peak": peak, "fits": False}
         return figures | exceeded | {"compile_s": time.perf_counter() - lowering}
-    memory, communication = program.memory_analysis(), collectives(program.as_text())
+    memory, text = program.memory_analysis(), program.as_text()
+    communication = collectives(text)
+    if mesh.devices.flat[0].platform == "gpu":
+        figures["parts"] = traffic(text, job, mesh.size)
+        figures["largest"] = [
+            {"part": part, "instruction": what, "kernels": one.kernels, "bytes": one.bytes}
+            for part, what, one in kernels.largest(kernels.events(text, job.label), largest)
+        ]
     return figures | {
         "arguments": memory.argument_size_in_bytes,
         "temporaries": memory.temp_size_in_bytes,
@@ -221,6 +216,26 @@ def compiled(job: Job, mesh: Mesh) -> dict:
         "lower_s": lowering - start,
         "compile_s": time.perf_counter() - lowering,
     }
+
+
+def traffic(text: str, job: Job, devices: int = 1) -> dict[str, dict]:
+    """What each part of a compiled program moves in one pass, beside the least that it can.
+
+    The least of one of several devices is an even share.
+    """
+    found = kernels.by_part(kernels.events(text, job.label))
+    rows = {}
+    for name, part in job.parts.items():
+        one = found.pop(name, kernels.Traffic())
+        rows[name] = {
+            "passes": part.passes,
+            "kernels": one.kernels / part.counted,
+            "bytes": one.bytes / part.counted,
+            "waits": one.waits / part.counted,
+            "least_bytes": part.least / devices,
+        }
+    assert not found, f"parts without a least: {list(found)}"
+    return rows
 
 
 def required_bytes(message: str) -> float | None:
@@ -237,15 +252,20 @@ def required_bytes(message: str) -> float | None:
 
 
 def job_of(
-    name: str, config: Omni2Config, mesh: Mesh, batch: int | None, changes: Sequence[str]
+    name: str,
+    config: Omni2Config,
+    mesh: Mesh,
+    batch: int | None,
+    changes: Sequence[str],
+    live: int = LIVE,
 ) -> Job:
-    """The job of this name.
+    """The job of this name. live: see `streaming`.
 
     Raises ValueError if the mesh divides neither the model nor the batch, and for unknown settings.
     """
     sharding.check(mesh, config.llm.width, config.llm.hidden)
     if name in STREAMING:
-        return streaming(name, shaped(batch or 64, changes), config, mesh)
+        return streaming(name, shaped(batch or 64, changes), config, mesh, live)
     train = overrides.changed(TRAINING[name], [*([f"batch={batch}"] if batch else []), *changes])
     sharding.check_rows(mesh, train.batch, train.microbatches)
     return training(train, config, mesh)
@@ -267,34 +287,10 @@ def shaped(slots: int, changes: Sequence[str]) -> EngineConfig:
     return engine_config
 
 
-def report(title: str, figures: dict) -> None:
-    """Print the figures as a table."""
-
-    def gib(size: float) -> str:
-        return f"{size / GIB:.3f}"
-
-    rows = {kind: gib(size) for kind, size in figures["bytes"].items()}
-    if "temporaries" in figures:
-        rows["all of these as XLA lays them out"] = gib(figures["arguments"])
-        rows["temporaries"] = gib(figures["temporaries"])
-    rows["peak"] = gib(figures["peak"])
-    fits = "fits" if figures["fits"] else "does not fit"
-    rows["memory of the device"] = f"{figures['hbm'] / GIB:g}: {fits}"
-    for kind, size in figures.get("collectives", {}).items():
-        rows[f"{kind}, output of a call"] = gib(size)
-    table = rich.table.Table("of one device", "GiB", title=title)
-    for row in rows.items():
-        table.add_row(*row)
-    console.print(table)
-    line = f"{figures['flops'] / 1e12:.3f} TFLOP on all devices, counted from shapes; "
-    line += f"compiled in {figures['compile_s']:.0f} s"
-    if loops := figures.get("open_loops"):
-        line += f"; {loops} loops whose iterations depend on data are counted once"
-    console.print(line)
-
-
 def main(
-    topology: Annotated[str, typer.Option(help=f"The slice: {KNOWN_SLICES} work.")],
+    topology: Annotated[
+        str, typer.Option(help=f"The slice ({KNOWN_SLICES} work), or {' or '.join(GPUS)}.")
+    ],
     size: Annotated[str, typer.Option(help=f"Dimensions, one of {', '.join(SIZES)}.")],
     job: Annotated[
         str,
@@ -316,11 +312,17 @@ def main(
             metavar="KEY=VALUE",
         ),
     ] = None,
+    live: Annotated[
+        int, typer.Option(min=1, help="Positions in the caches that a step reads, for a GPU.")
+    ] = LIVE,
+    largest: Annotated[
+        int, typer.Option(min=0, help="Print so many instructions that move most, for a GPU.")
+    ] = 0,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write the figures here.")
     ] = None,
 ) -> None:
-    """Compile a job for a TPU slice without having one."""
+    """Compile a job for a TPU slice or an H100 without having one."""
     config = sizes.of(size)
     if job not in (*TRAINING, *STREAMING):
         raise ValueError(
@@ -328,8 +330,9 @@ def main(
         )
     slice_devices = devices(topology)
     device_mesh = sharding.parse_mesh(mesh, slice_devices)
-    figures = compiled(job_of(job, config, device_mesh, batch, changes or []), device_mesh)
-    hbm = MEMORY_GIB[slice_devices[0].device_kind] * GIB
+    made = job_of(job, config, device_mesh, batch, changes or [], live)
+    figures = compiled(made, device_mesh, largest)
+    hbm = (memory_gib(slice_devices[0]) or 0) * GIB
     figures |= {"hbm": hbm, "fits": figures.get("fits", figures["peak"] <= hbm)}
     axes = [f"{axis}={count}" for axis, count in device_mesh.shape.items() if count > 1]
     report(f"{job} of {size} on {topology}: {', '.join(axes) or 'one device'}", figures)

@@ -95,12 +95,8 @@ def flow_pass(config: Omni2Config, params: dict, engine_config: EngineConfig, wi
     sees all of the past, the past is as long as the cache.
     """
     c = config.flow
-    past_units = (
-        engine_config.max_units
-        if engine_config.flow_left_chunks is None
-        else engine_config.flow_left_chunks * (engine_config.flow_chunk or c.chunk)
-    )
-    frames, past, branches = c.upsample * window, c.upsample * past_units, 2 * c.steps
+    past = c.upsample * past_units(config, engine_config)
+    frames, branches = c.upsample * window, 2 * c.steps
     # The width of all attentions together.
     width = (2 + c.mid_blocks) * c.blocks * c.estimator_heads * c.estimator_head_size
     attention = 4 * width * frames * (frames + past)
@@ -114,6 +110,13 @@ def flow_pass(config: Omni2Config, params: dict, engine_config: EngineConfig, wi
         + branches * engine_config.slots * cached
     )
     return Work(read, flops * engine_config.slots)
+
+
+def past_units(config: Omni2Config, engine_config: EngineConfig) -> int:
+    """Units before its own chunk that a frame of the flow attends to, at most."""
+    if engine_config.flow_left_chunks is None:
+        return engine_config.max_units
+    return engine_config.flow_left_chunks * (engine_config.flow_chunk or config.flow.chunk)
 
 
 def usual_windows(plan: StreamPlan) -> dict[int, float]:

@@ -23,7 +23,15 @@ PEAK_FLOPS = {
     "TPU v6": 918e12,
 }
 # GiB of one device; a chip of v4 and of TPU7x has two.
-MEMORY_GIB = {"TPU v4": 16, "TPU v5 lite": 16, "TPU v5": 95, "TPU v6 lite": 32, "TPU7x": 96}
+MEMORY_GIB = {
+    "NVIDIA H100": 80,
+    "NVIDIA H200": 141,
+    "TPU v4": 16,
+    "TPU v5 lite": 16,
+    "TPU v5": 95,
+    "TPU v6 lite": 32,
+    "TPU7x": 96,
+}
 
 
 def peak_flops(device: Device) -> float | None:

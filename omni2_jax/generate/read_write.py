@@ -100,6 +100,7 @@ def read(model: Model, state: ReadWriteState) -> tuple[ReadWriteState, Array, Ar
         i, _, _, _, reading = carry
         return (i < size) & jnp.any(reading)
 
+    @jax.named_scope("text_token")
     def body(carry):
         i, state, tokens, hiddens, reading = carry
         hiddens = hiddens.at[:, i].set(state.hidden)
@@ -155,6 +156,7 @@ def read_token(
     return state, token, reading & ~(is_eos | (count >= request.max_text))
 
 
+@jax.named_scope("fused_rows")
 def write(
     model: Model,
     state: ReadWriteState,
@@ -212,6 +214,7 @@ def write_units(
         i, _, _, alive = carry
         return (i < size) & jnp.any(alive)
 
+    @jax.named_scope("unit")
     def body(carry):
         i, state, tokens, alive = carry
         embedding = model.speech_lm.embed(state.last_speech_token).astype(hidden.dtype)

@@ -101,6 +101,7 @@ def smallest_key(holds: Callable[[Array], Array]) -> Array:
     return jax.lax.fori_loop(0, 32, decide_bit, jnp.full(shape, 2**32 - 1, jnp.uint32))
 
 
+@jax.named_scope("sampling")
 def sample(logits: Array, settings: Sampling, keys: Array) -> Array:
     """Sample one token id for every row -> [B].
 

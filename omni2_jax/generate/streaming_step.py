@@ -180,9 +180,10 @@ def speak_step(
     units, unit_counts = units_of(model.config, output.speech_tokens)
     flow, mel, frames = flow_step(model.flow, state.flow, units, unit_counts, final)
     keys = jax.vmap(jax.random.fold_in)(state.language.request.key, 2**31 - 1 - state.steps)
-    vocoder, samples, sample_counts = model.vocoder.step(
-        state.vocoder, mel, frames, final, keys, engine_config.seamless
-    )
+    with jax.named_scope("vocoder"):
+        vocoder, samples, sample_counts = model.vocoder.step(
+            state.vocoder, mel, frames, final, keys, engine_config.seamless
+        )
     return DecodeState(state.language, flow, vocoder, state.steps + 1), samples, sample_counts
 
 

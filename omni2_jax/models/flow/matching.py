@@ -135,6 +135,7 @@ class Flow(nnx.Module):
         times = cosine(jnp.linspace(0.0, 1.0, config.steps + 1))
         first_layers = jnp.arange(config.steps) * self.estimator.layers
 
+        @jax.named_scope("euler_step")
         def step(carry, xs):
             (x, kv), (t, dt, first_layer, convs) = carry, xs
             step_cache = kv and EstimatorCache(convs, kv.at(first_layer))

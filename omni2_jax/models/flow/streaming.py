@@ -237,8 +237,9 @@ def compute(
     units = window(mixed, encoded, state.num_units, 1)
     frames = window(encoded, encoded, state.num_units, rate)
     embedded = flow.embed(state.open_units[:, :mixed])
-    features, encoder = flow.encoder(embedded, units, frames, state.cache.encoder)
-    mu = flow.project(features[:, : rate * width])
+    with jax.named_scope("encoder"):
+        features, encoder = flow.encoder(embedded, units, frames, state.cache.encoder)
+        mu = flow.project(features[:, : rate * width])
     frames = window(width, width, target, rate)
     z = jnp.take(flow.noise[...].astype(mu.dtype), frames.query % config.noise_frames, axis=0)
     cond = jnp.zeros_like(mu)  # no prompt
@@ -271,7 +272,8 @@ def flow_step(
         state, out = carry
         finished = active & (target == plan.chunks.end(state.chunk_start))
         finished = jnp.where(finished, target - state.chunk_start, 0)
-        mel, cache = compute(flow, state, target, finished, active, width)
+        with jax.named_scope(f"flow_{width}"):
+            mel, cache = compute(flow, state, target, finished, active, width)
         index = jnp.clip(frame - rate * state.chunk_start[:, None], 0, rate * width - 1)
         is_new = (frame >= rate * state.num_delivered[:, None]) & (frame < rate * target[:, None])
         is_new = active[:, None] & is_new
