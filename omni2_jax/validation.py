@@ -1,5 +1,6 @@
 """Reading settings into typed classes, with every fault of a file in one line."""
 
+import functools
 import reprlib
 from collections.abc import Mapping
 from typing import Any, TypeVar
@@ -27,13 +28,19 @@ def validated(
     names: dotted names of fields -> names in the file, where it has others.
     Raises ValueError, one line, naming `context` and every setting that is wrong.
     """
-    adapter = pydantic.TypeAdapter(kind)
+    adapter = adapter_of(kind)
     try:
         if isinstance(data, str | bytes):
             return adapter.validate_json(data, strict=True)
         return adapter.validate_python(data)
     except pydantic.ValidationError as error:
         raise ValueError(f"{context}: {describe(error, renamed, names)}") from None
+
+
+@functools.cache
+def adapter_of(kind: type[T]) -> pydantic.TypeAdapter[T]:
+    """What validates a type. Building it takes a millisecond, and files have a record a line."""
+    return pydantic.TypeAdapter(kind)
 
 
 def describe(
