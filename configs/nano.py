@@ -7,8 +7,10 @@ encoder 7.8 M, adapter 1.1 M, LLM 2.4 M, gate fusion 0.3 M, speech LM 7.9 M.
 """
 
 from omni2_jax.config import AdapterConfig, DecoderConfig, Omni2Config, SpeechEncoderConfig
+from omni2_jax.configs.voice import speech_tokenizer
 
 config = Omni2Config(
+    units=speech_tokenizer.units,  # of the one voice that speaks its replies
     speech_encoder=SpeechEncoderConfig(mels=80, frames=500, width=384, layers=4, heads=6),
     adapter=AdapterConfig(hidden=512),
     llm=DecoderConfig(

@@ -149,6 +149,18 @@ def pitch(path: Path) -> float:
     return float(np.argmax(np.abs(np.fft.rfft(samples)))) * 16000 / len(samples)
 
 
+def test_replies_that_stay_text(tmp_path):
+    """Without spoken replies, `omni2 prepare` makes a data set of their texts for stage 1a."""
+    manifests = speak(tmp_path, shares=Shares(0, 0), replies=False)
+    turns = [turn for line in manifests["train"] for turn in line["turns"]]
+    assert all(("audio" in turn) == (turn["role"] == "user") for turn in turns)
+    prepare.prepare(tmp_path / "out" / "train.jsonl", tmp_path / "data", strict=True)
+    data = Dataset(tmp_path / "data")
+    replies = [turn for i in range(len(data)) for turn in data.dialogue(i).turns[1::2]]
+    assert {turn.text for turn in replies} == {turn["text"] for turn in turns[1::2]}
+    assert all(turn.clip is None for turn in replies)
+
+
 def test_places():
     """By share, and held-out voices only for the test."""
     shares = Shares(0.1, 0.2)

@@ -61,6 +61,13 @@ def speech(
     max_wer: Annotated[
         float, typer.Option(min=0, help="Errors per word that the recogniser may hear in a clip.")
     ] = 0.5,
+    replies: Annotated[
+        bool,
+        typer.Option(
+            "--replies/--no-replies",
+            help="Without replies, they stay text: stage 1a needs no more.",
+        ),
+    ] = True,
     seed: Annotated[int, typer.Option(min=0, help="Of voices and augmentation.")] = 0,
     workers: WorkersOption = None,
     ray: RayOption = None,
@@ -81,7 +88,7 @@ def speech(
         dialogues,
         read_voices(voices, reply_voice),
         out,
-        SpeakerOptions(seed, attempts, recogniser, recogniser_model, language, max_wer),
+        SpeakerOptions(seed, attempts, recogniser, recogniser_model, language, max_wer, replies),
         make_speech.Shares(validation, test),
         Where(workers, ray, shard, ray_gpus),
         workers=os.cpu_count() or 1,

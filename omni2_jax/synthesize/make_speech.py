@@ -5,6 +5,7 @@ In the directory it makes:
     train.jsonl, validation.jsonl, test.jsonl   a dialogue a line:
         {"id", "split", "topic", "voices": "seen" | "unseen", "voice": "ENGINE/NAME", "turns": [
             {"role", "text", "audio", "seconds", "answers", "topic", "augment", "wer"}]}
+        Replies that are not spoken have no "audio".
     clips/         the recordings: questions at 16 kHz, replies at 24 kHz
     left_out.jsonl the dialogues that could not be spoken: {"id", "reason", "message"}
     journal-...    what is finished: the same command goes on where a killed one stopped
@@ -141,7 +142,7 @@ class Count:
         self.turns += len(line["turns"]) // 2
         self.voices.add(line["voice"])
         for turn in line["turns"]:
-            self.seconds[turn["role"]] += turn["seconds"]
+            self.seconds[turn["role"]] += turn.get("seconds", 0)  # a reply may be text alone
 
 
 def write_manifests(results: Results, out: Path) -> None:

@@ -28,6 +28,7 @@ class SpeakerOptions:
 
     attempts: how often a clip is made, at most. recogniser: None, or what `open_recogniser` takes;
     recogniser_model: its name at a URL; max_wer: the errors per word that it may hear.
+    replies: whether the replies of dialogues are spoken, too.
     """
 
     seed: int = 0
@@ -36,6 +37,7 @@ class SpeakerOptions:
     recogniser_model: str = "whisper-1"
     language: str = "en"
     max_wer: float = 0.5
+    replies: bool = True
 
 
 class Speaker:
@@ -67,21 +69,18 @@ class Speaker:
         if "text" in dialogue:
             return self.sentence(dialogue["id"], dialogue["text"])
         voice, questions = self.questions(dialogue)
-        replies = [
-            self.reply(turn["reply"], f"{dialogue['id']}/{number}")
-            for number, turn in enumerate(dialogue["turns"])
-        ]
         turns, files = [], {}
-        for number, turn in enumerate(dialogue["turns"]):
-            texts = {"user": turn["question"], "assistant": turn["reply"]}
-            for role, spoken in (("user", questions[number]), ("assistant", replies[number])):
-                rate = recordings.INPUT_RATE if role == "user" else recordings.OUTPUT_RATE
-                name = f"{folder_of(dialogue['id'])}/{dialogue['id']}-{number}-{role}.flac"
-                files[name] = recordings.encode(spoken.samples, rate)
-                seconds = round(len(spoken.samples) / rate, 3)
-                turns.append({"role": role, "text": texts[role], "audio": name, "seconds": seconds})
-                turns[-1] |= spoken.notes
-            turns[-2] |= {key: turn[key] for key in ("answers", "topic") if turn.get(key)}
+        for number, (turn, question) in enumerate(zip(dialogue["turns"], questions, strict=True)):
+            name = f"{folder_of(dialogue['id'])}/{dialogue['id']}-{number}"
+            asked = {"role": "user", "text": turn["question"]}
+            asked |= recorded(question, f"{name}-user.flac", recordings.INPUT_RATE, files)
+            asked |= {key: turn[key] for key in ("answers", "topic") if turn.get(key)}
+            answered = {"role": "assistant", "text": turn["reply"]}
+            if self.options.replies:
+                reply = self.reply(turn["reply"], f"{dialogue['id']}/{number}")
+                rate = recordings.OUTPUT_RATE
+                answered |= recorded(reply, f"{name}-assistant.flac", rate, files)
+            turns += [asked, answered]
         line = {key: dialogue[key] for key in ("id", "split", "topic", "voices")}
         line |= {"voice": str(voice), "turns": turns}
         return Result({"place": dialogue["place"], "line": line}, files)
@@ -116,10 +115,10 @@ class Speaker:
     def sentence(self, id: str, text: str) -> Result:
         """A sentence in the voice of the replies."""
         spoken = self.reply(text, id)
+        files: dict[str, bytes] = {}
         name = f"{folder_of(id)}/{id}.flac"
-        seconds = round(len(spoken.samples) / recordings.OUTPUT_RATE, 3)
-        line = {"id": id, "text": text, "audio": name, "seconds": seconds} | spoken.notes
-        return Result(line, {name: recordings.encode(spoken.samples, recordings.OUTPUT_RATE)})
+        notes = recorded(spoken, name, recordings.OUTPUT_RATE, files)
+        return Result({"id": id, "text": text} | notes, files)
 
     def reply(self, text: str, key: str) -> "Spoken":
         """A text in the voice of the replies. Raises Refused after the last attempt."""
@@ -169,6 +168,12 @@ class Spoken:
 
     samples: np.ndarray
     notes: dict[str, Any]
+
+
+def recorded(spoken: Spoken, name: str, rate: int, files: dict[str, bytes]) -> dict[str, Any]:
+    """What a turn of the manifest says of its clip, which is added to `files`."""
+    files[name] = recordings.encode(spoken.samples, rate)
+    return {"audio": name, "seconds": round(len(spoken.samples) / rate, 3)} | spoken.notes
 
 
 def number_of(key: str) -> int:
