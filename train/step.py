@@ -15,6 +15,7 @@ import optax
 from jax.sharding import Mesh
 
 from omni2_jax import sharding
+from omni2_jax.models.layers import unstack_all
 from omni2_jax.train import optimizer
 from omni2_jax.train.weights import Params, Weights
 
@@ -88,9 +89,16 @@ class SingleObjective(Objective):
         return State(replicated, of_params, of_optimizer, average)  # pyright: ignore[reportArgumentType]
 
     def model(self, params: Params, frozen: Params):
-        """The model with its trained weights cast for the computation."""
+        """The model with its trained weights cast for the computation.
+
+        Its layers are unrolled on a CPU, where a scan takes twice as long, unless they are computed
+        again in the backward pass, which is a matter of the scan.
+        """
         cast = {path: leaf.astype(self.stage.compute_dtype) for path, leaf in params.items()}
-        return self.weights.model(cast, frozen)
+        model = self.weights.model(cast, frozen)
+        if jax.default_backend() == "cpu" and self.train.remat == "none":
+            unstack_all(model)
+        return model
 
     def phase(self, number: int) -> str:
         return self.stage.phase(number)
@@ -108,8 +116,11 @@ class SingleObjective(Objective):
             (total, terms), grads = jax.value_and_grad(loss, has_aux=True)(params, *xs)
             return jax.tree.map(jnp.add, carry, (total, terms, grads)), None
 
-        zero = (jnp.zeros(()), jnp.zeros((), jnp.int32), jax.tree.map(jnp.zeros_like, params))
         keys = jax.random.split(key, self.train.microbatches)
+        zero = (jnp.zeros(()), jnp.zeros((), jnp.int32), jax.tree.map(jnp.zeros_like, params))
+        if self.train.microbatches == 1:
+            # XLA keeps a scan of one step as a loop, in which a CPU is three times as slow.
+            return add(zero, jax.tree.map(lambda value: value[0], (batch, keys)))[0]
         return jax.lax.scan(add, zero, (batch, keys))[0]
 
     def update(self, state: State, grads: Params) -> tuple[State, jax.Array]:

@@ -225,7 +225,9 @@ def has_fused_attention(q: Array) -> bool:
 
 def stack(count: int, build: Callable[[nnx.Rngs], nnx.Module], rngs: nnx.Rngs) -> nnx.Module:
     """`count` copies of a module as one with stacked parameters [count, ...]; `scan` runs it."""
-    return nnx.vmap(build, in_axes=0, out_axes=0)(rngs.split(count))
+    layers: Any = nnx.vmap(build, in_axes=0, out_axes=0)(rngs.split(count))
+    layers.stacked = True
+    return layers
 
 
 def unstack(layers: nnx.Module) -> nnx.List:
@@ -235,12 +237,26 @@ def unstack(layers: nnx.Module) -> nnx.List:
     but it is slow to compile.
     """
     graph, params = nnx.split(layers)
-    count = jax.tree.leaves(params)[0].shape[0]
+    leaves, tree = jax.tree.flatten(params)
 
-    def layer(index: int) -> nnx.Module:
-        return nnx.merge(graph, jax.tree.map(lambda leaf: leaf[index], params))
+    def layer(*leaves: Array) -> nnx.Module:
+        module = nnx.merge(graph, jax.tree.unflatten(tree, leaves))
+        del module.stacked  # it is one layer
+        return module
 
-    return nnx.List([layer(index) for index in range(count)])
+    # jnp.unstack has a cheaper gradient than one slice for each layer.
+    return nnx.List(map(layer, *(jnp.unstack(leaf) for leaf in leaves)))
+
+
+def unstack_all(module: nnx.Module) -> None:
+    """Replace all stacked layers in a module, and in its layers, by lists (`unstack`)."""
+    for name, child in list(vars(module).items()):
+        if hasattr(child, "stacked"):
+            child = unstack(child)
+            setattr(module, name, child)
+        for part in child if isinstance(child, nnx.List) else [child]:
+            if isinstance(part, nnx.Module):
+                unstack_all(part)
 
 
 def scan(
