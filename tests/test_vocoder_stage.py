@@ -63,6 +63,7 @@ def settings(start, talks) -> TrainConfig:
             f0_steps=F0_STEPS,
             gan_from=GAN_FROM,
             f0_peak=5e-3,
+            gan_peak=2e-3,
             width=2,
             periods=(2,),
             resolutions=(256,),
@@ -102,6 +103,15 @@ def test_groups_change_in_their_phases_only(trained):
         strict=True,
     ):
         assert {name for name in before if not tree_equal(before[name], after[name])} == changing
+
+
+def test_learning_rates(trained):
+    """The vocoder's falls until the discriminators begin, and then to zero from `gan_peak` on."""
+    rates = reported(trained, "vocoder_rate")
+    assert max(rates.values()) == pytest.approx(1e-2)
+    late = [rates[step] for step in range(GAN_FROM, STEPS)]
+    assert max(late) == pytest.approx(2e-3)
+    assert late[-1] < 2e-4 and rates[GAN_FROM - 1] < 2e-3
 
 
 @pytest.mark.parametrize("step", CUTS)

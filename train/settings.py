@@ -141,6 +141,9 @@ class VocoderTraining:
     relativistic: float = 1.0
     f0_peak: float = 1e-3  # highest learning rate of the F0 predictor
     discriminator_peak: float = 2e-4  # and of the discriminators
+    # And of the vocoder and its F0 predictor from gan_from on, after another warm-up. None: their
+    # rates go on as before.
+    gan_peak: float | None = None
     width: int = 32  # channels of a discriminator's first layer
     periods: Annotated[tuple[int, ...], pydantic.BeforeValidator(one_or_more)] = (2, 3, 5, 7, 11)
     resolutions: Annotated[tuple[int, ...], pydantic.BeforeValidator(one_or_more)] = (
@@ -159,8 +162,8 @@ class VocoderTraining:
         ]
         faults += [
             f"{name} is {getattr(self, name)}, expected more than 0"
-            for name in ("f0_peak", "discriminator_peak")
-            if not getattr(self, name) > 0
+            for name in ("f0_peak", "discriminator_peak", "gan_peak")
+            if getattr(self, name) is not None and not getattr(self, name) > 0
         ]
         if self.gan_from is not None and self.gan_from < self.f0_steps:
             faults.append(f"gan_from is {self.gan_from}, less than f0_steps, {self.f0_steps}")

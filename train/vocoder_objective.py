@@ -38,27 +38,35 @@ GENERATOR = ("f0", "vocoder")  # the groups that are exported
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Rates:
-    """Learning rates of a group: a linear warm-up from its first step on, then a cosine."""
+    """Learning rates from one step to another: a linear warm-up, then a cosine."""
 
     peak: Array
     final: Array
-    first: Array  # the group's first step
+    first: Array  # step
     warmup: Array  # in steps
-    steps: Array  # of the run
+    last: Array  # step, after which the rate stays at `final`
 
     @classmethod
-    def of(cls, config: OptimizerConfig, peak: float, first: int, steps: int) -> "Rates":
-        values = (peak, config.final * peak, first, config.warmup * (steps - first), steps)
+    def of(cls, config: OptimizerConfig, peak: float, first: int, last: int) -> "Rates":
+        values = (peak, config.final * peak, first, config.warmup * (last - first), last)
         return cls(*(jnp.asarray(value, jnp.float32) for value in values))
 
     def at(self, step: Array) -> Array:
         """The learning rate of a step."""
         since = step - self.first
         rising = jnp.minimum(1, (since + 1) / jnp.maximum(self.warmup, 1))
-        length = jnp.maximum(self.steps - self.first - self.warmup, 1)
+        length = jnp.maximum(self.last - self.first - self.warmup, 1)
         share = jnp.clip((since - self.warmup) / length, 0, 1)
         falling = (1 + jnp.cos(jnp.pi * share)) / 2
         return rising * (self.final + (self.peak - self.final) * falling)
+
+
+def rate_at(spans: tuple[Rates, ...], step: Array) -> Array:
+    """The learning rate of a step: that of the last span that has begun."""
+    rate = spans[0].at(step)
+    for span in spans[1:]:
+        rate = jnp.where(step < span.first, rate, span.at(step))
+    return rate
 
 
 @jax.tree_util.register_dataclass
@@ -69,7 +77,7 @@ class State:
     step: Array
     params: dict[str, Params]  # float32
     opt: dict[str, optax.OptState]
-    rates: dict[str, Rates]
+    rates: dict[str, tuple[Rates, ...]]
     ema: Params | None  # of the vocoder and its F0 predictor
 
 
@@ -105,16 +113,26 @@ class VocoderObjective(Objective):
 
     def initial(self, params: Params) -> State:
         groups = divide(params)
-        settings, config = self.settings, self.train.optimizer
-        starts = {
-            "f0": (settings.f0_peak, 0),
-            "vocoder": (config.peak, settings.f0_steps),
-            "discriminators": (settings.discriminator_peak, settings.gan_from or 0),
-        }
-        rates = {name: Rates.of(config, *starts[name], self.steps) for name in groups}
+        config = self.train.optimizer
+        rates = {name: self.spans(name) for name in groups}
         opt = {name: self.optimizer.init(group) for name, group in groups.items()}
         ema = None if config.ema is None else jax.tree.map(jnp.copy, exported(groups))
         return State(jnp.zeros((), jnp.int32), groups, opt, rates, ema)
+
+    def spans(self, name: str) -> tuple[Rates, ...]:
+        """The learning rates of a group."""
+        config, settings = self.train.optimizer, self.settings
+        begin = 0 if settings.gan_from is None else settings.gan_from
+        if name == "discriminators":
+            return (Rates.of(config, settings.discriminator_peak, begin, self.steps),)
+        peak, first = {
+            "f0": (settings.f0_peak, 0),
+            "vocoder": (config.peak, settings.f0_steps),
+        }[name]
+        if settings.gan_from is None or settings.gan_peak is None:
+            return (Rates.of(config, peak, first, self.steps),)
+        alone = Rates.of(config, peak, first, begin)
+        return alone, Rates.of(config, settings.gan_peak, begin, self.steps)
 
     def shardings(self, params: Params, mesh: Mesh) -> Any:
         replicated = sharding.replicated(mesh)
@@ -127,7 +145,7 @@ class VocoderObjective(Objective):
             name: optimizer_shardings(self.optimizer, group, places[name], mesh)
             for name, group in groups.items()
         }
-        rates = {name: Rates(*[replicated] * 5) for name in groups}  # pyright: ignore[reportArgumentType]
+        rates = jax.tree.map(lambda _: replicated, {name: self.spans(name) for name in groups})
         ema = None if self.train.optimizer.ema is None else exported(places)
         return State(replicated, places, opt, rates, ema)  # pyright: ignore[reportArgumentType]
 
@@ -150,7 +168,7 @@ class VocoderObjective(Objective):
 
         def update(name: str, grads: Params) -> None:
             """Let a group take its step."""
-            rate = state.rates[name].at(state.step)
+            rate = rate_at(state.rates[name], state.step)
             params[name], opt[name], norm = self.update(params[name], opt[name], grads, rate)
             metrics[f"{name}_norm"] = norm
             metrics[f"{name}_rate"] = rate
