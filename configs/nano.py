@@ -20,4 +20,5 @@ config = Omni2Config(
         width=256, layers=6, heads=4, kv_heads=2, hidden=1024, max_positions=2048
     ),
     max_prompt=2048,
+    no_speech_reply="I did not hear a question.",
 ).only("speech_encoder", "adapter", "llm", "fusion", "speech_lm")

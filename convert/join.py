@@ -63,9 +63,10 @@ class Source:
 def join(sources: Sequence[Source]) -> Release:
     """The parts of all sources together, to be written as one checkpoint.
 
-    R, W and the units are those of the speech LM's checkpoint, the prompt's limit and tokenizer
-    those of the LLM's, the voices those of the flow's. Raises ValueError, one line, if a part would
-    come from two checkpoints, if parts do not fit one another, or if files are damaged.
+    R, W and the units are those of the speech LM's checkpoint; the prompt's limit, the tokenizer
+    and `no_speech_reply` those of the LLM's; the voices those of the flow's. Raises ValueError, one
+    line, if a part would come from two checkpoints, if parts do not fit one another, or if files
+    are damaged.
     """
     owners = find_owners(sources)
     if not owners:
@@ -128,7 +129,13 @@ def joined_config(
     tokens = dataclasses.replace(
         llm.tokens, sep=speech_lm.tokens.sep, unit_eos=speech_lm.tokens.unit_eos
     )
-    return speech_lm.replace(**parts, units=units, tokens=tokens, max_prompt=llm.max_prompt)
+    return speech_lm.replace(
+        **parts,
+        units=units,
+        tokens=tokens,
+        max_prompt=llm.max_prompt,
+        no_speech_reply=llm.no_speech_reply,
+    )
 
 
 def check_fit(

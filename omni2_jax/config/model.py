@@ -51,6 +51,8 @@ class Omni2Config:
     tokens: TokenConfig = field(default_factory=TokenConfig)
     # What the speech LM is given of a text token (fusion.py); "text": the token's embedding alone.
     mix: Literal["gate", "sum", "hidden", "text"] = "gate"
+    # What is answered to a recording in which nobody speaks; "": whatever the model makes of it.
+    no_speech_reply: Annotated[str, Field(max_length=1000)] = ""
     units: Vocabulary = 6561
     read: Count = 3  # R: text tokens read before each write
     write: Count = 10  # W: speech units written after each read

@@ -23,6 +23,7 @@ from jax.sharding import Mesh
 
 from omni2_jax import remote, sharding
 from omni2_jax.audio import features, recordings
+from omni2_jax.audio.voice_activity import has_speech
 from omni2_jax.checkpoint import embedded, parameters, voices
 from omni2_jax.checkpoint.tokenizer import Tokenizer
 from omni2_jax.config import LANGUAGE_PARTS, Omni2Config
@@ -143,10 +144,17 @@ class Omni2:
 
         sound: a file, or samples [N] at 16 kHz. long_turns: "refuse" a turn that is longer than a
         segment, the speech encoder's window, "truncate" it, or "split" it into several segments.
-        Raises ValueError for bad audio.
+        A checkpoint with a `no_speech_reply` hears nothing, [], where nobody speaks; `Session`
+        then gives that reply. Raises ValueError for bad audio.
         """
-        window = self.config.segment_samples
-        padded, _ = recordings.pad(load_clips(sound, long_turns, window), window)
+        clips = load_clips(sound, long_turns, self.config.segment_samples)
+        if self.config.no_speech_reply and not has_speech(clips):
+            return []
+        return self.encode(clips)
+
+    def encode(self, clips: Sequence[np.ndarray]) -> list[jax.Array]:
+        """Segments, samples [N] at 16 kHz of at most the window -> the features [F, D] of each."""
+        padded, _ = recordings.pad(clips, self.config.segment_samples)
         return [self._encode(self.params, segment[None]) for segment in padded]
 
     def voice(self, name: str | None) -> jax.Array | None:
@@ -275,13 +283,14 @@ class Omni2:
         engine = self.engine(options, max(positions, *map(len, prompts)), slots)
 
         def submit(ids: np.ndarray, conversation: Conversation) -> ResponseStream:
-            segments = [
-                segment
-                for sound in turns_of(conversation)[::2]
-                for segment in self.hear(sound, long_turns)
-            ]
+            window, say = self.config.segment_samples, self.config.no_speech_reply
+            turns = [load_clips(turn, long_turns, window) for turn in turns_of(conversation)[::2]]
+            segments = self.encode([clip for clips in turns for clip in clips])
             pieces = split(ids, segments, engine.engine_config.prefill_size)
-            return engine.submit(pieces, request, x_vector)
+            forced = request
+            if say and not has_speech(turns[-1]):
+                forced = request.saying(forced_ids(self.tokenizer, say))
+            return engine.submit(pieces, forced, x_vector)
 
         submits = [
             functools.partial(submit, *pair) for pair in zip(prompts, conversations, strict=True)

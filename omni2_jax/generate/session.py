@@ -94,6 +94,8 @@ class Session:
         """Answer a turn: speech features, as `hear` returns them, a text, or both.
 
         say: the text of the answer, if the model is not to choose it; it is spoken as if it did.
+        A question of no parts, in which `hear` found no speech, gets the checkpoint's
+        `no_speech_reply`, if it has one.
         When this method returns, the prompt has been dispatched to the device if a slot is free.
         Iterate over the result, or call `interrupt`. Raises the errors of `respond`, and ValueError
         for a text that cannot be said (`prompts.forced_ids`).
@@ -101,6 +103,8 @@ class Session:
         self.check_idle()
         question = [question] if isinstance(question, str) else list(question)
         request = self.request
+        if not question and say is None:
+            say = self.tokenizer.config.no_speech_reply or None
         if say is not None:
             request = request.saying(forced_ids(self.tokenizer, say))
         pieces, prefix = self.prompt(question, int(request.max_text[0]))

@@ -125,20 +125,21 @@ class Conversation:
         Raises EventError if there is nothing to answer.
         """
         turns: list[Turn] = []
-        question: list[str | jax.Array] = []
+        question: list[str | jax.Array] | None = None
         for item in self.items:
             if item.role == "system":
                 continue
             if item.role == "user":
-                question = [*question, *item.parts]
+                question = [*(question or ()), *item.parts]
             elif item.status == "failed":
                 continue
-            elif question:
+            elif question is not None:
                 turns.append(Turn(question, self.answer_tokens(item, session)))
-                question = []
+                question = None
             elif turns:  # two answers in a row
                 turns[-1].answer = [*turns[-1].answer, *self.answer_tokens(item, session)]
-        if not question:
+        # A question without parts is one in which no speech was heard.
+        if question is None or not (question or session.tokenizer.config.no_speech_reply):
             raise EventError(
                 "the conversation does not end with the user's turn", "nothing_to_answer"
             )

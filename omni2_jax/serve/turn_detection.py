@@ -11,8 +11,8 @@ from enum import Enum
 import numpy as np
 
 from omni2_jax.audio.recordings import INPUT_RATE
+from omni2_jax.audio.voice_activity import WINDOW
 
-WINDOW = 512  # samples at 16 kHz that the detector takes at a time (32 ms)
 # Once speech has begun, it only ends below the threshold less this, as in Silero's own iterator.
 HYSTERESIS = 0.15
 # Speech that has paused for so long may have ended; the encoder starts on it.

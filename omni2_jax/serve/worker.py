@@ -86,7 +86,7 @@ class Worker:
     def start(self) -> None:
         """Compile all programs, then begin to work."""
         self.engine.warm_up()
-        self.model.hear(np.full(INPUT_RATE, 1e-4, np.float32))
+        self.model.encode([np.zeros(INPUT_RATE, np.float32)])
         self.thread.start()
 
     def stop(self, seconds: float) -> bool:
