@@ -1,5 +1,5 @@
 """One voice from nothing, to be trained on an hour of recordings: a speech tokenizer of 2187 units
-(0.5M parameters), a flow (1.9M) and a vocoder (0.7M).
+(0.5M parameters), a flow (2.6M) and a vocoder (0.7M).
 
 omni2 new --config voice --parts speech_tokenizer --out start
 omni2 new --config voice --parts flow,vocoder --out voice
@@ -18,11 +18,11 @@ flow = FlowConfig(
     speaker=1,
     mel_mean=-4.6,
     mel_std=2.7,
-    channels=64,
+    channels=96,  # more than the mel's bins: the estimator has to tell their noise apart
     estimator_heads=4,
-    estimator_head_size=16,
+    estimator_head_size=24,
     blocks=1,
-    mid_blocks=4,
+    mid_blocks=3,
     noise_frames=1500,  # 30 s
 )
 vocoder = HiftConfig(
