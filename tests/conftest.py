@@ -10,12 +10,11 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from tests.support import xla
+
 # JAX reads these variables when it is imported, below. Processes that the tests start inherit them.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Eight devices, for meshes.
-os.environ["XLA_FLAGS"] = " ".join(
-    [os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8"]
-).strip()
+os.environ["XLA_FLAGS"] = xla.flags(8)  # for meshes
 # XLA's number of threads, 8 by default. In a collective, one thread for each device waits for the
 # others, and with few threads one of those may never get to run.
 os.environ.setdefault("NPROC", "32")
@@ -59,10 +58,16 @@ omni2_module.BUCKET = 1280
 
 @pytest.hookimpl(tryfirst=True)  # before -m selects
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A nightly test is slow."""
+    """A nightly test is slow. Files with slow tests come first.
+
+    `pytest -n 2 --dist loadfile --no-loadscope-reorder` keeps this order: at the end, when one
+    worker has nothing left to do, the other one has a quick file.
+    """
     for item in items:
         if item.get_closest_marker("nightly"):
             item.add_marker("slow")
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
 
 
 @pytest.fixture(scope="session")

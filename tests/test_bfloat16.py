@@ -58,6 +58,7 @@ def teacher_forced(model: Omni2) -> dict[str, np.ndarray]:
     return {name: np.asarray(x, np.float32) for name, x in run(model.params).items()}
 
 
+@pytest.mark.slow
 def test_against_float32(text_model, half):
     exact, rounded = teacher_forced(text_model), teacher_forced(half)
     for name, bounds in BOUNDS.items():

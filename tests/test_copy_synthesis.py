@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from flax import nnx
 
 from omni2_jax.audio import recordings
 from omni2_jax.checkpoint import parameters
@@ -23,6 +22,7 @@ from omni2_jax.evaluate.tasks.copy_synthesis import CopySynthesis, compare, log_
 from omni2_jax.models import speech_tokenizer
 from omni2_jax.models.speech_tokenizer import SpeechTokenizer
 from tests.support.evaluations import ScriptedRecogniser, write_items
+from tests.support.networks import fresh_model
 
 SMALL = SpeechTokenizerConfig(mels=80, width=32, layers=1, heads=2, digits=8, fsmn_taps=7)
 
@@ -37,7 +37,7 @@ def voiced(hertz: float, seconds: float = 1.0) -> np.ndarray:
 def whole(directory: Path, out: Path, config: SpeechTokenizerConfig = SMALL) -> Path:
     """A copy of a checkpoint, with a speech tokenizer."""
     shutil.copytree(directory, out)
-    params = nnx.to_pure_dict(nnx.state(SpeechTokenizer(config, nnx.Rngs(0))))
+    _, params = fresh_model(lambda rngs: SpeechTokenizer(config, rngs))
     parameters.save_part(out, "speech_tokenizer", params)
     speech_tokenizer.save_config(out, config)
     return out

@@ -11,6 +11,7 @@ from flax import nnx
 from omni2_jax.config import DecoderConfig
 from omni2_jax.models.decoder import Decoder
 from omni2_jax.models.kv_cache import KVCache
+from tests.support.networks import abstract_model, fresh_model
 
 SIZES = {
     "vocabulary": 50,
@@ -36,8 +37,8 @@ def test_parameters_of_the_families():
     """Norms of queries and keys exist with `qk_norm`, biases with `qkv_bias`, in shapes by
     `head_size`.
     """
-    qwen2 = nnx.to_pure_dict(nnx.state(Decoder(DecoderConfig(**SIZES), nnx.Rngs(0))))
-    qwen3 = nnx.to_pure_dict(nnx.state(Decoder(QWEN3, nnx.Rngs(0))))
+    _, qwen2 = abstract_model(Decoder, DecoderConfig(**SIZES))
+    _, qwen3 = abstract_model(Decoder, QWEN3)
     attention = jax.tree.map(jnp.shape, qwen3["layers"]["attention"])
     assert attention == {
         "query": {"kernel": (2, 24, 4, 8)},
@@ -53,7 +54,7 @@ def test_parameters_of_the_families():
 
 @pytest.fixture(scope="module")
 def qwen3() -> Decoder:
-    return Decoder(QWEN3, nnx.Rngs(0))
+    return nnx.merge(*fresh_model(lambda rngs: Decoder(QWEN3, rngs)))
 
 
 def forward(decoder: Decoder) -> jax.Array:

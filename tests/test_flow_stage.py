@@ -20,6 +20,7 @@ from omni2_jax.train.loop import Run
 from omni2_jax.train.settings import Bucket, OptimizerConfig, TrainConfig
 from omni2_jax.train.stages import stage_of
 from tests.support.compare import tree_equal
+from tests.support.networks import fresh_model
 from tests.support.runs import reported, saved_state, train
 
 SMALL = FlowConfig(
@@ -51,8 +52,7 @@ class Parts:
 
 
 def fresh(config: FlowConfig) -> tuple[nnx.GraphDef, dict]:
-    graph, state = nnx.split(Flow(config, nnx.Rngs(0)))
-    return graph, nnx.to_pure_dict(state)
+    return fresh_model(lambda rngs: Flow(config, rngs))
 
 
 @pytest.fixture(scope="module")
@@ -79,8 +79,8 @@ def settings(start, talks) -> TrainConfig:
         chunks=(),
         remat="none",
         workers=1,
-        save_every=10,
-        keep=99,
+        save_every=35,
+        keep=9,
     )
 
 
@@ -89,13 +89,14 @@ def trained(settings, tmp_path_factory) -> Path:
     return train(settings, tmp_path_factory.mktemp("runs") / "straight")
 
 
+@pytest.mark.slow
 def test_both_phases_learn(trained):
     """The encoder's error falls by a third while the estimator stays as it was; then its loss."""
     losses = list(reported(trained).values())
     assert np.mean(losses[MU_STEPS - 5 : MU_STEPS]) < 2 / 3 * np.mean(losses[:3])
     assert np.mean(losses[-10:]) < 2 / 3 * np.mean(losses[MU_STEPS : MU_STEPS + 3])
     before, between, after = (
-        saved_state(trained, step)["params"] for step in (10, MU_STEPS, STEPS)
+        saved_state(trained, step)["params"] for step in (35, MU_STEPS, STEPS)
     )
     for path in before:
         in_encoder = path.startswith(("flow.embed", "flow.encoder", "flow.project"))
@@ -103,11 +104,13 @@ def test_both_phases_learn(trained):
         assert not np.array_equal(between[path], after[path]), path
 
 
-def test_resumed(settings, trained, tmp_path):
-    """Killed in the first phase, it ends with the same state to the bit."""
+@pytest.mark.slow
+@pytest.mark.parametrize("step", [105, pytest.param(35, marks=pytest.mark.nightly)])
+def test_resumed(settings, trained, tmp_path, step):
+    """Killed in either phase, it ends with the same state to the bit."""
     cut = shutil.copytree(trained, tmp_path / "cut", ignore=shutil.ignore_patterns("final"))
     for path in (cut / "steps").iterdir():
-        if int(path.name) > 30:
+        if int(path.name) > step:
             shutil.rmtree(path)
     train(settings, cut)
     assert tree_equal(saved_state(cut, STEPS), saved_state(trained, STEPS))

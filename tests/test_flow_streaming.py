@@ -92,11 +92,14 @@ CASES = {
 }
 
 
-QUICK_CASE = "everything before, in parts"
-PARAMS = [
-    pytest.param(plan, id=name, marks=() if name == QUICK_CASE else pytest.mark.slow)
-    for name, plan in CASES.items()
-]
+# Each case is compiled. The nightly ones are other sizes of those before and after them.
+MARKS = {
+    "one chunk before": pytest.mark.nightly,
+    "one chunk before, writes that complete chunks": pytest.mark.slow,
+    "two chunks before": pytest.mark.nightly,
+    "chunks smaller than a write": pytest.mark.slow,
+}
+PARAMS = [pytest.param(plan, id=name, marks=MARKS.get(name, ())) for name, plan in CASES.items()]
 
 
 @pytest.mark.parametrize("plan", PARAMS)

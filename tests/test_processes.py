@@ -18,6 +18,7 @@ import pytest
 from omni2_jax.checkpoint import parameters
 from omni2_jax.config import Omni2Config
 from omni2_jax.train.loop import Run
+from tests.support import xla
 from tests.support.commands import chat, process
 from tests.support.compare import tree_equal
 from tests.support.conversations import GREEDY, SHORT, clip, conversation
@@ -38,7 +39,7 @@ def together(
     jobs: str, checkpoint_dir: Path, out: Path, processes: int = 2, seconds: float = 300
 ) -> None:
     """Run jobs of tests/support/worker.py in several processes; all are ended if one fails."""
-    env, port = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}, free_port()
+    env, port = os.environ | {"XLA_FLAGS": xla.flags(2)}, free_port()
     logs = [out / f"{index}.log" for index in range(processes)]
     running = []
     for index, log in enumerate(logs):

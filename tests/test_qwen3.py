@@ -122,6 +122,7 @@ def test_prompts_ask_for_answers_without_thinking(start_dir):
     assert whole.count("<think>") == 1 and "assistant\nYes.<|im_end|>" in whole
 
 
+@pytest.mark.slow
 def test_it_trains_in_stage_1a(start_dir, talks, tmp_path):
     """One step changes every kernel of the LLM and both of its norms per head, nothing else."""
     config = toy_config(

@@ -22,6 +22,7 @@ from tests.support.conversations import GREEDY, SHORT, Said, clip, submit
 from tests.support.paths import GOLDENS
 
 
+@pytest.mark.slow
 def test_stacked_layers_answer_like_unrolled_ones(checkpoint_dir, engine, model):
     """Layers scanned with a cache: the same tokens and units, of two conversations at once, one of
     two turns.
@@ -63,6 +64,7 @@ def whisper80(tmp_path_factory) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_encoder_with_80_mel_bins_answers(whisper80):
     """The encoder gets log-mel of its own number of bins."""
     model = Omni2.load(whisper80, dtype=jnp.float32, decoder=False)
@@ -76,6 +78,7 @@ def test_encoder_with_80_mel_bins_answers(whisper80):
     assert answer.text and answer.units
 
 
+@pytest.mark.nightly  # as stage 1a of tests/test_training.py does
 def test_encoder_with_80_mel_bins_trains(whisper80, toy, tmp_path):
     """One step of stage 1a."""
     train = toy(stage1a.config, checkpoint=str(whisper80), buckets=(Bucket(1, 400),))

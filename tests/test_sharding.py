@@ -88,6 +88,14 @@ def alone(warm_text_engine, text_model):
     return {name: Said.by(submit(warm_text_engine, text_model, name, **SHORT)) for name in CASES}
 
 
+# An engine is the costliest program of a mesh: .ci/run compiles one.
+GENERATING = [
+    pytest.param(mesh, id=name, marks=pytest.mark.nightly if name != "2x2x2" else ())
+    for name, mesh in MESHES.items()
+]
+
+
+@pytest.mark.parametrize("sharded", GENERATING, indirect=True, scope="module")
 def test_generation(sharded, alone):
     """Text and units of five conversations side by side, in slots that lie on different devices."""
     engine = sharded.engine(GREEDY, 1000, slots=8)

@@ -14,7 +14,14 @@ from omni2_jax.models.flow.mask import Chunks
 from omni2_jax.models.flow.streaming import FlowState, StreamPlan, flow_step
 from omni2_jax.models.vocoder.hift_streaming import StreamingHift
 from tests.support.conversations import SHORT, Said, submit
-from tests.support.networks import QUICK, TINY_FLOW, TINY_HIFT, hift_params, tiny_flow
+from tests.support.networks import (
+    QUICK,
+    TINY_FLOW,
+    TINY_HIFT,
+    abstract_model,
+    hift_params,
+    tiny_flow,
+)
 from tests.support.paths import ROOT
 
 STEPS = 3
@@ -29,8 +36,8 @@ def test_one_request_in_all_slots(engine, model):
 
 def samples_of_slots(slots: int) -> np.ndarray:
     """What flow and vocoder make of the same units in every slot, [slots, samples]."""
-    flow, hift = tiny_flow(), StreamingHift(TINY_HIFT, nnx.Rngs(0))
-    nnx.update(hift, hift_params())
+    flow = tiny_flow()
+    hift = nnx.merge(abstract_model(StreamingHift, TINY_HIFT)[0], hift_params())
     plan = StreamPlan.of(TINY_FLOW, 10, Chunks(10, left=2, shift=3), bucketed=False)
 
     def step(flow_state, hift_state, units, keys):

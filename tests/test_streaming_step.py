@@ -49,6 +49,7 @@ def decoder(model):
     )
 
 
+@pytest.mark.slow
 def test_released_streams(decoder, entry, monkeypatch):
     """Flow and vocoder in the step, two streams side by side: 10 units a call, and hops of 15."""
     graph, params, voice = decoder
@@ -100,6 +101,7 @@ def test_released_streams(decoder, entry, monkeypatch):
     assert_wav(np.concatenate(waveforms[1]), entry["L53_hop15_wav"], 2e-2, 1e-3)
 
 
+@pytest.mark.slow
 def test_released_offline_decoder(decoder, entry):
     """Whole answers of 53 and 13 units, and the shorter one 1.3 times as fast, in one pass."""
     graph, params, voice = decoder

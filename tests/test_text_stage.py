@@ -20,6 +20,7 @@ from omni2_jax.train.losses import IGNORE
 from omni2_jax.train.packing import pack
 from omni2_jax.train.settings import Bucket
 from omni2_jax.train.stages.text import Text, WrittenExamples, count_replies
+from tests.support.networks import fresh_model
 from tests.support.runs import toy_config
 
 SUMS = {"one": 1, "two": 2, "three": 3}
@@ -102,10 +103,15 @@ def test_a_row_has_dialogues_as_the_chat_template_spells_them(examples):
 def test_a_dialogue_sees_itself_alone(examples):
     """The loss of packed rows is the sum of the losses of single ones."""
     stage, config = Text(examples.train), examples.config.only("llm")
-    model = Model(config, nnx.Rngs(0))
+    graph, params = fresh_model(lambda rngs: Model(config, rngs))
+
+    @jax.jit
+    def loss(batch: dict) -> tuple[jax.Array, jax.Array]:
+        return stage.loss(nnx.merge(graph, params), batch, jax.random.key(0))
+
     row = examples.row(examples.items(0)[0], Bucket(0, 160))
     batch = {name: jnp.asarray(value)[None] for name, value in row.items()}
-    total, terms = stage.loss(model, batch, jax.random.key(0))
+    total, terms = loss(batch)
     alone = []
     for number in range(len(examples.rows[0])):
         place = np.flatnonzero(row["dialogue"] == number)
@@ -114,9 +120,9 @@ def test_a_dialogue_sees_itself_alone(examples):
         single = {
             name: value.at[0, : len(place)].set(row[name][place]) for name, value in single.items()
         }
-        alone.append(stage.loss(model, single, jax.random.key(0)))
+        alone.append(loss(single))
     assert len(alone) > 1 and terms == sum(count for _, count in alone)
-    np.testing.assert_allclose(total, sum(loss for loss, _ in alone), rtol=1e-5)
+    np.testing.assert_allclose(total, sum(single for single, _ in alone), rtol=1e-5)
 
 
 def test_right_replies_are_counted_by_their_tokens():
@@ -127,6 +133,7 @@ def test_right_replies_are_counted_by_their_tokens():
     np.testing.assert_array_equal(right[0], [True, False, True] + [False] * 5)
 
 
+@pytest.mark.slow
 def test_it_learns_the_replies(new_checkpoint, written, tmp_path):
     """Of an unseen sum nothing is known; all of "data" is learnt by heart."""
     train = toy_config(

@@ -1,4 +1,7 @@
-"""Training on real dialogues at toy size: every stage learns, and frozen parts stay equal."""
+"""Training on real dialogues at toy size: every stage learns, and frozen parts stay equal.
+
+The stages 1a, 1b and 2 start from a checkpoint from nothing, whose window of 2 s is quick.
+"""
 
 import dataclasses
 from pathlib import Path
@@ -18,7 +21,7 @@ from tests.support.runs import REPLIES, losses, prepared, reported, toy_config
 
 pytestmark = pytest.mark.slow
 
-GREEDY = Options(unit_temperature=0, max_new_tokens=24, max_flush_units=100)
+GREEDY = Options(unit_temperature=0, max_new_tokens=60, max_flush_units=100)
 
 
 def toy(
@@ -34,30 +37,30 @@ def run(train: TrainConfig, out: Path) -> None:
     Run(train, out, jax.devices()[:1]).go()
 
 
-SPOKEN_TURNS = Bucket(2, 760)
+SPOKEN_TURNS = Bucket(3, 220)
+NAMES = ("sea", "cats", "bread", "tea")  # all four: five questions, each with its own answer
 
 
 @pytest.fixture(scope="module")
 def talks(tmp_path_factory) -> Path:
-    """All four dialogues: five questions, each with its own answer."""
-    return prepared(tmp_path_factory.mktemp("talks"), ("sea", "cats", "bread", "tea"))
+    return prepared(tmp_path_factory.mktemp("talks"), NAMES, units=81)
 
 
 @pytest.fixture(scope="module")
-def chain(checkpoint_dir, talks, tmp_path_factory) -> dict[str, Path]:
+def chain(new_checkpoint, talks, tmp_path_factory) -> dict[str, Path]:
     """Runs of the stages 1a, 1b and 2, each from the checkpoint of the one before it."""
     out = tmp_path_factory.mktemp("chain")
-    run(toy(stage1a.config, checkpoint_dir, talks, 60, 3e-3, SPOKEN_TURNS), out / "1a")
-    run(toy(stage1b.config, out / "1a" / "final", talks, 80, 5e-3, REPLIES, batch=5), out / "1b")
-    both = Bucket(2, 760, 64)
-    settings = toy(stage2.config, out / "1b" / "final", talks, 40, 5e-3, both)
+    run(toy(stage1a.config, new_checkpoint, talks, 60, 1e-2, SPOKEN_TURNS), out / "1a")
+    run(toy(stage1b.config, out / "1a" / "final", talks, 100, 1e-2, REPLIES, batch=5), out / "1b")
+    both = Bucket(3, 220, 64)
+    settings = toy(stage2.config, out / "1b" / "final", talks, 60, 1e-2, both)
     compute_hidden.compute(settings, out / "hidden", jax.devices()[:1])
     run(dataclasses.replace(settings, hidden=str(out / "hidden")), out / "2")
     run(
         dataclasses.replace(settings, steps=1, optimizer=OptimizerConfig(peak=5e-3, warmup=0)),
         out / "2-computed",
     )
-    return {"start": checkpoint_dir} | {
+    return {"start": new_checkpoint} | {
         stage: out / stage for stage in ("1a", "1b", "2", "2-computed")
     }
 
@@ -86,11 +89,11 @@ def test_hidden_states_from_the_disk(chain):
     assert losses(chain["2"])[0] == losses(chain["2-computed"])[0]
 
 
-def test_hidden_states_of_other_data(chain, checkpoint_dir, tmp_path):
-    other = prepared(tmp_path, ("sea",))
+def test_hidden_states_of_other_data(chain, new_checkpoint, tmp_path):
+    other = prepared(tmp_path, ("sea",), units=81)
     settings = toy(
         stage2.config,
-        checkpoint_dir,
+        new_checkpoint,
         other,
         1,
         1e-3,
@@ -100,7 +103,7 @@ def test_hidden_states_of_other_data(chain, checkpoint_dir, tmp_path):
     with pytest.raises(
         ValueError,
         match=r"hidden/data was made from other data than .*, "
-        r"or by an LLM of another width than 64$",
+        r"or by an LLM of another width than 32$",
     ):
         run(settings, tmp_path / "run")
 
@@ -127,12 +130,12 @@ def test_frozen_parts_do_not_change_by_a_bit(chain):
         before = after
 
 
-def test_flow_learns_a_voice(checkpoint_dir, talks, tmp_path):
+def test_flow_learns_a_voice(new_checkpoint, talks, tmp_path):
     """The validation loss, whose times and noises are always the same, falls from each validation
     to the next, and below half of the first training losses. The fixed noise does not change.
     """
     validation = {"validation": str(talks), "validate_every": 20}
-    settings = toy(flow.config, checkpoint_dir, talks, 80, 4e-3, Bucket(0, 0, 40), batch=5)
+    settings = toy(flow.config, new_checkpoint, talks, 80, 4e-3, Bucket(0, 0, 40), batch=5)
     run(dataclasses.replace(settings, **validation), tmp_path / "run")
     measured = list(reported(tmp_path / "run", "validation_loss").values())
     assert measured == sorted(measured, reverse=True) and len(set(measured)) == 4
@@ -140,6 +143,6 @@ def test_flow_learns_a_voice(checkpoint_dir, talks, tmp_path):
     assert measured[-1] < np.mean(first) / 2
     before, after = (
         parameters.stored(directory, "flow")["noise"].read()
-        for directory in (checkpoint_dir, tmp_path / "run" / "final")
+        for directory in (new_checkpoint, tmp_path / "run" / "final")
     )
     np.testing.assert_array_equal(before, after)

@@ -10,6 +10,7 @@ from flax import nnx
 
 from omni2_jax.train import discriminators as judges
 from omni2_jax.train import spectral
+from tests.support.networks import fresh_model
 
 BOTH = jnp.array([True, True])
 
@@ -77,8 +78,7 @@ def test_relativistic_loss_by_hand():
 
 
 def test_every_part_of_the_discriminators_learns():
-    networks = judges.Discriminators(nnx.Rngs(0), 4, (2, 3), (64,))
-    graph, params = nnx.split(networks)
+    graph, params = fresh_model(lambda rngs: judges.Discriminators(rngs, 4, (2, 3), (64,)))
     x = 0.1 * jax.random.normal(jax.random.key(2), (2, 600))
 
     @jax.jit
@@ -89,6 +89,7 @@ def test_every_part_of_the_discriminators_learns():
 
         return jax.grad(loss)(params)
 
-    assert [len(maps) for maps in networks(x)] == [4, 4, 4]
+    maps = jax.eval_shape(nnx.merge(graph, params), x)
+    assert [len(maps_of_one) for maps_of_one in maps] == [4, 4, 4]
     grads = jax.tree.leaves(gradients(params))
     assert all(np.isfinite(grad).all() and np.any(grad) for grad in grads)

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from flax import nnx
 
 from omni2_jax.audio import pitch, recordings
 from omni2_jax.checkpoint import parameters
@@ -19,6 +18,7 @@ from omni2_jax.train.data.dataset import Dataset
 from omni2_jax.train.loop import Run
 from omni2_jax.train.settings import Bucket, OptimizerConfig, TrainConfig, VocoderTraining
 from tests.support.compare import tree_equal
+from tests.support.networks import fresh_model
 from tests.support.runs import reported, saved_state, train
 
 # Two stages and one small block: quick to compile.
@@ -32,15 +32,16 @@ SMALL = HiftConfig(
     source_kernels=(3, 3),
     source_dilations=((1,), (1,)),
 )
-F0_STEPS, GAN_FROM, STEPS = 100, 165, 180
-CUTS = (60, 170)  # in the first phase and in the last
+F0_STEPS, GAN_FROM, STEPS = 100, 150, 180
+# Steps after which a run is cut: in the last phase, and in the first.
+CUTS = (160, pytest.param(60, marks=pytest.mark.nightly))
 
 
 @pytest.fixture(scope="module")
 def start(checkpoint_dir, tmp_path_factory) -> Path:
     """The tiny release with a small vocoder of fresh parameters."""
     out = shutil.copytree(checkpoint_dir, tmp_path_factory.mktemp("start") / "ckpt")
-    leaves = parameters.flatten(nnx.to_pure_dict(nnx.split(build(SMALL, nnx.Rngs(0)))[1]))
+    leaves = parameters.flatten(fresh_model(lambda rngs: build(SMALL, rngs))[1])
     shutil.rmtree(out / "params" / "vocoder")
     parameters.save_part(out, "vocoder", leaves)
     Omni2Config.load(out / "config.json").replace(vocoder=SMALL).save(out / "config.json")
@@ -70,8 +71,8 @@ def settings(start, talks) -> TrainConfig:
         ),
         dtype="float32",
         workers=1,
-        save_every=10,
-        keep=99,
+        save_every=20,
+        keep=9,
         validate_every=60,
     )
 
@@ -81,6 +82,7 @@ def trained(settings, tmp_path_factory) -> Path:
     return train(settings, tmp_path_factory.mktemp("runs") / "straight")
 
 
+@pytest.mark.slow
 def test_every_loss_falls(trained):
     """In the F0 predictor's phase its error to half; then the mel's to half of the first."""
     alone = list(reported(trained).values())[:F0_STEPS]
@@ -94,9 +96,10 @@ def test_every_loss_falls(trained):
     assert len(judged) == STEPS - GAN_FROM and np.mean(judged[-3:]) < judged[0]
 
 
+@pytest.mark.slow
 def test_groups_change_in_their_phases_only(trained):
     """The F0 predictor alone, then the vocoder too, the discriminators in the last phase."""
-    by_phase = [saved_state(trained, step)["params"] for step in (10, F0_STEPS, 160, STEPS)]
+    by_phase = [saved_state(trained, step)["params"] for step in (20, F0_STEPS, 140, STEPS)]
     for (before, after), changing in zip(
         ((by_phase[i], by_phase[i + 1]) for i in range(3)),
         ({"f0"}, {"f0", "vocoder"}, {"f0", "vocoder", "discriminators"}),
@@ -105,6 +108,7 @@ def test_groups_change_in_their_phases_only(trained):
         assert {name for name in before if not tree_equal(before[name], after[name])} == changing
 
 
+@pytest.mark.slow
 def test_learning_rates(trained):
     """The vocoder's falls until the discriminators begin, and then to zero from `gan_peak` on."""
     rates = reported(trained, "vocoder_rate")
@@ -114,6 +118,7 @@ def test_learning_rates(trained):
     assert late[-1] < 2e-4 and rates[GAN_FROM - 1] < 2e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", CUTS)
 def test_resumed(settings, trained, tmp_path, step):
     """Killed after a step, it ends with the same state of all optimizers, to the bit."""
@@ -127,6 +132,7 @@ def test_resumed(settings, trained, tmp_path, step):
     assert reported(cut) == reported(trained)
 
 
+@pytest.mark.slow
 def test_the_export(start, trained):
     """The averaged vocoder and nothing else: other parts are the same files, no discriminators."""
     final = trained / "final"

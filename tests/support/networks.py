@@ -14,7 +14,7 @@ import pytest
 from flax import nnx
 
 from omni2_jax.config import FlowConfig, HiftConfig, SpeechTokenizerConfig
-from omni2_jax.convert import formats
+from omni2_jax.convert import formats, start
 from omni2_jax.convert.plan import plan
 from omni2_jax.convert.tables import flow as flow_table
 from omni2_jax.convert.tables import hift as hift_table
@@ -49,6 +49,16 @@ def abstract_model(kind: Callable[..., nnx.Module], config: Any) -> tuple[nnx.Gr
     """The graph of `kind(config, rngs)` and its parameters as shapes, without computing any."""
     graph, state = nnx.split(nnx.eval_shape(lambda: kind(config, nnx.Rngs(0))))
     return graph, nnx.to_pure_dict(state)
+
+
+def fresh_model(build: Callable[[Any], nnx.Module], seed: int = 0) -> tuple[nnx.GraphDef, dict]:
+    """The graph of `build(rngs)` and parameters as training starts from them.
+
+    NumPy draws them, as for `omni2 new`: JAX would compile a program for each shape.
+    """
+    graph, _ = nnx.split(nnx.eval_shape(lambda: build(nnx.Rngs(0))))
+    params = start.fresh("part", build, seed)
+    return graph, jax.tree.map(lambda leaf: jnp.asarray(leaf.read()), params)
 
 
 def decoder_golden(name: str) -> dict[str, np.ndarray]:

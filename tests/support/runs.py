@@ -41,8 +41,11 @@ def toy_run(checkpoint: Path, data: Path, /, **changes) -> TrainConfig:
     return toy_config(stage1b.config, checkpoint, data, **(sizes | changes))
 
 
-def prepared(folder: Path, names: Collection[str]) -> Path:
-    """A data set of some dialogues of examples/training, with random units as their replies."""
+def prepared(folder: Path, names: Collection[str], units: int = 6561) -> Path:
+    """A data set of some dialogues of examples/training, with random units as their replies.
+
+    units: how many different ones there are.
+    """
     spoken, random = EXAMPLES / "training", np.random.default_rng(0)
     dialogues = [json.loads(line) for line in (spoken / "data.jsonl").read_text().splitlines()]
     chosen = [dialogue for dialogue in dialogues if dialogue["id"] in names]
@@ -50,7 +53,7 @@ def prepared(folder: Path, names: Collection[str]) -> Path:
         for turn in dialogue["turns"]:
             turn["audio"] = str(spoken / turn["audio"])
             if turn["role"] == "assistant":
-                turn["units"] = random.integers(0, 6561, 35).tolist()
+                turn["units"] = random.integers(0, units, 35).tolist()
     (folder / "data.jsonl").write_text("".join(json.dumps(dialogue) + "\n" for dialogue in chosen))
     prepare.prepare(folder, folder / "data")
     return folder / "data"
