@@ -29,6 +29,7 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 import jax.numpy as jnp
 import pytest
+from safetensors.numpy import save_file
 
 from omni2_jax.cli.main import main
 from omni2_jax.configs import stage1b
@@ -41,7 +42,9 @@ from omni2_jax.generate.omni2 import Omni2
 from omni2_jax.train.settings import TrainConfig
 from tests.support import designs
 from tests.support.conversations import GREEDY
+from tests.support.networks import draw_tokenizer
 from tests.support.paths import DECODER, EXAMPLES, GOLDENS, ROOT
+from tests.support.releases import convert
 from tests.support.runs import prepared, toy_config
 
 # Without torch, which reads the goldens' weights, the other tests can still run.
@@ -95,6 +98,21 @@ def new_checkpoint(tmp_path_factory) -> Path:
     out = folder / "ckpt"
     made = new.make(new.Design.read(str(design)), Release(EMPTY_CONFIG), text=text)
     write.write(out, made, {})
+    return out
+
+
+@pytest.fixture(scope="session")
+def speech_tokenizer_file(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("units") / "s3.safetensors"
+    save_file(draw_tokenizer(), path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def speech_tokenizer_dir(speech_tokenizer_file) -> Path:
+    """A checkpoint that holds only the speech tokenizer of the goldens."""
+    out = speech_tokenizer_file.with_name("ckpt")
+    assert convert("--speech-tokenizer", speech_tokenizer_file, "--out", out) == 0
     return out
 
 
