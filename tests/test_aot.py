@@ -103,6 +103,7 @@ def test_shares(job, kind):
     assert alone[kind] / 8 <= cut[kind] < alone[kind] / 2 * 1.2
 
 
+@pytest.mark.slow
 def test_compiled_for_eight():
     """The arguments of the compiled program are as large as their shapes and shardings say."""
     mesh = make_mesh(fsdp=4, tensor=2)

@@ -78,7 +78,7 @@ def test_turns_go_on_from_the_cache(text_model, session, monkeypatch):
     assert third_whole == second_whole + len(session.turns[1].answer) + third
 
 
-@pytest.mark.slow
+@pytest.mark.nightly  # tests/test_serve_realtime.py hears turns of a session
 def test_speech_of_two_turns(model):
     """The same with sound: it depends on the units alone, and starts anew in every turn."""
     session = model.session(options=QUICK, turns=1)

@@ -130,12 +130,14 @@ def test_frozen_parts_do_not_change_by_a_bit(chain):
         before = after
 
 
-def test_flow_learns_a_voice(new_checkpoint, talks, tmp_path):
+@pytest.mark.nightly  # .ci/run trains a smaller flow: tests/test_flow_stage.py
+def test_flow_learns_a_voice(checkpoint_dir, tmp_path):
     """The validation loss, whose times and noises are always the same, falls from each validation
     to the next, and below half of the first training losses. The fixed noise does not change.
     """
+    talks = prepared(tmp_path, NAMES)
     validation = {"validation": str(talks), "validate_every": 20}
-    settings = toy(flow.config, new_checkpoint, talks, 80, 4e-3, Bucket(0, 0, 40), batch=5)
+    settings = toy(flow.config, checkpoint_dir, talks, 80, 4e-3, Bucket(0, 0, 40), batch=5)
     run(dataclasses.replace(settings, **validation), tmp_path / "run")
     measured = list(reported(tmp_path / "run", "validation_loss").values())
     assert measured == sorted(measured, reverse=True) and len(set(measured)) == 4
@@ -143,6 +145,6 @@ def test_flow_learns_a_voice(new_checkpoint, talks, tmp_path):
     assert measured[-1] < np.mean(first) / 2
     before, after = (
         parameters.stored(directory, "flow")["noise"].read()
-        for directory in (new_checkpoint, tmp_path / "run" / "final")
+        for directory in (checkpoint_dir, tmp_path / "run" / "final")
     )
     np.testing.assert_array_equal(before, after)
