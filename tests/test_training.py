@@ -50,8 +50,8 @@ def talks(tmp_path_factory) -> Path:
 def chain(new_checkpoint, talks, tmp_path_factory) -> dict[str, Path]:
     """Runs of the stages 1a, 1b and 2, each from the checkpoint of the one before it."""
     out = tmp_path_factory.mktemp("chain")
-    run(toy(stage1a.config, new_checkpoint, talks, 60, 1e-2, SPOKEN_TURNS), out / "1a")
-    run(toy(stage1b.config, out / "1a" / "final", talks, 100, 1e-2, REPLIES, batch=5), out / "1b")
+    run(toy(stage1a.config, new_checkpoint, talks, 80, 1e-2, SPOKEN_TURNS), out / "1a")
+    run(toy(stage1b.config, out / "1a" / "final", talks, 150, 1e-2, REPLIES, batch=5), out / "1b")
     both = Bucket(3, 220, 64)
     settings = toy(stage2.config, out / "1b" / "final", talks, 60, 1e-2, both)
     compute_hidden.compute(settings, out / "hidden", jax.devices()[:1])
