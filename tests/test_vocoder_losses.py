@@ -36,10 +36,11 @@ def test_a_louder_signal(signal):
     """
     louder = signal * jnp.array([[2.0], [1.0]])
     first = jnp.array([True, False])
-    assert spectral.mel_loss(louder, signal, first) == pytest.approx(math.log(2), rel=1e-3)
-    assert spectral.stft_loss(louder, signal, first) == pytest.approx(1 + math.log(2), rel=1e-3)
-    assert spectral.mel_loss(louder, signal, BOTH) == pytest.approx(math.log(2) / 2, rel=1e-3)
-    assert spectral.mel_loss(signal, signal, BOTH) == 0
+    mel_loss, stft_loss = jax.jit(spectral.mel_loss), jax.jit(spectral.stft_loss)
+    assert mel_loss(louder, signal, first) == pytest.approx(math.log(2), rel=1e-3)
+    assert stft_loss(louder, signal, first) == pytest.approx(1 + math.log(2), rel=1e-3)
+    assert mel_loss(louder, signal, BOTH) == pytest.approx(math.log(2) / 2, rel=1e-3)
+    assert mel_loss(signal, signal, BOTH) == 0
 
 
 def test_block_convolution():
