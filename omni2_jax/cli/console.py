@@ -17,7 +17,7 @@ EXTRAS = {
     "convert": ("onnx", "safetensors", "torch", "yaml"),
     "synthesize": ("inflect", "openai"),
     "train": ("array_record", "grain", "msgpack", "pyarrow", "tensorboardX"),
-    "serve": ("prometheus_client", "starlette", "uvicorn"),
+    "serve": ("prometheus_client", "python_multipart", "starlette", "uvicorn"),
     "evaluate": (
         "faster_whisper",
         "jiwer",

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from omni2_jax.cli.chat import DEFAULTS, number
 from omni2_jax.cli.console import console, say
 from omni2_jax.cli.paths import Checkpoint, chosen
 
@@ -29,6 +30,9 @@ def serve(
     max_new_tokens: Annotated[
         int, typer.Option(min=1, max=4096, help="Text tokens of one answer at most.")
     ] = 256,
+    max_flush_units: Annotated[
+        int, number("max_flush_units", "Speech tokens at most after the end of an answer's text.")
+    ] = DEFAULTS.max_flush_units,
     key_file: Annotated[
         Path | None,
         typer.Option(help="A file of API keys, one a line; clients must have one of them."),
@@ -46,6 +50,12 @@ def serve(
         typer.Option(
             help="Shows users what they said: a faster-whisper model directory, or the URL of an "
             "endpoint for transcriptions. The model does not need it."
+        ),
+    ] = None,
+    voices: Annotated[
+        Path | None,
+        typer.Option(
+            help="Clients may add voices; they are kept in this folder. Without it, none is taken."
         ),
     ] = None,
     no_wav: Annotated[bool, typer.Option("--no-wav", help="Answer in text only.")] = False,
@@ -76,7 +86,8 @@ def serve(
     from omni2_jax.evaluate.recognisers import open_recogniser
     from omni2_jax.generate.omni2 import Omni2
     from omni2_jax.generate.options import Options
-    from omni2_jax.serve.app import create_app
+    from omni2_jax.serve import capacity
+    from omni2_jax.serve.app import GracefulServer, create_app
     from omni2_jax.serve.limits import Limits
     from omni2_jax.serve.server import Server
 
@@ -84,10 +95,12 @@ def serve(
     transcriber = open_recogniser(recogniser) if recogniser else None
     with console.status("loading"):
         model = Omni2.load(checkpoint, decoder=not no_wav)
-        options = Options(max_new_tokens=max_new_tokens)
-        server = Server(model, options, limits, checkpoint.name, transcriber)
+        options = Options(max_new_tokens=max_new_tokens, max_flush_units=max_flush_units)
+        server = Server(model, options, limits, checkpoint.name, transcriber, voices)
     with console.status("compiling"):
         server.worker.start()
+        seconds = capacity.step_seconds(server.worker.engine)
+    say(capacity.describe(server.worker.engine, seconds))
     address = f"[{host}]" if ":" in host else host
     scheme = "https" if certificate else "http"
     say(f"listening on {scheme}://{address}:{listener.getsockname()[1]}")
@@ -97,9 +110,9 @@ def serve(
         ws_max_size=limits.event_bytes,
         ssl_certfile=certificate,
         ssl_keyfile=private_key,
-        timeout_graceful_shutdown=20,
+        timeout_graceful_shutdown=5,
     )
-    uvicorn.Server(config).run(sockets=[listener])
+    GracefulServer(config, server).run(sockets=[listener])
 
 
 def read_keys(path: Path) -> tuple[str, ...]:

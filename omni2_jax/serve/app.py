@@ -1,10 +1,13 @@
 """The routes of the server."""
 
 import contextlib
+import functools
+import socket
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import uvicorn
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
@@ -14,8 +17,9 @@ from starlette.routing import Mount, Route, WebSocketRoute
 from starlette.staticfiles import StaticFiles
 from starlette.websockets import WebSocket
 
-from omni2_jax.serve import chat_completions
+from omni2_jax.serve import audio_api, chat_completions
 from omni2_jax.serve.access import Access
+from omni2_jax.serve.http import Endpoint
 from omni2_jax.serve.realtime import Realtime
 from omni2_jax.serve.server import FullError, Server
 
@@ -33,17 +37,15 @@ def create_app(
     """
 
     started = int(time.time())
+    endpoint = functools.partial(Endpoint, server)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         yield
         server.worker.stop(STOP_SECONDS)
 
-    async def realtime(socket: WebSocket) -> None:
-        await serve_realtime(server, socket)
-
-    async def completions(request: Request) -> Response:
-        return await chat_completions.complete(server, request)
+    async def realtime(websocket: WebSocket) -> None:
+        await serve_realtime(server, websocket)
 
     async def models(request: Request) -> Response:
         entry = {
@@ -55,8 +57,7 @@ def create_app(
         return JSONResponse({"object": "list", "data": [entry]})
 
     async def voices(request: Request) -> Response:
-        data = [{"id": name, "object": "voice", "name": name} for name in server.voices]
-        return JSONResponse({"object": "list", "data": data})
+        return await audio_api.list_voices(server, request)
 
     async def health(request: Request) -> Response:
         alive = server.worker.thread.is_alive() and not server.worker.stopping
@@ -68,9 +69,12 @@ def create_app(
     return Starlette(
         routes=[
             WebSocketRoute("/v1/realtime", realtime),
-            Route("/v1/chat/completions", completions, methods=["POST"]),
-            Route("/v1/models", models),
+            Route("/v1/chat/completions", endpoint(chat_completions.complete), methods=["POST"]),
+            Route("/v1/audio/speech", endpoint(audio_api.speak), methods=["POST"]),
             Route("/v1/audio/voices", voices),
+            Route("/v1/audio/voices", endpoint(audio_api.add_voice), methods=["POST"]),
+            Route("/v1/audio/voices/{name}", endpoint(audio_api.delete_voice), methods=["DELETE"]),
+            Route("/v1/models", models),
             Route("/healthz", health),
             Route("/metrics", metrics),
             Mount("/", StaticFiles(directory=PAGE, html=True)),
@@ -80,17 +84,29 @@ def create_app(
     )
 
 
-async def serve_realtime(server: Server, socket: WebSocket) -> None:
+class GracefulServer(uvicorn.Server):
+    """Lets the answers in progress finish before it closes the connections."""
+
+    def __init__(self, config: uvicorn.Config, server: Server):
+        super().__init__(config)
+        self.server = server
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        await self.server.drain(STOP_SECONDS)
+        await super().shutdown(sockets)
+
+
+async def serve_realtime(server: Server, websocket: WebSocket) -> None:
     """Serve one WebSocket, or refuse it at once if the server is full."""
-    protocols = socket.headers.get("sec-websocket-protocol", "").split(",")
+    protocols = websocket.headers.get("sec-websocket-protocol", "").split(",")
     names = [name.strip() for name in protocols if name.strip()]
-    is_beta = socket.headers.get("openai-beta") == "realtime=v1" or (
+    is_beta = websocket.headers.get("openai-beta") == "realtime=v1" or (
         "openai-beta.realtime-v1" in names
     )
-    await socket.accept(subprotocol="realtime" if "realtime" in names else None)
+    await websocket.accept(subprotocol="realtime" if "realtime" in names else None)
     try:
         with server.admit():
-            await Realtime(server, socket, is_beta).run()
+            await Realtime(server, websocket, is_beta).run()
     except FullError as error:
         fields = {
             "type": "server_error",
@@ -100,5 +116,5 @@ async def serve_realtime(server: Server, socket: WebSocket) -> None:
             "event_id": None,
             "retry_after_seconds": server.limits.retry_seconds,
         }
-        await socket.send_json({"type": "error", "event_id": "event_0", "error": fields})
-        await socket.close(TRY_AGAIN_LATER, "server_full")
+        await websocket.send_json({"type": "error", "event_id": "event_0", "error": fields})
+        await websocket.close(TRY_AGAIN_LATER, "server_full")

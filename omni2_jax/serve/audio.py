@@ -2,12 +2,16 @@
 
 import base64
 import binascii
+import contextlib
 import io
+import tempfile
+from collections.abc import Iterator
 
 import numpy as np
 import soundfile
 import soxr
 
+from omni2_jax.audio import recordings
 from omni2_jax.audio.recordings import INPUT_RATE, OUTPUT_RATE
 
 # The API's names: sample rate and the name of the encoding in libsndfile.
@@ -15,6 +19,13 @@ FORMATS = {
     "audio/pcm": (24_000, "PCM_16"),
     "audio/pcmu": (8_000, "ULAW"),
     "audio/pcma": (8_000, "ALAW"),
+}
+# Formats of a whole answer: libsndfile's container and encoding, and the media type.
+CONTAINERS = {
+    "wav": ("WAV", "PCM_16", "audio/wav"),
+    "flac": ("FLAC", "PCM_16", "audio/flac"),
+    "mp3": ("MP3", "MPEG_LAYER_III", "audio/mpeg"),
+    "opus": ("OGG", "OPUS", "audio/ogg"),
 }
 
 
@@ -66,6 +77,41 @@ class Encoder:
         if self.rate != OUTPUT_RATE:
             samples = self.resampler.resample_chunk(samples.astype(np.float32), last=last)
         return write_raw(samples, self.encoding, self.rate)
+
+
+def encode_file(samples: np.ndarray, name: str) -> bytes:
+    """A sound file of samples [N] at 24 kHz in one of CONTAINERS."""
+    container, encoding, _ = CONTAINERS[name]
+    file = io.BytesIO()
+    clipped = np.clip(samples, -1.0, 1.0)
+    soundfile.write(file, clipped, OUTPUT_RATE, format=container, subtype=encoding)
+    return file.getvalue()
+
+
+@contextlib.contextmanager
+def private_file(data: bytes, name: str = "") -> Iterator[str]:
+    """The path of a temporary file with a client's bytes, which only this user can read.
+
+    name: the format that the client states. The message of a ValueError in the block does not
+    tell the path.
+    """
+    suffix = f".{name}" if name.isalnum() else ""
+    with tempfile.NamedTemporaryFile(suffix=suffix) as file:
+        file.write(data)
+        file.flush()
+        try:
+            yield file.name
+        except ValueError as error:
+            raise ValueError(str(error).replace(file.name, "the audio")) from None
+
+
+def decode_file(data: bytes, name: str) -> np.ndarray:
+    """Samples [N] at 16 kHz of a sound file. Raises ValueError if it cannot be decoded.
+
+    name: its format, as the client states it.
+    """
+    with private_file(data, name) as path:
+        return np.concatenate(recordings.load_turn(path, "refuse"))
 
 
 def read_raw(data: bytes, encoding: str, rate: int) -> np.ndarray:

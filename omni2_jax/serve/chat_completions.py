@@ -6,35 +6,23 @@ spoken; with `stream` it comes as server-sent events while it is generated.
 
 import asyncio
 import base64
-import io
-import json
-import tempfile
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Annotated, Literal
 
 import numpy as np
-import soundfile
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, Response
 
-from omni2_jax.audio import recordings
 from omni2_jax.generate.session import Question, Reply, Session, Turn
 from omni2_jax.serve.answering import options_of
-from omni2_jax.serve.audio import Encoder, decode_base64
+from omni2_jax.serve.audio import Encoder, decode_base64, decode_file, encode_file
 from omni2_jax.serve.conversation import new_id
 from omni2_jax.serve.events import MAX_ID, MAX_TEXT, EventError, Voice
-from omni2_jax.serve.server import FullError, Server
-from omni2_jax.serve.worker import StoppedError
-
-# Formats of a spoken answer: libsndfile's container and encoding. "pcm16" has no container.
-CONTAINERS = {
-    "wav": ("WAV", "PCM_16"),
-    "flac": ("FLAC", "PCM_16"),
-    "mp3": ("MP3", "MPEG_LAYER_III"),
-    "opus": ("OGG", "OPUS"),
-}
+from omni2_jax.serve.http import AnswerStream, counted, failed_event, read_json, sse, whole
+from omni2_jax.serve.server import Server
+from omni2_jax.serve.worker import Answer
 
 
 class InputAudio(BaseModel):
@@ -80,63 +68,26 @@ class Completion(BaseModel):
 
 
 async def complete(server: Server, request: Request) -> Response:
-    """Answer one request. Failures become the API's error objects."""
-    try:
-        with server.admit():
-            completion = await read(server, request)
-            session, question = await prepare(server, completion)
-            if completion.stream:
-                # The stream is admitted on its own: this block ends before it does.
-                return stream_response(server, completion, session, question)
-            return await whole_response(server, completion, session, question)
-    except FullError as error:
-        retry = {"Retry-After": str(server.limits.retry_seconds)}
-        return failure(str(error), 429, "server_full", retry)
-    except StoppedError as error:
-        return failure(str(error), 503, "server_stopping")
-    except ValueError as error:
-        return failure(server.public_message(error), 400)
-    except Exception as error:
-        server.log_failure(error)
-        return failure(server.public_message(error), 500)
-
-
-def failure(
-    message: str, status: int, code: str | None = None, headers: dict | None = None
-) -> JSONResponse:
-    """An error in the form of OpenAI's API."""
-    kind = "invalid_request_error" if status < 500 else "server_error"
-    error = {"message": message, "type": kind, "param": None, "code": code}
-    return JSONResponse({"error": error}, status, headers)
-
-
-async def read(server: Server, request: Request) -> Completion:
-    """The body of a request. Raises ValueError if it is too long or malformed."""
-    body = bytearray()
-    async for data in request.stream():
-        body += data
-        if len(body) > server.limits.body_bytes:
-            raise EventError(f"the request has more than {server.limits.body_bytes} bytes")
-    try:
-        completion = Completion.model_validate_json(bytes(body))
-    except ValidationError as error:
-        fault = error.errors(include_url=False, include_context=False)[0]
-        place = ".".join(map(str, fault["loc"]))
-        raise EventError(f"{place}: {fault['msg']}" if place else fault["msg"]) from None
+    """Answer one request. Raises ValueError for a bad one."""
+    completion = await read_json(server, request, Completion)
     if completion.is_spoken and not server.speaks:
         raise EventError("this model answers in text only", param="modalities")
     if completion.is_spoken and completion.stream and completion.audio.format != "pcm16":
         raise EventError("a streamed answer has audio.format pcm16", param="audio.format")
-    return completion
+    session, question = await prepare(server, completion)
+    answer = await server.worker.answer(session, question)
+    if completion.stream:
+        events = stream_events(server, completion, session, answer)
+        return AnswerStream(server, session, events, "text/event-stream")
+    replies = await whole(server, request, session, answer)
+    return await whole_response(server, completion, session, replies)
 
 
 async def prepare(server: Server, completion: Completion) -> tuple[Session, Question]:
     """A session that holds all messages but the last, and the last one's question."""
-    voice = completion.audio.voice
-    name = server.voice_name(voice) if voice and server.speaks else None
+    session = await server.worker.run(server.session, completion.audio.voice)
     instructions, turns = [], []
     question: list = []
-    session = await server.worker.run(server.worker.session, name)
     for message in completion.messages:
         parts = await parts_of(server, message)
         if message.role in ("system", "developer"):
@@ -173,97 +124,68 @@ async def parts_of(server: Server, message: Message) -> list:
             raise EventError("input_audio has `data` and is a part of the user's messages")
         data = decode_base64(part.input_audio.data)
         samples = await asyncio.to_thread(decode_file, data, part.input_audio.format)
-        parts += await server.worker.run(server.model.hear, samples)
+        parts += await server.worker.hear(samples)
     return parts
 
 
-def decode_file(data: bytes, name: str) -> np.ndarray:
-    """Samples at 16 kHz of a sound file. Raises ValueError if it cannot be decoded.
-
-    name: its format. The bytes go through a temporary file that only this user can read.
-    """
-    suffix = f".{name}" if name.isalnum() else ""
-    with tempfile.NamedTemporaryFile(suffix=suffix) as file:
-        file.write(data)
-        file.flush()
-        try:
-            return np.concatenate(recordings.load_turn(file.name, "refuse"))
-        except ValueError as error:
-            raise EventError(str(error).replace(file.name, "the audio")) from None
-
-
 async def whole_response(
-    server: Server, completion: Completion, session: Session, question: Question
+    server: Server, completion: Completion, session: Session, replies: list[Reply]
 ) -> Response:
     """The whole answer in one JSON object."""
-    start = time.monotonic()
-    replies: list[Reply] = []
-    try:
-        async for reply in await server.worker.answer(session, question):
-            if not any(reply.samples.size for reply in replies) and reply.samples.size:
-                server.metrics.first_audio.observe(time.monotonic() - start)
-            replies.append(reply)
-    except asyncio.CancelledError:
-        server.start_task(server.worker.interrupt(session))
-        raise
     text = "".join(reply.text for reply in replies)
     message: dict = {"role": "assistant", "content": text, "refusal": None}
     if completion.is_spoken:
         samples = np.concatenate([reply.samples for reply in replies])
-        data = await asyncio.to_thread(encode_file, samples, completion.audio.format)
+        data = await asyncio.to_thread(encode, samples, completion.audio.format)
         audio = {"id": server.answers.add(text), "expires_at": server.answers.expiry()}
         audio |= {"data": base64.b64encode(data).decode(), "transcript": text}
         message |= {"content": None, "audio": audio}
-    tokens = [token for reply in replies for token in reply.text_tokens]
-    reason = "stop" if tokens and tokens[-1] in session.eos else "length"
-    server.metrics.responses.labels("completed").inc()
+    reason = finish_reason(session, [token for reply in replies for token in reply.text_tokens])
     choice = {"index": 0, "message": message, "finish_reason": reason, "logprobs": None}
     return JSONResponse(
         head(server, "chat.completion") | {"choices": [choice], "usage": usage(session, replies)}
     )
 
 
-def stream_response(
-    server: Server, completion: Completion, session: Session, question: Question
-) -> Response:
+async def stream_events(
+    server: Server, completion: Completion, session: Session, answer: Answer
+) -> AsyncGenerator[str, None]:
     """The answer as server-sent events, one for each reply."""
+    start = head(server, "chat.completion.chunk")
 
-    async def events() -> AsyncIterator[str]:
-        start = head(server, "chat.completion.chunk")
+    def event(delta: dict, reason: str | None = None) -> str:
+        choice = {"index": 0, "delta": delta, "finish_reason": reason}
+        return sse(start | {"choices": [choice]})
 
-        def event(delta: dict, reason: str | None = None) -> str:
-            choice = {"index": 0, "delta": delta, "finish_reason": reason}
-            return f"data: {json.dumps(start | {'choices': [choice]})}\n\n"
+    tokens: list[int] = []
+    text = ""
+    encoder, answer_id = Encoder("audio/pcm"), server.answers.add("")
+    yield event({"role": "assistant", "content": ""})
+    try:
+        async for reply in counted(server, answer):
+            tokens += reply.text_tokens
+            text += reply.text
+            if not completion.is_spoken:
+                yield event({"content": reply.text})
+                continue
+            data = base64.b64encode(encoder(reply.samples)).decode()
+            yield event({"audio": {"id": answer_id, "data": data, "transcript": reply.text}})
+    except Exception as error:
+        yield failed_event(server, error)
+        return
+    server.answers.add(text, answer_id)
+    yield event({}, finish_reason(session, tokens))
+    yield "data: [DONE]\n\n"
 
-        tokens: list[int] = []
-        text = ""
-        encoder, answer_id = Encoder("audio/pcm"), server.answers.add("")
-        try:
-            with server.admit():
-                yield event({"role": "assistant", "content": ""})
-                async for reply in await server.worker.answer(session, question):
-                    tokens += reply.text_tokens
-                    text += reply.text
-                    if not completion.is_spoken:
-                        yield event({"content": reply.text})
-                        continue
-                    data = base64.b64encode(encoder(reply.samples)).decode()
-                    audio = {"id": answer_id, "data": data, "transcript": reply.text}
-                    yield event({"audio": audio})
-            server.answers.add(text, answer_id)
-            server.metrics.responses.labels("completed").inc()
-            reason = "stop" if tokens and tokens[-1] in session.eos else "length"
-            yield event({}, reason)
-            yield "data: [DONE]\n\n"
-        except (asyncio.CancelledError, GeneratorExit):
-            server.start_task(server.worker.interrupt(session))
-            raise
-        except Exception as error:
-            server.log_failure(error)
-            fields = {"message": server.public_message(error), "type": "server_error"}
-            yield f"data: {json.dumps({'error': fields})}\n\n"
 
-    return StreamingResponse(events(), media_type="text/event-stream")
+def finish_reason(session: Session, tokens: list[int]) -> str:
+    """Why an answer ended, by its text tokens: "stop", or "length" at the limit of tokens."""
+    return "stop" if tokens and tokens[-1] in session.eos else "length"
+
+
+def encode(samples: np.ndarray, name: str) -> bytes:
+    """Samples [N] at 24 kHz in one of the formats of an answer."""
+    return Encoder("audio/pcm")(samples) if name == "pcm16" else encode_file(samples, name)
 
 
 def head(server: Server, kind: str) -> dict:
@@ -282,14 +204,3 @@ def usage(session: Session, replies: list[Reply]) -> dict:
         "total_tokens": prompt + text + audio,
         "completion_tokens_details": {"audio_tokens": audio},
     }
-
-
-def encode_file(samples: np.ndarray, name: str) -> bytes:
-    """A sound file of samples at 24 kHz in one of the formats of an answer."""
-    if name == "pcm16":
-        return Encoder("audio/pcm")(samples)
-    container, encoding = CONTAINERS[name]
-    file = io.BytesIO()
-    clipped = np.clip(samples, -1.0, 1.0)
-    soundfile.write(file, clipped, recordings.OUTPUT_RATE, format=container, subtype=encoding)
-    return file.getvalue()

@@ -15,4 +15,5 @@ class Limits:
     unsent_bytes: int = 32 * 2**20  # events that wait because the client does not read
     context: int = 4096  # LLM positions of a conversation; older turns are forgotten
     body_bytes: int = 32 * 2**20  # of one HTTP request
+    voices: int = 64  # voices that clients have added
     retry_seconds: int = 5  # what a refused client is told to wait

@@ -27,6 +27,8 @@ from omni2_jax.serve.worker import StoppedError
 if TYPE_CHECKING:
     from omni2_jax.serve.server import Server
 
+FAREWELL_SECONDS = 2.0  # what the closing of a connection may take
+
 
 class Realtime:
     """One connection. `run` serves it until it ends."""
@@ -42,7 +44,7 @@ class Realtime:
             "output_modalities": ["audio"] if server.speaks else ["text"],
             "max_output_tokens": "inf",
             "temperature": None,
-            "voice": server.voices[0] if server.voices else None,
+            "voice": server.voices.find(None),
             "input_format": "audio/pcm",
             "output_format": "audio/pcm",
             "turn_detection": events.ServerVad(),
@@ -70,9 +72,10 @@ class Realtime:
 
     async def run(self) -> None:
         """Serve the connection until the client leaves or a limit is passed."""
-        sender = asyncio.create_task(self.send_events())
+        self.sender = sender = asyncio.create_task(self.send_events())
+        self.server.connections.add(self)
         try:
-            self.session = await self.worker.run(self.worker.session, self.settings["voice"])
+            self.session = await self.worker.run(self.server.session, self.settings["voice"])
             self.listener.detect_turns(self.settings["turn_detection"])
             self.send("session.created", session=self.describe())
             async with asyncio.timeout(self.limits.session_seconds):
@@ -83,17 +86,22 @@ class Realtime:
                 reason = str(error)
             self.send_error(EventError(reason, "session_expired"), None)
         finally:
+            self.server.connections.discard(self)
             await self.close(sender)
 
     async def read_events(self, sender: asyncio.Task) -> None:
         """Carry out the client's events until the connection ends."""
         while not sender.done():
             reader = asyncio.ensure_future(self.socket.receive())
-            done, _ = await asyncio.wait(
-                {reader, sender},
-                timeout=self.limits.idle_seconds,
-                return_when=asyncio.FIRST_COMPLETED,
-            )
+            done: set = set()
+            while not done:
+                done, _ = await asyncio.wait(
+                    {reader, sender},
+                    timeout=self.limits.idle_seconds,
+                    return_when=asyncio.FIRST_COMPLETED,
+                )
+                if not done and not self.is_busy:  # a client may listen to a long answer
+                    break
             if reader not in done:
                 reader.cancel()
                 if sender not in done:
@@ -123,7 +131,10 @@ class Realtime:
         event = {"type": names.get(kind, kind), "event_id": new_id("event"), **fields}
         text = json.dumps(event)
         self.unsent_bytes += len(text)
-        self.unsent.put_nowait(text if self.unsent_bytes <= self.limits.unsent_bytes else None)
+        if self.unsent_bytes > self.limits.unsent_bytes:
+            self.sender.cancel()  # it waits for a client that does not read
+        else:
+            self.unsent.put_nowait(text)
 
     def send_error(self, error: EventError, event_id: object) -> None:
         fields = {"type": "invalid_request_error", "code": error.code, "message": str(error)}
@@ -151,8 +162,15 @@ class Realtime:
         self.unsent.put_nowait(None)
         await asyncio.wait({sender}, timeout=1)
         sender.cancel()
-        with contextlib.suppress(RuntimeError):  # it is closed already
-            await self.socket.close()
+        # It may be closed already, and a client that does not read takes no farewell.
+        with contextlib.suppress(RuntimeError, TimeoutError):
+            async with asyncio.timeout(FAREWELL_SECONDS):
+                await self.socket.close()
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a response is being generated, or events wait to be sent."""
+        return self.active_response is not None or self.unsent_bytes > 0
 
     def start_task(self, coroutine) -> asyncio.Task:
         """Run a coroutine beside the reader; it ends with the connection at the latest."""
@@ -201,7 +219,7 @@ class Realtime:
         if patch.audio and patch.audio.output:
             output = patch.audio.output
             if output.voice:
-                settings["voice"] = self.server.voice_name(output.voice)
+                settings["voice"] = self.server.voices.find(output.voice)
             if output.format:
                 settings["output_format"] = output.format.type
         if patch.audio and patch.audio.input:
@@ -220,7 +238,8 @@ class Realtime:
         if settings["max_output_tokens"] is None:
             settings["max_output_tokens"] = "inf"
         if settings["voice"] != self.settings["voice"]:
-            self.session.voice = await self.worker.run(self.worker.model.voice, settings["voice"])
+            x_vector = self.server.voices.x_vector
+            self.session.voice = await self.worker.run(x_vector, settings["voice"])
         if settings["input_format"] != self.settings["input_format"]:
             self.listener.decoder = Decoder(settings["input_format"])
         is_new_detection = settings["turn_detection"] != self.settings["turn_detection"]
@@ -265,7 +284,7 @@ class Realtime:
 
     def start_hearing(self, samples: np.ndarray) -> asyncio.Task:
         """The task that computes the speech features of samples [N] at 16 kHz."""
-        return self.start_task(self.worker.run(self.worker.model.hear, samples))
+        return self.start_task(self.worker.hear(samples))
 
     async def commit_audio(self, event: events.BufferCommit) -> None:
         """Make an item of all audio that was appended."""

@@ -7,16 +7,20 @@ import logging
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from omni2_jax.checkpoint import voices
 from omni2_jax.generate.engine import GenerationError, QueueFullError
 from omni2_jax.generate.options import Options
+from omni2_jax.generate.session import Session
 from omni2_jax.serve.conversation import new_id
 from omni2_jax.serve.events import EventError, Voice
 from omni2_jax.serve.limits import Limits
 from omni2_jax.serve.metrics import Metrics
+from omni2_jax.serve.voices import Voices
 from omni2_jax.serve.worker import StoppedError, Worker
+
+if TYPE_CHECKING:
+    from omni2_jax.serve.realtime import Realtime
 
 log = logging.getLogger("omni2_jax.serve")
 
@@ -65,30 +69,28 @@ class Server:
         limits: Limits,
         name: str = "omni2",
         recogniser: Any = None,
+        voices: Path | None = None,
     ):
         """model: an Omni2. name: what /v1/models calls it.
 
         recogniser: transcribes what users say (`transcribe(samples, rate)`), if that is wanted.
+        voices: where voices are kept that clients add; see `Voices`, also for the errors.
         """
         self.model, self.limits, self.name, self.recogniser = model, limits, name, recogniser
         self.worker = Worker(model, options, limits.sessions, limits.context)
         self.metrics, self.answers = Metrics(), SpokenAnswers()
+        self.voices = Voices(model, voices, limits.voices)
         self.clients = 0
         self.tasks: set[asyncio.Task] = set()
+        self.connections: set[Realtime] = set()
         self.speaks = model.config.flow is not None
 
-    @property
-    def voices(self) -> list[str]:
-        """The names of the voices that the checkpoint holds."""
-        return voices.names(Path(self.model.directory)) if self.speaks else []
+    def session(self, voice: str | Voice | None) -> Session:
+        """A new conversation in a voice of this name. The worker's thread must call this.
 
-    def voice_name(self, voice: str | Voice) -> str:
-        """The name of a stored voice. Raises EventError if there is none; a path is never read."""
-        name = voice.id if isinstance(voice, Voice) else voice
-        if name not in self.voices:
-            known = ", ".join(self.voices) or "none"
-            raise EventError(f"there is no voice {name!r}; the voices are: {known}", param="voice")
-        return name
+        Raises EventError for an unknown voice.
+        """
+        return self.worker.session(self.voices.x_vector(self.voices.find(voice)))
 
     @contextlib.contextmanager
     def admit(self) -> Iterator[None]:
@@ -106,6 +108,17 @@ class Server:
         finally:
             self.clients -= 1
             self.metrics.sessions.set(self.clients)
+
+    async def drain(self, seconds: float) -> None:
+        """Stop the worker: answers in progress get so many seconds to finish, new ones fail."""
+        deadline = time.monotonic() + seconds
+        await asyncio.to_thread(self.worker.stop, seconds)
+        for connection in self.connections:
+            connection.send_error(
+                EventError("the server is shutting down", "server_stopping"), None
+            )
+        while any(one.is_busy for one in self.connections) and time.monotonic() < deadline:
+            await asyncio.sleep(0.02)
 
     def start_task(self, coroutine) -> asyncio.Task:
         """Run a coroutine that no connection waits for."""

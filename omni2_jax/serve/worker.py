@@ -6,6 +6,7 @@ so that a slow client never delays a step.
 """
 
 import asyncio
+import collections
 import concurrent.futures
 import contextlib
 import queue
@@ -13,6 +14,7 @@ import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any, TypeVar
 
+import jax
 import numpy as np
 
 from omni2_jax.audio.recordings import INPUT_RATE
@@ -79,6 +81,9 @@ class Worker:
         self.model, self.options = model, options
         self.engine = model.engine(options, min(context, model.config.max_prompt), slots)
         self.commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        # Commands that make the device compute: at most one between two steps, so that newcomers
+        # do not interrupt the speech of others.
+        self.heavy: collections.deque[Callable[[], None]] = collections.deque()
         self.answers: list[Answer] = []
         self.stopping = False
         self.thread = threading.Thread(target=self.work, name="omni2-model", daemon=True)
@@ -96,22 +101,22 @@ class Worker:
         self.thread.join(seconds)
         return not self.thread.is_alive()
 
-    def session(self, voice: str | None, instructions: str | None = None) -> Session:
-        """A new conversation. The worker's thread must call this; see `Omni2.session`."""
+    def session(self, voice: jax.Array | None) -> Session:
+        """A new conversation in the voice of an x-vector. The worker's thread must call this."""
         return Session(
             self.model.hear,
             self.engine,
             self.model.tokenizer,
             self.model.request(self.options),
-            self.model.voice(voice),
+            voice,
             overflow="drop",
-            instructions=instructions,
         )
 
-    async def run(self, function: Callable[..., T], *arguments) -> T:
+    async def run(self, function: Callable[..., T], *arguments, is_heavy: bool = False) -> T:
         """Call `function(*arguments)` in the worker's thread, between two steps.
 
-        Raises its error, and StoppedError after `stop`.
+        is_heavy: at most one such call between two steps. Raises the function's error, and
+        StoppedError after `stop`.
         """
         if self.stopping:
             raise StoppedError("the server is shutting down")
@@ -125,19 +130,23 @@ class Worker:
             except BaseException as error:
                 future.set_exception(error)
 
-        self.commands.put(command)
+        self.commands.put((lambda: self.heavy.append(command)) if is_heavy else command)
         return await asyncio.wrap_future(future)
 
-    async def answer(self, session: Session, question: Question) -> Answer:
+    async def answer(self, session: Session, question: Question, say: str | None = None) -> Answer:
         """Begin to answer a turn of a conversation. Raises the errors of `Session.reply`."""
         answer = Answer(session, asyncio.get_running_loop())
 
         def begin() -> None:
-            answer.replies = session.reply(question)
+            answer.replies = session.reply(question, say)
             self.answers.append(answer)
 
-        await self.run(begin)
+        await self.run(begin, is_heavy=True)
         return answer
+
+    async def hear(self, samples: np.ndarray) -> list[jax.Array]:
+        """The speech features of samples [N] at 16 kHz. Raises the errors of `Omni2.hear`."""
+        return await self.run(self.model.hear, samples, is_heavy=True)
 
     async def interrupt(self, session: Session) -> None:
         """Stop the answer of a conversation, if there is one."""
@@ -147,7 +156,9 @@ class Worker:
         """The thread: commands first, then a step, then the delivery of what it computed."""
         while True:
             self.run_commands()
-            if self.stopping and not self.answers:
+            if self.heavy:
+                self.heavy.popleft()()
+            if self.stopping and not (self.answers or self.heavy):
                 return
             if any(self.engine.slots) or self.engine.waiting or self.engine.dispatched:
                 self.engine.step()
@@ -156,7 +167,7 @@ class Worker:
     def run_commands(self) -> None:
         """Run the queued commands. If nothing is being answered, wait for one."""
         try:
-            command = self.commands.get(block=not (self.answers or self.stopping))
+            command = self.commands.get(block=not (self.answers or self.heavy or self.stopping))
             while True:
                 if command is not None:
                     command()

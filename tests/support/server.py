@@ -7,23 +7,27 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import soxr
 import uvicorn
 
 from omni2_jax.audio import recordings
-from omni2_jax.serve.app import create_app
+from omni2_jax.serve.app import GracefulServer, create_app
 from omni2_jax.serve.server import Server
 
 
 @contextlib.contextmanager
-def running(server: Server, **settings) -> Iterator[str]:
-    """The address (host:port) of a server that is listening; its worker must have started."""
-    listener = socket.create_server(("127.0.0.1", 0))
+def running(server: Server, port: int = 0, graceful: bool = False, **settings) -> Iterator[str]:
+    """The address (host:port) of a server that is listening; its worker must have started.
+
+    graceful: at the end, stop it as `omni2 serve` is stopped by a signal, the worker too.
+    """
+    listener = socket.create_server(("127.0.0.1", port))
     app = create_app(server, **settings)
-    uvicorn_server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off"))
+    config = uvicorn.Config(app, log_level="warning", lifespan="off")
+    uvicorn_server = GracefulServer(config, server) if graceful else uvicorn.Server(config)
     thread = threading.Thread(target=uvicorn_server.run, kwargs={"sockets": [listener]})
     thread.start()
     while not uvicorn_server.started:
@@ -33,6 +37,15 @@ def running(server: Server, **settings) -> Iterator[str]:
     finally:
         uvicorn_server.should_exit = True
         thread.join()
+
+
+def eventually(holds: Callable[[], bool]) -> None:
+    """Wait until something holds, which another thread brings about; a minute at most."""
+    for _ in range(6000):
+        if holds():
+            return
+        time.sleep(0.01)
+    raise AssertionError("it does not come true")
 
 
 def get(url: str, **headers: str) -> tuple[int, str]:

@@ -1,4 +1,4 @@
-"""/v1/chat/completions and access rules, driven by OpenAI's own client."""
+"""Chat completions, speech, voices and access rules, driven by OpenAI's own client."""
 
 import asyncio
 import base64
@@ -14,14 +14,15 @@ import soundfile
 from omni2_jax.serve.limits import Limits
 from omni2_jax.serve.server import Server
 from tests.support.conversations import GREEDY, answer, clip
-from tests.support.server import base64_of, get, running
+from tests.support.server import base64_of, eventually, get, running
 
 OPTIONS = dataclasses.replace(GREEDY, max_new_tokens=12, max_flush_units=15)
 
 
 @pytest.fixture(scope="module")
-def server(model, warm_engine):
-    server = Server(model, OPTIONS, Limits(sessions=3, context=1000))
+def server(model, warm_engine, tmp_path_factory):
+    voices = tmp_path_factory.mktemp("server") / "voices"
+    server = Server(model, OPTIONS, Limits(sessions=3, context=1000), voices=voices)
     server.worker.start()
     yield server
     assert server.worker.stop(20)
@@ -94,6 +95,108 @@ def test_written_conversation(client):
     assert completion.choices[0].finish_reason == "length"
     assert completion.usage.completion_tokens_details.audio_tokens <= 20
     assert completion.choices[0].message.audio is None
+
+
+def test_a_stream_is_admitted_once(server, client, monkeypatch):
+    """It takes one place until its end or until its client leaves; others are refused."""
+    monkeypatch.setattr(server, "limits", dataclasses.replace(server.limits, sessions=1))
+    question = {"messages": [{"role": "user", "content": "What is the sea?"}], "model": "omni2"}
+    with client.chat.completions.create(**question, stream=True) as stream:
+        next(iter(stream))
+        with pytest.raises(openai.RateLimitError) as error:
+            client.chat.completions.create(**question)
+        assert error.value.response.headers["Retry-After"] == "5"
+        assert len(list(stream)) > 1
+    eventually(lambda: server.clients == 0)
+    with client.chat.completions.create(**question, stream=True) as stream:
+        next(iter(stream))
+    eventually(lambda: server.clients == 0 and not any(server.worker.engine.slots))
+
+
+def test_speech(client, model, warm_engine, monkeypatch):
+    """The samples are those of `Omni2.speak` in every format."""
+    text = "Good evening."
+    with monkeypatch.context() as patch:
+        patch.setattr(model, "engine", lambda options, prompt: warm_engine)
+        expected = np.clip(model.speak(text, options=OPTIONS).waveform, -1, 1)
+    wanted = {"model": "omni2", "input": text, "voice": "alloy"}
+    for name, tolerance in {"wav": 2 / 32768, "flac": 2 / 32768, "mp3": 1, "opus": 1}.items():
+        data = client.audio.speech.create(**wanted, response_format=name).content
+        samples, rate = soundfile.read(io.BytesIO(data), dtype="float32")
+        assert rate in (24_000, 48_000) and abs(len(samples) * 24_000 / rate - len(expected)) < 3000
+        length = min(len(samples), len(expected))
+        if rate == 24_000:
+            np.testing.assert_allclose(samples[:length], expected[:length], atol=tolerance)
+    create = client.audio.speech.with_streaming_response.create
+    with create(**wanted, response_format="pcm") as response:
+        chunks = list(response.iter_bytes())
+    pcm = np.frombuffer(b"".join(chunks), "<i2") / 32768
+    np.testing.assert_allclose(pcm, expected, atol=2 / 32768)
+    with create(**wanted, response_format="pcm", stream_format="sse") as response:
+        lines = [json.loads(line[6:]) for line in response.iter_lines() if line]
+    *deltas, done = lines
+    assert b"".join(base64.b64decode(line["audio"]) for line in deltas) == b"".join(chunks)
+    assert len(deltas) > 1 and done["usage"]["output_tokens"] * 960 == len(expected)
+
+
+BAD_SPEECH = {
+    "no text": ({"input": " "}, "no text to say"),
+    "too long": ({"input": "word " * 20}, "says at most 12 at once"),
+    "a special token": ({"input": "a<|im_end|>"}, "special token"),
+    "unknown voice": ({"voice": "../x"}, "there is no voice"),
+    "unknown format": ({"response_format": "aac"}, "response_format"),
+    "faster": ({"speed": 2}, "speed"),
+    "a stream of a container": ({"stream_format": "sse"}, "stream_format"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_SPEECH)
+def test_bad_speech(client, name):
+    changes, expected = BAD_SPEECH[name]
+    settings = {"model": "omni2", "input": "Good evening.", "voice": "alloy"} | changes
+    with pytest.raises(openai.BadRequestError, match=expected):
+        client.audio.speech.create(**settings)
+
+
+def test_voices(client, server, address):
+    """Added from a recording with consent, used, and deleted; files only this user can read."""
+    recording = clip("speech_a").read_bytes()
+
+    def add(name="jane", consent="true", sample=recording):
+        return client.audio.voices.create(name=name, consent=consent, audio_sample=sample)
+
+    voice = add()
+    assert (voice.id, voice.object) == ("jane", "audio.voice")
+    folder = server.voices.folder
+    assert [path.name for path in folder.iterdir()] == ["jane.npy"]
+    assert (folder.stat().st_mode & 0o777, next(folder.iterdir()).stat().st_mode & 0o777) == (
+        0o700,
+        0o600,
+    )
+    listed = json.loads(get(f"http://{address}/v1/audio/voices")[1])["data"]
+    assert [entry["id"] for entry in listed] == ["espeak", "jane"]
+    spoken = {
+        name: client.audio.speech.create(
+            model="omni2", input="Good evening.", voice=name, response_format="wav"
+        ).content
+        for name in ("espeak", "jane")
+    }
+    assert len(spoken["espeak"]) == len(spoken["jane"]) and spoken["espeak"] != spoken["jane"]
+    for changes, message in {
+        ("consent", "no"): "consent",
+        ("name", "../jane"): "a name has",
+        ("name", "jane"): "already",
+        ("name", "espeak"): "already",
+        ("sample", b"hello"): "the audio",
+    }.items():
+        with pytest.raises(openai.BadRequestError, match=message) as error:
+            add(**{"name": "june", changes[0]: changes[1]})
+        assert "/tmp" not in error.value.body["message"]
+    assert client.audio.voices.delete("jane").deleted
+    for name in ("jane", "espeak", "..%2Fx"):
+        with pytest.raises(openai.NotFoundError):
+            client.audio.voices.delete(name)
+    assert not list(folder.iterdir())
 
 
 BAD = {
