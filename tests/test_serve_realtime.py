@@ -1,7 +1,6 @@
 """The Realtime API, driven by OpenAI's own client."""
 
 import asyncio
-import base64
 import dataclasses
 
 import openai
@@ -10,11 +9,10 @@ import pytest
 from omni2_jax.serve.limits import Limits
 from omni2_jax.serve.server import Server
 from tests.support.conversations import GREEDY, answer, clip
+from tests.support.realtime import MANUAL, SECOND, ask, audio_of, talk, until
 from tests.support.server import base64_of, pcm, running
 
 OPTIONS = dataclasses.replace(GREEDY, max_new_tokens=12, max_flush_units=15)
-MANUAL = {"type": "realtime", "audio": {"input": {"turn_detection": None}}}
-SECOND = 2 * 24_000  # bytes
 
 
 @pytest.fixture(scope="module")
@@ -32,50 +30,10 @@ def address(server):
         yield address
 
 
-def talk(address: str, conversation, **settings):
-    """Run `conversation(connection)` on a connection of OpenAI's client -> its result."""
-
-    async def connect():
-        client = openai.AsyncOpenAI(
-            api_key="unused",
-            base_url=f"http://{address}/v1",
-            websocket_base_url=f"ws://{address}/v1",
-        )
-        async with asyncio.timeout(60), client.realtime.connect(model="omni2", **settings) as link:
-            first = await link.recv()
-            assert first.type == "session.created"
-            return await conversation(link)
-
-    return asyncio.run(connect())
-
-
-async def until(link, *kinds: str) -> list:
-    """The events up to the first of one of these kinds. An `error` event fails the test."""
-    events = []
-    while not events or events[-1].type not in kinds:
-        events.append(await link.recv())
-        assert events[-1].type != "error" or "error" in kinds, events[-1]
-    return events
-
-
 def kinds(events) -> list[str]:
     """The kinds of events in their order; repeated ones once."""
     names = [event.type for event in events]
     return [name for i, name in enumerate(names) if i == 0 or names[i - 1] != name]
-
-
-def audio_of(events) -> bytes:
-    deltas = [event.delta for event in events if event.type == "response.output_audio.delta"]
-    return b"".join(map(base64.b64decode, deltas))
-
-
-async def ask(link, sound: bytes) -> list:
-    """Ask by push-to-talk -> all events up to the end of the response."""
-    for start in range(0, len(sound), SECOND // 5):
-        await link.input_audio_buffer.append(audio=base64_of(sound[start : start + SECOND // 5]))
-    await link.input_audio_buffer.commit()
-    await link.response.create()
-    return await until(link, "response.done")
 
 
 def test_push_to_talk(address, model):
@@ -288,26 +246,3 @@ def test_full_server(address):
         return await until(link, "session.updated")
 
     assert talk(address, conversation)
-
-
-@pytest.mark.parametrize("after", ["session.updated", "response.created", "output_audio.delta"])
-def test_clients_that_vanish(address, server, after):
-    """Wherever a client goes away, its session ends, and the next client is served."""
-
-    async def vanish(link):
-        await link.session.update(session=MANUAL)
-        await link.input_audio_buffer.append(audio=base64_of(pcm(clip("short_d"))))
-        await link.input_audio_buffer.commit()
-        await link.response.create()
-        while not (await link.recv()).type.endswith(after):
-            pass
-        link._connection.transport.abort()
-
-    async def conversation(link):
-        await link.session.update(session=MANUAL)
-        await until(link, "session.updated")
-        return await ask(link, pcm(clip("short_d")))
-
-    talk(address, vanish)
-    assert talk(address, conversation)[-1].response.status in ("completed", "incomplete")
-    assert server.clients <= 1

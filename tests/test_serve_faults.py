@@ -1,0 +1,234 @@
+"""What clients and the model may do wrong: nobody else notices."""
+
+import asyncio
+import concurrent.futures
+import contextlib
+import dataclasses
+import json
+import random
+import threading
+
+import jax.numpy as jnp
+import pytest
+import websockets
+
+from omni2_jax.serve import capacity
+from omni2_jax.serve.limits import Limits
+from omni2_jax.serve.server import Server
+from tests.support.conversations import GREEDY, clip
+from tests.support.realtime import MANUAL, ask, audio_of, converse, talk, until
+from tests.support.server import base64_of, eventually, pcm, running
+
+OPTIONS = dataclasses.replace(GREEDY, max_new_tokens=12, max_flush_units=15)
+LIMITS = Limits(sessions=3, context=1000, unsent_bytes=2**20)
+
+
+@pytest.fixture(scope="module")
+def server(model, warm_engine):
+    server = Server(model, OPTIONS, LIMITS)
+    server.worker.start()
+    yield server
+    assert server.worker.stop(20)
+
+
+@pytest.fixture(scope="module")
+def address(server):
+    with running(server) as address:
+        yield address
+
+
+def question(name: str):
+    """A conversation of one spoken question -> the text and the audio of its answer."""
+
+    async def conversation(link):
+        await link.session.update(session=MANUAL)
+        await until(link, "session.updated")
+        events = await ask(link, pcm(clip(name)))
+        assert events[-1].response.status in ("completed", "incomplete")
+        return answer_of(events)
+
+    return conversation
+
+
+def answer_of(events) -> tuple[str, bytes]:
+    texts = [e.delta for e in events if e.type == "response.output_audio_transcript.delta"]
+    return "".join(texts), audio_of(events)
+
+
+@pytest.fixture(scope="module")
+def alone(address):
+    """The answer to a question when nobody else asks."""
+    return talk(address, question("short_d"))
+
+
+def test_the_time_of_a_step_is_measured(server):
+    """Before the first client: every slot speaks, and is free afterwards."""
+    engine = server.worker.engine
+    seconds = capacity.step_seconds(engine)
+    assert seconds > 0 and not any(engine.slots) and not engine.waiting
+    assert "slower than real time" in capacity.describe(engine, 0.5)
+    line = capacity.describe(engine, 0.1)
+    assert line == "3 sessions at once: 100 ms of computing for 400 ms of speech"
+
+
+def faulty(chance: random.Random) -> str:
+    """An event that cannot be carried out."""
+    values = [None, -1, 1e300, "*", [], {}, "\0", [[[]]], {"type": "message"}, {"audio": 7}]
+    choices = [
+        lambda: json.dumps(chance.choice(values)),
+        lambda: '{"type": "session.update", "session": ' + "[" * chance.randrange(3000),
+        lambda: json.dumps({"type": chance.choice(values)}),
+        lambda: json.dumps(
+            {"type": "session.update", "session": chance.choice([None, 1, [], "x"])}
+        ),
+        lambda: json.dumps(
+            {"type": "input_audio_buffer.append", "audio": chance.choice(["*", "a", 3, None, []])}
+        ),
+        lambda: json.dumps({"type": chance.choice(["x", ""]), "event_id": "x" * 100}),
+        lambda: json.dumps({"type": "conversation.item.create", "item": chance.choice(values)}),
+        lambda: json.dumps({"type": "session.update", "session": {"instructions": "x" * 20_000}}),
+        # In the wrong order: there is no item, no audio and no response.
+        lambda: (
+            '{"type": "conversation.item.truncate", "item_id": "q", "content_index": 0, '
+            f'"audio_end_ms": {chance.randrange(10**6)}}}'
+        ),
+        lambda: '{"type": "input_audio_buffer.commit"}',
+        lambda: '{"type": "response.cancel"}',
+        lambda: json.dumps(
+            {"type": "conversation.item.delete", "item_id": f"item_{chance.random()}"}
+        ),
+    ]
+    return chance.choice(choices)()
+
+
+def test_a_thousand_faulty_events(address, server, alone):
+    """An `error` event each; this connection and the one beside it answer as ever."""
+    chance, count = random.Random(0), 1000
+
+    async def conversation(link):
+        await link.session.update(session=MANUAL)
+        await until(link, "session.updated")
+        for _ in range(count):
+            await link.send_raw(faulty(chance))
+        for number in range(count):
+            event = await link.recv()
+            assert event.type == "error", number
+            assert "\n" not in event.error.message and "Traceback" not in event.error.message
+        return answer_of(await ask(link, pcm(clip("short_d"))))
+
+    async def both():
+        return await asyncio.gather(
+            converse(address, conversation), converse(address, question("short_d"))
+        )
+
+    assert asyncio.run(both()) == [alone, alone]
+
+
+@pytest.mark.parametrize("times", [6, pytest.param(25, marks=pytest.mark.nightly)])
+def test_clients_that_vanish(address, server, alone, times):
+    """At random moments. Those who stay hear what they hear alone; nothing is left behind."""
+    chance, threads = random.Random(1), threading.active_count()
+
+    async def vanish(link):
+        """Send the events of a spoken question, or some of them, and go away without a word."""
+        remaining = chance.randrange(12)
+        await link.session.update(session=MANUAL)
+        await link.input_audio_buffer.append(audio=base64_of(pcm(clip("short_d"))))
+        if chance.random() < 0.8:
+            await link.input_audio_buffer.commit()
+            await link.response.create()
+            for _ in range(remaining):
+                await link.recv()
+        link._connection.transport.abort()
+
+    async def leave(times: int) -> None:
+        for _ in range(times):
+            await converse(address, vanish)
+
+    async def all_of_them():
+        *_, stayed = await asyncio.gather(
+            leave(times), leave(times), converse(address, question("short_d"))
+        )
+        return stayed
+
+    assert asyncio.run(all_of_them()) == alone
+    eventually(lambda: server.clients == 0 and not any(server.worker.engine.slots))
+    assert not server.connections and not server.worker.answers
+    assert talk(address, question("short_d")) == alone
+    assert threading.active_count() <= threads + 8  # of asyncio's pool
+
+
+def test_a_client_that_reads_nothing(address, server, alone):
+    """Its connection is closed once too much waits for it; the one beside it does not wait."""
+
+    async def deaf(link):
+        text = {"type": "input_text", "text": "x" * 16_000}
+        item = {"type": "message", "role": "user", "id": "long", "content": [text]}
+        await link.conversation.item.create(item=item)
+        await until(link, "conversation.item.done")
+        (connection,) = server.connections
+        link._connection.transport.pause_reading()
+        for _ in range(4000):
+            await link.send_raw('{"type": "conversation.item.retrieve", "item_id": "long"}')
+        beside = await converse(address, question("short_d"))
+        while connection in server.connections:
+            await asyncio.sleep(0.02)
+        link._connection.transport.abort()
+        return beside
+
+    assert talk(address, deaf) == alone
+    eventually(lambda: server.clients == 0)
+
+
+def test_numbers_that_are_not_finite(address, server, monkeypatch):
+    """One answer fails, with a line that names no path; the next one of the session does not."""
+    hear = server.model.hear
+
+    def broken(samples):
+        return [jnp.asarray(features).at[7, 3].set(jnp.nan) for features in hear(samples)]
+
+    async def conversation(link, hear=hear):
+        """A question, which is deleted, and another one -> the first response, the last answer."""
+        await link.session.update(session=MANUAL)
+        await until(link, "session.updated")
+        with monkeypatch.context() as patch:
+            patch.setattr(server.model, "hear", hear)
+            events = await ask(link, pcm(clip("short_d")))
+        (user,) = [e.item_id for e in events if e.type == "input_audio_buffer.committed"]
+        await link.conversation.item.delete(item_id=user)
+        await until(link, "conversation.item.deleted")
+        return events[-1].response, answer_of(await ask(link, pcm(clip("short_d"))))
+
+    _, expected = talk(address, conversation)
+    failed, later = talk(address, lambda link: conversation(link, broken))
+    assert failed.status == "failed"
+    assert failed.status_details.error.message.endswith("the model's numbers were not finite")
+    assert later == expected
+
+
+def test_a_server_that_is_stopped(model, warm_engine, alone):
+    """The answer in progress is finished; then the client is told."""
+    server, begun = Server(model, OPTIONS, LIMITS), threading.Event()
+    server.worker.start()
+
+    async def conversation(link):
+        await link.session.update(session=MANUAL)
+        await link.input_audio_buffer.append(audio=base64_of(pcm(clip("short_d"))))
+        await link.input_audio_buffer.commit()
+        await link.response.create()
+        events = await until(link, "response.output_audio.delta")
+        begun.set()
+        with contextlib.suppress(websockets.ConnectionClosed):
+            while True:
+                events.append(await link.recv())
+        return events
+
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        with running(server, graceful=True) as address:
+            result = pool.submit(talk, address, conversation)
+            assert begun.wait(60)
+        events = result.result(60)
+    errors = [event.error for event in events if event.type == "error"]
+    assert [error.code for error in errors] == ["server_stopping"]
+    assert "response.done" in [event.type for event in events]
+    assert answer_of(events) == alone
