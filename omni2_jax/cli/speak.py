@@ -8,17 +8,15 @@ import typer
 
 from omni2_jax.cli.chat import DEFAULTS, number
 from omni2_jax.cli.console import console, progress_bar, say
-from omni2_jax.cli.paths import directory
+from omni2_jax.cli.paths import Checkpoint, chosen
 
 
 def speak(
     text: Annotated[str, typer.Argument(help="What to say; - reads it from stdin.")],
-    checkpoint: Annotated[
-        Path, typer.Option(parser=directory, help="A checkpoint directory made by `omni2 convert`.")
-    ],
     out: Annotated[
         Path, typer.Option(help="The wav to write; - is raw 16-bit PCM on stdout, 24 kHz.")
     ],
+    checkpoint: Checkpoint = None,
     voice: Annotated[
         str | None,
         typer.Option(
@@ -42,6 +40,7 @@ def speak(
     from omni2_jax.generate.options import Options
     from omni2_jax.generate.prompts import forced_ids
 
+    checkpoint = chosen(checkpoint)
     text = sys.stdin.read() if text == "-" else text
     # A bad text is reported before the parameters are read.
     forced_ids(describe(checkpoint, decoder=True)[1], text)

@@ -87,19 +87,20 @@ async def prepare(server: Server, completion: Completion) -> tuple[Session, Ques
     """A session that holds all messages but the last, and the last one's question."""
     session = await server.worker.run(server.session, completion.audio.voice)
     instructions, turns = [], []
-    question: list = []
+    question: list | None = None
     for message in completion.messages:
         parts = await parts_of(server, message)
         if message.role in ("system", "developer"):
             instructions += parts
         elif message.role == "user":
-            question += parts
+            question = [*(question or ()), *parts]
         else:
-            if not question:
+            if question is None:
                 raise EventError("an assistant's message must follow one of the user")
             turns.append(Turn(question, session.tokenizer.answer("".join(parts))))
-            question = []
-    if not question:
+            question = None
+    # A question without parts is one in which no speech was heard.
+    if question is None or not (question or server.model.config.no_speech_reply):
         raise EventError("the last message must be the user's")
     limit = completion.max_completion_tokens or completion.max_tokens
     options = options_of(server.worker.options, limit, completion.temperature, completion.is_spoken)
