@@ -8,7 +8,7 @@ import dataclasses
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -104,6 +104,10 @@ def main(
     batch: Annotated[
         int, typer.Option(min=1, help="Slots; throughput is measured at 1, 2, 4 ... up to this.")
     ] = 1,
+    slots: Annotated[
+        list[int] | None,
+        typer.Option(min=2, help="Measure throughput at these slots instead (repeatable)."),
+    ] = None,
     steps: Annotated[int, typer.Option(min=5, help="Steps of one answer (0.4 s each).")] = 100,
     chunk: Annotated[
         int | None,
@@ -123,10 +127,10 @@ def main(
     dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
     config, graph, params = load(size, checkpoint, dtype)
 
-    def make_bench(slots: int) -> Bench:
+    def make_bench(count: int) -> Bench:
         engine_config = engine_config_for(
             config,
-            slots,
+            count,
             steps,
             flow_chunk=chunk,
             flow_left_chunks=left_chunks,
@@ -144,7 +148,8 @@ def main(
     }
     figures |= measure(bench, graph, params, steps, dtype)
     speech = config.write / UNITS_PER_SECOND
-    figures |= speakers(figures.pop("times"), make_bench, batch, speech)
+    counts = slots or [2**power for power in range(1, batch.bit_length())]
+    figures |= speakers(figures.pop("times"), make_bench, counts, speech)
     measured_steps = list(map(int, figures["step_ms"]))
     figures["growth"] = compare(bench, measured_steps[0], measured_steps[-1])
     report(figures)
@@ -176,24 +181,23 @@ def measure(bench: Bench, graph: nnx.GraphDef, params: dict, steps: int, dtype) 
 
 
 def speakers(
-    times: list[float], make_bench: Callable[[int], Bench], batch: int, speech: float
+    times: list[float], make_bench: Callable[[int], Bench], counts: Sequence[int], speech: float
 ) -> dict:
-    """Throughput with 1, 2, 4 ... slots, up to `batch`.
+    """Throughput with one slot, and with each of `counts` slots.
 
     times: seconds of the steps of one slot, measured already. speech: seconds of speech in a step.
     realtime_speakers is the largest number of slots with which 95 % of the steps take no longer
     than their speech.
     """
-    rates, realtime, slots = {}, 0, 1
+    rates, realtime = {}, 0
     steps = min(30, len(times))  # not more than there is room for: idle slots cost nothing
-    while True:
+    for slots in (1, *counts):
+        if slots > 1:
+            times, _ = make_bench(slots).answer(steps)
         rates[str(slots)] = slots * speech / statistics.median(times)
         if np.percentile(times, 95) <= speech:
             realtime = slots
-        slots *= 2
-        if slots > batch:
-            return {"audio_s_per_s": rates, "realtime_speakers": realtime}
-        times, _ = make_bench(slots).answer(steps)
+    return {"audio_s_per_s": rates, "realtime_speakers": realtime}
 
 
 def against_roofline(

@@ -28,6 +28,7 @@ from omni2_jax.checkpoint.tokenizer import Tokenizer
 from omni2_jax.cli.console import run_function
 from omni2_jax.config import Omni2Config
 from omni2_jax.configs import flow, stage1a, stage1b, stage2
+from omni2_jax.models import layers
 from omni2_jax.train import overrides, step
 from omni2_jax.train.data.dataset import Dataset
 from omni2_jax.train.data.loader import Loader, catalogue, filled, schedule
@@ -307,6 +308,9 @@ def main(
         list[str] | None,
         typer.Option("--set", help="Change a setting (repeatable).", metavar="KEY=VALUE"),
     ] = None,
+    cudnn: Annotated[
+        bool, typer.Option(help="cuDNN's attention, where the GPU has it, or XLA's own.")
+    ] = True,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write the figures here.")
     ] = None,
@@ -317,6 +321,8 @@ def main(
             f"there is no {', '.join(unknown)}; --size is one of {', '.join(SIZES)}, "
             f"--stage of {', '.join(CONFIGS)}"
         )
+    if not cudnn:
+        layers.has_fused_attention = lambda q: False
     defaults = [f"batch={batch or TINY_BATCH}"] if batch or size == "tiny" else []
     defaults += ["dtype=float32"] if jax.default_backend() == "cpu" else []
     configs = [

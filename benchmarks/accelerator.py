@@ -1,0 +1,197 @@
+"""`python -m benchmarks.accelerator --minutes 8`: what an accelerator does, the most telling first.
+
+Each measurement is a process of its own, since flags of XLA are read once: `benchmarks.stream` for
+serving, `benchmarks.train` for training. Its figures are written when it ends, and the page of
+figures (`figures.md`) with them, so that being cut off loses nothing. A measurement that fails, or
+that the time runs out for, is noted; one that has its figures already is not repeated, so the same
+command goes on where it stopped.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from benchmarks.sizes import SIZES
+from omni2_jax import files
+from omni2_jax.cli.console import run_function, say
+
+GRAPHS = {"XLA_FLAGS": "--xla_gpu_enable_command_buffer=+WHILE"}  # loops as CUDA graphs
+SHORTEST = 20  # seconds; with less left, no measurement is begun
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """A command that writes its figures as JSON to the path given by --json."""
+
+    name: str
+    arguments: tuple[str, ...]  # of `python -m`
+    gpu: bool = False  # whether it tells something on GPUs only
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+
+def measurements(sizes: Sequence[str], slots: Sequence[int], steps: int) -> list[Measurement]:
+    """All of them, the most telling first. sizes: the smallest first."""
+    stream = ("benchmarks.stream", "--steps", str(steps), "--chunk", "10", "--left-chunks", "3")
+
+    def speakers(size: str, count: int) -> Measurement:
+        arguments = (*stream, "--size", size, "--slots", str(count))
+        return Measurement(f"{count} speakers, {size}", arguments)
+
+    def training(size: str, stage: str, *options: str) -> tuple[str, ...]:
+        return ("benchmarks.train", "--size", size, "--stage", stage, "--steps", "8", *options)
+
+    small = sizes[0]
+    return [
+        *(Measurement(f"one speaker, {size}", (*stream, "--size", size)) for size in sizes),
+        speakers(small, slots[0]),
+        Measurement(f"stage 1a, {small}", training(small, "1a")),
+        Measurement(
+            f"one speaker, {small}, loops as CUDA graphs", (*stream, "--size", small), True, GRAPHS
+        ),
+        Measurement(f"stage 2, {small}", training(small, "2")),
+        Measurement(
+            f"stage 1a, {small}, without cuDNN", training(small, "1a", "--no-cudnn"), gpu=True
+        ),
+        *(speakers(size, slots[0]) for size in sizes[1:]),
+        *(speakers(small, count) for count in slots[1:]),
+    ]
+
+
+def run(measurement: Measurement, path: Path, seconds: float) -> dict:
+    """Run a measurement for so many seconds at most -> its figures, or {"failed": why}.
+
+    path: where its figures lie; its output is beside it.
+    """
+    environment = os.environ | dict(measurement.environment)
+    environment.setdefault("JAX_COMPILATION_CACHE_DIR", str(path.parent.absolute() / "compiled"))
+    start = time.monotonic()
+    with open(path.with_suffix(".log"), "w") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", *measurement.arguments, "--json", str(path)],
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            start_new_session=True,
+        )
+        try:
+            code = process.wait(seconds)
+        except BaseException as error:  # Ctrl-C, too, must leave nothing running on the device
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            if not isinstance(error, subprocess.TimeoutExpired):
+                raise
+            code = None
+    took = time.monotonic() - start
+    if code == 0:
+        return json.loads(path.read_text()) | {"took_s": took}
+    if code is None:
+        return {"failed": f"the time ran out after {took:.0f} s", "took_s": took}
+    lines = path.with_suffix(".log").read_text(errors="replace").strip().splitlines()
+    return {"failed": lines[-1] if lines else f"exit code {code}", "took_s": took}
+
+
+def figures_of(name: str, result: Mapping) -> Iterator[tuple[str, str, str]]:
+    """The rows of the page for one measurement: (its name, what, figure)."""
+    if "failed" in result:
+        yield name, "failed", result["failed"]
+        return
+    for stage in result.get("stages", ()):
+        yield name, "device", stage["device"]
+        yield name, "MFU", f"{100 * stage['mfu']:.1f} %"
+        yield name, "a step", f"{1000 * stage['seconds']:.1f} ms"
+        yield name, "waiting for data", f"{100 * stage['data_wait']:.1f} %"
+        yield name, "compilation", f"{stage['compile_s']:.0f} s"
+    if "rtf" not in result:
+        return
+    yield name, "device", result["device"]
+    yield name, "first audio, from features", f"{result['first_audio_ms']:.0f} ms"
+    yield name, "real-time factor", f"{result['rtf']:.4f}"
+    roof = result["roofline"]
+    for what, key in (("a text token", "text"), ("a unit", "units"), ("flow", "flow and vocoder")):
+        milliseconds = result[
+            {"text": "text_token_ms", "units": "unit_ms"}.get(key, "flow_vocoder_ms")
+        ]
+        share = f"{100 * roof[key]['fraction']:.0f} % of what the device allows"
+        yield name, what, f"{milliseconds:.2f} ms, {share}"
+    yield name, "copy bandwidth, measured", f"{roof['copy_bytes_per_s'] / 1e9:.0f} GB/s"
+    for slots, rate in result["audio_s_per_s"].items():
+        yield name, f"audio a second, {slots} slots", f"{rate:.1f} s"
+    yield name, "speakers at once, deadlines kept", str(result["realtime_speakers"])
+
+
+def page(results: Mapping[str, Mapping]) -> str:
+    """All figures as a table in Markdown."""
+    lines = ["# Figures", "", "| measurement | what | figure |", "| --- | --- | --- |"]
+    for name, result in results.items():
+        lines += [f"| {' | '.join(row)} |" for row in figures_of(name, result)]
+    return "\n".join(lines) + "\n"
+
+
+def write(out: Path, results: Mapping[str, Mapping]) -> None:
+    """Write all results so far, and the page of figures."""
+    with files.atomic_write(out / "results.json") as file:
+        json.dump(results, file, indent=1)
+    with files.atomic_write(out / "figures.md") as file:
+        file.write(page(results))
+
+
+def measure(planned: Sequence[Measurement], out: Path, seconds: float) -> dict[str, dict]:
+    """Run measurements in their order until the time is over -> {name: figures}.
+
+    Those of an earlier call that are in `out` already are kept.
+    """
+    deadline, path = time.monotonic() + seconds, out / "results.json"
+    results = json.loads(path.read_text()) if path.exists() else {}
+    for number, measurement in enumerate(planned, 1):
+        if results.get(measurement.name, {"failed": ""}).get("failed") is None:
+            continue
+        if measurement.gpu and not any("NVIDIA" in str(result) for result in results.values()):
+            continue
+        left = deadline - time.monotonic()
+        if left < SHORTEST:
+            say(f"{left:.0f} s are left: {measurement.name} is not begun")
+            break
+        say(f"{measurement.name} ({number} of {len(planned)}, {left:.0f} s left)")
+        result = run(measurement, out / f"{number}.json", left)
+        results[measurement.name] = result
+        write(out, results)
+        for _, what, figure in figures_of(measurement.name, result):
+            say(f"    {what}: {figure}")
+    return results
+
+
+def main(
+    minutes: Annotated[float, typer.Option(min=0.1, help="Stop after so long.")] = 8,
+    out: Annotated[
+        Path, typer.Option(help="Where results go; those that are there are kept.")
+    ] = Path("accelerator"),
+    size: Annotated[
+        list[str] | None, typer.Option(help="Dimensions (repeatable). [default: 0.5b, 7b]")
+    ] = None,
+    slots: Annotated[
+        list[int] | None, typer.Option(help="Speakers at once (repeatable). [default: 64, 256]")
+    ] = None,
+    steps: Annotated[int, typer.Option(min=5, help="Steps of one answer (0.4 s each).")] = 20,
+) -> None:
+    """Measure serving and training on this machine's accelerator, the most telling first."""
+    sizes = size or ["0.5b", "7b"]
+    if unknown := set(sizes) - SIZES.keys():
+        raise ValueError(f"there is no size {', '.join(unknown)}; it is one of {', '.join(SIZES)}")
+    out.mkdir(parents=True, exist_ok=True)
+    measure(measurements(sizes, slots or [64, 256], steps), out, 60 * minutes)
+    say(f"the figures are in {out / 'figures.md'}")
+
+
+if __name__ == "__main__":
+    run_function(main)

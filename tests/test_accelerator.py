@@ -1,0 +1,95 @@
+"""benchmarks.accelerator: figures after each measurement, and what happens to those that fail."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from benchmarks.accelerator import Measurement, figures_of, measure, measurements
+
+SERVING = {
+    "device": "NVIDIA H100",
+    "first_audio_ms": 80.0,
+    "rtf": 0.05,
+    "text_token_ms": 1.5,
+    "unit_ms": 1.25,
+    "flow_vocoder_ms": 9.0,
+    "roofline": {
+        "copy_bytes_per_s": 3e12,
+        **{part: {"fraction": 0.85} for part in ("text", "units", "flow and vocoder")},
+    },
+    "audio_s_per_s": {"1": 20.0, "64": 500.0},
+    "realtime_speakers": 64,
+}
+PROGRAM = f"""
+import json, sys, time
+what, path = sys.argv[1], sys.argv[-1]
+if what == "hang":
+    time.sleep(600)
+if what == "fail":
+    sys.exit("error: out of memory")
+json.dump({SERVING!r}, open(path, "w"))
+"""
+
+
+@pytest.fixture
+def plan(tmp_path, monkeypatch):
+    (tmp_path / "stand_in.py").write_text(PROGRAM)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    return [
+        Measurement("one", ("stand_in", "ok")),
+        Measurement("large", ("stand_in", "fail")),
+        Measurement("graphs", ("stand_in", "ok"), gpu=True),
+    ]
+
+
+def test_figures_are_written_after_each(plan, tmp_path):
+    found = measure(plan, tmp_path, 60)
+    assert found == json.loads((tmp_path / "results.json").read_text())
+    assert found["large"]["failed"] == "error: out of memory"
+    page = (tmp_path / "figures.md").read_text()
+    assert "| one | real-time factor | 0.0500 |" in page
+    assert "| one | audio a second, 64 slots | 500.0 s |" in page
+    assert "| large | failed | error: out of memory |" in page
+    assert "graphs" in found  # the first measurement ran on an NVIDIA GPU
+
+
+def test_what_is_measured_is_kept_and_the_rest_goes_on(plan, tmp_path):
+    measure(plan[:1], tmp_path, 60)
+    kept = json.loads((tmp_path / "results.json").read_text())["one"] | {"rtf": 0.04}
+    (tmp_path / "results.json").write_text(json.dumps({"one": kept}))
+    assert measure(plan, tmp_path, 60)["one"]["rtf"] == 0.04
+
+
+def test_the_time_runs_out(plan, tmp_path, monkeypatch):
+    monkeypatch.setattr("benchmarks.accelerator.SHORTEST", 0.5)
+    found = measure([Measurement("hang", ("stand_in", "hang")), plan[1]], tmp_path, 1)
+    assert "the time ran out" in found["hang"]["failed"] and "large" not in found
+
+
+def test_the_most_telling_come_first():
+    names = [one.name for one in measurements(["0.5b", "7b"], [64, 256], 20)]
+    assert names[:3] == ["one speaker, 0.5b", "one speaker, 7b", "64 speakers, 0.5b"]
+    assert "256 speakers, 0.5b" in names
+
+
+def test_figures_of_training():
+    stage = {"device": "1 x H100", "mfu": 0.5, "seconds": 2, "data_wait": 0, "compile_s": 60}
+    assert ("1a", "MFU", "50.0 %") in figures_of("1a", {"stages": [stage]})
+
+
+@pytest.mark.nightly
+@pytest.mark.slow
+def test_at_tiny_size(tmp_path):
+    """The real measurements, on the CPU: serving with one and two slots, and training."""
+    command = [sys.executable, "-m", "benchmarks.accelerator", "--minutes", "30", "--size", "tiny"]
+    command += ["--slots", "2", "--steps", "5", "--out", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1800)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "results.json").read_text())
+    failed = {name: result["failed"] for name, result in found.items() if "failed" in result}
+    assert not failed
+    assert {"one speaker, tiny", "2 speakers, tiny", "stage 1a, tiny", "stage 2, tiny"} <= set(
+        found
+    )
