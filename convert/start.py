@@ -18,6 +18,7 @@ from omni2_jax.checkpoint.parameters import flatten
 from omni2_jax.config import PARTS, Omni2Config
 from omni2_jax.models.adapter import Adapter
 from omni2_jax.models.fusion import GateFusion
+from omni2_jax.models.layers import initial_values
 from omni2_jax.models.model import ConstantKey
 
 SEED = 0
@@ -95,7 +96,7 @@ def fresh(part: str, build: Callable[[Any], nnx.Module], seed: int) -> dict:
 def values(name: str, shape: tuple[int, ...], metadata: dict, seed: int) -> np.ndarray:
     """The initial values of the parameter called `name`: constants, or normally distributed."""
     if "initial" in metadata:
-        return np.broadcast_to(np.asarray(metadata["initial"], np.float32), shape).copy()
+        return initial_values(metadata["initial"], shape)
     random = np.random.default_rng((seed, zlib.crc32(name.encode())))
     array = random.standard_normal(shape, np.float32)
     array *= metadata["deviation"]

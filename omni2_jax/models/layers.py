@@ -9,10 +9,12 @@ so the caller chooses the precision. Each parameter carries `axes`, its logical 
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 Array = jax.Array
@@ -43,14 +45,37 @@ def param(
     return nnx.Param(values, axes=tuple(axes), deviation=scale / math.sqrt(fan_in))
 
 
-def constant(
-    shape: Sequence[int], axes: Sequence[str | None], value: float | tuple[Any, ...]
-) -> nnx.Param:
-    """A float32 parameter that training starts from `value`: a number, or nested tuples of them.
+@dataclass(frozen=True)
+class Identity:
+    """Initial values that pass as many inputs on as there are outputs, and no others.
 
-    The value is broadcast to the shape.
+    taps: of a causal convolution [K, C_in, C_out], of which the last passes its inputs on; None: a
+    matrix [C_in, C_out].
     """
-    values = jnp.broadcast_to(jnp.asarray(value, jnp.float32), tuple(shape))
+
+    taps: int | None = None
+
+    def values(self, shape: Sequence[int]) -> np.ndarray:
+        """float32 of a shape, in which axes of stacked layers may be in front."""
+        values = np.zeros(shape, np.float32)
+        last = values if self.taps is None else values[..., -1, :, :]
+        last[...] = np.eye(shape[-2], shape[-1])
+        return values
+
+
+Initial = float | tuple[Any, ...] | Identity
+
+
+def initial_values(value: Initial, shape: Sequence[int]) -> np.ndarray:
+    """A parameter's initial values, float32: a number or nested tuples of them are broadcast."""
+    if isinstance(value, Identity):
+        return value.values(shape)
+    return np.broadcast_to(np.asarray(value, np.float32), tuple(shape)).copy()
+
+
+def constant(shape: Sequence[int], axes: Sequence[str | None], value: Initial) -> nnx.Param:
+    """A float32 parameter that training always starts from the same values."""
+    values = jnp.asarray(initial_values(value, shape))
     return nnx.Param(values, axes=tuple(axes), initial=value)
 
 
@@ -151,11 +176,11 @@ class DepthwiseConv1d(Conv1d):
 
 
 class LayerNorm(nnx.Module):
-    """Layer normalization over the last axis, computed in float32."""
+    """Layer normalization over the last axis, computed in float32. scale: its initial factors."""
 
-    def __init__(self, size: int, eps: float = 1e-5, axis: str | None = None):
+    def __init__(self, size: int, eps: float = 1e-5, axis: str | None = None, scale: float = 1.0):
         self.eps = eps
-        self.scale = constant((size,), (axis,), 1.0)
+        self.scale = constant((size,), (axis,), scale)
         self.bias = constant((size,), (axis,), 0.0)
 
     def __call__(self, x: Array) -> Array:

@@ -2,6 +2,10 @@
 
 The UNet of CosyVoice2 has one level and never changes the frame rate: down, middle and up are
 stages in a row, with one skip connection. Each stage is two causal convolutions and transformers.
+
+Training from nothing starts near a network that passes its first inputs, the noisy mel, on to its
+last convolution. The velocity depends on all of it, and learning to pass it takes thousands of
+steps from random values.
 B rows, T frames of the window, S keys, M mel bins, C channels, N heads, H head size.
 """
 
@@ -17,9 +21,11 @@ from omni2_jax.models.flow.attention import cached_attention, run_blocks
 from omni2_jax.models.flow.cache import NO_CACHE, ConvCache, Maybe, RingKVCache
 from omni2_jax.models.flow.conv import CausalConv
 from omni2_jax.models.flow.mask import Window
-from omni2_jax.models.layers import LayerNorm, Linear, scan, stack
+from omni2_jax.models.layers import Identity, LayerNorm, Linear, constant, scan, stack
 
 Array = jax.Array
+
+BRANCH_SCALE = 0.2  # of what a residual branch adds at first
 
 
 class TimeEmbedding(nnx.Module):
@@ -47,9 +53,9 @@ class ConvBlock(nnx.Module):
     Padded frames are set to zero before and after it.
     """
 
-    def __init__(self, c_in: int, c_out: int, rngs: nnx.Rngs):
+    def __init__(self, c_in: int, c_out: int, rngs: nnx.Rngs, scale: float = 1.0):
         self.conv = CausalConv(rngs, 3, c_in, c_out)
-        self.norm = LayerNorm(c_out)
+        self.norm = LayerNorm(c_out, scale=scale)
 
     def __call__(
         self, x: Array, window: Window, cache: Maybe[ConvCache]
@@ -68,7 +74,9 @@ class Attention(nnx.Module):
         self.query = Linear(rngs, (c, n, h), ("embed", "heads", "head"), bias=False)
         self.key = Linear(rngs, (c, n, h), ("embed", "heads", "head"), bias=False)
         self.value = Linear(rngs, (c, n, h), ("embed", "heads", "head"), bias=False)
-        self.out = Linear(rngs, (n, h, c), ("heads", "head", "embed"), in_dims=2)
+        self.out = Linear(
+            rngs, (n, h, c), ("heads", "head", "embed"), in_dims=2, scale=BRANCH_SCALE
+        )
 
     def __call__(
         self, x: Array, window: Window, cache: Maybe[RingKVCache]
@@ -88,7 +96,7 @@ class Block(nnx.Module):
         self.attention = Attention(config, rngs)
         self.mlp_norm = LayerNorm(c)
         self.up = Linear(rngs, (c, 4 * c), ("embed", "hidden"))
-        self.down = Linear(rngs, (4 * c, c), ("hidden", "embed"))
+        self.down = Linear(rngs, (4 * c, c), ("hidden", "embed"), scale=BRANCH_SCALE)
 
     def __call__(
         self, x: Array, window: Window, cache: Maybe[RingKVCache]
@@ -127,8 +135,9 @@ class Stage(nnx.Module):
         c = config.channels
         self.conv1 = ConvBlock(c_in, c, rngs)
         self.time = Linear(rngs, (4 * c, c), (None, "embed"))
-        self.conv2 = ConvBlock(c, c, rngs)
+        self.conv2 = ConvBlock(c, c, rngs, scale=BRANCH_SCALE)
         self.skip = Linear(rngs, (c_in, c), (None, "embed"))
+        self.skip.kernel = constant((c_in, c), (None, "embed"), Identity())
         self.blocks = stack(config.blocks, lambda r: Block(config, r), rngs)
 
     def empty_convs(self, batch: int, dtype) -> StageConvs:
@@ -196,6 +205,8 @@ class Estimator(nnx.Module):
         self.up = Stage(config, 2 * c, rngs)
         self.up_conv = CausalConv(rngs, 3, c, c)
         self.final = ConvBlock(c, c, rngs)
+        for conv in (self.down_conv, self.up_conv, self.final.conv):
+            conv.kernel = constant(conv.kernel.shape, (None, None, "embed"), Identity(taps=3))
         # The first steps of training then begin near a velocity of zero.
         self.out = Linear(rngs, (c, config.mels), ("embed", None), scale=0.1)
 
