@@ -1,6 +1,7 @@
 """A checkpoint as the system: its answers in batches, with a clock, and over a grid of R and W."""
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
@@ -56,6 +57,37 @@ def test_batched_answers(loaded, checkpoint_dir, model, warm_engine, data, tmp_p
         np.testing.assert_allclose(samples, np.clip(answer.waveform, -1, 1), atol=1e-4)
     assert results.system["read"] == model.config.read and len(results.system["checksum"]) == 64
     assert Results.load(tmp_path / "out" / "results.json") == results
+
+
+def test_answers_in_text_alone(loaded, checkpoint_dir, model, data, tmp_path):
+    """No speech LM or decoder is loaded; text-qa judges the text, also by two keys at once."""
+    items = read_items(data)
+    streams = model.streams([item.turns for item in items], options=GREEDY, slots=3)
+    texts = [join(replies, spoken=True).text.strip() for replies in streams]
+    rows = [json.loads(line) for line in data.read_text().splitlines()]
+    for row, text, split in zip(rows, [texts[0], "wrong", texts[2]], "aab", strict=True):
+        row |= {"answers": [text], "split": split, "voices": "new"}
+    rows[2]["turns"].append({"text": texts[2] + " More."})
+    data = write_lines(tmp_path / "answers.jsonl", rows)
+    options = SystemOptions(batch=3, options=GREEDY, speech=False)
+    settings = measure.Settings(
+        ("text-qa",), str(checkpoint_dir), data, tmp_path / "out", options, by=("split+voices",)
+    )
+    (results,) = measure.measure(settings)
+    found = results.tasks["text-qa"]
+    assert (loaded[0]["decoder"], loaded[0]["speech"]) == (False, False)
+    assert round(found.metrics["s2t"].value, 1) == 66.7
+    assert (found.metrics["exact"].value, found.metrics["exact"].count) == (0, 1)
+    by_pair = found.groups["split+voices"]
+    assert {name: group["s2t"].value for name, group in by_pair.items()} == {
+        "a, new": 50,
+        "b, new": 100,
+    }
+    assert not (tmp_path / "out" / "answers" / "wav").exists()
+    with pytest.raises(ValueError, match="the task asr-wer measures speech"):
+        list(measure.measure(dataclasses.replace(settings, tasks=("asr-wer",))))
+    with pytest.raises(ValueError, match=r"no item states 'age', of 'split\+age'"):
+        list(measure.measure(dataclasses.replace(settings, by=("split+age",))))
 
 
 def test_timed_answers(loaded, checkpoint_dir, data):

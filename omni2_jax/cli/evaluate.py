@@ -25,8 +25,9 @@ def evaluate(
     task: Annotated[
         list[str] | None,
         typer.Option(
-            help="spoken-qa, instructions, asr-wer, naturalness or latency; may be repeated: the "
-            "answers are made once. Or copy-synthesis: the decoder's parts on recordings."
+            help="spoken-qa, text-qa, instructions, asr-wer, naturalness or latency; may be "
+            "repeated: the answers are made once. Or copy-synthesis: the decoder's parts on "
+            "recordings."
         ),
     ] = None,
     system: Annotated[
@@ -108,6 +109,13 @@ def evaluate(
             help="Share a checkpoint among all devices, as tensor=4 or fsdp=2,tensor=4.",
         ),
     ] = None,
+    text_only: Annotated[
+        bool,
+        typer.Option(
+            "--text-only",
+            help="A checkpoint answers in text alone, and needs neither speech LM nor decoder.",
+        ),
+    ] = False,
     read: Annotated[
         str | None,
         typer.Option(
@@ -128,6 +136,14 @@ def evaluate(
         typer.Option(
             metavar="TABLE/ROW",
             help="A row of the paper's tables that this repeats, as table2/sum; may be repeated.",
+        ),
+    ] = None,
+    by: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY+KEY",
+            help="Also give results by several keys of the questions at once, as split+voices; "
+            "may be repeated.",
         ),
     ] = None,
     key_variable: Annotated[
@@ -161,6 +177,7 @@ def evaluate(
             timed="latency" in task,
             voice=voice,
             mesh=mesh,
+            speech=not text_only,
             options=parse_options(option or [], seed),
             model=model,
             key_variable=key_variable,
@@ -186,6 +203,7 @@ def evaluate(
         label=label,
         dataset=dataset,
         rows=tuple(row or ()),
+        by=tuple(by or ()),
     )
     pairs = itertools.product(numbers("--read", read), numbers("--write", write)) if read else None
     for results in measure.measure(common, list(pairs) if pairs else None):

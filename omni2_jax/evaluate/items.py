@@ -32,7 +32,7 @@ QUESTION_KEYS = ("question", "prompt", "instruction", "QuestionText", "text")
 ANSWER_KEYS = ("answers", "answer", "reference")
 ID_KEYS = ("id", "key", "question_id")
 MAX_METADATA = 60  # characters of a value that items are grouped by
-MAX_GROUPS = 50  # values of a key that items are grouped by
+MAX_GROUPS = 200  # values of a key that items are grouped by
 
 
 @dataclass(frozen=True)
@@ -86,11 +86,22 @@ def check_recordings(path: Path, items: Sequence[Item]) -> None:
         raise ValueError(f"{item.context}: there is no recording {sound}{more}")
 
 
-def groups(items: Sequence[Item]) -> dict[str, dict[str, list[str]]]:
-    """Names of items by metadata key and value: of keys with 2 to MAX_GROUPS values."""
+def groups(items: Sequence[Item], by: Sequence[str] = ()) -> dict[str, dict[str, list[str]]]:
+    """Names of items by metadata key and value: of keys with 2 to MAX_GROUPS values.
+
+    by: keys that are taken together, as "split+voices". Raises ValueError, naming it, for a key
+    that no item states.
+    """
+    known = {key for item in items for key in item.metadata}
+    for keys in by:
+        if unknown := [key for key in keys.split("+") if key not in known]:
+            expected = ", ".join(sorted(known)) or "items that state some"
+            raise ValueError(f"no item states {unknown[0]!r}, of {keys!r}; expected {expected}")
     found: dict[str, dict[str, list[str]]] = {}
     for item in items:
-        for key, value in item.metadata.items():
+        values = dict(item.metadata)
+        values |= {keys: ", ".join(values.get(k, "-") for k in keys.split("+")) for keys in by}
+        for key, value in values.items():
             found.setdefault(key, {}).setdefault(value, []).append(item.name)
     return {key: values for key, values in found.items() if 1 < len(values) <= MAX_GROUPS}
 

@@ -1,7 +1,7 @@
 """From the settings of a command to evaluations: one, or one for each R and W of a grid."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from omni2_jax.evaluate.report import published
 from omni2_jax.evaluate.results import Results
 from omni2_jax.evaluate.run import Evaluation
 from omni2_jax.evaluate.systems import System, SystemOptions, open_system
-from omni2_jax.evaluate.tasks import TaskOptions, open_task
+from omni2_jax.evaluate.tasks import Task, TaskOptions, open_task
 
 COPIES = "copy-synthesis"
 
@@ -22,7 +22,8 @@ COPIES = "copy-synthesis"
 class Settings:
     """What `omni2 evaluate` was told.
 
-    limit: of items. split: of items, as "test". label, dataset, rows: see `Results`.
+    limit: of items. split: of items, as "test". label, dataset, rows: see `Results`. by: keys of
+    items that groups take together, as "split+voices".
     """
 
     tasks: tuple[str, ...]
@@ -38,6 +39,7 @@ class Settings:
     label: str | None = None
     dataset: str | None = None
     rows: tuple[str, ...] = ()
+    by: tuple[str, ...] = ()
 
 
 def measure(settings: Settings, grid: Sequence[tuple[int, int]] | None = None) -> Iterator[Results]:
@@ -49,6 +51,8 @@ def measure(settings: Settings, grid: Sequence[tuple[int, int]] | None = None) -
     """
     published.check_rows(settings.rows)
     tasks = {name: open_task(name, settings.task_options) for name in settings.tasks}
+    if not settings.system_options.speech:
+        check_text_only(tasks)
     points = [settings] if grid is None else [at(settings, *pair) for pair in grid]
     systems = [open_measured(point) for point in points]
     recogniser = None
@@ -64,6 +68,13 @@ def measure(settings: Settings, grid: Sequence[tuple[int, int]] | None = None) -
         if grid is not None:
             say(f"read {point.system_options.read}, write {point.system_options.write}")
         yield evaluation(point, system, tasks, items, recogniser).run()
+
+
+def check_text_only(tasks: Mapping[str, Task]) -> None:
+    """Raise ValueError if a task measures speech, which answers in text alone do not have."""
+    for name, task in tasks.items():
+        if task.needs_samples or task.needs_transcript or task.needs_times:
+            raise ValueError(f"the task {name} measures speech, which --text-only leaves out")
 
 
 def of_split(items: list[Item], split: str | None, data: Path) -> list[Item]:
@@ -101,6 +112,7 @@ def evaluation(point: Settings, system, tasks, items: list[Item], recogniser: Re
         label=point.label or name,
         dataset=point.dataset or point.data.stem,
         rows=point.rows,
+        by=point.by,
     )
 
 

@@ -37,7 +37,11 @@ TRIED = 3  # questions that a recogniser is tried with before anything else is d
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What is to be measured. name: of the items' file. label, dataset, rows: see `Results`."""
+    """What is to be measured.
+
+    name: of the items' file. label, dataset, rows: see `Results`. by: keys of items by which
+    results are also given together (`items.groups`).
+    """
 
     system: System
     items: Sequence[Item]
@@ -48,6 +52,7 @@ class Evaluation:
     label: str
     dataset: str
     rows: Sequence[str] = ()
+    by: Sequence[str] = ()
 
     def run(self) -> Results:
         """Measure, write results.json, and return the results.
@@ -70,6 +75,7 @@ class Evaluation:
 
     def check(self) -> None:
         """Raise ValueError for what can be known to fail before any answer."""
+        groups(self.items, self.by)
         for task in self.tasks.values():
             task.check(self.items)
         self.system.check(self.items)
@@ -172,7 +178,7 @@ class Evaluation:
                         value: summarise(task, rows, group, answers)
                         for value, group in values.items()
                     }
-                    for key, values in groups(self.items).items()
+                    for key, values in groups(self.items, self.by).items()
                 },
             )
         content = hashlib.sha256("".join(map(digest, self.items)).encode()).hexdigest()

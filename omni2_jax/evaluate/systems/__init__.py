@@ -18,8 +18,9 @@ class SystemOptions:
 
     batch: questions answered at the same time. timed: measure times, one question after the other.
     mesh: the devices that share a checkpoint, as "tensor=4". read, write: of the read/write rule
-    instead of the checkpoint's. model, voice, key_variable: of an endpoint, its model's name, its
-    voice, and the environment variable with its key.
+    instead of the checkpoint's. speech: False lets a checkpoint answer in text alone. model, voice,
+    key_variable: of an endpoint, its model's name, its voice, and the environment variable with its
+    key.
     """
 
     batch: int = 8
@@ -28,6 +29,7 @@ class SystemOptions:
     mesh: str | None = None
     read: int | None = None
     write: int | None = None
+    speech: bool = True
     options: Options = field(default_factory=Options)
     model: str | None = None
     key_variable: str = "OPENAI_API_KEY"
@@ -49,6 +51,8 @@ def open_system(name: str, options: SystemOptions) -> System:
         raise ValueError(
             f"{name} is no system: expected a checkpoint, a folder of answers, or a URL"
         )
+    if not options.speech:
+        raise ValueError(f"{name} is no checkpoint, which --text-only needs")
     if options.read or options.write:
         raise ValueError(f"{name} is no checkpoint, which --read and --write need")
     if is_url:

@@ -16,7 +16,7 @@ from omni2_jax.evaluate.systems.base import SpokenAnswer
 
 
 class CheckpointSystem:
-    """A checkpoint with a decoder."""
+    """A checkpoint; with the setting `speech` it needs a decoder."""
 
     def __init__(self, directory: Path, options: SystemOptions):
         self.directory, self.options = directory, options
@@ -46,6 +46,7 @@ class CheckpointSystem:
             "voice": self.options.voice,
             "options": dataclasses.asdict(self.options.options),
             "timed": self.options.timed,
+            **({} if self.options.speech else {"speech": False}),
             "device": f"{device.platform} ({device.device_kind})",
             "mesh": self.options.mesh,
         }
@@ -56,8 +57,10 @@ class CheckpointSystem:
         from omni2_jax.generate.omni2 import describe
         from omni2_jax.generate.prompts import load_clips, prompt_ids
 
-        config, tokenizer, _ = describe(self.directory, decoder=True)
-        voices.resolve(self.directory, config, self.options.voice)
+        speech = self.options.speech
+        config, tokenizer, _ = describe(self.directory, decoder=speech, speech=speech)
+        if speech:
+            voices.resolve(self.directory, config, self.options.voice)
         long_turns = self.options.options.long_turns
         for item in items:
             try:
@@ -75,7 +78,8 @@ class CheckpointSystem:
 
         mesh = parse_mesh(self.options.mesh) if self.options.mesh else None
         read, write = self.options.read, self.options.write
-        model = Omni2.load(self.directory, mesh=mesh, read=read, write=write)
+        parts = {} if self.options.speech else {"decoder": False, "speech": False}
+        model = Omni2.load(self.directory, mesh=mesh, read=read, write=write, **parts)
         model.voice(self.options.voice)  # an unknown voice ends the evaluation
         answer = Timed(model, self.options) if self.options.timed else self.batched(model)
 
@@ -102,7 +106,7 @@ class CheckpointSystem:
                 slots=self.workers,
                 positions=self.positions,
             )
-            whole = join(replies, spoken=True)
+            whole = join(replies, spoken=self.options.speech)
             return SpokenAnswer(whole.text.strip(), whole.waveform)
 
         return answer

@@ -9,6 +9,7 @@ __all__ = ["TASKS", "Heard", "Metric", "Scores", "Task", "TaskOptions", "open_ta
 # Name on the command line -> class. As text, so that a task's libraries are imported if it is used.
 TASKS = {
     "spoken-qa": "omni2_jax.evaluate.tasks.spoken_qa:SpokenQA",
+    "text-qa": "omni2_jax.evaluate.tasks.text_qa:TextQA",
     "instructions": "omni2_jax.evaluate.tasks.instructions:Instructions",
     "asr-wer": "omni2_jax.evaluate.tasks.asr_wer:AsrWer",
     "naturalness": "omni2_jax.evaluate.tasks.naturalness:Naturalness",

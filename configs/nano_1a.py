@@ -1,0 +1,28 @@
+"""Nano learns to hear: stage 1a with its text replayed, and a CTC loss of what the adapter hears.
+
+omni2 frames --config nano_1a --set checkpoint=runs/text/final --set data=spoken/train \
+  --set validation=spoken/validation --out frames
+omni2 train --config nano_1a --set checkpoint=runs/text/final --set data=spoken/train \
+  --set validation=spoken/validation --set frames=frames --set replay_data=dialogues.jsonl \
+  --out runs/1a
+
+A question is one window of the speech encoder, 100 positions of the LLM.
+"""
+
+from omni2_jax.train.settings import Bucket, OptimizerConfig, TrainConfig
+
+config = TrainConfig(
+    stage="1a",
+    batch=8,
+    steps=20000,
+    optimizer=OptimizerConfig(peak=1e-3, beta2=0.99),
+    # Text that is replayed takes the first ones, a question or two the others.
+    buckets=(Bucket(0, 64), Bucket(0, 128), Bucket(1, 144), Bucket(2, 320), Bucket(3, 512)),
+    replay=0.4,
+    ctc=0.3,
+    dtype="float32",
+    remat="none",
+    loss_block=2048,
+    save_every=250,
+    validate_every=1000,
+)

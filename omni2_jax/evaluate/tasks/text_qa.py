@@ -1,0 +1,44 @@
+"""Question answering by the text of answers alone, for systems that do not speak (yet)."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import ClassVar
+
+from omni2_jax.evaluate import estimates, word_errors
+from omni2_jax.evaluate.estimates import Estimate
+from omni2_jax.evaluate.items import Item
+from omni2_jax.evaluate.tasks.base import Heard, Metric, Scores, Task
+from omni2_jax.evaluate.tasks.spoken_qa import occurs
+
+
+class TextQA(Task):
+    """Accuracy in percent: a reference occurs in the answer, and the answer is the whole reply.
+
+    Both compare words after Whisper's normalisation. `exact` is over the items that state a whole
+    reply. An item without an answer counts as wrong.
+    """
+
+    needs_references = True
+    metrics: ClassVar[Mapping[str, Metric]] = {
+        "s2t": Metric("S2T", "%", 1),
+        "exact": Metric("S2T, whole reply", "%", 1),
+    }
+
+    def describe(self):
+        return {"normaliser": word_errors.NORMALISER, "rule": "words in a row"}
+
+    def open(self) -> Callable[[Item, Heard], Scores]:
+        return score
+
+    def summarise(self, scores: Sequence[Scores], unanswered: int) -> dict[str, Estimate]:
+        found = {}
+        for name in self.metrics:
+            rows = [row[name] for row in scores if row[name] is not None]
+            if count := len(rows) + unanswered:
+                found[name] = estimates.share(sum(rows), count).scaled(100)
+        return found
+
+
+def score(item: Item, heard: Heard) -> Scores:
+    """Whether an answer is right, and whether it is the reply, None without one."""
+    whole = word_errors.normalised(heard.text) == word_errors.normalised(item.reply)
+    return {"s2t": occurs(item.references, heard.text), "exact": whole if item.reply else None}
