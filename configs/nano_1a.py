@@ -17,7 +17,7 @@ config = TrainConfig(
     steps=20000,
     optimizer=OptimizerConfig(peak=1e-3, beta2=0.99),
     # Text that is replayed takes the first ones, a question or two the others.
-    buckets=(Bucket(0, 64), Bucket(0, 128), Bucket(1, 144), Bucket(2, 320), Bucket(3, 512)),
+    buckets=(Bucket(0, 64), Bucket(0, 128), Bucket(1, 144), Bucket(2, 320)),
     replay=0.4,
     ctc=0.3,
     dtype="float32",
@@ -25,4 +25,5 @@ config = TrainConfig(
     loss_block=2048,
     save_every=250,
     validate_every=1000,
+    samples=0,
 )

@@ -19,4 +19,5 @@ config = TrainConfig(
     loss_block=2048,
     save_every=250,
     validate_every=1000,
+    samples=0,
 )

@@ -13,10 +13,11 @@ config = TrainConfig(
     batch=8,
     steps=4000,
     optimizer=OptimizerConfig(peak=5e-4, beta2=0.99),
-    buckets=(Bucket(1, 144, 160), Bucket(1, 192, 640), Bucket(2, 320, 320), Bucket(3, 512, 640)),
+    buckets=(Bucket(1, 144, 160), Bucket(1, 144, 640), Bucket(2, 320, 320), Bucket(2, 320, 640)),
     dtype="float32",
     remat="none",
     loss_block=2048,
     save_every=250,
     validate_every=1000,
+    samples=0,
 )

@@ -1,5 +1,6 @@
-"""recipes/ablations.sh, with a stand-in for `omni2` that notes what it is asked to do."""
+"""Recipes, with a stand-in for `omni2` that notes what it is asked to do."""
 
+import functools
 import json
 import os
 import shlex
@@ -14,40 +15,66 @@ from tests.support.paths import EXAMPLES, ROOT
 
 STAND_IN = """#!/usr/bin/env bash
 printf '%q ' "$@" >> "$LOG"; echo >> "$LOG"
-command=$1
+command="$1 ${2:-}"
 while [ $# -gt 0 ]; do [ "$1" = --out ] && out=$2; shift; done
 case $command in
-    train) mkdir -p "$out/final" ;;
-    prepare) mkdir -p "$out" ;;
+    train*) mkdir -p "$out/final" ;;
+    "synthesize dialogues") touch "$out" ;;
+    "synthesize speech") mkdir -p "$out"; touch "$out"/{train,validation,test,metadata}.jsonl ;;
+    prepare*|new*|frames*|hidden*|join*) mkdir -p "$out" ;;
 esac
 """
 
 
 @pytest.fixture
-def ablations(tmp_path):
-    """Run the recipe -> the arguments of each call of `omni2`, in order."""
+def recipe(tmp_path):
+    """Run a recipe -> the arguments of each call of `omni2`, in order."""
     (tmp_path / "bin").mkdir()
     stand_in = tmp_path / "bin" / "omni2"
     stand_in.write_text(STAND_IN)
     stand_in.chmod(0o755)
 
-    def run(**variables: str) -> list[list[str]]:
+    def run(name: str, *arguments: str, **variables: str) -> list[list[str]]:
         log = tmp_path / "log"
         log.write_text("")
         given = {
             "PATH": f"{stand_in.parent}{os.pathsep}{os.environ['PATH']}",
             "LOG": str(log),
+        }
+        command = ["bash", ROOT / "recipes" / name, *arguments]
+        environment = {**os.environ, **given, **variables}
+        subprocess.run(command, env=environment, check=True, capture_output=True, timeout=60)
+        return [shlex.split(line) for line in log.read_text().splitlines()]
+
+    return run
+
+
+@pytest.fixture
+def ablations(recipe, tmp_path):
+    """As `recipe`, for ablations.sh."""
+
+    def run(**variables: str) -> list[list[str]]:
+        given = {
             "START": "start",
             "SOURCE": str(EXAMPLES / "training" / "data.jsonl"),
             "QUESTIONS": "llama-questions.jsonl other.jsonl",
             "WORK": str(tmp_path / "work"),
         }
-        recipe = ["bash", ROOT / "recipes" / "ablations.sh"]
-        environment = {**os.environ, **given, **variables}
-        subprocess.run(recipe, env=environment, check=True, capture_output=True, timeout=60)
-        return [shlex.split(line) for line in log.read_text().splitlines()]
+        return recipe("ablations.sh", **{**given, **variables})
 
     return run
+
+
+INPUTS = (
+    "--data",
+    "--source",
+    "--dialogues",
+    "--text",
+    "--whisper",
+    "--speech-tokenizer",
+    "--system",
+)
+SETTINGS = ("checkpoint", "data", "validation", "frames", "hidden", "replay_data")  # that are paths
 
 
 def options(call: list[str], name: str) -> list[str]:
@@ -96,3 +123,31 @@ def test_data_sets_of_table_5(ablations, tmp_path):
     assert {len(one["turns"]) for one in read("single")} == {2}
     sounds = [Path(turn["audio"]) for one in read("single") for turn in one["turns"]]
     assert all(sound.is_absolute() and sound.exists() for sound in sounds)
+
+
+@pytest.mark.parametrize("small", ["", "1"])
+def test_nano(recipe, tmp_path, small):
+    """Every command of nano.sh reads what an earlier one has made, with settings that exist; the
+    same script makes nothing twice."""
+    run = functools.partial(
+        recipe,
+        "nano.sh",
+        str(tmp_path / "nano"),
+        OMNI2_WHISPER="whisper-tiny.en",
+        VOICE="voice",
+        SMALL=small,
+    )
+    made = {"whisper-tiny.en", "voice", str(EXAMPLES / "joe" / "checkpoint")}
+    stages = []
+    for call in run():
+        read = [value for name in INPUTS for value in options(call, name)]
+        if call[0] in ("train", "frames", "hidden"):
+            config = config_files.read(options(call, "--config")[0], options(call, "--set"))
+            read += [value for name in SETTINGS if (value := getattr(config, name))]
+            stages += [config.stage] if call[0] == "train" else []
+            assert config.steps is not None and (config.steps == 2) == bool(small)
+        for path in filter(None, read):
+            assert made & {path, str(Path(path).parent)}, f"{path} of {call}"
+        made |= set(options(call, "--out"))
+    assert stages == ["text", "1a", "1b", "2"]
+    assert {call[0] for call in run()} == {"evaluate"}

@@ -1,0 +1,89 @@
+#!/usr/bin/env bash
+# Nano, a little model that hears a question and answers it aloud, from nothing but Whisper tiny.en,
+# programs that speak, and the grammar recipes/nano. recipes/nano/README.md says what it knows. The
+# figures of a run, with the hours it took, are in the README.
+#
+#   pip install 'omni2-jax[convert,train,synthesize,evaluate]'
+#   apt-get install espeak-ng flite
+#   pip install piper-tts                    # a separate program, which speaks the replies
+#   export PIPER_VOICE=.../en_US-joe-medium.onnx             # joe's voice is CC0
+#   export OMNI2_WHISPER=whisper-tiny.en     # a faster-whisper model: the encoder, and the judge
+#   export VOICE=voice-recipe/runs/flow/final   # optional: its decoder, made by recipes/voice.sh
+#   bash recipes/nano.sh [DIRECTORY]         # default: ./nano-recipe
+#
+# A step whose result exists is left out, and every command goes on where it was cut off: after an
+# interruption start the script again. SMALL=1 makes everything tiny, to try the commands.
+set -euo pipefail
+
+# Otherwise glibc returns the buffers of every training step to the system (23 % of the time).
+export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=8000000000 MALLOC_TOP_PAD_=268435456
+
+repository=$(cd "$(dirname "$0")/.." && pwd)
+tokenizer=${TOKENIZER:-$repository/examples/joe/checkpoint}   # the units of that voice
+work=${1:-nano-recipe}
+mkdir -p "$work"
+cd "$work"
+grammar=$repository/recipes/nano/grammar.yaml
+voices=$repository/recipes/nano/voices.yaml
+
+# Dialogues as text, spoken ones, those of them with spoken replies, sentences; settings of training.
+texts=120000 held_out=800 spoken=5000 whole=2000 sentences=4000 small=()
+if [ -n "${SMALL:-}" ]; then
+    texts=3000 held_out=8 spoken=16 whole=12 sentences=12
+    small=(--set steps=2 --set batch=2)
+fi
+
+# 1. What it knows, as text; a tokenizer and fresh parameters; the LLM learns the text.
+[ -e texts.jsonl ] || omni2 synthesize dialogues --grammar "$grammar" \
+    --count $texts --held-out $held_out --seed 1 --out texts.jsonl
+[ -e start ] || omni2 new --config nano --whisper "$OMNI2_WHISPER" --text texts.jsonl --out start
+[ -e text/final ] || omni2 train --config nano_text --set checkpoint=start \
+    --set data=texts.jsonl --set validation=texts.jsonl "${small[@]}" --out text
+
+# 2. Questions in 140 voices, and others held out; the speech encoder's frames of them.
+[ -e spoken.jsonl ] || omni2 synthesize dialogues --grammar "$grammar" \
+    --count $spoken --held-out $((spoken / 20)) --max-turns 2 --seed 2 --out spoken.jsonl
+[ -e questions/test.jsonl ] || omni2 synthesize speech --dialogues spoken.jsonl \
+    --voices "$voices" --no-replies --validation 0.1 --test 0.1 --out questions
+for part in train validation; do
+    [ -e heard-$part ] || omni2 prepare --source questions/$part.jsonl --out heard-$part
+done
+heard=(--set data=heard-train --set validation=heard-validation)
+[ -e frames ] || omni2 frames --config nano_1a --set checkpoint=text/final "${heard[@]}" --out frames
+
+# 3. It learns to hear.
+[ -e 1a/final ] || omni2 train --config nano_1a --set checkpoint=text/final "${heard[@]}" \
+    --set frames=frames --set replay_data=texts.jsonl "${small[@]}" --out 1a
+omni2 evaluate --task text-qa --text-only --system 1a/final --data questions/test.jsonl \
+    --by split+voices --by split+topic --label "nano, text" --out evaluation-text
+
+# 4. Replies in its voice, as units; it learns to speak them, first alone, then in dialogues.
+[ -e replies.txt ] || omni2 synthesize dialogues --grammar "$grammar" \
+    --sentences replies --count $sentences --out replies.txt
+[ -e replies/metadata.jsonl ] || omni2 synthesize speech --dialogues replies.txt \
+    --voices "$voices" --out replies
+[ -e read ] || omni2 prepare --source replies --speech-tokenizer "$tokenizer" --out read
+[ -e 1b/final ] || omni2 train --config nano_1b --set checkpoint=1a/final --set data=read \
+    "${small[@]}" --out 1b
+[ -e whole.jsonl ] || omni2 synthesize dialogues --grammar "$grammar" \
+    --count $whole --held-out $((whole / 20)) --max-turns 2 --seed 3 --out whole.jsonl
+[ -e speech/test.jsonl ] || omni2 synthesize speech --dialogues whole.jsonl --voices "$voices" \
+    --validation 0.1 --test 0.1 --out speech
+for part in train validation; do
+    [ -e talk-$part ] || omni2 prepare --source speech/$part.jsonl \
+        --speech-tokenizer "$tokenizer" --out talk-$part
+done
+talk=(--set data=talk-train --set validation=talk-validation)
+[ -e hidden ] || omni2 hidden --config nano_2 --set checkpoint=1b/final "${talk[@]}" --out hidden
+[ -e 2/final ] || omni2 train --config nano_2 --set checkpoint=1b/final "${talk[@]}" \
+    --set hidden=hidden "${small[@]}" --out 2
+
+# 5. With the decoder of the voice it is whole, and is measured on what it has not heard.
+if [ -n "${VOICE:-}" ]; then
+    [ -e nano ] || omni2 join 2/final "decoder=$VOICE" --dtype bfloat16 --out nano
+    omni2 evaluate --task spoken-qa --task asr-wer --task naturalness --system nano \
+        --recogniser "$OMNI2_WHISPER" --data questions/test.jsonl --by split+voices --label nano \
+        --out evaluation
+fi
+omni2 evaluate report evaluation* --out report
+echo "the report is in $work/report/report.md"
