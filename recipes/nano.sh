@@ -29,7 +29,7 @@ voices=$repository/recipes/nano/voices.yaml
 # Dialogues as text, spoken ones, those of them with spoken replies, sentences; settings of training.
 texts=120000 held_out=800 spoken=5000 whole=2000 sentences=4000 small=()
 if [ -n "${SMALL:-}" ]; then
-    texts=3000 held_out=8 spoken=16 whole=12 sentences=12
+    texts=3000 held_out=8 spoken=40 whole=40 sentences=12
     small=(--set steps=2 --set batch=2)
 fi
 
