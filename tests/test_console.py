@@ -1,5 +1,6 @@
 """The command line itself: usage errors, missing extras, the version, and a start without JAX."""
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -98,7 +99,12 @@ def test_extras_are_those_of_the_package():
     """Every module that `EXTRAS` names is one that the extra installs, and is installed here."""
     for modules in console.EXTRAS.values():
         for module in modules:
-            pytest.importorskip(module) if module == "torch" else __import__(module)
+            if module == "torch":
+                pytest.importorskip(module)
+            elif module == "sounddevice":  # to import it, PortAudio is needed, too
+                assert importlib.util.find_spec(module)
+            else:
+                __import__(module)
 
 
 def test_failures_and_defects():

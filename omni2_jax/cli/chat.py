@@ -16,6 +16,7 @@ from omni2_jax.cli.paths import Checkpoint, chosen
 from omni2_jax.generate.options import LIMITS, Options
 
 if TYPE_CHECKING:
+    from omni2_jax.generate.prompts import Sound
     from omni2_jax.generate.session import Reply, Session
 
 DEFAULTS = Options()
@@ -33,6 +34,13 @@ def chat(
         typer.Argument(metavar="QUESTION.wav ...", help="Spoken turns of one conversation."),
     ] = None,
     checkpoint: Checkpoint = None,
+    record: Annotated[
+        bool,
+        typer.Option(
+            "--record",
+            help="Take the question from the microphone; it ends with silence, or with Enter.",
+        ),
+    ] = False,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -164,6 +172,8 @@ def chat(
 
     if truncate and split_long:
         raise ValueError("--truncate and --split-long exclude each other")
+    if record and (wavs or questions):
+        raise ValueError("--record takes neither wav files nor --questions")
     checkpoint = chosen(checkpoint)
     options = Options(
         temperature=temperature,
@@ -199,8 +209,10 @@ def chat(
         check_prompts(checkpoint, not no_wav, not text_only, items, options)
         answer_questions(load, items, out_dir, not no_wav, batch, voice, options)
         return
-    if not wavs:
-        raise ValueError("nothing to answer: give wav files, or --questions with --out-dir")
+    if not wavs and not record:
+        raise ValueError(
+            "nothing to answer: give wav files, --record, or --questions with --out-dir"
+        )
     if str(out) == "-" and not stream:
         raise ValueError("--out - needs --stream")
     if out and no_wav:
@@ -208,17 +220,27 @@ def chat(
         raise ValueError(f"--out and {option} exclude each other")
     from omni2_jax.audio import recordings
 
-    # A bad file is reported before minutes are spent on the others.
+    # A bad file, or no microphone, is reported before minutes are spent on the others.
     window = Omni2Config.load(checkpoint / "config.json").segment_samples
-    segments = sum(len(recordings.load_turn(wav, options.long_turns, window)) for wav in wavs)
-    outs = targets(out, len(wavs))
+    segments = sum(len(recordings.load_turn(wav, options.long_turns, window)) for wav in wavs or ())
+    if record:
+        from omni2_jax.cli import microphone
+
+        microphone.open_sounddevice()
+    turns = len(wavs or ("recorded",))
+    outs = targets(out, turns)
     with console.status("loading"):
         model = load()
-        session = model.session(voice, options, turns=len(wavs), segments=segments)
+        session = model.session(voice, options, turns=turns, segments=segments)
+    sounds: list[Sound] = [*(wavs or ())]
+    if record:
+        with console.status("compiling"):
+            session.engine.warm_up()
+        sounds = [microphone.record(window / recordings.INPUT_RATE)]
     if stream:
-        converse_aloud(session, wavs, outs)
+        converse_aloud(session, sounds, outs)
     else:
-        converse(session, wavs, outs)
+        converse(session, sounds, outs)
 
 
 def targets(out: Path | None, turns: int) -> list[Path | None]:
@@ -235,7 +257,7 @@ def targets(out: Path | None, turns: int) -> list[Path | None]:
     return [*outs]
 
 
-def converse(session: "Session", wavs: list[Path], outs: list[Path | None]) -> None:
+def converse(session: "Session", wavs: "list[Sound]", outs: list[Path | None]) -> None:
     """Answer one turn after the other and print the text while it is generated."""
     from omni2_jax.audio import recordings
     from omni2_jax.generate.omni2 import join
@@ -260,7 +282,7 @@ def print_text(replies: "Iterator[Reply]", file) -> "Iterator[Reply]":
     print(file=file)
 
 
-def converse_aloud(session: "Session", wavs: list[Path], outs: list[Path | None]) -> None:
+def converse_aloud(session: "Session", wavs: "list[Sound]", outs: list[Path | None]) -> None:
     """Answer one turn after the other, write samples while they are generated, print timings."""
     from omni2_jax.audio import recordings
 

@@ -3,12 +3,12 @@
 import itertools
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import rich.table
 
 if TYPE_CHECKING:
+    from omni2_jax.generate.prompts import Sound
     from omni2_jax.generate.session import Reply, Session
 
 
@@ -61,7 +61,7 @@ def milliseconds(seconds: float) -> str:
     return f"{1000 * seconds:.0f} ms"
 
 
-def timed_replies(session: "Session", wav: Path, timing: Timing) -> "Iterator[Reply]":
+def timed_replies(session: "Session", wav: "Sound", timing: Timing) -> "Iterator[Reply]":
     """The replies to a recording; hearing it and computing its prompt are timed as stages."""
     import jax
 

@@ -27,6 +27,7 @@ EXTRAS = {
         "whisper_normalizer",
     ),
     "ray": ("ray",),
+    "record": ("sounddevice",),
 }
 
 
