@@ -32,6 +32,7 @@ from omni2_jax.convert.families import qwen2
 from omni2_jax.convert.formats import reason
 from omni2_jax.convert.hugging_face import HEADS, OMNI2
 from omni2_jax.convert.plan import ConversionError, Table, unplan
+from omni2_jax.convert.precision import quantized_parts
 from omni2_jax.convert.tables import flow, omni2
 
 SHARD_BYTES = 2 * 2**30  # also bounds the host memory of an export
@@ -61,6 +62,11 @@ def write(directory: Path, out: Path, progress: rich.progress.Progress) -> None:
 
 def check_families(directory: Path, config: Omni2Config) -> None:
     """Raise ConversionError unless both language models are Qwen2, all that a release can be."""
+    if quantized := quantized_parts(config):
+        raise ConversionError(
+            f"{directory}: {', '.join(quantized)} has int8 weights, which the released layout "
+            "cannot hold; export the checkpoint that was quantized"
+        )
     for part in ("llm", "speech_lm"):
         lm: DecoderConfig = getattr(config, part)
         if not qwen2.holds(lm):

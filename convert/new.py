@@ -12,6 +12,7 @@ from omni2_jax.checkpoint.lazy import LazyArray
 from omni2_jax.checkpoint.parameters import ALL_PARTS
 from omni2_jax.config import PARTS, Omni2Config, SpeechTokenizerConfig, TokenConfig
 from omni2_jax.convert import new_tokenizer, start
+from omni2_jax.convert.precision import quantized_parts
 from omni2_jax.convert.release import Release
 from omni2_jax.convert.vocabulary import UNIT_EOS, TextTokenizer
 from omni2_jax.models.model import Model
@@ -92,6 +93,8 @@ def make(
         assert text_tokenizer is not None, "an LLM that is given has a tokenizer"
         config = with_tokens(config, speech_tokens(given.config.tokens, text_tokenizer))
     check_units(config, tokenizer)
+    if quantized_parts(config):
+        raise ValueError(f"config {design.path}: int8 weights are not trained, expected float")
     config.check()
     fresh = {part: start.fresh(part, builder(part, config, tokenizer), seed) for part in chosen}
     return dataclasses.replace(

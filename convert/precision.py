@@ -1,17 +1,28 @@
-"""The type in which a checkpoint stores its parameters."""
+"""The form in which a checkpoint stores its parameters: floating numbers, or int8 with scales.
+
+Each output of a matrix has a scale of its own: its largest weight is 127 of them (row by row for a
+table). A scale is a bfloat16 number, so that none changes where a model computes in bfloat16.
+"""
 
 import dataclasses
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
+from flax import nnx
 
 from omni2_jax.checkpoint.lazy import LazyArray
+from omni2_jax.checkpoint.parameters import flatten, unflatten
+from omni2_jax.config import Omni2Config
 from omni2_jax.convert.release import Release
+from omni2_jax.models.model import abstract_state
 
 StoredType = Literal["float32", "bfloat16"]
+QUANTIZED = ("speech_encoder", "llm", "speech_lm")  # the parts that have most of the weights
+LARGEST = 127
 
 
 def stored_as(release: Release, dtype: StoredType) -> Release:
@@ -25,3 +36,86 @@ def cast(leaf: LazyArray, dtype: np.dtype) -> LazyArray:
     if not jnp.issubdtype(leaf.dtype, jnp.floating) or leaf.dtype == dtype:
         return leaf
     return LazyArray(leaf.shape, dtype, lambda: leaf.read().astype(dtype))
+
+
+def quantized_parts(config: Omni2Config) -> list[str]:
+    """The parts whose matrices are int8."""
+    parts = {part: getattr(config, part) for part in QUANTIZED}
+    return [part for part, settings in parts.items() if settings and settings.weights == "int8"]
+
+
+def quantized(release: Release) -> Release:
+    """The release with the matrices of both language models and of the speech encoder as int8.
+
+    Raises ValueError if it has none of these parts, or if one of them is int8 already.
+    """
+    if parts := quantized_parts(release.config):
+        raise ValueError(f"{', '.join(parts)} is int8 already; quantize the checkpoint it is from")
+    parts = [part for part in QUANTIZED if part in release.params]
+    if not parts:
+        raise ValueError(f"nothing to quantize: expected {', '.join(QUANTIZED)}")
+    config = release.config.replace(
+        **{
+            part: dataclasses.replace(getattr(release.config, part), weights="int8")
+            for part in parts
+        }
+    )
+    state = abstract_state(config)[1]
+    new = {part: quantized_part(release.params[part], state[part]) for part in parts}
+    return dataclasses.replace(release, config=config, params=release.params | new)
+
+
+def quantized_part(params: Any, state: Any) -> dict:
+    """A part's parameters as int8 and scales, where the module's abstract `state` has scales."""
+    leaves, shapes = dict(flatten(params)), nnx.to_pure_dict(state)
+    variables = {
+        jax.tree_util.keystr(path, simple=True, separator="."): variable
+        for path, variable in jax.tree_util.tree_flatten_with_path(
+            state, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable)
+        )[0]
+    }
+    for path, variable in variables.items():
+        if not path.endswith("_scale"):
+            continue
+        matrix = path.removesuffix("_scale")
+        axes = len(variables[matrix].get_metadata()["axes"])
+        outputs = len(variable.get_metadata()["axes"])
+        is_table = matrix.endswith("table")  # whose rows are the outputs
+        reduced = tuple(range(1, axes) if is_table else range(axes - outputs))
+        weights, shape = leaves[matrix], variable.get_value().shape
+        leaves[path] = LazyArray(
+            shape, np.dtype(ml_dtypes.bfloat16), partial(scales, weights, axes, reduced)
+        )
+        leaves[matrix] = LazyArray(
+            weights.shape, np.dtype(np.int8), partial(integers, weights, axes, reduced)
+        )
+    return unflatten(shapes, leaves)
+
+
+def scales(weights: LazyArray, axes: int, reduced: tuple[int, ...]) -> np.ndarray:
+    """The scales, bfloat16, of a matrix of `axes` axes or of stacked layers of it.
+
+    reduced: the axes over which outputs are sums, within a layer.
+    """
+    values = weights.read()
+    stacked = values if values.ndim > axes else values[None]
+    found = np.stack([scale(layer, reduced) for layer in stacked])
+    return found if values.ndim > axes else found[0]
+
+
+def integers(weights: LazyArray, axes: int, reduced: tuple[int, ...]) -> np.ndarray:
+    """The matrix in multiples of its scales, int8. Only one layer is in memory as float32."""
+    values = weights.read()
+    result = np.empty(values.shape, np.int8)
+    stacked, results = (values, result) if values.ndim > axes else (values[None], result[None])
+    for layer, target in zip(stacked, results, strict=True):
+        step = np.expand_dims(scale(layer, reduced).astype(np.float32), reduced)
+        rounded = np.rint(layer.astype(np.float32) / step)
+        target[...] = np.clip(rounded, -LARGEST, LARGEST)
+    return result
+
+
+def scale(matrix: np.ndarray, reduced: tuple[int, ...]) -> np.ndarray:
+    """The scale of each output, bfloat16; 1 for an output without weights."""
+    largest = np.abs(matrix.astype(np.float32)).max(axis=reduced)
+    return np.where(largest > 0, largest / LARGEST, 1).astype(ml_dtypes.bfloat16)

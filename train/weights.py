@@ -86,6 +86,12 @@ def configure(stage: "Stage", directory: Path) -> Omni2Config:
             f"{directory} lacks {', '.join(missing)}, which stage {train.stage} needs; "
             "omni2 convert adds parts to a checkpoint"
         )
+    forms = {part: getattr(getattr(config, part, None), "weights", "float") for part in stage.parts}
+    if quantized := [part for part, form in forms.items() if form != "float"]:
+        raise ValueError(
+            f"{directory}: {', '.join(quantized)} has int8 weights, which are not trained; "
+            "train the checkpoint that was quantized"
+        )
     if wrong := [part for part in train.reset if part not in stage.trained]:
         raise ValueError(
             f"reset {', '.join(wrong)}: stage {train.stage} trains {', '.join(stage.trained)} only"

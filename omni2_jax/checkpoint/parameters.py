@@ -133,7 +133,13 @@ def load_part(
         if isinstance(sharding, jax.sharding.Sharding)
         else flatten(sharding)
     )
-    args = {path: ocp.ArrayRestoreArgs(dtype=dtype, sharding=shardings[path]) for path in expected}
+    args = {
+        path: ocp.ArrayRestoreArgs(
+            dtype=dtype if jnp.issubdtype(leaf.dtype, jnp.floating) else None,
+            sharding=shardings[path],
+        )
+        for path, leaf in expected.items()
+    }
     check(directory, part, expected)
     leaves = restore(part_directory(directory, part), ocp.args.PyTreeRestore(restore_args=args))
     return jax.tree.unflatten(treedef, [leaves[path] for path in expected])

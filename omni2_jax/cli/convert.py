@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import rich.progress
 import typer
@@ -54,6 +54,13 @@ class Sources:
 
 
 SOURCE = "PATH|ID"
+Quantize = Annotated[
+    Literal["int8"] | None,
+    typer.Option(
+        help="Store the matrices of both language models and the speech encoder as int8, in half "
+        "the size. Such a checkpoint answers, but is not trained."
+    ),
+]
 
 
 def convert(
@@ -117,6 +124,7 @@ def convert(
             parser=directory, help="A checkpoint to write back in the released PyTorch layout."
         ),
     ] = None,
+    quantize: Quantize = None,
 ) -> None:
     """Convert released weights into a checkpoint, or a checkpoint back into the released layout.
 
@@ -125,8 +133,8 @@ def convert(
     names = (omni2, decoder, whisper, llm, speech_lm, speech_tokenizer)
     if to_torch is None:
         prompts = dict(parse_voice(text) for text in voice or [])
-        to_checkpoint(out, Sources.find(*names), prompts)
-    elif any(names) or voice:
+        to_checkpoint(out, Sources.find(*names), prompts, quantize)
+    elif any(names) or voice or quantize:
         raise ValueError("--to-torch takes --out and nothing else")
     elif not to_torch.exists():
         raise ValueError(f"{to_torch} does not exist")
@@ -134,14 +142,20 @@ def convert(
         to_release(to_torch, out)
 
 
-def to_checkpoint(out: Path, sources: Sources, prompts: dict[str, Path]) -> None:
+def to_checkpoint(
+    out: Path, sources: Sources, prompts: dict[str, Path], quantize: str | None = None
+) -> None:
     """Convert the sources into the checkpoint `out`, or add them to it. Raises ValueError."""
     from omni2_jax.checkpoint import parameters, voices
-    from omni2_jax.convert import write
+    from omni2_jax.convert import precision, write
 
     extends = (out / "config.json").exists()
     with console.status("checking names and shapes"):
         release = read(sources)
+        if quantize and not release:
+            raise ValueError("--quantize needs weights to convert, as with --omni2")
+        if quantize:
+            release = precision.quantized(release)
     if release is None and not prompts:
         raise ValueError(
             "nothing to convert: give --omni2, --decoder, --whisper, --llm, --speech-tokenizer, "

@@ -7,6 +7,7 @@ import rich.progress
 import typer
 
 from omni2_jax.cli.console import console, progress_bar, say
+from omni2_jax.cli.convert import Quantize
 from omni2_jax.cli.paths import directory
 
 
@@ -25,6 +26,7 @@ def join(
         Literal["float32", "bfloat16"] | None,
         typer.Option(help="The type that parameters are stored in. [default: as they are]"),
     ] = None,
+    quantize: Quantize = None,
 ) -> None:
     """Make one checkpoint of parts that were trained apart; store them in a smaller type.
 
@@ -41,6 +43,8 @@ def join(
         release = join_parts([Source.parse(text) for text in sources])
         if dtype:
             release = precision.stored_as(release, dtype)
+        if quantize:
+            release = precision.quantized(release)
     with progress_bar(rich.progress.DownloadColumn()) as progress:
         task = progress.add_task("writing", total=release.nbytes)
         write.write(out, release, {}, lambda leaf: progress.advance(task, leaf.nbytes))

@@ -24,6 +24,8 @@ from omni2_jax.config.ranges import (
     require,
 )
 
+# How matrices are stored and read: as floating numbers, or as int8 with a scale for each output.
+WeightType = Literal["float", "int8"]
 UNITS_PER_SECOND = 25  # of speech, fixed by the S3 tokenizer
 FRAMES_PER_UNIT = 2  # mel frames of the flow and the vocoder: 50 a second
 SAMPLES_PER_FRAME = 320  # of the speech encoder, at 16 kHz: a frame is 20 ms
@@ -50,6 +52,7 @@ class DecoderConfig:
     qk_norm: bool = False  # RMSNorm over each head of queries and keys, as in Qwen3
     max_positions: Annotated[int, Field(ge=1, le=100_000_000)] = 32768  # kept for the export
     rank: Annotated[int, Field(ge=0, le=4096)] = 0  # of LoRA updates while they are trained
+    weights: WeightType = "float"  # of all matrices
 
     def __post_init__(self):
         if not self.head_size:
@@ -76,6 +79,7 @@ class SpeechEncoderConfig:
     layers: Count = 32
     heads: Count = 20
     hidden: Size | None = None  # of the feed-forward networks; None is OpenAI's 4 * width
+    weights: WeightType = "float"  # of the blocks' matrices
 
     def __post_init__(self):
         check_heads(self.heads, self.width)

@@ -24,6 +24,7 @@ from omni2_jax.generate.read_write_state import (
     Request,
 )
 from omni2_jax.generate.sampling import Sampling, penalize, sample
+from omni2_jax.models.decoder import products
 from omni2_jax.models.model import Model
 from omni2_jax.sharding import constrain
 
@@ -280,12 +281,13 @@ def make_sampler(model: Model, units_only: bool) -> Sampler:
     first_unit = tokens.sep + 1
 
     def sample_unit(hidden: Array, settings: Sampling, keys: Array) -> Array:
-        logits = jnp.einsum("BD,UD->BU", hidden, head.astype(hidden.dtype)).astype(jnp.float32)
+        logits = products(hidden, head, scale).astype(jnp.float32)
         unit = sample(logits, settings, keys)
         return jnp.where(unit == units, tokens.unit_eos, first_unit + unit)
 
     if not units_only:
         return sample_any
     # [U + 1, D], gathered here: before the loop over W tokens, not in it.
-    head = constrain(lm.head_rows(first_unit, units, tokens.unit_eos), "vocabulary", None)
+    head, scale = lm.head_rows(first_unit, units, tokens.unit_eos)
+    head = constrain(head, "vocabulary", None)
     return sample_unit

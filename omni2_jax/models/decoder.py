@@ -44,12 +44,12 @@ class Attention(nnx.Module):
 
     def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
         d, n, k, h = config.width, config.heads, config.kv_heads, config.head_size
-        bias, rank = config.qkv_bias, config.rank
-        kv_axes = ("embed", "kv_heads", "head")
+        form: Any = {"rank": config.rank, "weights": config.weights}
+        axes, kv_axes = ("embed", "heads", "head"), ("embed", "kv_heads", "head")
         self.theta = config.rope_theta
-        self.query = Linear(rngs, (d, n, h), ("embed", "heads", "head"), bias=bias, rank=rank)
-        self.key = Linear(rngs, (d, k, h), kv_axes, bias=bias, rank=rank)
-        self.value = Linear(rngs, (d, k, h), kv_axes, bias=bias, rank=rank)
+        self.query = Linear(rngs, (d, n, h), axes, bias=config.qkv_bias, **form)
+        self.key = Linear(rngs, (d, k, h), kv_axes, bias=config.qkv_bias, **form)
+        self.value = Linear(rngs, (d, k, h), kv_axes, bias=config.qkv_bias, **form)
         self.query_norm = RMSNorm(h, config.norm_eps) if config.qk_norm else None
         self.key_norm = RMSNorm(h, config.norm_eps) if config.qk_norm else None
         self.out = Linear(
@@ -58,8 +58,8 @@ class Attention(nnx.Module):
             ("heads", "head", "embed"),
             in_dims=2,
             bias=False,
-            rank=rank,
             scale=residual_scale(config),
+            **form,
         )
 
     def __call__(
@@ -96,10 +96,10 @@ class SwiGLU(nnx.Module):
 
     def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
         d, f = config.width, config.hidden
-        rank, scale = config.rank, residual_scale(config)
-        self.gate = Linear(rngs, (d, f), ("embed", "hidden"), bias=False, rank=rank)
-        self.up = Linear(rngs, (d, f), ("embed", "hidden"), bias=False, rank=rank)
-        self.down = Linear(rngs, (f, d), ("hidden", "embed"), bias=False, rank=rank, scale=scale)
+        form: Any = {"bias": False, "rank": config.rank, "weights": config.weights}
+        self.gate = Linear(rngs, (d, f), ("embed", "hidden"), **form)
+        self.up = Linear(rngs, (d, f), ("embed", "hidden"), **form)
+        self.down = Linear(rngs, (f, d), ("hidden", "embed"), scale=residual_scale(config), **form)
 
     def __call__(self, x: Array) -> Array:
         return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
@@ -132,11 +132,12 @@ class Decoder(nnx.Module):
 
     def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
         self.config = config
-        self.embedding = Embedding(rngs, config.vocabulary, config.width)
+        weights = config.weights
+        self.embedding = Embedding(rngs, config.vocabulary, config.width, weights=weights)
         self.layers = stack(config.layers, lambda r: Block(config, r), rngs)
         self.norm = RMSNorm(config.width, config.norm_eps)
         shape, axes = (config.width, config.vocabulary), ("embed", "vocabulary")
-        self.head = None if config.tied else Linear(rngs, shape, axes, bias=False)
+        self.head = None if config.tied else Linear(rngs, shape, axes, bias=False, weights=weights)
 
     def embed(self, ids: Array) -> Array:
         """Token ids [...] -> [..., D]. A negative id gets row 0; its position must be masked."""
@@ -173,15 +174,33 @@ class Decoder(nnx.Module):
         if self.head is not None:
             logits = self.head(hidden)
         else:
-            table = self.embedding.table[...].astype(hidden.dtype)
-            logits = jnp.einsum("...D,VD->...V", hidden, table)
+            logits = products(hidden, self.embedding.table[...], of(self.embedding.table_scale))
         axes: Any = ("batch", *(None,) * (logits.ndim - 2), "vocabulary")
         return constrain(logits, *axes).astype(jnp.float32)
 
-    def head_rows(self, first: int, count: int, last: int) -> Array:
+    def head_rows(self, first: int, count: int, last: int) -> tuple[Array, Array | None]:
         """Rows [count + 1, D] of the output matrix: `count` tokens from `first` on, then `last`.
 
-        Logits over these rows alone can give no other token.
+        With int8 weights also the scales of the rows [count + 1]. Logits over these rows alone
+        (`products`) can give no other token.
         """
-        table = self.embedding.table[...] if self.head is None else self.head.kernel[...].T
-        return jnp.concatenate([table[first : first + count], table[last : last + 1]])
+
+        def chosen(table: Array) -> Array:
+            return jnp.concatenate([table[first : first + count], table[last : last + 1]])
+
+        if self.head is None:
+            table, scale = self.embedding.table[...], of(self.embedding.table_scale)
+        else:
+            table, scale = self.head.kernel[...].T, of(self.head.kernel_scale)
+        return chosen(table), None if scale is None else chosen(scale)
+
+
+def products(hidden: Array, table: Array, scale: Array | None) -> Array:
+    """Hidden states [..., D] times rows of a table [V, D] (int8: with a scale [V]) -> [..., V]."""
+    logits = jnp.einsum("...D,VD->...V", hidden, table.astype(hidden.dtype))
+    return logits if scale is None else logits * scale.astype(hidden.dtype)
+
+
+def of(param: nnx.Param | None) -> Array | None:
+    """The value of a parameter that may not be there."""
+    return None if param is None else param[...]

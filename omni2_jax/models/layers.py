@@ -17,6 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from omni2_jax.config.parts import WeightType
+
 Array = jax.Array
 
 LORA_SCALE = 2.0  # alpha / rank
@@ -79,12 +81,19 @@ def constant(shape: Sequence[int], axes: Sequence[str | None], value: Initial) -
     return nnx.Param(values, axes=tuple(axes), initial=value)
 
 
+def int8(shape: Sequence[int], axes: Sequence[str | None]) -> nnx.Param:
+    """A parameter of integers from -127 to 127, which are multiplied by a scale of their own."""
+    return nnx.Param(jnp.zeros(tuple(shape), jnp.int8), axes=tuple(axes))
+
+
 class Linear(nnx.Module):
     """y[..., out] = x[..., in] kernel[in, out] + bias[out]; `in` and `out` may be several axes.
 
     in_dims: how many leading axes of `shape` are `in`. axes: the logical names of all of them.
     rank: of a low-rank update beside the kernel, LORA_SCALE * low[in, rank] high[rank, out], zero
     at first (LoRA, arXiv 2106.09685). scale: of the kernel's initial values (`param`).
+    weights: "int8" is a kernel of integers whose products are multiplied by kernel_scale[out]
+    afterwards, so that a byte is read for each weight; such a kernel is not trained.
     """
 
     def __init__(
@@ -96,10 +105,13 @@ class Linear(nnx.Module):
         bias: bool = True,
         rank: int = 0,
         scale: float = 1.0,
+        weights: WeightType = "float",
     ):
         self.in_dims = in_dims
         fan_in = math.prod(shape[:in_dims])
-        self.kernel = param(rngs, shape, axes, fan_in, scale)
+        is_int8 = weights == "int8"
+        self.kernel = int8(shape, axes) if is_int8 else param(rngs, shape, axes, fan_in, scale)
+        self.kernel_scale = constant(shape[in_dims:], axes[in_dims:], 1.0) if is_int8 else None
         self.bias = param(rngs, shape[in_dims:], axes[in_dims:]) if bias else None
         self.low = (
             param(rngs, (*shape[:in_dims], rank), (*axes[:in_dims], None), fan_in) if rank else None
@@ -108,6 +120,8 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         y = contract(x, self.kernel[...], self.in_dims)
+        if self.kernel_scale is not None:
+            y = y * self.kernel_scale[...].astype(x.dtype)
         if self.low is not None and self.high is not None:
             low = contract(x, self.low[...], self.in_dims)
             y = y + LORA_SCALE * contract(low, self.high[...], 1)
@@ -206,7 +220,10 @@ class RMSNorm(nnx.Module):
 
 
 class Embedding(nnx.Module):
-    """Rows of a table [V, D]: ids [...] -> [..., D]."""
+    """Rows of a table [V, D]: ids [...] -> [..., D].
+
+    weights: see `Linear`; "int8" has a scale for each row.
+    """
 
     def __init__(
         self,
@@ -214,11 +231,18 @@ class Embedding(nnx.Module):
         vocabulary: int,
         width: int,
         axes: Sequence[str | None] = ("vocabulary", "embed"),
+        weights: WeightType = "float",
     ):
-        self.table = param(rngs, (vocabulary, width), axes, fan_in=width)
+        shape, is_int8 = (vocabulary, width), weights == "int8"
+        self.table = int8(shape, axes) if is_int8 else param(rngs, shape, axes, fan_in=width)
+        self.table_scale = constant(shape[:1], axes[:1], 1.0) if is_int8 else None
 
     def __call__(self, ids: Array) -> Array:
-        return jnp.take(self.table[...], ids, axis=0)
+        rows = jnp.take(self.table[...], ids, axis=0)
+        if self.table_scale is None:
+            return rows
+        scale = jnp.take(self.table_scale[...], ids)[..., None]
+        return rows.astype(scale.dtype) * scale
 
 
 def inside(lengths: Array, size: int) -> Array:

@@ -9,6 +9,7 @@ import jax
 from flax import nnx
 
 from omni2_jax.config import SpeechEncoderConfig, SpeechTokenizerConfig
+from omni2_jax.config.parts import WeightType
 from omni2_jax.models.layers import Conv1d, LayerNorm, Linear, attention, param, scan, stack
 from omni2_jax.sharding import constrain
 
@@ -31,17 +32,19 @@ class Block(nnx.Module):
         config: SpeechEncoderConfig | SpeechTokenizerConfig,
         rngs: nnx.Rngs,
         scale: float = 1.0,
+        weights: WeightType = "float",
     ):
         d, n = config.width, config.heads
         h, f = d // n, config.hidden or 4 * d
+        axes, out_axes = ("embed", "heads", "head"), ("heads", "head", "embed")
         self.attention_norm = LayerNorm(d)
-        self.query = Linear(rngs, (d, n, h), ("embed", "heads", "head"))
-        self.key = Linear(rngs, (d, n, h), ("embed", "heads", "head"), bias=False)
-        self.value = Linear(rngs, (d, n, h), ("embed", "heads", "head"))
-        self.out = Linear(rngs, (n, h, d), ("heads", "head", "embed"), in_dims=2, scale=scale)
+        self.query = Linear(rngs, (d, n, h), axes, weights=weights)
+        self.key = Linear(rngs, (d, n, h), axes, bias=False, weights=weights)
+        self.value = Linear(rngs, (d, n, h), axes, weights=weights)
+        self.out = Linear(rngs, (n, h, d), out_axes, in_dims=2, scale=scale, weights=weights)
         self.mlp_norm = LayerNorm(d)
-        self.up = Linear(rngs, (d, f), ("embed", "hidden"))
-        self.down = Linear(rngs, (f, d), ("hidden", "embed"), scale=scale)
+        self.up = Linear(rngs, (d, f), ("embed", "hidden"), weights=weights)
+        self.down = Linear(rngs, (f, d), ("hidden", "embed"), scale=scale, weights=weights)
 
     def __call__(self, x: Array) -> Array:
         """[B, T, D] -> [B, T, D]."""
@@ -68,7 +71,7 @@ class SpeechEncoder(nnx.Module):
             rngs, (config.frames, config.width), (None, "embed"), fan_in=config.width
         )
         scale = (2 * config.layers) ** -0.5
-        self.blocks = stack(config.layers, lambda r: Block(config, r, scale), rngs)
+        self.blocks = stack(config.layers, lambda r: Block(config, r, scale, config.weights), rngs)
         self.norm = LayerNorm(config.width)
 
     def embed(self, mel: Array) -> Array:

@@ -1,0 +1,142 @@
+"""int8 weights: what is written, what is read, how close it stays, and what is refused."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from benchmarks.quantized import Comparison, Reader, summary
+from omni2_jax.checkpoint import info, parameters
+from omni2_jax.config import Omni2Config
+from omni2_jax.convert import precision
+from omni2_jax.convert.join import Source, join
+from omni2_jax.convert.write import write
+from omni2_jax.models.layers import Linear
+from omni2_jax.models.model import for_serving
+from tests.support.commands import is_error_line
+from tests.support.conversations import GREEDY, clip
+
+LANGUAGE = ("speech_encoder", "llm", "speech_lm")
+
+
+@pytest.fixture(scope="module")
+def quantized(checkpoint_dir, tmp_path_factory):
+    """The tiny release with int8 weights, beside it as it is."""
+    out = tmp_path_factory.mktemp("int8") / "ckpt"
+    write(out, precision.quantized(join([Source(checkpoint_dir)])), {})
+    return out
+
+
+def load(directory):
+    config = Omni2Config.load(directory / "config.json").only(*LANGUAGE, "adapter", "fusion")
+    graph, params = parameters.load(directory, config, jnp.float32)
+    return nnx.merge(graph, params)
+
+
+def test_matrices_are_int8_and_half_as_large_as_bfloat16(checkpoint_dir, quantized):
+    before = {part.name: part for part in info.parts(checkpoint_dir)}
+    for part in info.parts(quantized):
+        assert part.checksums
+        if part.name not in LANGUAGE:
+            assert part == before[part.name]
+            continue
+        assert "int8" in part.dtype
+        stored = parameters.stored(quantized, part.name)
+        for path, leaf in parameters.stored(checkpoint_dir, part.name).items():
+            if stored[path].dtype != np.int8:
+                np.testing.assert_array_equal(stored[path].read(), leaf.read())
+                continue
+            weights, scale = leaf.read().astype(np.float32), stored[f"{path}_scale"].read()
+            scale = scale.astype(np.float32)
+            if path.endswith("table"):  # its rows are the outputs
+                scale = scale[:, None]
+            else:
+                first = int(path.startswith(("layers", "blocks")))  # stacked on the first axis
+                inputs = range(first, first + weights.ndim - scale.ndim)
+                scale = np.expand_dims(scale, tuple(inputs))
+            error = np.abs(stored[path].read() * scale - weights)
+            assert (error <= 0.9 * scale).all()  # half a step; more where bfloat16 is rounded down
+    leaves = parameters.stored(quantized, "llm").values()
+    matrices = sum(leaf.nbytes for leaf in leaves if leaf.dtype == np.int8)
+    assert matrices > 0.9 * sum(leaf.nbytes for leaf in leaves)
+
+
+def test_logits_stay_close_and_tokens_agree(checkpoint_dir, quantized):
+    """Of both language models and the frames of the encoder."""
+    models, random = (load(checkpoint_dir), load(quantized)), np.random.default_rng(0)
+    ids = jnp.asarray(random.integers(0, 400, (2, 40)))
+    positions = jnp.broadcast_to(jnp.arange(40), ids.shape)
+    encoder = models[0].config.speech_encoder
+    mel = jnp.asarray(random.standard_normal((1, 2 * encoder.frames, encoder.mels)), jnp.float32)
+
+    @jax.jit
+    def run(model):
+        llm, _ = model.llm(model.llm.embed(ids), positions)
+        speech, _ = model.speech_lm(model.speech_lm.embed(ids), positions)
+        return model.llm.logits(llm), model.speech_lm.logits(speech), model.speech_encoder(mel)
+
+    for exact, close in zip(*map(run, models), strict=True):
+        assert close.dtype == exact.dtype
+        error = jnp.linalg.norm(close - exact) / jnp.linalg.norm(exact)
+        assert 0 < error < 0.03
+    for exact, close in zip(*(run(model)[:2] for model in models), strict=True):
+        assert (exact.argmax(-1) == close.argmax(-1)).mean() > 0.9
+
+
+def test_the_scale_follows_the_matmul(quantized):
+    """The program multiplies by integers: no scaled copy of a matrix is made."""
+    linear = Linear(nnx.Rngs(0), (8, 16), (None, None), weights="int8", bias=False)
+    program = str(jax.make_jaxpr(lambda x: linear(x))(jnp.ones((2, 8), jnp.bfloat16)))
+    lines = [line for line in program.splitlines() if " mul " in line]
+    assert len(lines) == 1 and "bf16[2,16]" in lines[0]
+
+
+def test_an_answer(quantized, checkpoint_dir):
+    """Both forms of a model to serve with load it; tied rows of units have their scales."""
+    config = Omni2Config.load(quantized / "config.json").only(*LANGUAGE, "adapter", "fusion")
+    graph, params = parameters.load(quantized, config, jnp.bfloat16)
+    scale = params["llm"]["embedding"]["table_scale"]
+    assert scale.dtype == jnp.bfloat16 and params["llm"]["embedding"]["table"].dtype == jnp.int8
+    unrolled, values = for_serving(graph, params, unroll=True)
+    model = nnx.merge(unrolled, values)
+    rows, scales = model.speech_lm.head_rows(5, 3, 2)
+    table = model.speech_lm.embedding(jnp.asarray([5, 6, 7, 2]))
+    np.testing.assert_array_equal(rows * scales[:, None], table)
+
+
+def test_refused(omni2, quantized, tmp_path):
+    out = tmp_path / "out"
+    line, *_ = omni2("join", quantized, "--quantize", "int8", "--out", out)
+    assert is_error_line(line) and "int8 already" in line
+    line, *_ = omni2("convert", "--to-torch", quantized, "--out", out)
+    assert is_error_line(line) and "int8 weights" in line
+    line, *_ = omni2("convert", "--to-torch", quantized, "--quantize", "int8", "--out", out)
+    assert is_error_line(line) and "nothing else" in line
+    assert not out.exists()
+
+
+def test_it_is_not_trained(toy, quantized, tmp_path):
+    from omni2_jax.train.loop import Run
+
+    with pytest.raises(ValueError, match="speech_lm has int8 weights, which are not trained"):
+        Run(dataclasses.replace(toy(), checkpoint=str(quantized)), tmp_path / "run")
+
+
+def test_the_benchmark_reads_what_a_model_has_generated(text_model, text_engine):
+    """The most likely token after those before is the one that a greedy answer has."""
+    (stream,) = text_model.streams([clip("short_d")], options=GREEDY, slots=3)
+    tokens = [token for reply in stream for token in reply.text_tokens]
+    chances = Reader(text_model).log_probabilities(clip("short_d"), tokens)
+    np.testing.assert_array_equal(chances.argmax(-1), tokens)
+    np.testing.assert_allclose(np.exp(chances).sum(-1), 1, rtol=1e-4)
+
+
+def test_the_figures_of_the_benchmark():
+    one = Comparison(10, 9, (5.0, 6.0), units=8, equal_units=6, first_units=4)
+    figures = summary([one, dataclasses.replace(one, tokens=30, equal_tokens=30, units=12)])
+    assert figures["equal tokens"] == 39 / 40 and figures["equal units"] == 12 / 20
+    assert figures["units before the first difference"] == 8 / 20
+    assert figures["perplexity ratio"] == pytest.approx(np.exp(2 / 40))
