@@ -80,9 +80,12 @@ def join(sources: Sequence[Source]) -> Release:
         tokenizer = speech_tokenizer.load_config(owners["speech_tokenizer"])
     config = joined_config(owners, configs, tokenizer)
     check_fit(config, owners, configs, tokenizer)
+    shapes = abstract_model(config)[1]
+    if tokenizer:
+        shapes["speech_tokenizer"] = speech_tokenizer.abstract(tokenizer)[1]
     return Release(
         config,
-        {part: lazy_parameters(owners[part], part, config, tokenizer) for part in owners},
+        {part: lazy_parameters(path, part, shapes[part]) for part, path in owners.items()},
         files_of(owners),
         voices_of(owners, config),
         tokenizer,
@@ -193,15 +196,8 @@ def check_tokenizers(owners: Owners) -> None:
         vocabulary.check_same(vocabulary.read(llm / "tokenizer"), speech_lm / "tokenizer")
 
 
-def lazy_parameters(
-    directory: Path, part: str, config: Omni2Config, tokenizer: SpeechTokenizerConfig | None
-) -> dict:
-    """The stored parameters of a part. Raises ValueError if they do not fit the configuration."""
-    if part == "speech_tokenizer":
-        assert tokenizer is not None
-        shapes = speech_tokenizer.abstract(tokenizer)[1]
-    else:
-        shapes = abstract_model(config)[1][part]
+def lazy_parameters(directory: Path, part: str, shapes: Mapping) -> dict:
+    """The stored parameters of a part. Raises ValueError if they do not have these shapes."""
     parameters.check(directory, part, parameters.flatten(shapes))
     return parameters.unflatten(shapes, parameters.stored(directory, part))
 

@@ -31,8 +31,32 @@ def quantized(checkpoint_dir, tmp_path_factory):
 
 
 def load(directory):
-    config = Omni2Config.load(directory / "config.json").only(*LANGUAGE, "adapter", "fusion")
+    config = Omni2Config.load(directory / "config.json").only(*LANGUAGE)
     graph, params = parameters.load(directory, config, jnp.float32)
+    return nnx.merge(graph, params)
+
+
+def dequantized(stored: dict, path: str) -> np.ndarray:
+    """A stored matrix, each integer times the scale of its output."""
+    matrix, scale = (stored[name].read().astype(np.float32) for name in (path, f"{path}_scale"))
+    if path.endswith("table"):  # its rows are the outputs
+        return matrix * scale[:, None]
+    first = int(path.startswith(("layers", "blocks")))  # stacked on the first axis
+    inputs = range(first, first + matrix.ndim - scale.ndim)
+    return matrix * np.expand_dims(scale, tuple(inputs))
+
+
+def load_dequantized(directory, original):
+    """The original's model with the weights that the integers stand for."""
+    graph, state = nnx.split(load(original))
+    params = nnx.to_pure_dict(state)
+    for part in LANGUAGE:
+        stored = parameters.stored(directory, part)
+        leaves = {
+            path: dequantized(stored, path) if f"{path}_scale" in stored else leaf
+            for path, leaf in parameters.flatten(params[part]).items()
+        }
+        params[part] = parameters.unflatten(params[part], leaves)
     return nnx.merge(graph, params)
 
 
@@ -49,27 +73,22 @@ def test_matrices_are_int8_and_half_as_large_as_bfloat16(checkpoint_dir, quantiz
             if stored[path].dtype != np.int8:
                 np.testing.assert_array_equal(stored[path].read(), leaf.read())
                 continue
-            weights, scale = leaf.read().astype(np.float32), stored[f"{path}_scale"].read()
-            scale = scale.astype(np.float32)
-            if path.endswith("table"):  # its rows are the outputs
-                scale = scale[:, None]
-            else:
-                first = int(path.startswith(("layers", "blocks")))  # stacked on the first axis
-                inputs = range(first, first + weights.ndim - scale.ndim)
-                scale = np.expand_dims(scale, tuple(inputs))
-            error = np.abs(stored[path].read() * scale - weights)
-            assert (error <= 0.9 * scale).all()  # half a step; more where bfloat16 is rounded down
+            error = np.abs(dequantized(stored, path) - leaf.read().astype(np.float32))
+            # Of an output's scale, which is its largest weight / 127: half of it by rounding, and
+            # a quarter where the largest weight is cut.
+            assert error.max() <= 0.75 / 127 * np.abs(leaf.read().astype(np.float32)).max()
     leaves = parameters.stored(quantized, "llm").values()
     matrices = sum(leaf.nbytes for leaf in leaves if leaf.dtype == np.int8)
     assert matrices > 0.9 * sum(leaf.nbytes for leaf in leaves)
 
 
-def test_logits_stay_close_and_tokens_agree(checkpoint_dir, quantized):
-    """Of both language models and the frames of the encoder."""
-    models, random = (load(checkpoint_dir), load(quantized)), np.random.default_rng(0)
+def test_logits_are_those_of_the_weights_that_the_integers_stand_for(checkpoint_dir, quantized):
+    """And close to the original's: of both language models, and the frames of the encoder."""
+    original, exact = load(checkpoint_dir), load_dequantized(quantized, checkpoint_dir)
+    random = np.random.default_rng(0)
     ids = jnp.asarray(random.integers(0, 400, (2, 40)))
     positions = jnp.broadcast_to(jnp.arange(40), ids.shape)
-    encoder = models[0].config.speech_encoder
+    encoder = original.config.speech_encoder
     mel = jnp.asarray(random.standard_normal((1, 2 * encoder.frames, encoder.mels)), jnp.float32)
 
     @jax.jit
@@ -78,12 +97,16 @@ def test_logits_stay_close_and_tokens_agree(checkpoint_dir, quantized):
         speech, _ = model.speech_lm(model.speech_lm.embed(ids), positions)
         return model.llm.logits(llm), model.speech_lm.logits(speech), model.speech_encoder(mel)
 
-    for exact, close in zip(*map(run, models), strict=True):
-        assert close.dtype == exact.dtype
-        error = jnp.linalg.norm(close - exact) / jnp.linalg.norm(exact)
-        assert 0 < error < 0.03
-    for exact, close in zip(*(run(model)[:2] for model in models), strict=True):
-        assert (exact.argmax(-1) == close.argmax(-1)).mean() > 0.9
+    def distance(first, second) -> float:
+        return float(jnp.linalg.norm(first - second) / jnp.linalg.norm(second))
+
+    closest, figures = run(exact), run(load(quantized))
+    for number, (before, after) in enumerate(zip(run(original), figures, strict=True)):
+        assert distance(after, closest[number]) < 1e-5
+        # Random weights of a width of 64: wide models, whose errors average out, lose less.
+        assert 0 < distance(after, before) < 0.1
+        if number < 2:
+            assert (before.argmax(-1) == after.argmax(-1)).mean() > 0.85
 
 
 def test_the_scale_follows_the_matmul(quantized):
@@ -96,7 +119,7 @@ def test_the_scale_follows_the_matmul(quantized):
 
 def test_an_answer(quantized, checkpoint_dir):
     """Both forms of a model to serve with load it; tied rows of units have their scales."""
-    config = Omni2Config.load(quantized / "config.json").only(*LANGUAGE, "adapter", "fusion")
+    config = Omni2Config.load(quantized / "config.json").only(*LANGUAGE)
     graph, params = parameters.load(quantized, config, jnp.bfloat16)
     scale = params["llm"]["embedding"]["table_scale"]
     assert scale.dtype == jnp.bfloat16 and params["llm"]["embedding"]["table"].dtype == jnp.int8
