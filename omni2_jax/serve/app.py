@@ -25,6 +25,7 @@ from omni2_jax.serve.server import FullError, Server
 
 PAGE = Path(__file__).parent / "page"
 STOP_SECONDS = 20.0  # what answers in progress get to finish when the server is stopped
+STEP_SECONDS = 2.0  # what the step in progress gets before the process ends
 TRY_AGAIN_LATER = 1013  # WebSocket close code
 
 
@@ -42,7 +43,7 @@ def create_app(
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         yield
-        server.worker.stop(STOP_SECONDS)
+        server.worker.stop(STEP_SECONDS)
 
     async def realtime(websocket: WebSocket) -> None:
         await serve_realtime(server, websocket)
@@ -92,7 +93,8 @@ class GracefulServer(uvicorn.Server):
         self.server = server
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        await self.server.drain(STOP_SECONDS)
+        # A second Ctrl-C sets force_exit.
+        await self.server.drain(STOP_SECONDS, lambda: self.force_exit)
         await super().shutdown(sockets)
 
 

@@ -58,6 +58,11 @@ class Audio(BaseModel):
 
 
 Modalities = list[Literal["text", "audio"]]
+# The API's own bounds.
+Metadata = dict[
+    Annotated[str, Field(max_length=64)],
+    Annotated[str, Field(max_length=512)],
+]
 MaxTokens = Annotated[int, Field(ge=1, le=4096)] | Literal["inf"]
 
 
@@ -95,7 +100,7 @@ class ResponsePatch(BaseModel):
     audio: Audio | None = None
     max_output_tokens: MaxTokens | None = None
     temperature: float | None = Field(default=None, ge=0, le=2)
-    metadata: dict[str, str] | None = None
+    metadata: Metadata | None = Field(default=None, max_length=16)
 
 
 class Event(BaseModel):

@@ -1,5 +1,6 @@
 """What the endpoints of plain HTTP share: admission, reading, errors, and answers as a stream."""
 
+import asyncio
 import json
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
@@ -29,13 +30,19 @@ class Endpoint:
         self.server, self.answer = server, answer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        seconds = self.server.limits.request_seconds
         try:
             with self.server.admit():
-                response = await self.respond(Request(scope, receive))
-                await response(scope, receive, send)
+                try:
+                    async with asyncio.timeout(seconds):
+                        response = await self.respond(Request(scope, receive))
+                except TimeoutError:
+                    response = failure(f"the request took more than {seconds:g} s", 408)
+                async with asyncio.timeout(seconds):  # a client may read nothing
+                    await response(scope, receive, send)
         except FullError as error:
             await refusal(self.server, error)(scope, receive, send)
-        except ClientDisconnect:
+        except (ClientDisconnect, TimeoutError):
             pass  # nobody is left to answer
 
     async def respond(self, request: Request) -> Response:

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 class Limits:
     """What a client may use. Where a bound is passed, the client gets a clear error."""
 
-    sessions: int = 4  # realtime connections and chat completions at the same time
+    sessions: int = 4  # realtime connections and HTTP requests that compute, at the same time
     event_bytes: int = 20 * 2**20  # of one event; the API allows 15 MiB of audio, which is base64
     turn_seconds: float = 30.0  # of speech in one turn; the server ends a longer one
     idle_seconds: float = 300.0  # without an event of the client, the connection is closed
     session_seconds: float = 3600.0  # the longest connection, as in OpenAI's API
+    request_seconds: float = 300.0  # an HTTP request, and as long again to read its response
     unsent_bytes: int = 32 * 2**20  # events that wait because the client does not read
     context: int = 4096  # LLM positions of a conversation; older turns are forgotten
     body_bytes: int = 32 * 2**20  # of one HTTP request

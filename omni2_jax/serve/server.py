@@ -5,7 +5,7 @@ import collections
 import contextlib
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -109,16 +109,24 @@ class Server:
             self.clients -= 1
             self.metrics.sessions.set(self.clients)
 
-    async def drain(self, seconds: float) -> None:
-        """Stop the worker: answers in progress get so many seconds to finish, new ones fail."""
+    async def drain(self, seconds: float, gives_up: Callable[[], bool]) -> None:
+        """Stop the worker: answers in progress get so many seconds to finish, new ones fail.
+
+        gives_up: whether to wait no longer.
+        """
         deadline = time.monotonic() + seconds
-        await asyncio.to_thread(self.worker.stop, seconds)
+
+        async def until(holds: Callable[[], bool]) -> None:
+            while not (holds() or gives_up()) and time.monotonic() < deadline:
+                await asyncio.sleep(0.02)
+
+        self.worker.stop(0.0)
+        await until(lambda: not self.worker.thread.is_alive())
         for connection in self.connections:
             connection.send_error(
                 EventError("the server is shutting down", "server_stopping"), None
             )
-        while any(one.is_busy for one in self.connections) and time.monotonic() < deadline:
-            await asyncio.sleep(0.02)
+        await until(lambda: not any(connection.is_busy for connection in self.connections))
 
     def start_task(self, coroutine) -> asyncio.Task:
         """Run a coroutine that no connection waits for."""
