@@ -41,7 +41,7 @@ def say(text: str) -> None:
     console.print(text, soft_wrap=True, markup=False, highlight=False)
 
 
-def progress_bar(*columns: rich.progress.ProgressColumn) -> rich.progress.Progress:
+def progress_bar(*columns: rich.progress.ProgressColumn | str) -> rich.progress.Progress:
     """A description, a bar, `columns`, and the time that remains."""
     return rich.progress.Progress(
         rich.progress.TextColumn("{task.description}", markup=False),

@@ -152,9 +152,9 @@ def to_checkpoint(
     extends = (out / "config.json").exists()
     with console.status("checking names and shapes"):
         release = read(sources)
-        if quantize and not release:
-            raise ValueError("--quantize needs weights to convert, as with --omni2")
         if quantize:
+            if release is None:
+                raise ValueError("--quantize needs weights to convert, as with --omni2")
             release = precision.quantized(release)
     if release is None and not prompts:
         raise ValueError(

@@ -77,7 +77,7 @@ def refusal(server: Server, error: Exception) -> JSONResponse:
     return failure(str(error), 429, "server_full", retry)
 
 
-async def body_of(request: Request, limit: int) -> AsyncIterator[bytes]:
+async def body_of(request: Request, limit: int) -> AsyncGenerator[bytes, None]:
     """The body of a request as it comes. Raises EventError behind its first `limit` bytes."""
     size = 0
     async for data in request.stream():

@@ -77,9 +77,10 @@ class CheckpointSystem:
         from omni2_jax.sharding import parse_mesh
 
         mesh = parse_mesh(self.options.mesh) if self.options.mesh else None
-        read, write = self.options.read, self.options.write
-        parts = {} if self.options.speech else {"decoder": False, "speech": False}
-        model = Omni2.load(self.directory, mesh=mesh, read=read, write=write, **parts)
+        read, write, speech = self.options.read, self.options.write, self.options.speech
+        model = Omni2.load(
+            self.directory, mesh=mesh, read=read, write=write, decoder=speech, speech=speech
+        )
         model.voice(self.options.voice)  # an unknown voice ends the evaluation
         answer = Timed(model, self.options) if self.options.timed else self.batched(model)
 
