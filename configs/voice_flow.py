@@ -14,7 +14,7 @@ config = TrainConfig(
     batch=8,
     steps=15_000,
     # beta2 is low because the estimator's moments are still zero when its first step comes.
-    optimizer=OptimizerConfig(peak=1e-3, final=0.05, beta2=0.99, clip=5.0, ema=0.999),
+    optimizer=OptimizerConfig(peak=2e-3, final=0.02, beta2=0.99, clip=5.0, ema=0.999),
     buckets=(Bucket(0, 0, 64), Bucket(0, 0, 128)),
     chunks=(50, 0),
     dtype="float32",
