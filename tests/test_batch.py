@@ -23,15 +23,15 @@ def expected(text_model):
 
 def test_seventy_conversations(text_model, text_engine, expected, monkeypatch):
     """More than the engine's queue holds. Each is encoded only when a slot is free for it."""
-    hear, num_encoded = text_model.hear, 0
+    encode, num_encoded = text_model.encode, 0
 
-    def count(sound, long_turns):
+    def count(clips):
         nonlocal num_encoded
         assert None in text_engine.slots and not text_engine.waiting
         num_encoded += 1
-        return hear(sound, long_turns)
+        return encode(clips)
 
-    monkeypatch.setattr(text_model, "hear", count)
+    monkeypatch.setattr(text_model, "encode", count)
     conversations = [SOUNDS[i % 2] for i in range(70)]
     streams = text_model.streams(conversations, options=TINY, slots=3)
     assert num_encoded == 3

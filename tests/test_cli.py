@@ -225,10 +225,10 @@ def test_an_answer_is_reported_once_it_is_written(omni2, loaded, tmp_path, monke
 def test_a_failed_answer_names_file_and_item(omni2, loaded, text_model, tmp_path, monkeypatch):
     """What was answered before stays; the first failure leaves nothing."""
 
-    def encode_nan(sound, long_turns):
-        return [jnp.full((300, text_model.config.llm.width), jnp.nan)]
+    def encode_nan(clips):
+        return [jnp.full((300, text_model.config.llm.width), jnp.nan) for _ in clips]
 
-    monkeypatch.setattr(text_model, "hear", encode_nan)
+    monkeypatch.setattr(text_model, "encode", encode_nan)
     questions = write_questions(tmp_path / "in.json", [clip("short_d")])
     args = ["--questions", questions, "--out-dir", tmp_path / "out", "--no-wav"]
     refused(omni2(*chat(loaded, *args)), tmp_path, "in.json: item 0 (q0): ", "segment 1 of 1")

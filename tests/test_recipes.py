@@ -144,8 +144,9 @@ def test_nano(recipe, tmp_path, small):
         if call[0] in ("train", "frames", "hidden"):
             config = config_files.read(options(call, "--config")[0], options(call, "--set"))
             read += [value for name in SETTINGS if (value := getattr(config, name))]
-            stages += [config.stage] if call[0] == "train" else []
-            assert config.steps is not None and (config.steps == 2) == bool(small)
+            if call[0] == "train":
+                stages.append(config.stage)
+                assert config.steps is not None and (config.steps == 2) == bool(small)
         for path in filter(None, read):
             assert made & {path, str(Path(path).parent)}, f"{path} of {call}"
         made |= set(options(call, "--out"))

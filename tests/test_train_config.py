@@ -236,7 +236,7 @@ def test_by_name(tmp_path, monkeypatch):
     assert config_files.read("stage1b") == read()
     (tmp_path / "mine.py").write_text(f"{IMPORT}\nconfig = TrainConfig('2', seed=7)")
     assert config_files.read("mine.py").seed == 7
-    shipped = "flow, stage1a, stage1b, stage2, text, vocoder, voice_flow, .*voice_vocoder"
+    shipped = "flow, nano_1a, .*, stage1a, stage1b, stage2, text, vocoder, .*voice_vocoder"
     for name in ("stage1", "omni2_7b", "__init__"):
         with pytest.raises(
             ValueError, match=rf"config {name} does not exist.*; shipped: {shipped}$"
