@@ -23,6 +23,8 @@ NO_KERNEL = {
 }  # fmt: skip
 SLICES = {"slice", "dynamic-slice", "gather"}
 UPDATES = {"dynamic-update-slice": 1, "scatter": 2}  # index of the operand that holds the update
+CALLS = {"while", "conditional", "call", "async-start"}  # run other computations
+OTHER = "other"  # the part of what has none
 OP_NAME = re.compile(r'op_name="([^"]*)"')
 WORKSPACE = re.compile(r", [su]8\[\d*\]\S*\)$")  # of a library's matmul or convolution
 
@@ -142,10 +144,16 @@ class Program:
     choose: Choice
 
     def run(self, name: str, part: str, times: int = 1) -> Iterator[Event]:
-        """What a computation does in so many runs; `part` is that of its caller."""
+        """What a computation does in so many runs; `part` is that of its caller.
+
+        In a branch only a part within the caller's counts: XLA makes equal branches of two
+        conditionals one, which then names the part of the first.
+        """
         known = self.computations[name]
         for one in known.instructions.values():
             own = self.part_of(one) or part
+            if name in self.branches and part != OTHER and not own.startswith(f"{part}/"):
+                own = part
             if one.op == "while":
                 yield from self.loop(one, own, times)
             elif one.op == "conditional":
@@ -154,6 +162,25 @@ class Program:
                 yield from self.run(one.called[0], own, times)
             elif one.op not in NO_KERNEL and not one.op.endswith(("-done", "-update")):
                 yield Event(own, one, Traffic(times, times * self.moved(known, one)))
+
+    @cached_property
+    def branches(self) -> set[str]:
+        """The computations that run within a branch of a conditional."""
+        found: set[str] = set()
+        new = [
+            name
+            for known in self.computations.values()
+            for one in known.instructions.values()
+            if one.op == "conditional"
+            for name in one.called
+        ]
+        while new:
+            name = new.pop()
+            if name not in found:
+                found.add(name)
+                inner = self.computations[name].instructions.values()
+                new += [called for one in inner if one.op in CALLS for called in one.called]
+        return found
 
     def part_of(self, one: Instruction) -> str | None:
         """The part of an instruction, by its own op_name or by one of its fusion's."""
@@ -247,7 +274,7 @@ def events(
     """
     entry, lines = split(text)
     computations = {name: Computation.of(body) for name, body in lines.items()}
-    return Program(computations, label, choose).run(entry, "other")
+    return Program(computations, label, choose).run(entry, OTHER)
 
 
 def by_part(found: Iterable[Event]) -> dict[str, Traffic]:

@@ -53,6 +53,17 @@ def test_a_conditional():
     assert add == {"other": Traffic(1, x + x, waits=1)}
 
 
+@pytest.mark.parametrize(("named", "counts"), [("one", "two"), ("two/sort", "two/sort")])
+def test_a_branch_of_two_conditionals(named, counts):
+    """XLA has merged it into one, which names the part of the other conditional."""
+    text, x = (TEXTS / "cond.hlo").read_text(), 1000 * 64 * 4
+    found = kernels.by_part(
+        kernels.events(text, lambda op_name: named if "branch_1" in op_name else "two")
+    )
+    assert found.pop(counts).bytes == x + 2 * x
+    assert not sum(traffic.bytes for traffic in found.values())
+
+
 def test_what_moves_most():
     text = (TEXTS / "stack.hlo").read_text()
     (part, what, traffic), *_ = kernels.largest(kernels.events(text, layer), 3)
