@@ -1,7 +1,7 @@
 """Parts of several checkpoints as one checkpoint: parts that were trained apart, such as a voice.
 
-What does not fit is refused by name: other units, other mel bands, another tokenizer. What the
-shapes do not tell, such as an adapter of another LLM of the same size, nobody can see.
+Parts that do not fit are refused by name: other numbers of units, other mel bands, another
+tokenizer. An adapter of another LLM of the same size is not noticed, as its shapes are the same.
 """
 
 import dataclasses

@@ -174,7 +174,9 @@ class Decoder(nnx.Module):
         if self.head is not None:
             logits = self.head(hidden)
         else:
-            logits = products(hidden, self.embedding.table[...], of(self.embedding.table_scale))
+            logits = products(
+                hidden, self.embedding.table[...], value_of(self.embedding.table_scale)
+            )
         axes: Any = ("batch", *(None,) * (logits.ndim - 2), "vocabulary")
         return constrain(logits, *axes).astype(jnp.float32)
 
@@ -189,9 +191,9 @@ class Decoder(nnx.Module):
             return jnp.concatenate([table[first : first + count], table[last : last + 1]])
 
         if self.head is None:
-            table, scale = self.embedding.table[...], of(self.embedding.table_scale)
+            table, scale = self.embedding.table[...], value_of(self.embedding.table_scale)
         else:
-            table, scale = self.head.kernel[...].T, of(self.head.kernel_scale)
+            table, scale = self.head.kernel[...].T, value_of(self.head.kernel_scale)
         return chosen(table), None if scale is None else chosen(scale)
 
 
@@ -201,6 +203,6 @@ def products(hidden: Array, table: Array, scale: Array | None) -> Array:
     return logits if scale is None else logits * scale.astype(hidden.dtype)
 
 
-def of(param: nnx.Param | None) -> Array | None:
+def value_of(param: nnx.Param | None) -> Array | None:
     """The value of a parameter that may not be there."""
     return None if param is None else param[...]

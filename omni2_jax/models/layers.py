@@ -49,18 +49,18 @@ def param(
 
 @dataclass(frozen=True)
 class Identity:
-    """Initial values that pass as many inputs on as there are outputs, and no others.
+    """Initial values that copy the first inputs to the outputs.
 
-    taps: of a causal convolution [K, C_in, C_out], of which the last passes its inputs on; None: a
-    matrix [C_in, C_out].
+    causal: of a causal convolution [K, C_in, C_out], which copies the last of its K inputs;
+    otherwise of a matrix [C_in, C_out].
     """
 
-    taps: int | None = None
+    causal: bool = False
 
     def values(self, shape: Sequence[int]) -> np.ndarray:
         """float32 of a shape, in which axes of stacked layers may be in front."""
         values = np.zeros(shape, np.float32)
-        last = values if self.taps is None else values[..., -1, :, :]
+        last = values[..., -1, :, :] if self.causal else values
         last[...] = np.eye(shape[-2], shape[-1])
         return values
 

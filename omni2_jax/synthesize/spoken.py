@@ -14,7 +14,8 @@ FAULTS = (
     (re.compile(r"https?:|www\.|\b[\w-]+\.(com|org|net|edu|gov|io)\b|\S@\S+\.\w"), "a link"),
     (
         re.compile(
-            r"^\s*([-*+\u2013\u2022\u2023\u25e6]|\(?\d{1,2}[.)]|\(?[a-zA-Z]\))\s+\S|\b1[.)]\s.*\b2[.)]\s"
+            r"^\s*([-*+\u2013\u2022\u2023\u25e6]|\(?\d{1,2}[.)]|\(?[a-zA-Z]\))\s+\S"
+            r"|\b1[.)]\s.*\b2[.)]\s"
         ),
         "a list",
     ),

@@ -206,7 +206,7 @@ class Estimator(nnx.Module):
         self.up_conv = CausalConv(rngs, 3, c, c)
         self.final = ConvBlock(c, c, rngs)
         for conv in (self.down_conv, self.up_conv, self.final.conv):
-            conv.kernel = constant(conv.kernel.shape, (None, None, "embed"), Identity(taps=3))
+            conv.kernel = constant(conv.kernel.shape, (None, None, "embed"), Identity(causal=True))
         # The first steps of training then begin near a velocity of zero.
         self.out = Linear(rngs, (c, config.mels), ("embed", None), scale=0.1)
 
