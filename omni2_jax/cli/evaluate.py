@@ -11,6 +11,7 @@ import typer
 
 from omni2_jax.cli import console
 from omni2_jax.cli.evaluate_report import report
+from omni2_jax.cli.recogniser import LanguageOption, RecogniserModelOption, RecogniserOption
 
 if TYPE_CHECKING:
     from omni2_jax.evaluate.results import Results
@@ -51,17 +52,9 @@ def evaluate(
             help="Where everything is written. The same command goes on where it stopped."
         ),
     ] = None,
-    recogniser: Annotated[
-        str | None,
-        typer.Option(
-            help="A Whisper model of faster-whisper (a directory or a Hugging Face id), or the URL "
-            "of audio transcriptions, http://HOST/v1."
-        ),
-    ] = None,
-    recogniser_model: Annotated[
-        str, typer.Option(help="The model's name, for a recogniser at a URL.")
-    ] = "whisper-1",
-    language: Annotated[str, typer.Option(help="That the recogniser hears.")] = "en",
+    recogniser: RecogniserOption = None,
+    recogniser_model: RecogniserModelOption = "whisper-1",
+    language: LanguageOption = "en",
     beam: Annotated[int, typer.Option(min=1, help="Beams of faster-whisper.")] = 5,
     device: Annotated[str, typer.Option(help="Of faster-whisper: cpu, cuda or auto.")] = "cpu",
     judge: Annotated[

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from omni2_jax.cli.paths import directory
+from omni2_jax.cli.recogniser import LanguageOption, RecogniserModelOption, RecogniserOption
 from omni2_jax.cli.where import RayGpusOption, RayOption, ShardOption, WorkersOption
 
 
@@ -47,17 +48,9 @@ def speech(
     attempts: Annotated[
         int, typer.Option(min=1, max=20, help="How often a clip that fails a check is made.")
     ] = 3,
-    recogniser: Annotated[
-        str | None,
-        typer.Option(
-            help="Check what is heard: a Whisper model of faster-whisper (a directory or a Hugging "
-            "Face id), or the URL of audio transcriptions, http://HOST/v1."
-        ),
-    ] = None,
-    recogniser_model: Annotated[
-        str, typer.Option(help="The model's name, for a recogniser at a URL.")
-    ] = "whisper-1",
-    language: Annotated[str, typer.Option(help="That the recogniser hears.")] = "en",
+    recogniser: RecogniserOption = None,
+    recogniser_model: RecogniserModelOption = "whisper-1",
+    language: LanguageOption = "en",
     max_wer: Annotated[
         float, typer.Option(min=0, help="Errors per word that the recogniser may hear in a clip.")
     ] = 0.5,

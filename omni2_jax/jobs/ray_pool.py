@@ -159,7 +159,7 @@ class Actors:
         raise RuntimeError(f"{MAX_DEATHS} Ray workers died of the same item: {death}")
 
     def close(self) -> None:
-        """Start no more actors, and let nobody wait for one."""
+        """Start no more actors; calls that wait for one return."""
         self.closed.set()
         self.starters.shutdown(cancel_futures=True)
         self.idle.put(RuntimeError("the Ray workers were stopped"))

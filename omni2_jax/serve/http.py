@@ -43,7 +43,7 @@ class Endpoint:
         except FullError as error:
             await refusal(self.server, error)(scope, receive, send)
         except (ClientDisconnect, TimeoutError):
-            pass  # nobody is left to answer
+            pass  # the client has gone
 
     async def respond(self, request: Request) -> Response:
         """The response to a request, or the error object of its failure."""
