@@ -55,7 +55,7 @@ heard=(--set data=heard-train --set validation=heard-validation)
 [ -e 1a/final ] || omni2 train --config nano_1a --set checkpoint=text/final "${heard[@]}" \
     --set frames=frames --set replay_data=texts.jsonl "${small[@]}" --out 1a
 omni2 evaluate --task text-qa --text-only --system 1a/final --data questions/test.jsonl \
-    --by split+voices --by split+topic --label "nano, text" --out evaluation-text
+    --every-turn --by split+voices --by split+topic --label "nano, text" --out evaluation-text
 
 # 4. Replies in its voice, as units; it learns to speak them, first alone, then in dialogues.
 [ -e replies.txt ] || omni2 synthesize dialogues --grammar "$grammar" \

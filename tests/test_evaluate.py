@@ -12,7 +12,8 @@ from omni2_jax.evaluate import items as item_files
 from omni2_jax.evaluate import measure
 from omni2_jax.evaluate.results import Results
 from omni2_jax.evaluate.systems.folder import AnswersFolder
-from omni2_jax.evaluate.tasks import spoken_qa
+from omni2_jax.evaluate.tasks import TaskOptions, spoken_qa
+from omni2_jax.evaluate.tasks.text_qa import TextQA
 from tests.support import evaluations
 from tests.support.commands import is_error_line
 from tests.support.evaluations import ScriptedRecogniser, write_answers, write_items, write_lines
@@ -76,6 +77,44 @@ def test_formats_of_items(tmp_path):
     released = item_files.read_items(evaluations.EXAMPLES / "questions.json")
     assert [len(item.turns) for item in released] == [1, 3]
     assert len(item_files.read_items(tmp_path / "items.jsonl", limit=2)) == 2
+
+
+def test_every_turn(tmp_path):
+    """Each question of a conversation is an item, with its own answers; limits count the rows."""
+    sound = str(evaluations.SPOKEN / "sea-1-q.wav")
+    turns = [
+        {"role": "user", "text": "Q?", "audio": sound, "answers": ["a"]},
+        {"role": "assistant", "text": "A."},
+        {"role": "user", "text": "And?", "audio": sound, "answers": ["b"]},
+        {"role": "assistant", "text": "B."},
+    ]
+    rows = [{"id": "talk", "split": "test", "turns": turns}, {"id": "one", "audio": sound}]
+    path = write_lines(tmp_path / "items.jsonl", [*rows, {"id": "two", "audio": sound}])
+    first, second, single = item_files.read_items(path, limit=2, every_turn=True)
+    assert [first.name, second.name, single.name] == ["talk-0", "talk-1", "one"]
+    assert (first.question, first.reply, first.references) == ("Q?", "A.", ("a",))
+    assert (second.question, second.reply, second.references) == ("And?", "B.", ("b",))
+    assert (first.turns, second.turns[1:]) == (second.turns[:1], ("A.", second.turns[0]))
+    assert {item.conversation for item in (first, second)} == {"talk"} and first.asked == 2
+    assert [item.metadata["questions"] for item in (first, second)] == ["1", "2"]
+    assert (single.conversation, single.asked) == ("one", 1)
+    chosen = item_files.read_items(path, split="test", every_turn=True)
+    assert [item.name for item in chosen] == ["talk-0", "talk-1"]
+    with pytest.raises(ValueError, match="has no item of split 'dev'"):
+        item_files.read_items(path, split="dev")
+
+
+def test_whole_conversations():
+    """All answers of a conversation are right; one that is not scored whole does not count."""
+
+    def row(conversation, right, asked=2):
+        return {"s2t": right, "exact": None, "conversation": conversation, "asked": asked}
+
+    rows = [row("a", True), row("a", True), row("b", True), row("b", False), row("c", True)]
+    found = TextQA(TaskOptions()).summarise([*rows, row("d", True, asked=1)], unanswered=1)
+    assert (found["whole"].value, found["whole"].count) == (50, 2)
+    assert round(found["s2t"].value, 1) == 71.4  # 5 of 6 that are scored, and one without an answer
+    assert "whole" not in TextQA(TaskOptions()).summarise([row("c", True)], unanswered=0)
 
 
 def test_recordings_in_parquet(tmp_path):

@@ -77,10 +77,20 @@ def evaluate(
     batch: Annotated[
         int, typer.Option(min=1, help="Questions answered at the same time; with latency, one.")
     ] = 8,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first N questions.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Only the first N questions or conversations.")
+    ] = None,
     split: Annotated[
         str | None, typer.Option(help='Only questions that state this "split". [default: all]')
     ] = None,
+    every_turn: Annotated[
+        bool,
+        typer.Option(
+            "--every-turn",
+            help="All questions of a conversation, each after the replies that the data states, "
+            "instead of the last one alone.",
+        ),
+    ] = False,
     model: Annotated[
         str | None, typer.Option(help="The model's name, for a system at a URL.")
     ] = None,
@@ -193,6 +203,7 @@ def evaluate(
         ),
         limit=limit,
         split=split,
+        every_turn=every_turn,
         label=label,
         dataset=dataset,
         rows=tuple(row or ()),

@@ -8,7 +8,8 @@ questions.json   the released format of conversations (generate/questions.py); a
                  object with `path`), its text is `question` (also prompt, instruction, text),
                  and the references are `answers` (also answer, reference), one text or a list.
                  These are the keys of VoiceBench and UltraEval-Audio, too. With `turns`, as
-                 `omni2 prepare` reads them, an item is a conversation up to its last user's turn.
+                 `omni2 prepare` reads them, an item is a conversation up to its last user's turn,
+                 or, on demand, each of its user's turns is an item.
 .parquet         a file, or a folder of files, with the same keys as columns; recordings may be
                  stored in it, as in VoiceBench's and UltraEval-Audio's data sets on Hugging Face
 
@@ -16,6 +17,7 @@ All other keys with short values, as topic, split or voice, are metadata: result
 each of their values.
 """
 
+import dataclasses
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -42,6 +44,8 @@ class Item:
     name: its id, fit for a file's name. turns: the user's recordings at even places, the model's
     earlier replies between them. question: the text of the last turn, "" if not known. references:
     right answers, any one of which will do. reply: a whole reply that would be right, or "".
+    conversation: the id of the conversation that it belongs to. asked: how many items that
+    conversation has.
     """
 
     name: str
@@ -51,18 +55,34 @@ class Item:
     reply: str
     metadata: Mapping[str, str]
     context: str  # names file and item in messages
+    conversation: str
+    asked: int = 1
 
 
-def read_items(path: Path, limit: int | None = None, folder: Path | None = None) -> list[Item]:
-    """The items of a file or of a folder of parquet files; the first `limit` of them if given.
+def read_items(
+    path: Path,
+    limit: int | None = None,
+    folder: Path | None = None,
+    split: str | None = None,
+    every_turn: bool = False,
+) -> list[Item]:
+    """The items of a file or of a folder of parquet files.
 
-    folder: where recordings that a parquet file holds are written. Raises ValueError, one line
-    that names file and item, for what cannot be read, and for recordings that are missing.
+    limit: only the first so many conversations, a single question being one. folder: where
+    recordings that a parquet file holds are written. split: only items that state it. every_turn:
+    all questions of a conversation are items, after the replies that the file states, and not the
+    last one alone. Raises ValueError, one line that names file and item, for what cannot be read,
+    for recordings that are missing, and if no item is left.
     """
-    rows = list(read_rows(path, folder))[:limit]
+    rows = list(read_rows(path, folder))[: None if split else limit]
     if not rows:
         raise ValueError(f"{path} holds no items")
-    items = [item_of(path, number, row) for number, row in enumerate(rows)]
+    parts_of = turn_items if every_turn else last_item
+    found = [parts_of(path, number, row) for number, row in enumerate(rows)]
+    found = [parts for parts in found if split is None or parts[-1].metadata.get("split") == split]
+    if not found:
+        raise ValueError(f"{path} has no item of split {split!r}")
+    items = [item for parts in found[:limit] for item in parts]
     names: set[str] = set()
     for item in items:
         if item.name in names:
@@ -178,8 +198,36 @@ def unpack(content: bytes, path: Path) -> Path:
 # ---- one item ----
 
 
+def last_item(path: Path, number: int, row: Mapping[str, Any]) -> list[Item]:
+    """The item of a row's last question. Raises ValueError naming file and item."""
+    return [item_of(path, number, row)]
+
+
+def turn_items(path: Path, number: int, row: Mapping[str, Any]) -> list[Item]:
+    """The items of all questions of a row. Raises ValueError naming file and item."""
+    last = item_of(path, number, row)
+    count = len(last.turns) // 2 + 1
+    items = []
+    for index in range(count - 1):
+        turns = row.get("turns", row.get("conversation"))[: 2 * index + 2]
+        # What the row itself states of answers is about its last question.
+        stated = {k: v for k, v in row.items() if k not in (*ANSWER_KEYS, "conversation")}
+        items.append(item_of(path, number, {**stated, "turns": turns}))
+    if count == 1:
+        return [last]
+    return [
+        dataclasses.replace(
+            item,
+            name=f"{last.name}-{index}",
+            metadata={**item.metadata, "questions": str(index + 1)},
+            asked=count,
+        )
+        for index, item in enumerate([*items, last])
+    ]
+
+
 def item_of(path: Path, number: int, row: Mapping[str, Any]) -> Item:
-    """The item of a row. Raises ValueError naming file and item."""
+    """The item of a row's last question. Raises ValueError naming file and item."""
     name = next((str(row[key]) for key in ID_KEYS if row.get(key) is not None), f"{number:06d}")
     if problem := name_problem(name):
         raise ValueError(f"{path}: item {number}: id {short(name)} {problem}")
@@ -197,7 +245,7 @@ def item_of(path: Path, number: int, row: Mapping[str, Any]) -> Item:
         if isinstance(value, str | int | bool) and len(str(value)) <= MAX_METADATA
     }
     references = references_of(row, context) or references_of(last_turns(row), context)
-    return Item(name, turns, question, references, reply, metadata, context)
+    return Item(name, turns, question, references, reply, metadata, context, conversation=name)
 
 
 def conversation_of(

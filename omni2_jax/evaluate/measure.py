@@ -22,7 +22,7 @@ COPIES = "copy-synthesis"
 class Settings:
     """What `omni2 evaluate` was told.
 
-    limit: of items. split: of items, as "test". label, dataset, rows: see `Results`. by: keys of
+    limit, split, every_turn: see `read_items`. label, dataset, rows: see `Results`. by: keys of
     items that groups take together, as "split+voices".
     """
 
@@ -36,6 +36,7 @@ class Settings:
     recogniser_options: RecogniserOptions = field(default_factory=RecogniserOptions)
     limit: int | None = None
     split: str | None = None
+    every_turn: bool = False
     label: str | None = None
     dataset: str | None = None
     rows: tuple[str, ...] = ()
@@ -61,9 +62,10 @@ def measure(settings: Settings, grid: Sequence[tuple[int, int]] | None = None) -
         recogniser = open_recogniser(settings.recogniser, settings.recogniser_options)
         for task in tasks.values():
             task.recogniser = recogniser
-    limit = None if settings.split else settings.limit  # which counts items of the split
-    items = read_items(settings.data, limit, settings.out / "questions")
-    items = of_split(items, settings.split, settings.data)[: settings.limit]
+    questions = settings.out / "questions"
+    items = read_items(
+        settings.data, settings.limit, questions, settings.split, settings.every_turn
+    )
     for point, system in zip(points, systems, strict=True):
         if grid is not None:
             say(f"read {point.system_options.read}, write {point.system_options.write}")
@@ -75,14 +77,6 @@ def check_text_only(tasks: Mapping[str, Task]) -> None:
     for name, task in tasks.items():
         if task.needs_samples or task.needs_transcript or task.needs_times:
             raise ValueError(f"the task {name} measures speech, which --text-only leaves out")
-
-
-def of_split(items: list[Item], split: str | None, data: Path) -> list[Item]:
-    """The items that state a split; all of them for None. Raises ValueError if there is none."""
-    chosen = [item for item in items if split is None or item.metadata.get("split") == split]
-    if not chosen:
-        raise ValueError(f"{data} has no item of split {split!r}")
-    return chosen
 
 
 def open_measured(point: Settings) -> System:

@@ -14,31 +14,54 @@ class TextQA(Task):
     """Accuracy in percent: a reference occurs in the answer, and the answer is the whole reply.
 
     Both compare words after Whisper's normalisation. `exact` is over the items that state a whole
-    reply. An item without an answer counts as wrong.
+    reply. An item without an answer counts as wrong. `whole` is the share of conversations all of
+    whose questions are answered rightly, over those of several questions that are all scored.
     """
 
     needs_references = True
     metrics: ClassVar[Mapping[str, Metric]] = {
         "s2t": Metric("S2T", "%", 1),
         "exact": Metric("S2T, whole reply", "%", 1),
+        "whole": Metric("S2T, whole conversations", "%", 1),
     }
 
     def describe(self):
-        return {"normaliser": word_errors.NORMALISER, "rule": "words in a row"}
+        return {
+            "normaliser": word_errors.NORMALISER,
+            "rule": "words in a row",
+            "whole": "all right",
+        }
 
     def open(self) -> Callable[[Item, Heard], Scores]:
         return score
 
     def summarise(self, scores: Sequence[Scores], unanswered: int) -> dict[str, Estimate]:
         found = {}
-        for name in self.metrics:
+        for name in ("s2t", "exact"):
             rows = [row[name] for row in scores if row[name] is not None]
             if count := len(rows) + unanswered:
                 found[name] = estimates.share(sum(rows), count).scaled(100)
+        if whole := conversations(scores):
+            found["whole"] = estimates.share(sum(whole), len(whole)).scaled(100)
         return found
+
+
+def conversations(scores: Sequence[Scores]) -> list[bool]:
+    """Whether all answers are right, of each conversation of several questions, all scored."""
+    right: dict[str, list[bool]] = {}
+    for row in scores:
+        if row["asked"] > 1:
+            right.setdefault(row["conversation"], []).append(row["s2t"])
+    asked = {row["conversation"]: row["asked"] for row in scores}
+    return [all(rows) for name, rows in right.items() if len(rows) == asked[name]]
 
 
 def score(item: Item, heard: Heard) -> Scores:
     """Whether an answer is right, and whether it is the reply, None without one."""
-    whole = word_errors.normalised(heard.text) == word_errors.normalised(item.reply)
-    return {"s2t": occurs(item.references, heard.text), "exact": whole if item.reply else None}
+    exact = word_errors.normalised(heard.text) == word_errors.normalised(item.reply)
+    return {
+        "s2t": occurs(item.references, heard.text),
+        "exact": exact if item.reply else None,
+        "conversation": item.conversation,
+        "asked": item.asked,
+    }
