@@ -44,7 +44,8 @@ from omni2_jax.generate.engine import Programs
 from omni2_jax.generate.engine_config import EngineConfig
 from omni2_jax.generate.options import Options
 from omni2_jax.generate.read_write_state import Request
-from omni2_jax.models.model import abstract_state
+from omni2_jax.models import serving
+from omni2_jax.models.model import Model, abstract_state
 from omni2_jax.train import flops, overrides, step
 from omni2_jax.train.settings import TrainConfig
 from omni2_jax.train.stages import stage_of
@@ -126,7 +127,8 @@ def streaming(
     live: positions in the language models' caches, of which a step reads the keys and values.
     """
     config = config.replace(speaker=None)
-    graph, state = abstract_state(config)
+    form = serving.form_of(mesh.devices.flat[0].platform, mesh)
+    graph, state = abstract_state(config, lambda *given: serving.arrange(Model(*given), form))
 
     def with_dtype(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         return leaf.update(dtype=dtype_of(path[0].key, jnp.bfloat16))

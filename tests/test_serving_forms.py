@@ -15,6 +15,7 @@ from omni2_jax.audio import features, recordings
 from omni2_jax.configs import stage1a
 from omni2_jax.convert import read, write
 from omni2_jax.generate.omni2 import Omni2
+from omni2_jax.models.serving import STACKED
 from omni2_jax.train.loop import Run
 from omni2_jax.train.settings import Bucket
 from tests.support.compare import assert_wav
@@ -27,7 +28,7 @@ def test_stacked_layers_answer_like_unrolled_ones(checkpoint_dir, engine, model)
     """Layers scanned with a cache: the same tokens and units, of two conversations at once, one of
     two turns.
     """
-    stacked = Omni2.load(checkpoint_dir, dtype=jnp.float32, unroll=False)
+    stacked = Omni2.load(checkpoint_dir, dtype=jnp.float32, form=STACKED)
     gate = stacked.params["llm"]["layers"]["mlp"]["gate"]["kernel"]
     assert gate.shape == (2, 64, 128)
     assert set(model.params["llm"]["layers"]) == {0, 1}  # the CPU's default is unrolled

@@ -10,13 +10,14 @@ from omni2_jax.generate.omni2 import Omni2
 from omni2_jax.generate.prompts import prompt_ids
 from omni2_jax.generate.questions import read_questions
 from omni2_jax.models.model import SPEECH
+from omni2_jax.models.serving import STACKED
 from tests.support.conversations import clip
 
 
 @pytest.fixture(scope="module")
 def model(new_checkpoint) -> Omni2:
     """A model with 80 mel bins and a window of 2 s: 100 frames, 20 positions of the LLM."""
-    return Omni2.load(new_checkpoint, dtype=jnp.float32, decoder=False, unroll=False)
+    return Omni2.load(new_checkpoint, dtype=jnp.float32, decoder=False, form=STACKED)
 
 
 def test_turns_are_cut_to_the_window(model):

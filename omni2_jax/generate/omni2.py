@@ -42,7 +42,8 @@ from omni2_jax.generate.prompts import (
 )
 from omni2_jax.generate.read_write_state import Request
 from omni2_jax.generate.session import Reply, Session
-from omni2_jax.models.model import for_serving, language_dtype
+from omni2_jax.models.model import language_dtype
+from omni2_jax.models.serving import Form, for_serving
 
 TEXT_PARTS = ("speech_encoder", "adapter", "llm")  # what answers in text need
 TEMPLATE = 128  # positions that the chat template adds to a turn at most
@@ -103,7 +104,7 @@ class Omni2:
         dtype: jnp.dtype | type | None = None,
         decoder: bool = True,
         mesh: Mesh | None = None,
-        unroll: bool | None = None,
+        form: Form | None = None,
         read: int | None = None,
         write: int | None = None,
         speech: bool = True,
@@ -114,8 +115,8 @@ class Omni2:
         decoder: whether to load flow and vocoder. mesh: the devices that share the model
         (`sharding.make_mesh`), by default one. If several processes hold these devices, all of them
         must make the same calls in the same order; all get the same answers.
-        unroll: run the layers one by one instead of in a scan; by default on CPUs only
-        (`for_serving`).
+        form: how the model lies in memory; by default what is best for the devices
+        (`models.serving`).
         read, write: R and W of the read/write rule; by default the checkpoint's, with which the
         speech LM was trained.
         speech: False answers in text alone; neither speech LM nor decoder is loaded.
@@ -130,7 +131,7 @@ class Omni2:
             sharding.check(mesh, config.llm.width, config.llm.hidden)
         loaded = config.only(*parts_of(decoder, speech))
         graph, params = parameters.load(directory, loaded, jnp.dtype(dtype or default), mesh)
-        graph, params = for_serving(graph, params, unroll)
+        graph, params = for_serving(graph, params, form)
         return cls(directory, config, graph, params, tokenizer, defaults)
 
     def update(self, params: dict) -> None:

@@ -153,15 +153,15 @@ def read_write_step(
         return state, pack(language, output, *silence(model.config, active.size))
     final = active & (language.phase == IDLE)
 
-    def speak(state: DecodeState) -> tuple[DecodeState, Array, Array]:
-        return speak_step(model, engine_config, state, output, final)
-
-    def skip(state: DecodeState) -> tuple[DecodeState, Array, Array]:
-        return state, *silence(model.config, active.size)
+    def speak(_: int, carry: tuple) -> tuple[DecodeState, Array, Array]:
+        return speak_step(model, engine_config, carry[0], output, final)
 
     # The host dispatches one step more before it has read that all slots are idle; this step must
-    # not pay for the audio.
-    state, samples, counts = jax.lax.cond(jnp.any(active), speak, skip, state)
+    # not pay for the audio. A loop of one or no iteration updates the flow's cache in place, while
+    # a conditional would copy it.
+    iterations = jnp.any(active).astype(jnp.int32)
+    silent = (state, *silence(model.config, active.size))
+    state, samples, counts = jax.lax.fori_loop(0, iterations, speak, silent)
     return state, pack(language, output, samples, counts)
 
 

@@ -15,7 +15,7 @@ from flax import nnx
 
 from omni2_jax.config import DecoderConfig
 from omni2_jax.models.kv_cache import KVCache
-from omni2_jax.models.layers import Embedding, Linear, RMSNorm, attention, scan, stack
+from omni2_jax.models.layers import Embedding, Fusing, Linear, RMSNorm, attention, scan, stack
 from omni2_jax.sharding import constrain
 
 Array = jax.Array
@@ -39,8 +39,10 @@ def rope(x: Array, positions: Array, theta: float) -> Array:
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x.dtype)
 
 
-class Attention(nnx.Module):
+class Attention(Fusing):
     """Causal self-attention with grouped queries and rotary positions, [B, T, D] -> [B, T, D]."""
+
+    same_input, fused_axis = ("query", "key", "value"), -2
 
     def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
         d, n, k, h = config.width, config.heads, config.kv_heads, config.head_size
@@ -75,7 +77,7 @@ class Attention(nnx.Module):
         layer: the layer's index in the cache, which gets its new keys and values. segments [B, T]:
         without a cache, positions of other segments are not seen.
         """
-        q, k, v = self.query(x), self.key(x), self.value(x)
+        q, k, v = self.same_inputs(x)
         if self.query_norm is not None and self.key_norm is not None:
             q, k = self.query_norm(q), self.key_norm(k)
         q, k = rope(q, positions, self.theta), rope(k, positions, self.theta)
@@ -91,8 +93,10 @@ class Attention(nnx.Module):
         return self.out(attention(q, k.astype(q.dtype), v.astype(q.dtype), mask[:, None])), cache
 
 
-class SwiGLU(nnx.Module):
+class SwiGLU(Fusing):
     """Feed-forward network down(silu(gate(x)) * up(x)), [..., D] -> [..., D] (arXiv 2002.05202)."""
+
+    same_input = ("gate", "up")
 
     def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
         d, f = config.width, config.hidden
@@ -102,7 +106,8 @@ class SwiGLU(nnx.Module):
         self.down = Linear(rngs, (f, d), ("hidden", "embed"), scale=residual_scale(config), **form)
 
     def __call__(self, x: Array) -> Array:
-        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+        gate, up = self.same_inputs(x)
+        return self.down(jax.nn.silu(gate) * up)
 
 
 class Block(nnx.Module):

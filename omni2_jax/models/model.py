@@ -18,7 +18,6 @@ from omni2_jax.models.adapter import Adapter
 from omni2_jax.models.decoder import Decoder
 from omni2_jax.models.flow.matching import Flow
 from omni2_jax.models.fusion import GateFusion
-from omni2_jax.models.layers import unstack
 from omni2_jax.models.speaker import Speaker
 from omni2_jax.models.speech_encoder import SpeechEncoder
 from omni2_jax.models.vocoder import build as build_vocoder
@@ -92,27 +91,6 @@ def part_dtype(part: str, language: jnp.dtype | type) -> jnp.dtype:
     The flow's solver and the vocoder's phase need float32.
     """
     return jnp.dtype(jnp.float32 if part in DECODER_PARTS else language)
-
-
-def for_serving(
-    graph: nnx.GraphDef, params: dict, unroll: bool | None = None
-) -> tuple[nnx.GraphDef, dict]:
-    """The form of a model to generate with.
-
-    unroll: the layers of both language models and the flow's stages as lists instead of stacked
-    arrays, so that they run one after the other instead of in a scan; None = on CPUs only. There it
-    is twice as fast (see `layers.unstack`), but slower to compile.
-    """
-    if not (jax.default_backend() == "cpu" if unroll is None else unroll):
-        return graph, params
-    model = nnx.merge(graph, params)
-    for decoder in (model.llm, model.speech_lm):
-        if decoder is not None:
-            decoder.layers = unstack(decoder.layers)
-    if model.flow is not None:
-        model.flow.estimator.middle = unstack(model.flow.estimator.middle)
-    graph, state = nnx.split(model)
-    return graph, nnx.to_pure_dict(state)
 
 
 @jax.tree_util.register_dataclass

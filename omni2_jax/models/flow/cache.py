@@ -6,7 +6,7 @@ B rows, T frames of the window, S places of the ring, N heads, H head size, C ch
 """
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Optional, TypeVar
 
 import jax
@@ -35,53 +35,85 @@ class RingKVCache:
 
     Key and value are side by side in one array, since a TPU pads the last axis to 128: keys of 64
     alone would take twice the space, or be kept in another order and copied in every call.
+
+    For blocks that run in a scan, all layers are one array; a slice of it would be copied for every
+    layer, which costs more than attention itself. So blocks that are unrolled have an array each,
+    with an axis of the passes over them (Euler steps).
     """
 
     axes: ClassVar = ("batch", "heads", None, None)  # logical axes of one layer
-    pairs: Array  # [L, B, N, S, 2H]
-    layer: Array | None = None  # [] the layer that `write` and `read` use; None between steps
+    pairs: Array | tuple[Array, ...]  # [L, B, N, S, 2H], or of each layer [passes, B, N, S, 2H]
+    # [] the layer that `write` and `read` use, or the pass; None between steps
+    index: Array | None = None
+    layer: int = field(default=0, metadata={"static": True})  # in the tuple
 
     @classmethod
     def empty(
-        cls, layers: int, batch: int, capacity: int, heads: int, head_size: int, dtype
+        cls,
+        layers: int,
+        passes: int,
+        shape: tuple[int, int, int, int],
+        dtype,
+        unrolled: bool = False,
     ) -> "RingKVCache":
-        """A cache of `capacity` frames."""
-        return cls(jnp.zeros((layers, batch, heads, capacity, 2 * head_size), dtype))
+        """A cache for `passes` passes over so many layers.
 
-    def at(self, layer: Array | None) -> "RingKVCache":
-        """The same cache, of which `write` and `read` use this layer."""
-        return dataclasses.replace(self, layer=layer)
+        shape: batch, heads, capacity in frames, head size.
+        """
+        *rows, head_size = shape
+        if not unrolled:
+            return cls(jnp.zeros((passes * layers, *rows, 2 * head_size), dtype))
+        return cls(tuple(jnp.zeros((passes, *rows, 2 * head_size), dtype) for _ in range(layers)))
+
+    def of_pass(self, number: Array, layers: int) -> "RingKVCache":
+        """The same cache, at the first of `layers` layers of a pass."""
+        stacked = not isinstance(self.pairs, tuple)
+        return dataclasses.replace(self, index=number * layers if stacked else number, layer=0)
+
+    def between_steps(self) -> "RingKVCache":
+        """The same cache, at no layer."""
+        return dataclasses.replace(self, index=None, layer=0)
 
     def next_layer(self) -> "RingKVCache":
         """The same cache at the layer after this one."""
-        assert self.layer is not None
-        return self.at(self.layer + 1)
+        assert self.index is not None
+        if isinstance(self.pairs, tuple):
+            return dataclasses.replace(self, layer=self.layer + 1)
+        return dataclasses.replace(self, index=self.index + 1)
+
+    @property
+    def array(self) -> Array:
+        """The array that holds the layer."""
+        return self.pairs[self.layer] if isinstance(self.pairs, tuple) else self.pairs
 
     def write(self, start: Array, k: Array, v: Array) -> "RingKVCache":
         """Put k and v [B, T, N, H] at places start[b], start[b] + 1, ...
 
         A row whose places would reach beyond S is not written at all.
         """
-        assert self.layer is not None
-        pairs = jnp.concatenate([k, v], -1).swapaxes(1, 2).astype(self.pairs.dtype)
-        indices = jnp.stack([jnp.full_like(start, self.layer), jnp.arange(len(start)), start], -1)
+        assert self.index is not None
+        pairs = jnp.concatenate([k, v], -1).swapaxes(1, 2).astype(self.array.dtype)
+        indices = jnp.stack([jnp.full_like(start, self.index), jnp.arange(len(start)), start], -1)
         # Scatter one contiguous window per row. A scatter frame by frame would force a layout with
         # heads behind time, which attention reads slowly.
         window = jax.lax.ScatterDimensionNumbers(
             (1, 2, 3), inserted_window_dims=(0, 1), scatter_dims_to_operand_dims=(0, 1, 3)
         )
         drop = jax.lax.GatherScatterMode.FILL_OR_DROP
-        pairs = jax.lax.scatter(self.pairs, indices, pairs, window, unique_indices=True, mode=drop)
-        return dataclasses.replace(self, pairs=pairs)
+        array = jax.lax.scatter(self.array, indices, pairs, window, unique_indices=True, mode=drop)
+        if not isinstance(self.pairs, tuple):
+            return dataclasses.replace(self, pairs=array)
+        before, after = self.pairs[: self.layer], self.pairs[self.layer + 1 :]
+        return dataclasses.replace(self, pairs=(*before, array, *after))
 
     def read(self, size: int, dtype) -> tuple[Array, Array]:
         """Keys and values of the first `size` places, each [B, N, size, H]."""
-        assert self.layer is not None
-        layer, (batch, heads, _, width) = self.layer, self.pairs.shape[1:]
+        assert self.index is not None
+        index, (batch, heads, _, width) = self.index, self.array.shape[1:]
 
         def half(first: int) -> Array:
-            start, shape = (layer, 0, 0, 0, first), (1, batch, heads, size, width // 2)
-            return jax.lax.dynamic_slice(self.pairs, start, shape)[0].astype(dtype)
+            start, shape = (index, 0, 0, 0, first), (1, batch, heads, size, width // 2)
+            return jax.lax.dynamic_slice(self.array, start, shape)[0].astype(dtype)
 
         return half(0), half(width // 2)
 

@@ -18,7 +18,7 @@ from omni2_jax.models.flow.attention import cached_attention, run_blocks
 from omni2_jax.models.flow.cache import ConvCache, Maybe, RingKVCache
 from omni2_jax.models.flow.conv import CausalConv, by_row
 from omni2_jax.models.flow.mask import Window
-from omni2_jax.models.layers import Conv1d, LayerNorm, Linear, param, stack
+from omni2_jax.models.layers import Conv1d, Fusing, LayerNorm, Linear, is_unrolled, param, stack
 
 Array = jax.Array
 
@@ -30,7 +30,7 @@ def sinusoids(index: Array, width: int) -> tuple[Array, Array]:
     return jnp.sin(angle), jnp.cos(angle)
 
 
-class RelativeAttention(nnx.Module):
+class RelativeAttention(Fusing):
     """Attention with Transformer-XL's relative positions.
 
     The score of a key at distance i - j is (q + v) . W r(i - j), where r is sinusoidal. By the
@@ -39,9 +39,12 @@ class RelativeAttention(nnx.Module):
     Reference: RelPositionMultiHeadedAttention.
     """
 
+    same_input, fused_axis = ("query", "key", "value"), -2
+
     def __init__(self, config: FlowConfig, rngs: nnx.Rngs):
         d, n = config.width, config.heads
         h = d // n
+        self.scale = h**-0.5
         self.query = Linear(rngs, (d, n, h), ("embed", "heads", "head"))
         self.key = Linear(rngs, (d, n, h), ("embed", "heads", "head"))
         self.value = Linear(rngs, (d, n, h), ("embed", "heads", "head"))
@@ -70,11 +73,11 @@ class RelativeAttention(nnx.Module):
         self, x: Array, window: Window, cache: Maybe[RingKVCache]
     ) -> tuple[Array, Maybe[RingKVCache]]:
         """x [B, T, D] -> ([B, T, D], cache)."""
-        q, scale = self.query(x), self.query.kernel.shape[-1] ** -0.5
-        content_q = (q + self.content_bias[...].astype(x.dtype)) * scale
-        position_q = (q + self.position_bias[...].astype(x.dtype)) * scale
+        q, k, v = self.same_inputs(x)
+        content_q = (q + self.content_bias[...].astype(x.dtype)) * self.scale
+        position_q = (q + self.position_bias[...].astype(x.dtype)) * self.scale
         bias = self.position_scores(position_q, window) + window.bias
-        y, cache = cached_attention(content_q, self.key(x), self.value(x), bias, window, cache)
+        y, cache = cached_attention(content_q, k, v, bias, window, cache)
         return self.out(y), cache
 
 
@@ -157,16 +160,16 @@ class Encoder(nnx.Module):
     def empty_cache(self, batch: int, capacity: int, dtype) -> EncoderCache:
         """A cache of `capacity` units for each of `batch` rows."""
         c = self.config
-        heads, head_size = c.heads, c.width // c.heads
 
-        def kv(layers: int, places: int) -> RingKVCache:
-            return RingKVCache.empty(layers, batch, places, heads, head_size, dtype)
+        def kv(blocks: nnx.Module, layers: int, places: int) -> RingKVCache:
+            shape = (batch, c.heads, places, c.width // c.heads)
+            return RingKVCache.empty(layers, 1, shape, dtype, is_unrolled(blocks))
 
         return EncoderCache(
             look_ahead=self.look_ahead.behind.empty_cache(batch, dtype),
             upsample=self.upsample.empty_cache(batch, dtype),
-            units=kv(c.layers, capacity),
-            frames=kv(c.up_layers, c.upsample * capacity),
+            units=kv(self.blocks, c.layers, capacity),
+            frames=kv(self.up_blocks, c.up_layers, c.upsample * capacity),
         )
 
     def __call__(
@@ -187,14 +190,15 @@ class Encoder(nnx.Module):
         x = self.embed(x) * units.valid[..., None]  # like the zeros that follow the last unit
         x, look_ahead = self.look_ahead(x, units, cache and cache.look_ahead)
         x, units = x[:, :num_units], units.first(num_units)
-        unit_kv = cache and cache.units.at(jnp.int32(0))
+        unit_kv = cache and cache.units.of_pass(jnp.int32(0), self.config.layers)
         x, unit_kv = run_blocks(self.blocks, x, units, unit_kv, remat)
         x = jnp.repeat(x, self.config.upsample, axis=1)
         x, upsample = self.upsample(x, frames, cache and cache.upsample)
         x = self.up_embed(x)
-        frame_kv = cache and cache.frames.at(jnp.int32(0))
+        frame_kv = cache and cache.frames.of_pass(jnp.int32(0), self.config.up_layers)
         x, frame_kv = run_blocks(self.up_blocks, x, frames, frame_kv, remat)
         x = self.norm(x)
         if cache is None:
             return x, cache
-        return x, EncoderCache(look_ahead, upsample, unit_kv.at(None), frame_kv.at(None))
+        unit_kv, frame_kv = unit_kv.between_steps(), frame_kv.between_steps()
+        return x, EncoderCache(look_ahead, upsample, unit_kv, frame_kv)

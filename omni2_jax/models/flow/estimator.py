@@ -21,7 +21,16 @@ from omni2_jax.models.flow.attention import cached_attention, run_blocks
 from omni2_jax.models.flow.cache import NO_CACHE, ConvCache, Maybe, RingKVCache
 from omni2_jax.models.flow.conv import CausalConv
 from omni2_jax.models.flow.mask import Window
-from omni2_jax.models.layers import Identity, LayerNorm, Linear, constant, scan, stack
+from omni2_jax.models.layers import (
+    Fusing,
+    Identity,
+    LayerNorm,
+    Linear,
+    constant,
+    is_unrolled,
+    scan,
+    stack,
+)
 
 Array = jax.Array
 
@@ -66,11 +75,14 @@ class ConvBlock(nnx.Module):
         return jax.nn.mish(self.norm(y)) * valid, cache
 
 
-class Attention(nnx.Module):
+class Attention(Fusing):
     """Multi-head self-attention without positions."""
+
+    same_input, fused_axis = ("query", "key", "value"), -2
 
     def __init__(self, config: FlowConfig, rngs: nnx.Rngs):
         c, n, h = config.channels, config.estimator_heads, config.estimator_head_size
+        self.scale = h**-0.5
         self.query = Linear(rngs, (c, n, h), ("embed", "heads", "head"), bias=False)
         self.key = Linear(rngs, (c, n, h), ("embed", "heads", "head"), bias=False)
         self.value = Linear(rngs, (c, n, h), ("embed", "heads", "head"), bias=False)
@@ -82,8 +94,8 @@ class Attention(nnx.Module):
         self, x: Array, window: Window, cache: Maybe[RingKVCache]
     ) -> tuple[Array, Maybe[RingKVCache]]:
         """x [B, T, C] -> ([B, T, C], cache)."""
-        q = self.query(x) * self.query.kernel.shape[-1] ** -0.5
-        y, cache = cached_attention(q, self.key(x), self.value(x), window.bias, window, cache)
+        q, k, v = self.same_inputs(x)
+        y, cache = cached_attention(q * self.scale, k, v, window.bias, window, cache)
         return self.out(y), cache
 
 
@@ -188,7 +200,7 @@ class EstimatorCache:
     """
 
     convs: EstimatorConvs
-    kv: RingKVCache  # the layers of step 0, then those of step 1, ...
+    kv: RingKVCache  # a pass over all layers for each step
 
 
 class Estimator(nnx.Module):
@@ -225,10 +237,11 @@ class Estimator(nnx.Module):
             up_conv=self.up_conv.empty_cache(batch, dtype),
             final=self.final.conv.empty_cache(batch, dtype),
         )
-        layers, heads, head_size = c.steps * self.layers, c.estimator_heads, c.estimator_head_size
+        shape = (batch, c.estimator_heads, capacity, c.estimator_head_size)
+        unrolled = is_unrolled(self.down.blocks)
         return EstimatorCache(
             convs=jax.tree.map(lambda leaf: jnp.zeros((c.steps, *leaf.shape), dtype), convs),
-            kv=RingKVCache.empty(layers, batch, capacity, heads, head_size, dtype),
+            kv=RingKVCache.empty(self.layers, c.steps, shape, dtype, unrolled),
         )
 
     def __call__(

@@ -133,20 +133,21 @@ class Flow(nnx.Module):
         conditions = jnp.concatenate([conditions, jnp.zeros_like(conditions)])
         both = jax.tree.map(lambda leaf: jnp.concatenate([leaf, leaf]), window)
         times = cosine(jnp.linspace(0.0, 1.0, config.steps + 1))
-        first_layers = jnp.arange(config.steps) * self.estimator.layers
 
         @jax.named_scope("euler_step")
         def step(carry, xs):
-            (x, kv), (t, dt, first_layer, convs) = carry, xs
-            step_cache = kv and EstimatorCache(convs, kv.at(first_layer))
+            (x, kv), (t, dt, number, convs) = carry, xs
+            kv = kv and kv.of_pass(number, self.estimator.layers)
+            step_cache = kv and EstimatorCache(convs, kv)
             twice = jnp.concatenate([x, x])
             velocity, step_cache = self.estimator(twice, conditions, t[None], both, step_cache)
             guided, free = jnp.split(velocity, 2)
             x = x + dt * ((1 + config.guidance) * guided - config.guidance * free)
-            return (x, step_cache and step_cache.kv.at(None)), step_cache and step_cache.convs
+            kv = step_cache and step_cache.kv.between_steps()
+            return (x, kv), step_cache and step_cache.convs
 
         convs, kv = (NO_CACHE, NO_CACHE) if cache is None else (cache.convs, cache.kv)
-        steps = times[:-1], jnp.diff(times), first_layers, convs
+        steps = times[:-1], jnp.diff(times), jnp.arange(config.steps), convs
         (mel, kv), convs = jax.lax.scan(step, (z, kv), steps)
         return mel, cache and EstimatorCache(convs, kv)
 

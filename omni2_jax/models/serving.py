@@ -1,0 +1,77 @@
+"""The form of a model to generate with: how its layers lie in memory, by kind of device.
+
+A loop over stacked layers slices the weights and the cache of each layer out of arrays of all
+layers. A CPU and XLA's GPU compiler copy every such slice before they use it, and a GPU launches a
+kernel for each; a TPU reads it where it lies. So CPUs and GPUs get each layer's parameters as
+arrays of their own, and run the layers one after the other, which is slower to compile. A GPU also
+gets matrices that have the same input as one, since each matmul is a launch, or several.
+benchmarks/AOT.md has the figures.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+
+import jax
+from flax import nnx
+
+from omni2_jax import sharding
+from omni2_jax.models.layers import Fusing, unstack
+from omni2_jax.models.model import Model
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a model lies in memory to generate with. Every form gives the same numbers."""
+
+    unrolled: bool = False  # the language models' layers and the flow's stages are listed
+    blocks: bool = False  # the flow's transformer blocks are listed, too
+    fused: bool = False  # matrices with the same input are one: queries, keys and values, ...
+
+
+STACKED = Form()
+FORMS = {"cpu": Form(unrolled=True), "gpu": Form(unrolled=True, blocks=True, fused=True)}
+
+
+def form_of(backend: str, mesh=None) -> Form:
+    """The form for a kind of device: "cpu", "gpu" or "tpu".
+
+    On a mesh whose `tensor` axis cuts matrices, those of queries, keys and values stay apart: one
+    matrix of all of them would be cut across their borders.
+    """
+    form = FORMS.get(backend, STACKED)
+    if mesh is not None and mesh.shape["tensor"] > 1:
+        return dataclasses.replace(form, fused=False)
+    return form
+
+
+def arrange(model: Model, form: Form) -> Model:
+    """Bring a model, as it was read from a checkpoint, into a form. It changes the model itself."""
+    decoders = [decoder for decoder in (model.llm, model.speech_lm) if decoder is not None]
+    flow = model.flow
+    if form.fused:
+        modules = [module for _, module in nnx.iter_modules(model)]
+        for module in modules:
+            if isinstance(module, Fusing):
+                module.fuse()
+    if form.unrolled:
+        for decoder in decoders:
+            decoder.layers = unstack(decoder.layers)
+        if flow is not None:
+            flow.estimator.middle = unstack(flow.estimator.middle)
+    if form.blocks and flow is not None:
+        flow.encoder.blocks = unstack(flow.encoder.blocks)
+        flow.encoder.up_blocks = unstack(flow.encoder.up_blocks)
+        for stage in (flow.estimator.down, *flow.estimator.middle, flow.estimator.up):
+            stage.blocks = unstack(stage.blocks)
+    return model
+
+
+def for_serving(
+    graph: nnx.GraphDef, params: dict, form: Form | None = None
+) -> tuple[nnx.GraphDef, dict]:
+    """The graph and parameters of a model in a form; None: that of this process's devices."""
+    form = form or form_of(jax.default_backend(), sharding.mesh_of(params))
+    if form == STACKED:
+        return graph, params
+    graph, state = nnx.split(arrange(nnx.merge(graph, params), form))
+    return graph, nnx.to_pure_dict(state)
