@@ -19,7 +19,7 @@ import dataclasses
 import json
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -68,6 +68,11 @@ class Job:
     parts: dict[str, least.Part]
     label: kernels.Label  # the part of an instruction
     keywords: dict[str, object] = field(default_factory=dict)
+    live: int = LIVE  # positions in the language models' caches
+
+    def events(self, text: str) -> Iterator[kernels.Event]:
+        """What its compiled program runs with so many live positions."""
+        return kernels.events(text, self.label, lambda name, _: least.iterations(name, self.live))
 
 
 def with_shardings(shapes: Any, shardings: Any) -> Any:
@@ -153,7 +158,7 @@ def streaming(
         work = sum(part.flops for part in roofline.step(config, params, engine_config).values())
         kinds["flow and vocoder"] = (state.flow, state.vocoder)
         parts = least.of_step(config, params, engine_config, live)
-        return Job(programs.step, (params, state), kinds, work, parts, least.label)
+        return Job(programs.step, (params, state), kinds, work, parts, least.label, live=live)
     piece = prompt(config, engine_config, mesh)
     work = roofline.decoder_pass(
         config.llm, params["llm"], 0, engine_config.prefill_size, engine_config.llm_capacity
@@ -207,7 +212,7 @@ def compiled(job: Job, mesh: Mesh, largest: int = 0) -> dict:
         figures["parts"] = traffic(text, job, mesh.size)
         figures["largest"] = [
             {"part": part, "instruction": what, "kernels": one.kernels, "bytes": one.bytes}
-            for part, what, one in kernels.largest(kernels.events(text, job.label), largest)
+            for part, what, one in kernels.largest(job.events(text), largest)
         ]
     return figures | {
         "arguments": memory.argument_size_in_bytes,
@@ -225,7 +230,7 @@ def traffic(text: str, job: Job, devices: int = 1) -> dict[str, dict]:
 
     The least of one of several devices is an even share.
     """
-    found = kernels.by_part(kernels.events(text, job.label))
+    found = kernels.by_part(job.events(text))
     rows = {}
     for name, part in job.parts.items():
         one = found.pop(name, kernels.Traffic())

@@ -3,10 +3,10 @@
 Every scheduled instruction is a kernel that reads its operands and writes its result; those that
 only name memory (NO_KERNEL) are none, and an asynchronous pair is one. Of an operand that a fusion
 only slices, the slices are read; where a fusion updates an array in place, the update is written. A
-loop runs as often as XLA knows, or else once; of the branches of a conditional the one that moves
-most runs, unless the caller chooses. The host waits for a number from the device at a conditional,
-and at each iteration of a loop whose iterations XLA does not know. Bytes are those of operands and
-results: what caches of the device save, and what a kernel reads twice, is not counted.
+loop runs as often as XLA knows, or else once, and of the branches of a conditional the one that
+moves most runs, unless the caller chooses. The host waits for a number from the device at a
+conditional, and at each iteration of a loop whose iterations XLA does not know. Bytes are those of
+operands and results: what caches of the device save, and what a kernel reads twice, is not counted.
 """
 
 import math
@@ -44,7 +44,9 @@ class Traffic:
 
 
 Label = Callable[[str], str | None]  # an instruction's op_name -> its part; None: its caller's
-Choice = Callable[[str, int], int | None]  # (op_name, branches) -> the branch; None: the costliest
+# (op_name, number of branches) -> the branch that a conditional runs, None: the costliest; for a
+# loop whose iterations XLA does not know, with 0 branches -> the iterations, None: 1.
+Choice = Callable[[str, int], int | None]
 
 
 @dataclass(frozen=True)
@@ -158,7 +160,7 @@ class Program:
                 yield from self.loop(one, own, times)
             elif one.op == "conditional":
                 yield from self.conditional(one, own, times)
-            elif one.op in ("call", "async-start"):
+            elif one.op in CALLS:
                 yield from self.run(one.called[0], own, times)
             elif one.op not in NO_KERNEL and not one.op.endswith(("-done", "-update")):
                 yield Event(own, one, Traffic(times, times * self.moved(known, one)))
@@ -195,9 +197,13 @@ class Program:
         trips, names = TRIPS.search(one.line), LOOP.search(one.line)
         assert names is not None
         if trips is None:
-            yield Event(part, one, Traffic(waits=times))
+            chosen = self.choose(one.op_name, 0)
+            iterations = 1 if chosen is None else chosen
+            yield Event(part, one, Traffic(waits=times * max(iterations, 1)))
+        else:
+            iterations = int(trips[1])
         for name in names.groups():
-            yield from self.run(name, part, times * int(trips[1] if trips else 1))
+            yield from self.run(name, part, times * iterations)
 
     def conditional(self, one: Instruction, part: str, times: int) -> Iterator[Event]:
         """The branch of a conditional that counts."""
@@ -269,8 +275,7 @@ def events(
 
     label: the part of an instruction by its op_name, the path of named scopes that it was traced
     in; None if it names none, then its part is that of the loop or conditional around it. choose:
-    the index of a conditional's branch that runs, by its op_name and the number of branches; None:
-    the one that moves most bytes.
+    what runs where data decide.
     """
     entry, lines = split(text)
     computations = {name: Computation.of(body) for name, body in lines.items()}

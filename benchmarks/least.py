@@ -19,6 +19,7 @@ B slots, R text tokens and W units of a step, w bytes of a number.
   written once. Activations are not counted: what of them is kept is a matter of memory.
 """
 
+import re
 from dataclasses import dataclass
 
 import jax.numpy as jnp
@@ -47,6 +48,16 @@ def label(op_name: str) -> str | None:
         return None
     nested = scopes[-1] == "sampling" or scopes[0].startswith("flow_")
     return "/".join(scopes[-2:] if nested else scopes[-1:])
+
+
+def iterations(op_name: str, live: int) -> int | None:
+    """How often a loop runs in a step with so many live positions: once or not at all.
+
+    The positions that it is for are in the name of its scope (`kv_cache.over_live`); None if it is
+    another loop or a conditional.
+    """
+    match = re.search(r"/live_(\d+)_to_(\d+)/while$", op_name)
+    return None if match is None else int(int(match[1]) <= live <= int(match[2]))
 
 
 def training_label(op_name: str) -> str | None:

@@ -192,3 +192,20 @@ def test_round_trip_is_bit_equal(params, tmp_path):
     back = torch_file(tmp_path / "hift.pt")
     assert set(back) == set(plain_names(torch_file(DECODER / "hift.pt")))
     assert jax.tree.all(jax.tree.map(np.array_equal, hift_params(back), params))
+
+
+def test_pitch_and_source_are_in_true_float32(hift):
+    """Every product of the F0 predictor and of the source is one of highest precision."""
+    mel = jnp.zeros((1, 6, TINY.mels))
+    noise = jnp.zeros((1, 6 * TINY.samples_per_frame, TINY.harmonics + 1))
+
+    def source(mel):
+        f0 = hift.f0(mel, jnp.array([6]))
+        return hift.source(f0, jnp.zeros((1, TINY.harmonics + 1)), noise)
+
+    text = jax.jit(source).lower(mel).as_text()
+    products = [
+        line for line in text.splitlines() if "convolution(" in line or "dot_general" in line
+    ]
+    assert len(products) == hift.f0.layers + 1
+    assert all("HIGHEST" in line for line in products)

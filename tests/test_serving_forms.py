@@ -1,6 +1,4 @@
-"""Other forms of the tiny release: stacked layers, as GPUs and TPUs serve them, and an encoder with
-80 mel bins.
-"""
+"""Other forms of the tiny release: those of GPUs and TPUs, and an encoder with 80 mel bins."""
 
 import dataclasses
 from pathlib import Path
@@ -15,7 +13,8 @@ from omni2_jax.audio import features, recordings
 from omni2_jax.configs import stage1a
 from omni2_jax.convert import read, write
 from omni2_jax.generate.omni2 import Omni2
-from omni2_jax.models.serving import STACKED
+from omni2_jax.models import kv_cache
+from omni2_jax.models.serving import form_of
 from omni2_jax.train.loop import Run
 from omni2_jax.train.settings import Bucket
 from tests.support.compare import assert_wav
@@ -24,26 +23,33 @@ from tests.support.paths import GOLDENS
 
 
 @pytest.mark.slow
-def test_stacked_layers_answer_like_unrolled_ones(checkpoint_dir, engine, model):
-    """Layers scanned with a cache: the same tokens and units, of two conversations at once, one of
-    two turns.
-    """
-    stacked = Omni2.load(checkpoint_dir, dtype=jnp.float32, form=STACKED)
-    gate = stacked.params["llm"]["layers"]["mlp"]["gate"]["kernel"]
-    assert gate.shape == (2, 64, 128)
+@pytest.mark.parametrize("backend", ["tpu", "gpu"])
+def test_every_form_answers_like_the_one_for_cpus(
+    checkpoint_dir, engine, model, backend, monkeypatch
+):
+    """The same tokens and units, of two conversations at once."""
+    # As with many slots: the caches are read up to one of two sizes.
+    monkeypatch.setattr(kv_cache, "FEW_ROWS", 2)
+    monkeypatch.setattr(kv_cache, "EIGHTHS", (3, 8))
+    other = Omni2.load(checkpoint_dir, dtype=jnp.float32, form=form_of(backend))
+    attention = other.params["llm"]["layers"]
+    if backend == "tpu":  # layers scanned with a cache
+        assert attention["mlp"]["gate"]["kernel"].shape == (2, 64, 128)
+    else:  # each layer with a cache, and matrices of its own, of which some are joined
+        assert attention[0]["mlp"]["fused"]["kernel"].shape == (64, 2 * 128)
     assert set(model.params["llm"]["layers"]) == {0, 1}  # the CPU's default is unrolled
-    stacked_engine = stacked.engine(GREEDY, 1000, slots=2)
+    other_engine = other.engine(GREEDY, 1000, slots=2)
     streams = [
         [submit(e, m, name, **SHORT) for name in "AB"]
-        for e, m in ((engine, model), (stacked_engine, stacked))
+        for e, m in ((engine, model), (other_engine, other))
     ]
-    for unrolled, scanned in zip(*streams, strict=True):
-        expected, answer = Said.by(unrolled), Said.by(scanned)
+    for usual, unusual in zip(*streams, strict=True):
+        expected, answer = Said.by(usual), Said.by(unusual)
         assert (answer.text, answer.speech) == (expected.text, expected.speech)
         assert expected.text and expected.speech and expected.samples.size
         assert_wav(answer.samples, expected.samples, 2e-2, 1e-3)
     # The shared engine may have compiled more, for other tests.
-    assert stacked_engine.compilations() <= engine.compilations()
+    assert other_engine.compilations() <= engine.compilations()
 
 
 @pytest.fixture(scope="module")

@@ -101,11 +101,11 @@ class Programs:
     ) -> "Programs":
         """The programs for parameters on a mesh, which may be abstract (jax.ShapeDtypeStruct)."""
         dtype, mesh = language_dtype(params), sharding.mesh_of(params)
+        listed = nnx.merge(graph, params).listed_caches
 
         def empty_prefix() -> ReadWriteState:
-            return ReadWriteState.empty(
-                config, 1, engine_config.llm_capacity, engine_config.speech_capacity, dtype
-            )
+            capacities = engine_config.llm_capacity, engine_config.speech_capacity
+            return ReadWriteState.empty(config, 1, *capacities, dtype, listed)
 
         def empty_state(params: dict) -> DecodeState:
             return DecodeState.empty(nnx.merge(graph, params), engine_config, dtype)

@@ -9,6 +9,7 @@ D LLM width, V vocabulary of the LLM, U units.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import jax
@@ -25,6 +26,7 @@ from omni2_jax.generate.read_write_state import (
 )
 from omni2_jax.generate.sampling import Sampling, penalize, sample
 from omni2_jax.models.decoder import products
+from omni2_jax.models.kv_cache import over_live
 from omni2_jax.models.model import Model
 from omni2_jax.sharding import constrain
 
@@ -102,28 +104,33 @@ def read(model: Model, state: ReadWriteState) -> tuple[ReadWriteState, Array, Ar
         return (i < size) & jnp.any(reading)
 
     @jax.named_scope("text_token")
-    def body(carry):
+    def body(live: int, carry):
         i, state, tokens, hiddens, reading = carry
         hiddens = hiddens.at[:, i].set(state.hidden)
-        state, token, reading = read_token(model, state, reading)
+        state, token, reading = read_token(model, state, reading, live)
         return i + 1, state, tokens.at[:, i].set(token), hiddens, reading
 
     reading = state.phase == READING
     tokens = jnp.full((reading.size, size), -1, jnp.int32)
     hiddens = jnp.zeros((reading.size, size, state.hidden.shape[-1]), state.hidden.dtype)
-    _, state, tokens, hiddens, reading = jax.lax.while_loop(
-        condition, body, (0, state, tokens, hiddens, reading)
-    )
+
+    def run(live: int, carry):
+        return jax.lax.while_loop(condition, functools.partial(body, live), carry)
+
+    longest = jnp.max(jnp.where(reading, state.llm_length, 0)) + size
+    carry = (jnp.int32(0), state, tokens, hiddens, reading)
+    _, state, tokens, hiddens, reading = over_live(state.llm, longest, run, carry)
     ended = (state.phase == READING) & ~reading
     state = dataclasses.replace(state, phase=jnp.where(ended, FLUSHING, state.phase))
     return state, tokens, hiddens, ended
 
 
 def read_token(
-    model: Model, state: ReadWriteState, reading: Array
+    model: Model, state: ReadWriteState, reading: Array, live: int
 ) -> tuple[ReadWriteState, Array, Array]:
     """Generate one text token in every slot where `reading` [B] -> (state, token [B], reading).
 
+    live: how many positions of the LLM's cache are read.
     A token that the request forces takes the place of the sampled one; nothing else differs.
     Afterwards `reading` is False where the token ended the text or the logits were not finite.
     """
@@ -144,7 +151,7 @@ def read_token(
     # The end token is fed too: it belongs to the history that the next turn continues.
     positions = jnp.where(reading, state.llm_length, -1)
     embedding = model.llm.embed(token).astype(state.hidden.dtype)
-    hidden, llm = model.llm(embedding[:, None], positions[:, None], state.llm)
+    hidden, llm = model.llm(embedding[:, None], positions[:, None], state.llm, live=live)
     state = dataclasses.replace(
         state,
         phase=jnp.where(failed, FAILED, state.phase),
@@ -186,22 +193,35 @@ def write(
     valid = jnp.concatenate([has_last, text_tokens >= 0, ended[:, None]], axis=1)
     valid &= active[:, None]
     positions = jnp.where(valid, state.speech_length[:, None] + jnp.cumsum(valid, axis=1) - 1, -1)
-    hidden, cache = model.speech_lm(rows, positions, state.speech)
     last_row = jnp.argmax(positions, axis=1)
-    hidden = jnp.take_along_axis(hidden, last_row[:, None, None], axis=1)[:, 0]
-    state = dataclasses.replace(
-        state, speech=cache, speech_length=state.speech_length + valid.sum(1)
-    )
-    return write_units(model, state, hidden, active, units_only)
+
+    def run(live: int, carry: tuple[ReadWriteState, Array]) -> tuple[ReadWriteState, Array]:
+        state, _ = carry
+        hidden, cache = model.speech_lm(rows, positions, state.speech, live=live)
+        hidden = jnp.take_along_axis(hidden, last_row[:, None, None], axis=1)[:, 0]
+        fed = dataclasses.replace(
+            state, speech=cache, speech_length=state.speech_length + valid.sum(1)
+        )
+        return write_units(model, fed, hidden, active, units_only, live)
+
+    longest = jnp.max(jnp.where(active, state.speech_length, 0)) + rows.shape[1] + config.write
+    tokens = jnp.full((active.size, config.write), -1, jnp.int32)
+    return over_live(state.speech, longest, run, (state, tokens))
 
 
 def write_units(
-    model: Model, state: ReadWriteState, hidden: Array, active: Array, units_only: bool
+    model: Model,
+    state: ReadWriteState,
+    hidden: Array,
+    active: Array,
+    units_only: bool,
+    live: int | None = None,
 ) -> tuple[ReadWriteState, Array]:
     """Generate up to W speech tokens in the slots that are `active` [B] -> (state, tokens [B, W]).
 
     hidden: [B, D], which the first token is sampled from. The last token is not fed to the speech
-    LM here: the next write feeds it before its rows.
+    LM here: the next write feeds it before its rows. live: how many positions of its cache are
+    read, all by default.
     """
     size = model.config.write
     sample_token = make_sampler(model, units_only)
@@ -220,7 +240,8 @@ def write_units(
         i, state, tokens, alive = carry
         embedding = model.speech_lm.embed(state.last_speech_token).astype(hidden.dtype)
         positions = jnp.where(alive, state.speech_length, -1)
-        y, cache = model.speech_lm(embedding[:, None], positions[:, None], state.speech)
+        inputs = embedding[:, None], positions[:, None]
+        y, cache = model.speech_lm(*inputs, state.speech, live=live)
         state = dataclasses.replace(state, speech=cache, speech_length=state.speech_length + alive)
         state, tokens, alive = append(i, state, y[:, 0], tokens, alive)
         return i + 1, state, tokens, alive

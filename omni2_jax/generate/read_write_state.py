@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from omni2_jax.config import DecoderConfig, Omni2Config
 from omni2_jax.generate.options import Options
 from omni2_jax.generate.sampling import Sampling
-from omni2_jax.models.kv_cache import KVCache
+from omni2_jax.models.kv_cache import Cache, empty_cache
 
 Array = jax.Array
 
@@ -100,12 +100,12 @@ class ReadWriteState:
     """
 
     phase: Array  # [B] IDLE, READING, FLUSHING or FAILED
-    llm: KVCache
+    llm: Cache
     llm_length: Array  # [B] positions written to the LLM's cache
     hidden: Array  # [B, D] the LLM's last hidden state: the next text token is sampled from it
     generated_mask: Array  # [B, V] text tokens of this turn, for the repetition penalty
     text_count: Array  # [B] text tokens of this turn
-    speech: KVCache
+    speech: Cache
     speech_length: Array  # [B] positions written to the speech LM's cache
     last_speech_token: Array  # [B] the last one, which is not in the cache yet; -1 = none
     flush_count: Array  # [B] speech tokens since the end of the text
@@ -119,23 +119,27 @@ class ReadWriteState:
         llm_capacity: int,
         speech_capacity: int,
         dtype: jnp.dtype | type = jnp.float32,
+        listed: bool = False,
     ) -> "ReadWriteState":
-        """`slots` idle slots. The capacities are positions of the two KV caches, in `dtype`."""
+        """`slots` idle slots. The capacities are positions of the two KV caches, in `dtype`.
+
+        listed: whether each layer has a cache of its own (`kv_cache.ListedKVCache`).
+        """
 
         def zeros() -> Array:  # a buffer for each field: a buffer cannot be donated twice
             return jnp.zeros(slots, jnp.int32)
 
         return cls(
             phase=zeros(),
-            llm=KVCache.empty(config.llm, slots, llm_capacity, dtype),
+            llm=empty_cache(config.llm, slots, llm_capacity, dtype, listed),
             llm_length=zeros(),
             hidden=jnp.zeros((slots, config.llm.width), dtype),
             generated_mask=jnp.zeros((slots, config.llm.vocabulary), bool),
             text_count=zeros(),
             speech=(
-                KVCache.empty(config.speech_lm, slots, speech_capacity, dtype)
+                empty_cache(config.speech_lm, slots, speech_capacity, dtype, listed)
                 if config.speech_lm
-                else KVCache.empty(NO_SPEECH_LM, slots, 1, dtype)
+                else empty_cache(NO_SPEECH_LM, slots, 1, dtype, listed)
             ),
             speech_length=zeros(),
             last_speech_token=zeros() - 1,
@@ -166,14 +170,14 @@ class ReadWriteState:
 def map_slots(function: Callable[..., Array], *states: ReadWriteState) -> ReadWriteState:
     """Map `function(slot axis, *arrays)` over the arrays of states.
 
-    The slot axis is the first one, but for the KV caches [L, B, S, K, H], where it is the second.
+    The slot axis is the first one, but for KV caches of all layers at once.
     """
 
-    def map_node(node: KVCache | Array, *others: KVCache | Array):
-        axis = 1 if isinstance(node, KVCache) else 0
+    def map_node(node: Cache | Array, *others: Cache | Array):
+        axis = getattr(node, "slot_axis", 0)
         return jax.tree.map(lambda *arrays: function(axis, *arrays), node, *others)
 
-    return jax.tree.map(map_node, *states, is_leaf=lambda node: isinstance(node, KVCache))
+    return jax.tree.map(map_node, *states, is_leaf=lambda node: isinstance(node, Cache))
 
 
 @jax.tree_util.register_dataclass

@@ -55,7 +55,12 @@ class DecodeState:
         """All slots idle; the KV caches of the two language models in `dtype`."""
         config, slots = model.config, engine_config.slots
         language = ReadWriteState.empty(
-            config, slots, engine_config.llm_capacity, engine_config.speech_capacity, dtype
+            config,
+            slots,
+            engine_config.llm_capacity,
+            engine_config.speech_capacity,
+            dtype,
+            model.listed_caches,
         )
         flow = vocoder = None
         if model.flow is not None:

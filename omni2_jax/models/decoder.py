@@ -11,10 +11,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from omni2_jax.config import DecoderConfig
-from omni2_jax.models.kv_cache import KVCache
+from omni2_jax.models.kv_cache import Cache
 from omni2_jax.models.layers import Embedding, Fusing, Linear, RMSNorm, attention, scan, stack
 from omni2_jax.sharding import constrain
 
@@ -69,13 +70,14 @@ class Attention(Fusing):
         x: Array,
         positions: Array,
         layer: Array,
-        cache: KVCache | None,
+        cache: Cache | None,
         segments: Array | None = None,
-    ) -> tuple[Array, KVCache | None]:
+        live: int | None = None,
+    ) -> tuple[Array, Cache | None]:
         """x [B, T, D] at positions [B, T] -> [B, T, D] and the cache.
 
         layer: the layer's index in the cache, which gets its new keys and values. segments [B, T]:
-        without a cache, positions of other segments are not seen.
+        without a cache, positions of other segments are not seen. live: see `Decoder`.
         """
         q, k, v = self.same_inputs(x)
         if self.query_norm is not None and self.key_norm is not None:
@@ -87,10 +89,8 @@ class Attention(Fusing):
                 mask = (segments[:, :, None] == segments[:, None, :])[:, None]
             return self.out(attention(q, k, v, mask, causal=True)), None
         cache = cache.write(layer, positions, k, v)
-        k, v = cache.read(layer)
-        key_positions = jnp.arange(cache.capacity)[None, None, :]
-        mask = key_positions <= positions[:, :, None]  # [B, T, S]
-        return self.out(attention(q, k.astype(q.dtype), v.astype(q.dtype), mask[:, None])), cache
+        size = cache.capacity if live is None else live
+        return self.out(cache.attend(layer, q, positions, size)), cache
 
 
 class SwiGLU(Fusing):
@@ -124,10 +124,11 @@ class Block(nnx.Module):
         x: Array,
         positions: Array,
         layer: Array,
-        cache: KVCache | None,
+        cache: Cache | None,
         segments: Array | None = None,
-    ) -> tuple[Array, KVCache | None]:
-        y, cache = self.attention(self.attention_norm(x), positions, layer, cache, segments)
+        live: int | None = None,
+    ) -> tuple[Array, Cache | None]:
+        y, cache = self.attention(self.attention_norm(x), positions, layer, cache, segments, live)
         x = x + y
         return x + self.mlp(self.mlp_norm(x)), cache
 
@@ -152,10 +153,11 @@ class Decoder(nnx.Module):
         self,
         x: Array,
         positions: Array,
-        cache: KVCache | None = None,
+        cache: Cache | None = None,
         remat: str = "none",
         segments: Array | None = None,
-    ) -> tuple[Array, KVCache | None]:
+        live: int | None = None,
+    ) -> tuple[Array, Cache | None]:
         """Embeddings x [B, T, D] at positions [B, T] -> hidden states [B, T, D], and the cache.
 
         Without a cache each row has the positions 0, 1, 2 ... and padding (-1) only after them.
@@ -164,14 +166,15 @@ class Decoder(nnx.Module):
         those after the last norm.
         remat: what training keeps of a layer, see `layers.scan`. segments [B, T]: for rows without
         a cache that hold several texts one after the other, the number of the text of each
-        position; a text sees itself alone.
+        position; a text sees itself alone. live: how many positions of the cache are read, all by
+        default; those of every query must be among them.
         """
 
         def block(layer: Block, carry: tuple, index: Array) -> tuple[tuple, None]:
-            x, cache = layer(carry[0], positions, index, carry[1], segments)
+            x, cache = layer(carry[0], positions, index, carry[1], segments, live)
             return (constrain(x, "batch", None, None), cache), None
 
-        (x, cache), _ = scan(self.layers, block, (x, cache), jnp.arange(self.config.layers), remat)
+        (x, cache), _ = scan(self.layers, block, (x, cache), np.arange(self.config.layers), remat)
         return self.norm(x), cache
 
     def logits(self, hidden: Array) -> Array:

@@ -1,30 +1,44 @@
-"""Keys and values of a decoder for all layers at once.
+"""Keys and values of a decoder.
 
-L layers, B batch, S cache time, K kv heads, H head size.
+L layers, B batch, T query time, S cache time, N heads, K kv heads, H head size.
 
 A row's positions begin at 0 without gaps, so position p lies at index p of S and a query at p
 attends to indices 0 to p: rows of different lengths need no padding on the left, and the length of
 a row is all that has to be known of it.
+
+There are two forms, for layers that run in a scan and for layers that are listed
+(`models.serving`). Both are pytrees with the same methods; `empty_cache` makes the right one.
 """
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 
 from omni2_jax.config import DecoderConfig
+from omni2_jax.models.layers import attention
 from omni2_jax.sharding import constrain
+
+Array = jax.Array
+
+# Attention reads so many eighths of a cache at most, the fewest that hold what is live: each size
+# is a program of its own.
+EIGHTHS = (2, 3, 4, 6, 8)
+FEW_ROWS = 8  # with fewer rows, the cache is small beside the weights, and one size is enough
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class KVCache:
-    """keys, values: [L, B, S, K, H]."""
+    """keys, values: [L, B, S, K, H], of all layers at once."""
 
     axes: ClassVar = ("batch", None, "kv_heads", None)  # of each layer; see `sharding.of_state`
-    keys: jax.Array
-    values: jax.Array
+    slot_axis: ClassVar = 1
+    keys: Array
+    values: Array
 
     @classmethod
     def empty(
@@ -39,9 +53,12 @@ class KVCache:
         """Positions that fit into a row: S."""
         return self.keys.shape[2]
 
-    def write(
-        self, layer: jax.Array, positions: jax.Array, keys: jax.Array, values: jax.Array
-    ) -> "KVCache":
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """How many positions `attend` may read, ascending."""
+        return (self.capacity,)
+
+    def write(self, layer: Array, positions: Array, keys: Array, values: Array) -> "KVCache":
         """The cache with keys and values [B, T, K, H] of one layer at positions [B, T].
 
         Those at negative positions (padding) and beyond the capacity are dropped.
@@ -49,7 +66,7 @@ class KVCache:
         rows = jnp.arange(positions.shape[0])[:, None]
         indices = jnp.where(positions < 0, self.capacity, positions)  # out of bounds, so dropped
 
-        def put(old: jax.Array, new: jax.Array) -> jax.Array:
+        def put(old: Array, new: Array) -> Array:
             written = old.at[layer, rows, indices].set(new.astype(old.dtype), mode="drop")
             # Without it XLA shards kv heads that every device holds whole, and gathers the cache in
             # every call.
@@ -57,6 +74,113 @@ class KVCache:
 
         return KVCache(put(self.keys, keys), put(self.values, values))
 
-    def read(self, layer: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Keys and values [B, S, K, H] of one layer."""
-        return self.keys[layer], self.values[layer]
+    def attend(self, layer: Array, q: Array, positions: Array, size: int) -> Array:
+        """Queries [B, T, N, H] at positions [B, T] over the first `size` positions of a layer."""
+        keys, values = (
+            cached[layer][:, :size].astype(q.dtype) for cached in (self.keys, self.values)
+        )
+        return attention(q, keys, values, visible(positions, size)[:, None])
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class ListedKVCache:
+    """keys, values: [B, K, S, H] of every layer, so that no layer has to be copied out of an array.
+
+    Heads come before time, since attention reads them one by one; in another order XLA transposes
+    the whole cache before and after every loop.
+    """
+
+    axes: ClassVar = ("batch", "kv_heads", None, None)
+    slot_axis: ClassVar = 0
+    keys: tuple[Array, ...]
+    values: tuple[Array, ...]
+
+    @classmethod
+    def empty(
+        cls, config: DecoderConfig, batch: int, capacity: int, dtype: jnp.dtype | type = jnp.float32
+    ) -> "ListedKVCache":
+        """A cache of zeros for `batch` rows of up to `capacity` positions."""
+        shape = (batch, config.kv_heads, capacity, config.head_size)
+
+        def zeros() -> tuple[Array, ...]:
+            return tuple(jnp.zeros(shape, dtype) for _ in range(config.layers))
+
+        return cls(zeros(), zeros())
+
+    @property
+    def capacity(self) -> int:
+        """Positions that fit into a row: S."""
+        return self.keys[0].shape[2]
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """How many positions `attend` may read, ascending."""
+        if len(self.keys[0]) < FEW_ROWS:
+            return (self.capacity,)
+        return tuple(-(-self.capacity * part // EIGHTHS[-1]) for part in EIGHTHS)
+
+    def write(self, layer: int, positions: Array, keys: Array, values: Array) -> "ListedKVCache":
+        """The cache with keys and values [B, T, K, H] of one layer; see `KVCache.write`."""
+        rows = jnp.arange(positions.shape[0])[:, None]
+        indices = jnp.where(positions < 0, self.capacity, positions)
+
+        def put(old: tuple[Array, ...], new: Array) -> tuple[Array, ...]:
+            new = new.astype(old[layer].dtype)
+            written = old[layer].at[rows, :, indices].set(new, mode="drop")
+            return (*old[:layer], constrain(written, *self.axes), *old[layer + 1 :])
+
+        return ListedKVCache(put(self.keys, keys), put(self.values, values))
+
+    def attend(self, layer: int, q: Array, positions: Array, size: int) -> Array:
+        """Queries [B, T, N, H] at positions [B, T] over the first `size` positions of a layer."""
+        keys, values = (
+            cached[layer][:, :, :size].astype(q.dtype) for cached in (self.keys, self.values)
+        )
+        grouped = q.reshape(*q.shape[:2], keys.shape[1], -1, q.shape[-1])
+        scores = jnp.einsum("BTKGH,BKSH->BKGTS", grouped, keys, preferred_element_type=jnp.float32)
+        mask = visible(positions, size)[:, None, None]
+        scores = jnp.where(mask, scores * q.shape[-1] ** -0.5, MASKED)
+        weights = jax.nn.softmax(scores, -1).astype(q.dtype)
+        return jnp.einsum("BKGTS,BKSH->BTKGH", weights, values).reshape(q.shape)
+
+
+MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)  # as in jax.nn.dot_product_attention
+Cache = KVCache | ListedKVCache
+
+
+def visible(positions: Array, size: int) -> Array:
+    """Whether a query at positions [B, T] attends to each of the first `size`, [B, T, size]."""
+    return jnp.arange(size)[None, None, :] <= positions[:, :, None]
+
+
+def empty_cache(
+    config: DecoderConfig,
+    batch: int,
+    capacity: int,
+    dtype: jnp.dtype | type = jnp.float32,
+    listed: bool = False,
+) -> Cache:
+    """A cache of zeros for `batch` rows of up to `capacity` positions, of listed layers or not."""
+    kind = ListedKVCache if listed else KVCache
+    return kind.empty(config, batch, capacity, dtype)
+
+
+def over_live(cache: Cache, longest: Array, run: Callable[[int, Any], Any], carry: Any) -> Any:
+    """`run(size, carry)` with the smallest of the cache's sizes that holds `longest` [] positions.
+
+    run: a function to a new carry of the same shapes. There is a loop of one or no iteration for
+    each size: unlike a conditional, it updates a cache in place. The sizes are in the names of the
+    scopes, where benchmarks.aot reads them.
+    """
+    sizes = cache.sizes
+    if len(sizes) == 1:
+        return run(sizes[0], carry)
+    smallest = jnp.sum(longest > jnp.array(sizes[:-1]))
+    for index, size in enumerate(sizes):
+        below = (0, *sizes)[index]
+        with jax.named_scope(f"live_{below + 1}_to_{size}"):
+            iterations = (smallest == index).astype(jnp.int32)
+            body = functools.partial(run, size)
+            carry = jax.lax.fori_loop(0, iterations, lambda _, carry, body=body: body(carry), carry)
+    return carry

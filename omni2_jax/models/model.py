@@ -56,6 +56,8 @@ class Model(nnx.Module):
         self.vocoder = c.vocoder and build_vocoder(c.vocoder, rngs)
         self.speaker = c.speaker and Speaker(c.speaker, rngs)
 
+        self.listed_caches = False  # whether each layer of the language models has its own cache
+
     def encode_speech(self, mel: Array) -> Array:
         """Log-mel of segments [B, 2T, M] -> speech features [B, F, D]: 300 of 30 s."""
         return self.adapter(self.speech_encoder(mel))

@@ -25,11 +25,15 @@ class Form:
 
     unrolled: bool = False  # the language models' layers and the flow's stages are listed
     blocks: bool = False  # the flow's transformer blocks are listed, too
+    listed_caches: bool = False  # each layer of the language models has a cache of its own
     fused: bool = False  # matrices with the same input are one: queries, keys and values, ...
 
 
 STACKED = Form()
-FORMS = {"cpu": Form(unrolled=True), "gpu": Form(unrolled=True, blocks=True, fused=True)}
+FORMS = {
+    "cpu": Form(unrolled=True),
+    "gpu": Form(unrolled=True, blocks=True, listed_caches=True, fused=True),
+}
 
 
 def form_of(backend: str, mesh=None) -> Form:
@@ -53,6 +57,7 @@ def arrange(model: Model, form: Form) -> Model:
         for module in modules:
             if isinstance(module, Fusing):
                 module.fuse()
+    model.listed_caches = form.listed_caches
     if form.unrolled:
         for decoder in decoders:
             decoder.layers = unstack(decoder.layers)

@@ -28,7 +28,7 @@ NO_CACHE: Any = None  # for whole utterances
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class RingKVCache:
-    """Keys and values of the last S frames, for all layers at once.
+    """Keys and values of the last S frames, for all layers.
 
     The places 0 to S - 1 form a ring: new frames overwrite the oldest ones. The caller chooses the
     place of each frame (Window.ring_start) and knows which frame is where (FlowState.cached_units).
@@ -36,15 +36,14 @@ class RingKVCache:
     Key and value are side by side in one array, since a TPU pads the last axis to 128: keys of 64
     alone would take twice the space, or be kept in another order and copied in every call.
 
-    For blocks that run in a scan, all layers are one array; a slice of it would be copied for every
-    layer, which costs more than attention itself. So blocks that are unrolled have an array each,
-    with an axis of the passes over them (Euler steps).
+    Blocks that run in a scan have one array for all layers and passes over them (Euler steps), one
+    pass after the other. Blocks that are listed have an array each, which holds all passes.
     """
 
     axes: ClassVar = ("batch", "heads", None, None)  # logical axes of one layer
-    pairs: Array | tuple[Array, ...]  # [L, B, N, S, 2H], or of each layer [passes, B, N, S, 2H]
-    # [] the layer that `write` and `read` use, or the pass; None between steps
-    index: Array | None = None
+    # [passes x L, B, N, S, 2H], or of each layer [passes, B, N, S, 2H]
+    pairs: Array | tuple[Array, ...]
+    index: Array | None = None  # [] along the first axis; None between steps
     layer: int = field(default=0, metadata={"static": True})  # in the tuple
 
     @classmethod

@@ -225,7 +225,13 @@ class F0Predictor(nnx.Module):
         self.head = Linear(rngs, (config.f0_channels, 1), (None, None), scale=F0_SCALE)
         self.head.bias = constant((1,), (None,), F0_BIAS)
 
+    @jax.default_matmul_precision("highest")
     def __call__(self, mel: Array, frames: Array) -> Array:
+        """mel [B, F, M] of `frames` [B] frames -> Hz, [B, F].
+
+        In true float32 on every device: GPUs multiply float32 numbers in TF32 and TPUs in bfloat16
+        unless told otherwise, and the source adds the errors of all frames up.
+        """
         x = mel
         for conv in self.convs:
             x = jax.nn.elu(conv(trim(x, frames)))
@@ -269,6 +275,7 @@ class Hift(nnx.Module):
             lambda a, b: (a + b) % 1, f0 % frame_rate / frame_rate, axis=1
         )
 
+    @jax.default_matmul_precision("highest")
     def source(self, f0: Array, phase: Array, noise: Array) -> Array:
         """f0 [B, F] in Hz -> excitation [B, T], T = F * samples_per_frame.
 
