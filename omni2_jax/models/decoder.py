@@ -69,15 +69,16 @@ class Attention(Fusing):
         self,
         x: Array,
         positions: Array,
-        layer: Array,
+        layer: Any,
         cache: Cache | None,
         segments: Array | None = None,
         live: int | None = None,
     ) -> tuple[Array, Cache | None]:
         """x [B, T, D] at positions [B, T] -> [B, T, D] and the cache.
 
-        layer: the layer's index in the cache, which gets its new keys and values. segments [B, T]:
-        without a cache, positions of other segments are not seen. live: see `Decoder`.
+        layer: the layer's index in the cache, which gets its new keys and values; an int where
+        layers are listed. segments [B, T]: without a cache, positions of other segments are not
+        seen. live: see `Decoder`.
         """
         q, k, v = self.same_inputs(x)
         if self.query_norm is not None and self.key_norm is not None:
@@ -123,7 +124,7 @@ class Block(nnx.Module):
         self,
         x: Array,
         positions: Array,
-        layer: Array,
+        layer: Any,
         cache: Cache | None,
         segments: Array | None = None,
         live: int | None = None,

@@ -11,7 +11,7 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -349,7 +349,7 @@ def unstack_all(module: nnx.Module) -> None:
                 unstack_all(part)
 
 
-def is_unrolled(layers: nnx.Module) -> bool:
+def is_unrolled(layers: nnx.Module) -> TypeGuard[nnx.List]:
     """Whether layers are listed (`unstack`), and so run one by one; else they are stacked."""
     return isinstance(layers, nnx.List)
 

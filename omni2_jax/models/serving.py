@@ -15,7 +15,7 @@ import jax
 from flax import nnx
 
 from omni2_jax import sharding
-from omni2_jax.models.layers import Fusing, unstack
+from omni2_jax.models.layers import Fusing, is_unrolled, unstack
 from omni2_jax.models.model import Model
 
 
@@ -50,23 +50,24 @@ def form_of(backend: str, mesh=None) -> Form:
 
 def arrange(model: Model, form: Form) -> Model:
     """Bring a model, as it was read from a checkpoint, into a form. It changes the model itself."""
-    decoders = [decoder for decoder in (model.llm, model.speech_lm) if decoder is not None]
-    flow = model.flow
+    flow, modules = model.flow, [module for _, module in nnx.iter_modules(model)]
     if form.fused:
-        modules = [module for _, module in nnx.iter_modules(model)]
         for module in modules:
             if isinstance(module, Fusing):
                 module.fuse()
     model.listed_caches = form.listed_caches
     if form.unrolled:
-        for decoder in decoders:
-            decoder.layers = unstack(decoder.layers)
+        for decoder in (model.llm, model.speech_lm):
+            if decoder is not None:
+                decoder.layers = unstack(decoder.layers)
         if flow is not None:
             flow.estimator.middle = unstack(flow.estimator.middle)
     if form.blocks and flow is not None:
         flow.encoder.blocks = unstack(flow.encoder.blocks)
         flow.encoder.up_blocks = unstack(flow.encoder.up_blocks)
-        for stage in (flow.estimator.down, *flow.estimator.middle, flow.estimator.up):
+        estimator = flow.estimator
+        assert is_unrolled(estimator.middle), "blocks are listed in stages that are listed"
+        for stage in (estimator.down, *estimator.middle, estimator.up):
             stage.blocks = unstack(stage.blocks)
     return model
 
@@ -74,7 +75,10 @@ def arrange(model: Model, form: Form) -> Model:
 def for_serving(
     graph: nnx.GraphDef, params: dict, form: Form | None = None
 ) -> tuple[nnx.GraphDef, dict]:
-    """The graph and parameters of a model in a form; None: that of this process's devices."""
+    """The graph and parameters of a model in a form; None: that of this process's devices.
+
+    Both the given parameters and the new ones are in memory until the caller drops the former.
+    """
     form = form or form_of(jax.default_backend(), sharding.mesh_of(params))
     if form == STACKED:
         return graph, params
