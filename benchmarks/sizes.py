@@ -71,14 +71,15 @@ def load(
     """
     if directory is not None:
         config = Omni2Config.load(directory / "config.json").replace(speaker=None)
-        return config, *for_serving(*parameters.load(directory, config, dtype))
+        return config, *for_serving(*parameters.load(directory, config, dtype), donate=True)
     config = of(size).replace(speaker=None)
     graph, shapes = abstract_model(config)
     leaves = {
         path: leaf.update(dtype=dtype_of(path, dtype))
         for path, leaf in parameters.flatten(shapes).items()
     }
-    return config, *for_serving(graph, parameters.unflatten(shapes, random(leaves)))
+    params = parameters.unflatten(shapes, random(leaves))
+    return config, *for_serving(graph, params, donate=True)
 
 
 def for_training(stage: Stage, config: Omni2Config, mesh: Mesh) -> tuple[Weights, Params, Params]:

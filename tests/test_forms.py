@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 from benchmarks import sizes
+from omni2_jax import sharding
 from omni2_jax.checkpoint import parameters
 from omni2_jax.generate import read_write
 from omni2_jax.generate.options import Options
@@ -16,7 +17,7 @@ from omni2_jax.generate.read_write_state import ReadWriteState, Request
 from omni2_jax.models import kv_cache
 from omni2_jax.models.flow.mask import Chunks
 from omni2_jax.models.flow.streaming import FlowState, StreamPlan, flow_step
-from omni2_jax.models.model import abstract_model
+from omni2_jax.models.model import abstract_model, abstract_state
 from omni2_jax.models.serving import STACKED, for_serving, form_of
 from omni2_jax.sharding import make_mesh
 
@@ -77,12 +78,11 @@ def flow(graph, params) -> jax.Array:
     return run(params)
 
 
-@pytest.mark.parametrize("backend", ["cpu", "gpu"])
-def test_language_models(stacked, backend, monkeypatch):
+def test_language_models(stacked, monkeypatch):
     """Caches are read up to one of two sizes, as with many slots."""
     monkeypatch.setattr(kv_cache, "FEW_ROWS", 2)
     monkeypatch.setattr(kv_cache, "EIGHTHS", (3, 8))
-    form = form_of(backend)
+    form = form_of("gpu")
     expected, hidden = language(*stacked, False)
     output, ours = language(*for_serving(*stacked, form), form.listed_caches)
     np.testing.assert_array_equal(output.text_tokens, expected.text_tokens)
@@ -108,3 +108,18 @@ def test_forms(stacked):
     )
     cut = form_of("gpu", make_mesh(1, 1, 2, jax.devices()[:2]))
     assert cut == dataclasses.replace(form_of("gpu"), fused=False)
+
+
+def test_donated_parameters():
+    """What was replaced is deleted, and nothing else; on a mesh all keep their places."""
+    mesh = make_mesh(1, 2, 1, jax.devices()[:2])
+    graph, state = abstract_state(CONFIG.only("llm"))
+    shardings = parameters.flatten(sharding.of_params(state, mesh))
+    params = sizes.random(parameters.flatten(nnx.to_pure_dict(state)), shardings)
+    nested = parameters.unflatten(nnx.to_pure_dict(state), params)
+    graph, new = for_serving(graph, nested, form_of("gpu", mesh), donate=True)
+    deleted = {path for path, leaf in params.items() if leaf.is_deleted()}
+    assert deleted == {path for path in params if path.startswith("llm.layers.")}
+    places = sharding.of_params(nnx.state(nnx.merge(graph, new)), mesh)
+    for leaf, place in zip(*map(jax.tree.leaves, (new, places)), strict=True):
+        assert leaf.sharding.is_equivalent_to(place, leaf.ndim)

@@ -15,7 +15,7 @@ from omni2_jax.convert import precision
 from omni2_jax.convert.join import Source, join
 from omni2_jax.convert.write import write
 from omni2_jax.models.layers import Linear
-from omni2_jax.models.model import for_serving
+from omni2_jax.models.serving import for_serving, form_of
 from tests.support.commands import is_error_line
 from tests.support.conversations import GREEDY, clip
 
@@ -123,11 +123,28 @@ def test_an_answer(quantized, checkpoint_dir):
     graph, params = parameters.load(quantized, config, jnp.bfloat16)
     scale = params["llm"]["embedding"]["table_scale"]
     assert scale.dtype == jnp.bfloat16 and params["llm"]["embedding"]["table"].dtype == jnp.int8
-    unrolled, values = for_serving(graph, params, unroll=True)
-    model = nnx.merge(unrolled, values)
+    model = nnx.merge(*for_serving(graph, params, form_of("cpu")))
     rows, scales = model.speech_lm.head_rows(5, 3, 2)
     table = model.speech_lm.embedding(jnp.asarray([5, 6, 7, 2]))
     np.testing.assert_array_equal(rows * scales[:, None], table)
+
+
+def test_joined_matrices_keep_the_scales_of_their_outputs(quantized):
+    """Queries, keys and values, gate and up, as GPUs serve them: the same numbers."""
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((1, 3, 64)), jnp.float32)
+    config = Omni2Config.load(quantized / "config.json").only("llm")
+    stored = parameters.load(quantized, config, jnp.float32)
+    apart, joined = (
+        nnx.merge(*for_serving(*stored, form_of(backend))).llm.layers[1]
+        for backend in ("cpu", "gpu")
+    )
+    for name in ("attention", "mlp"):
+        module = getattr(joined, name)
+        assert module.fused.kernel.dtype == jnp.int8
+        assert module.fused.kernel_scale.shape == module.fused.kernel.shape[1:]
+        expected = getattr(apart, name).same_inputs(x)
+        for ours, other in zip(module.same_inputs(x), expected, strict=True):
+            np.testing.assert_allclose(ours, other, atol=1e-6, rtol=0)
 
 
 def test_refused(omni2, quantized, tmp_path):

@@ -131,7 +131,7 @@ class Omni2:
             sharding.check(mesh, config.llm.width, config.llm.hidden)
         loaded = config.only(*parts_of(decoder, speech))
         graph, params = parameters.load(directory, loaded, jnp.dtype(dtype or default), mesh)
-        graph, params = for_serving(graph, params, form)
+        graph, params = for_serving(graph, params, form, donate=True)
         return cls(directory, config, graph, params, tokenizer, defaults)
 
     def update(self, params: dict) -> None:

@@ -27,6 +27,7 @@ Array = jax.Array
 # Attention reads so many eighths of a cache at most, the fewest that hold what is live: each size
 # is a program of its own.
 EIGHTHS = (2, 3, 4, 6, 8)
+MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)  # as in jax.nn.dot_product_attention
 FEW_ROWS = 8  # with fewer rows, the cache is small beside the weights, and one size is enough
 
 
@@ -145,7 +146,6 @@ class ListedKVCache:
         return jnp.einsum("BKGTS,BKSH->BTKGH", weights, values).reshape(q.shape)
 
 
-MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)  # as in jax.nn.dot_product_attention
 Cache = KVCache | ListedKVCache
 
 

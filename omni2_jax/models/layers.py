@@ -11,7 +11,7 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeGuard
+from typing import Any, ClassVar, TypeGuard, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -152,14 +152,18 @@ class Fusing(nnx.Module):
     same_input: ClassVar[tuple[str, ...]]
     fused_axis: ClassVar[int] = -1
 
-    def fuse(self) -> None:
-        """Join the layers, unless they have low-rank updates beside them."""
+    def fuse(self, donate: bool = False) -> None:
+        """Join the layers, unless they have low-rank updates beside them. donate: see `freed`."""
         layers = [getattr(self, name) for name in self.same_input]
         if any(layer.low is not None for layer in layers):
             return
         graph, state = nnx.split(layers[0])
         values = [nnx.to_pure_dict(nnx.state(layer)) for layer in layers]
-        joined = jax.tree.map(lambda *leaves: jnp.concatenate(leaves, self.fused_axis), *values)
+
+        def join(*leaves: Array) -> Array:
+            return freed(leaves, jnp.concatenate(leaves, self.fused_axis), donate)
+
+        joined = jax.tree.map(join, *values)
         nnx.replace_by_pure_dict(state, joined)
         self.fused = nnx.merge(graph, state)
         self.sizes = tuple(value["kernel"].shape[self.fused_axis] for value in values)
@@ -320,11 +324,26 @@ def stack(count: int, build: Callable[[nnx.Rngs], nnx.Module], rngs: nnx.Rngs) -
     return layers
 
 
-def unstack(layers: nnx.Module) -> nnx.List:
+Result = TypeVar("Result")
+
+
+def freed(old: Sequence[Array], new: Result, donate: bool) -> Result:
+    """`new`, which was computed from the arrays `old`.
+
+    donate: delete these, so that a model that is rearranged array by array is never in memory
+    twice. Nothing else may use them then.
+    """
+    if donate:
+        for array in old:
+            array.delete()
+    return new
+
+
+def unstack(layers: nnx.Module, donate: bool = False) -> nnx.List:
     """Stacked layers as a list of layers with parameters of their own; `scan` then unrolls them.
 
     On a CPU this is twice as fast, because a scan copies every layer's weights before it uses them,
-    but it is slow to compile.
+    but it is slow to compile. donate: see `freed`.
     """
     graph, params = nnx.split(layers)
     leaves, tree = jax.tree.flatten(params)
@@ -335,7 +354,7 @@ def unstack(layers: nnx.Module) -> nnx.List:
         return module
 
     # jnp.unstack has a cheaper gradient than one slice for each layer.
-    return nnx.List(map(layer, *(jnp.unstack(leaf) for leaf in leaves)))
+    return nnx.List(map(layer, *(freed([leaf], jnp.unstack(leaf), donate) for leaf in leaves)))
 
 
 def unstack_all(module: nnx.Module) -> None:

@@ -21,7 +21,7 @@ from omni2_jax.models.model import Model
 
 @dataclass(frozen=True)
 class Form:
-    """How a model lies in memory to generate with. Every form gives the same numbers."""
+    """How a model lies in memory to generate with. Every form computes the same."""
 
     unrolled: bool = False  # the language models' layers and the flow's stages are listed
     blocks: bool = False  # the flow's transformer blocks are listed, too
@@ -48,39 +48,43 @@ def form_of(backend: str, mesh=None) -> Form:
     return form
 
 
-def arrange(model: Model, form: Form) -> Model:
-    """Bring a model, as it was read from a checkpoint, into a form. It changes the model itself."""
+def arrange(model: Model, form: Form, donate: bool = False) -> Model:
+    """Bring a model, as it was read from a checkpoint, into a form. It changes the model itself.
+
+    donate: whether arrays may be deleted that are replaced (`layers.freed`).
+    """
     flow, modules = model.flow, [module for _, module in nnx.iter_modules(model)]
     if form.fused:
         for module in modules:
             if isinstance(module, Fusing):
-                module.fuse()
+                module.fuse(donate)
     model.listed_caches = form.listed_caches
     if form.unrolled:
         for decoder in (model.llm, model.speech_lm):
             if decoder is not None:
-                decoder.layers = unstack(decoder.layers)
+                decoder.layers = unstack(decoder.layers, donate)
         if flow is not None:
-            flow.estimator.middle = unstack(flow.estimator.middle)
+            flow.estimator.middle = unstack(flow.estimator.middle, donate)
     if form.blocks and flow is not None:
-        flow.encoder.blocks = unstack(flow.encoder.blocks)
-        flow.encoder.up_blocks = unstack(flow.encoder.up_blocks)
+        flow.encoder.blocks = unstack(flow.encoder.blocks, donate)
+        flow.encoder.up_blocks = unstack(flow.encoder.up_blocks, donate)
         estimator = flow.estimator
         assert is_unrolled(estimator.middle), "blocks are listed in stages that are listed"
         for stage in (estimator.down, *estimator.middle, estimator.up):
-            stage.blocks = unstack(stage.blocks)
+            stage.blocks = unstack(stage.blocks, donate)
     return model
 
 
 def for_serving(
-    graph: nnx.GraphDef, params: dict, form: Form | None = None
+    graph: nnx.GraphDef, params: dict, form: Form | None = None, donate: bool = False
 ) -> tuple[nnx.GraphDef, dict]:
     """The graph and parameters of a model in a form; None: that of this process's devices.
 
-    Both the given parameters and the new ones are in memory until the caller drops the former.
+    donate: whether the given parameters may be deleted where new ones replace them. Otherwise both
+    are in memory until the caller drops the former.
     """
     form = form or form_of(jax.default_backend(), sharding.mesh_of(params))
     if form == STACKED:
         return graph, params
-    graph, state = nnx.split(arrange(nnx.merge(graph, params), form))
+    graph, state = nnx.split(arrange(nnx.merge(graph, params), form, donate))
     return graph, nnx.to_pure_dict(state)
