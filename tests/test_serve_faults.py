@@ -7,11 +7,13 @@ import dataclasses
 import json
 import random
 import threading
+from types import SimpleNamespace
 
 import jax.numpy as jnp
 import pytest
 import websockets
 
+from omni2_jax.generate.engine_config import EngineConfig
 from omni2_jax.serve import capacity
 from omni2_jax.serve.limits import Limits
 from omni2_jax.serve.server import Server
@@ -69,6 +71,28 @@ def test_the_time_of_a_step_is_measured(server):
     assert "slower than real time" in capacity.describe(engine, 0.5)
     line = capacity.describe(engine, 0.1)
     assert line == "3 sessions at once: 100 ms of computing for 400 ms of speech"
+
+
+def test_as_many_sessions_as_speak_in_real_time(monkeypatch):
+    """Numbers are doubled until a step takes too long; engines of other numbers are given up."""
+
+    class Model:
+        config = SimpleNamespace(write=10, max_prompt=900)
+
+        def __init__(self):
+            self.engines = {}
+
+        def engine(self, options, positions, slots):
+            assert positions == 900
+            engine = SimpleNamespace(slots=slots, warm_up=lambda: None)
+            return self.engines.setdefault(EngineConfig(slots=slots), engine)
+
+    for milliseconds, most in ((50, 4), (0.1, 64), (500, 1)):
+        step = milliseconds / 1000
+        monkeypatch.setattr(capacity, "step_seconds", lambda engine, step=step: step * engine.slots)
+        model = Model()
+        assert capacity.most_sessions(model, OPTIONS, 4096) == most
+        assert [config.slots for config in model.engines] == [most]
 
 
 def faulty(chance: random.Random) -> str:

@@ -10,6 +10,14 @@ from omni2_jax.cli.console import console, say
 from omni2_jax.cli.paths import Checkpoint, chosen
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
+MEASURED = "auto"
+
+
+def sessions_of(text: str) -> str:
+    """The value of --sessions. Raises BadParameter if it is neither a number from 1 nor "auto"."""
+    if text != MEASURED and not (text.isascii() and text.isdigit() and int(text) > 0):
+        raise typer.BadParameter(f"{text!r} is neither a number from 1 nor {MEASURED!r}")
+    return text
 
 
 def serve(
@@ -19,8 +27,14 @@ def serve(
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="The port; 0 is a free one.")] = 8000,
     sessions: Annotated[
-        int, typer.Option(min=1, help="Clients at the same time; more are refused.")
-    ] = 4,
+        str,
+        typer.Option(
+            parser=sessions_of,
+            metavar="N|auto",
+            help="Clients at the same time; more are refused. auto measures how many this device "
+            "can speak to in real time, which takes longer to start.",
+        ),
+    ] = "4",
     context: Annotated[
         int,
         typer.Option(
@@ -59,6 +73,13 @@ def serve(
         ),
     ] = None,
     no_wav: Annotated[bool, typer.Option("--no-wav", help="Answer in text only.")] = False,
+    mesh: Annotated[
+        str | None,
+        typer.Option(
+            metavar="AXIS=SIZE,...",
+            help="Share the model among all devices, as tensor=4 or fsdp=2,tensor=4.",
+        ),
+    ] = None,
 ) -> None:
     """Serve a model: OpenAI's Realtime API and chat completions."""
     import socket
@@ -83,20 +104,28 @@ def serve(
     except OSError as error:
         raise ValueError(f"cannot listen on {host}:{port}: {error.strerror}") from None
 
-    from omni2_jax.evaluate.recognisers import open_recogniser
-    from omni2_jax.generate.omni2 import Omni2
     from omni2_jax.generate.options import Options
     from omni2_jax.serve import capacity
     from omni2_jax.serve.app import GracefulServer, create_app
     from omni2_jax.serve.limits import Limits
     from omni2_jax.serve.server import Server
+    from omni2_jax.sharding import parse_mesh
 
-    limits = Limits(sessions=sessions, context=context)
-    transcriber = open_recogniser(recogniser) if recogniser else None
-    with console.status("loading"):
-        model = Omni2.load(checkpoint, decoder=not no_wav)
-        options = Options(max_new_tokens=max_new_tokens, max_flush_units=max_flush_units)
-        server = Server(model, options, limits, checkpoint.name, transcriber, voices)
+    devices = parse_mesh(mesh) if mesh else None
+    measured = sessions == MEASURED
+    limits = Limits(context=context) if measured else Limits(int(sessions), context=context)
+    options = Options(max_new_tokens=max_new_tokens, max_flush_units=max_flush_units)
+    with console.status("loading and measuring" if measured else "loading"):
+        server = Server.load(
+            checkpoint,
+            options,
+            limits,
+            measured=measured,
+            decoder=not no_wav,
+            recogniser=recogniser,
+            voices=voices,
+            mesh=devices,
+        )
     with console.status("compiling"):
         server.worker.start()
         seconds = capacity.step_seconds(server.worker.engine)

@@ -2,6 +2,7 @@
 
 import statistics
 import time
+from typing import TYPE_CHECKING
 
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +12,29 @@ from omni2_jax.generate.engine import Engine, PromptPiece
 from omni2_jax.generate.options import Options
 from omni2_jax.generate.read_write_state import Request
 
+if TYPE_CHECKING:
+    from omni2_jax.generate.omni2 import Omni2
+
 STEPS = 6
+MOST = 64  # sessions that are tried
+SHARE = 0.8  # of a step's time that speech may take; newcomers' questions are heard in the rest
+
+
+def most_sessions(model: "Omni2", options: Options, context: int) -> int:
+    """The largest number of sessions, of 1, 2, 4, ... MOST, that speak in real time; at least 1.
+
+    options, context: see `Worker`. Each number compiles a program, which is kept on disk; the
+    engines of other numbers are given up.
+    """
+    speech, most, slots = model.config.write / UNITS_PER_SECOND, 1, 1
+    while slots <= MOST:
+        engine = model.engine(options, min(context, model.config.max_prompt), slots)
+        engine.warm_up()
+        if step_seconds(engine) > SHARE * speech:
+            break
+        most, slots = slots, 2 * slots
+    model.engines = {c: engine for c, engine in model.engines.items() if c.slots == most}
+    return most
 
 
 def step_seconds(engine: Engine) -> float:

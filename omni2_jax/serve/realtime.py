@@ -5,19 +5,18 @@ order, one sends, and one generates the response, if there is one.
 """
 
 import asyncio
-import contextlib
-import json
 import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from starlette.websockets import WebSocket, WebSocketDisconnect
+from starlette.websockets import WebSocket
 
 from omni2_jax.audio.recordings import INPUT_RATE
 from omni2_jax.serve import answering, events
 from omni2_jax.serve.answering import Response
 from omni2_jax.serve.audio import Decoder, Encoder, decode_base64
+from omni2_jax.serve.connection import Connection
 from omni2_jax.serve.conversation import Conversation, Item, new_id
 from omni2_jax.serve.events import EventError
 from omni2_jax.serve.listener import Listener
@@ -27,15 +26,13 @@ from omni2_jax.serve.worker import StoppedError
 if TYPE_CHECKING:
     from omni2_jax.serve.server import Server
 
-FAREWELL_SECONDS = 2.0  # what the closing of a connection may take
 
-
-class Realtime:
+class Realtime(Connection):
     """One connection. `run` serves it until it ends."""
 
     def __init__(self, server: "Server", socket: WebSocket, is_beta: bool):
-        self.server, self.socket, self.is_beta = server, socket, is_beta
-        self.worker, self.limits = server.worker, server.limits
+        super().__init__(socket, server.limits, is_beta)
+        self.server, self.worker = server, server.worker
         self.id = new_id("sess")
         self.conversation = Conversation()
         self.response: Response | None = None
@@ -52,9 +49,6 @@ class Realtime:
         }
         self.listener = Listener(self.start_hearing, self.limits.turn_seconds, "audio/pcm")
         self.turn_id: str | None = None  # of the item that the speech will become
-        self.unsent: asyncio.Queue[str | None] = asyncio.Queue()
-        self.unsent_bytes = 0
-        self.tasks: set[asyncio.Task] = set()
         self.handlers: dict[type, Callable] = {
             events.SessionUpdate: self.update_session,
             events.BufferAppend: self.append_audio,
@@ -72,14 +66,13 @@ class Realtime:
 
     async def run(self) -> None:
         """Serve the connection until the client leaves or a limit is passed."""
-        self.sender = sender = asyncio.create_task(self.send_events())
         self.server.connections.add(self)
         try:
             self.session = await self.worker.run(self.server.session, self.settings["voice"])
             self.listener.detect_turns(self.settings["turn_detection"])
             self.send("session.created", session=self.describe())
             async with asyncio.timeout(self.limits.session_seconds):
-                await self.read_events(sender)
+                await self.read_events()
         except (TimeoutError, StoppedError) as error:
             reason = "the session has reached its longest duration"
             if isinstance(error, StoppedError):
@@ -87,30 +80,8 @@ class Realtime:
             self.send_error(EventError(reason, "session_expired"), None)
         finally:
             self.server.connections.discard(self)
-            await self.close(sender)
-
-    async def read_events(self, sender: asyncio.Task) -> None:
-        """Carry out the client's events until the connection ends."""
-        while not sender.done():
-            reader = asyncio.ensure_future(self.socket.receive())
-            done: set = set()
-            while not done:
-                done, _ = await asyncio.wait(
-                    {reader, sender},
-                    timeout=self.limits.idle_seconds,
-                    return_when=asyncio.FIRST_COMPLETED,
-                )
-                if not done and not self.is_busy:  # a client may listen to a long answer
-                    break
-            if reader not in done:
-                reader.cancel()
-                if sender not in done:
-                    self.send_error(EventError("the session was idle", "idle_timeout"), None)
-                return
-            message = reader.result()
-            if message["type"] == "websocket.disconnect":
-                return
-            await self.receive(message.get("text") or message.get("bytes") or "")
+            self.stop_response("client_cancelled")
+            await self.close()
 
     async def receive(self, text: str | bytes) -> None:
         """Carry out one event. A fault of the event is answered by an `error` event."""
@@ -125,59 +96,10 @@ class Realtime:
             self.server.metrics.errors.inc()
             self.send_error(EventError(self.server.public_message(error)), event_id)
 
-    def send(self, kind: str, **fields) -> None:
-        """Queue an event for the client. If the client does not read, the connection is closed."""
-        names = events.BETA_NAMES if self.is_beta else {}
-        event = {"type": names.get(kind, kind), "event_id": new_id("event"), **fields}
-        text = json.dumps(event)
-        self.unsent_bytes += len(text)
-        if self.unsent_bytes > self.limits.unsent_bytes:
-            self.sender.cancel()  # it waits for a client that does not read
-        else:
-            self.unsent.put_nowait(text)
-
-    def send_error(self, error: EventError, event_id: object) -> None:
-        fields = {"type": "invalid_request_error", "code": error.code, "message": str(error)}
-        fields |= {
-            "param": error.param,
-            "event_id": event_id if isinstance(event_id, str) else None,
-        }
-        self.send("error", error=fields)
-
-    async def send_events(self) -> None:
-        """Send queued events; end after None, or when the client is gone."""
-        while (text := await self.unsent.get()) is not None:
-            try:
-                await self.socket.send_text(text)
-            except (WebSocketDisconnect, RuntimeError, OSError):
-                return
-            self.unsent_bytes -= len(text)
-
-    async def close(self, sender: asyncio.Task) -> None:
-        """Stop the response, send what is queued, and close the socket."""
-        self.stop_response("client_cancelled")
-        for task in self.tasks:
-            task.cancel()
-        await asyncio.gather(*self.tasks, return_exceptions=True)
-        self.unsent.put_nowait(None)
-        await asyncio.wait({sender}, timeout=1)
-        sender.cancel()
-        # It may be closed already, and a client that does not read takes no farewell.
-        with contextlib.suppress(RuntimeError, TimeoutError):
-            async with asyncio.timeout(FAREWELL_SECONDS):
-                await self.socket.close()
-
     @property
     def is_busy(self) -> bool:
         """Whether a response is being generated, or events wait to be sent."""
         return self.active_response is not None or self.unsent_bytes > 0
-
-    def start_task(self, coroutine) -> asyncio.Task:
-        """Run a coroutine beside the reader; it ends with the connection at the latest."""
-        task = asyncio.create_task(coroutine)
-        self.tasks.add(task)
-        task.add_done_callback(self.tasks.discard)
-        return task
 
     # Settings.
 

@@ -3,15 +3,19 @@
 import asyncio
 import collections
 import contextlib
+import dataclasses
 import logging
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jax.sharding import Mesh
+
 from omni2_jax.generate.engine import GenerationError, QueueFullError
 from omni2_jax.generate.options import Options
 from omni2_jax.generate.session import Session
+from omni2_jax.serve import capacity
 from omni2_jax.serve.conversation import new_id
 from omni2_jax.serve.events import EventError, Voice
 from omni2_jax.serve.limits import Limits
@@ -84,6 +88,35 @@ class Server:
         self.tasks: set[asyncio.Task] = set()
         self.connections: set[Realtime] = set()
         self.speaks = model.config.flow is not None
+
+    @classmethod
+    def load(
+        cls,
+        checkpoint: Path,
+        options: Options,
+        limits: Limits,
+        measured: bool = False,
+        decoder: bool = True,
+        recogniser: str | None = None,
+        voices: Path | None = None,
+        mesh: Mesh | None = None,
+    ) -> "Server":
+        """Read a checkpoint -> its server, whose worker is not started yet.
+
+        measured: as many sessions as speak in real time on this device, instead of those of
+        `limits` (`capacity.most_sessions`). decoder: False answers in text only. recogniser: see
+        `recognisers.open_recogniser`. voices: see `Voices`. mesh: see `Omni2.load`.
+        Raises ValueError for a checkpoint, a recogniser or a folder of voices that cannot be used.
+        """
+        from omni2_jax.evaluate.recognisers import open_recogniser
+        from omni2_jax.generate.omni2 import Omni2
+
+        transcriber = open_recogniser(recogniser) if recogniser else None
+        model = Omni2.load(checkpoint, decoder=decoder, mesh=mesh)
+        if measured:
+            most = capacity.most_sessions(model, options, limits.context)
+            limits = dataclasses.replace(limits, sessions=most)
+        return cls(model, options, limits, checkpoint.name, transcriber, voices)
 
     def session(self, voice: str | Voice | None) -> Session:
         """A new conversation in a voice of this name. The worker's thread must call this.
