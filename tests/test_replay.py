@@ -8,10 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from omni2_jax.checkpoint.tokenizer import Tokenizer
 from omni2_jax.config import Omni2Config, TokenConfig
 from omni2_jax.configs import stage1a, stage1b
+from omni2_jax.models.model import abstract_model
 from omni2_jax.train.data.dataset import Dataset
 from omni2_jax.train.examples import PAD
 from omni2_jax.train.losses import IGNORE
@@ -65,6 +67,25 @@ def test_a_text_is_a_row_without_speech(examples):
     first = np.flatnonzero(row["targets"] != IGNORE)[0]
     assert row["ids"][first + 1] == targets[0] and not row["audio"].any()
     assert item.size == Bucket(0, len(ids), 0)
+
+
+def test_rows_of_text_alone_have_a_loss(examples, new_checkpoint):
+    """In a bucket without segments nothing is heard, and the CTC loss has nothing to say."""
+    bucket = Bucket(0, 64)
+    rows = examples(1, ctc=0.3, buckets=(bucket, BUCKET))
+    (item,) = rows.items(len(rows) - 1)
+    batch = {name: value[None] for name, value in rows.row(item, bucket).items()}
+    stage = stage_of(rows.train)
+    config = Omni2Config.load(new_checkpoint / "config.json").only(
+        "speech_encoder", "adapter", "llm"
+    )
+    graph, shapes = abstract_model(config)
+
+    def loss(params, batch):
+        return stage.loss(nnx.merge(graph, params), batch, jax.random.key(0))[0]
+
+    assert batch["question"].size == 0
+    assert jax.eval_shape(loss, shapes, batch).shape == ()
 
 
 def test_labels_are_the_questions_that_take_one_segment(examples, talks):
