@@ -21,8 +21,16 @@ def expected(text_model):
     return answers
 
 
-def test_seventy_conversations(text_model, text_engine, expected, monkeypatch):
-    """More than the engine's queue holds. Each is encoded only when a slot is free for it."""
+@pytest.fixture
+def short_queue(text_engine, monkeypatch):
+    """Slots and queue hold nine conversations: twelve are too many for them."""
+    monkeypatch.setattr(text_engine, "queue", 6)
+
+
+def test_more_conversations_than_the_queue_holds(
+    text_model, text_engine, short_queue, expected, monkeypatch
+):
+    """Each is encoded only when a slot is free for it."""
     encode, num_encoded = text_model.encode, 0
 
     def count(clips):
@@ -32,12 +40,12 @@ def test_seventy_conversations(text_model, text_engine, expected, monkeypatch):
         return encode(clips)
 
     monkeypatch.setattr(text_model, "encode", count)
-    conversations = [SOUNDS[i % 2] for i in range(70)]
+    conversations = [SOUNDS[i % 2] for i in range(12)]
     streams = text_model.streams(conversations, options=TINY, slots=3)
     assert num_encoded == 3
     answers = [join(stream, spoken=False) for stream in streams]
-    assert answers == [expected[i % 2] for i in range(70)]
-    assert num_encoded == 70
+    assert answers == [expected[i % 2] for i in range(12)]
+    assert num_encoded == 12
 
 
 def test_a_later_answer_first(text_model, text_engine, expected):
@@ -66,9 +74,11 @@ def test_a_failure_at_once_leaves_nothing_behind(text_model, text_engine, expect
     assert not any(text_engine.slots) and not text_engine.waiting
 
 
-def test_answers_that_are_not_taken_do_not_block_the_engine(text_model, text_engine, expected):
-    """70 conversations are dropped, one after its first reply: the next answer is the usual one."""
-    streams = text_model.streams([SOUNDS[0]] * 70, options=TINY, slots=3)
+def test_answers_that_are_not_taken_do_not_block_the_engine(
+    text_model, text_engine, short_queue, expected
+):
+    """12 conversations are dropped, one after its first reply: the next answer is the usual one."""
+    streams = text_model.streams([SOUNDS[0]] * 12, options=TINY, slots=3)
     next(streams[0])
     streams[0].close()
     del streams

@@ -54,6 +54,7 @@ def test_chunks(shape):
     assert 2 * size > min(lazy.CHUNK_BYTES, 2 * int(np.prod(shape)))
 
 
+@pytest.mark.nightly  # the first test of this file counts the bytes of the arrays that are alive
 def test_peak_of_a_conversion():
     """Six layers of everything at the 0.5B release's widths, in a process of its own."""
     config = Omni2Config().only(*LANGUAGE_PARTS)

@@ -129,9 +129,9 @@ def test_paths_of_a_checkpoint(checkpoint_dir, tmp_path):
 
 
 @pytest.mark.slow
-def test_copies(checkpoint_dir, tmp_path):
-    """All paths of the tiny release: as long as the recording, whatever it is padded to."""
-    maker = CopyMaker(whole(checkpoint_dir, tmp_path / "all"))
+def test_copies(new_checkpoint):
+    """All paths of a tiny checkpoint: as long as the recording, whatever it is padded to."""
+    maker = CopyMaker(new_checkpoint)
     speech = voiced(150, 1.0)
     made = maker(speech)
     assert set(made) == {"vocoder", "flow", "chain"}

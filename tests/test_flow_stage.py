@@ -20,6 +20,7 @@ from omni2_jax.train.loop import Run
 from omni2_jax.train.settings import Bucket, OptimizerConfig, TrainConfig
 from omni2_jax.train.stages import stage_of
 from tests.support.compare import tree_equal
+from tests.support.networks import fresh_model
 from tests.support.runs import reported, saved_state, train
 
 SMALL = FlowConfig(
@@ -51,8 +52,7 @@ class Parts:
 
 
 def fresh(config: FlowConfig) -> tuple[nnx.GraphDef, dict]:
-    graph, state = nnx.split(Flow(config, nnx.Rngs(0)))
-    return graph, nnx.to_pure_dict(state)
+    return fresh_model(lambda rngs: Flow(config, rngs))
 
 
 @pytest.fixture(scope="module")

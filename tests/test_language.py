@@ -17,6 +17,7 @@ from omni2_jax.generate.options import Options
 from omni2_jax.generate.read_write_state import IDLE, ReadWriteState, Request
 from omni2_jax.models.layers import scan
 from omni2_jax.models.model import SPEECH, abstract_model
+from tests.support.networks import compiled
 
 CASES = "ABCDE"
 INSIDE = "AB"  # cases whose inner states are kept, a single turn and a conversation
@@ -32,12 +33,6 @@ def cases(goldens):
 @pytest.fixture(scope="module")
 def arrays(goldens):
     return {name: np.load(goldens / "omni2" / f"case_{name}.npz") for name in CASES}
-
-
-@pytest.fixture(scope="module")
-def parts(model):
-    """The language side as a module, for looking inside."""
-    return nnx.merge(model.graph, model.params)
 
 
 @pytest.fixture(scope="module")
@@ -128,54 +123,64 @@ def test_encoder_inside(goldens):
         graph, jax.tree.map(lambda leaf: jnp.asarray(leaf.read(), jnp.float32), release.params)
     ).speech_encoder
     golden = np.load(goldens / "whisper" / "speech_a.npz")
-    x = encoder.embed(
-        jnp.asarray(np.load(goldens / "audio" / "speech_a.npz")["logmel_pad30"].T)[None]
-    )
+    mel = np.load(goldens / "audio" / "speech_a.npz")["logmel_pad30"].T
+
+    @jax.jit
+    def run(mel):
+        x = encoder.embed(mel[None])
+        _, blocks = scan(encoder.blocks, lambda block, x, _: (block(x), block(x)), x)
+        return x, blocks, encoder.norm(blocks[-1])
+
+    x, blocks, normed = run(jnp.asarray(mel))
     np.testing.assert_allclose(x[0][golden["rows"]], golden["conv_plus_pos"], **CLOSE)
-    _, blocks = scan(encoder.blocks, lambda block, x, _: (block(x), block(x)), x)
     for i, block in enumerate(blocks):
         np.testing.assert_allclose(block[0][golden["rows"]], golden[f"block{i}"], **CLOSE)
-    np.testing.assert_allclose(
-        encoder.norm(blocks[-1])[0][golden["rows"]], golden["encoder_out"], **CLOSE
-    )
+    np.testing.assert_allclose(normed[0][golden["rows"]], golden["encoder_out"], **CLOSE)
 
 
 @pytest.mark.parametrize("name", INSIDE)
-def test_prefill(name, parts, cases, arrays, features):
+def test_prefill(name, model, cases, arrays, features):
     golden = arrays[name]
+
+    def run(parts, ids, speech):
+        hidden, _ = parts.llm(parts.embed_prompt(ids, speech), jnp.arange(ids.shape[1])[None])
+        return hidden[0], parts.llm.logits(hidden[0, -1])
+
     ids, speech = prompt(cases[name], golden, features)
-    embeds = parts.embed_prompt(jnp.asarray(ids)[None], jnp.asarray(speech)[None])
-    hidden, _ = parts.llm(embeds, jnp.arange(len(ids))[None])
-    np.testing.assert_allclose(hidden[0, -1], golden["prefill_hidden_last"], **CLOSE)
-    np.testing.assert_allclose(hidden[0, -40:], golden["prefill_hidden_rows"], **CLOSE)
-    np.testing.assert_allclose(parts.llm.logits(hidden[0, -1]), golden["prefill_logits"], **LOGITS)
+    hidden, logits = compiled(model, run, ids[None], speech[None])
+    np.testing.assert_allclose(hidden[-1], golden["prefill_hidden_last"], **CLOSE)
+    np.testing.assert_allclose(hidden[-40:], golden["prefill_hidden_rows"], **CLOSE)
+    np.testing.assert_allclose(logits, golden["prefill_logits"], **LOGITS)
 
 
 @pytest.mark.parametrize("name", INSIDE)
-def test_teacher_forced_hidden_states_and_fusion(name, parts, arrays, features, cases):
+def test_teacher_forced_hidden_states_and_fusion(name, model, arrays, features, cases):
     """The released step-by-step hidden states, logits, gates and fused rows, from one pass over
     prompt and answer.
     """
     golden = arrays[name]
     ids, speech = prompt(cases[name], golden, features)
     text = golden["text_ids"]
-    embeds = parts.embed_prompt(
-        jnp.asarray(np.concatenate([ids, text]))[None], jnp.asarray(speech)[None]
-    )
-    hidden = parts.llm(embeds, jnp.arange(embeds.shape[1])[None])[0][
-        0, len(ids) - 1 : -1
-    ]  # the state that produced each token
-    np.testing.assert_allclose(hidden, golden["step_hidden"], **CLOSE)
-    np.testing.assert_allclose(parts.llm.logits(hidden), golden["step_logits"], **LOGITS)
-    np.testing.assert_allclose(
-        parts.fuse(hidden, jnp.asarray(text)), collect(golden, "fused"), **CLOSE
-    )
-    projected = parts.fusion.project(hidden)
-    np.testing.assert_allclose(projected, collect(golden, "proj"), **CLOSE)
-    embedding = parts.speech_lm.embed(jnp.asarray(text))
-    np.testing.assert_allclose(
-        parts.fusion.gate_values(projected, embedding), collect(golden, "gate"), **CLOSE
-    )
+
+    def run(parts, embedded, speech, text):
+        embeds = parts.embed_prompt(embedded, speech)
+        hidden = parts.llm(embeds, jnp.arange(embeds.shape[1])[None])[0][
+            0, len(ids) - 1 : -1
+        ]  # the state that produced each token
+        projected = parts.fusion.project(hidden)
+        return {
+            "hidden": hidden,
+            "logits": parts.llm.logits(hidden),
+            "fused": parts.fuse(hidden, text),
+            "proj": projected,
+            "gate": parts.fusion.gate_values(projected, parts.speech_lm.embed(text)),
+        }
+
+    found = compiled(model, run, np.concatenate([ids, text])[None], speech[None], text)
+    np.testing.assert_allclose(found["hidden"], golden["step_hidden"], **CLOSE)
+    np.testing.assert_allclose(found["logits"], golden["step_logits"], **LOGITS)
+    for what in ("fused", "proj", "gate"):
+        np.testing.assert_allclose(found[what], collect(golden, what), **CLOSE)
 
 
 def steps(golden) -> int:
@@ -189,13 +194,15 @@ def collect(golden, what):
 
 
 @pytest.mark.parametrize("name", INSIDE)
-def test_speech_logits(name, parts, arrays, model):
+def test_speech_logits(name, arrays, model):
     """The speech LM's first logits of every write, from one pass over its whole context."""
+
+    def run(parts, context):
+        hidden, _ = parts.speech_lm(context, jnp.arange(context.shape[1])[None])
+        return parts.speech_lm.logits(hidden[0])
+
     golden = arrays[name]
-    context = jnp.asarray(golden["tts_inputs_final"])[None]
-    logits = parts.speech_lm.logits(
-        parts.speech_lm(context, jnp.arange(context.shape[1])[None])[0][0]
-    )
+    logits = compiled(model, run, golden["tts_inputs_final"][None])
     before, reads = 0, [len(golden[f"step{i}_fused"]) for i in range(steps(golden))]
     for i, rows in enumerate(reads):
         first = before + rows + (i == len(reads) - 1)  # <sep> follows the rows of the last read

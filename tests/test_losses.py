@@ -5,7 +5,6 @@ import json
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from omni2_jax.models.model import SPEECH
 from omni2_jax.train.examples import PAD
@@ -13,6 +12,7 @@ from omni2_jax.train.losses import IGNORE, token_loss
 from omni2_jax.train.settings import TrainConfig
 from omni2_jax.train.stages.base import positions
 from omni2_jax.train.stages.speech_to_speech import reply_loss
+from tests.support.networks import compiled
 
 
 def test_training_batch(model, goldens):
@@ -21,7 +21,6 @@ def test_training_batch(model, goldens):
     """
     golden = np.load(goldens / "omni2" / "train.npz")
     dialogues = json.loads((goldens / "omni2" / "train.json").read_text())["conversations"]
-    parts = nnx.merge(model.graph, model.params)
     speech = golden["speech_features"]  # of the three clips, in order
     clips = [turn["clip"] for dialogue in dialogues for turn in dialogue if "clip" in turn]
     for clip, features in zip(clips, speech, strict=True):
@@ -41,20 +40,21 @@ def test_training_batch(model, goldens):
     features = np.stack(
         [np.concatenate([speech[0], np.zeros_like(speech[0])]), np.concatenate(speech[1:])]
     )
-    hidden, _ = parts.llm(
-        parts.embed_prompt(jnp.asarray(ids), jnp.asarray(features)),
-        positions(jnp.asarray(ids)),
-    )
     targets = np.pad(
         labels[:, 1:], ((0, 0), (0, 1)), constant_values=IGNORE
     )  # a row's target is the next row's label
     counted = targets != IGNORE
     np.testing.assert_array_equal(targets[counted], golden["targets"])
-    np.testing.assert_allclose(
-        parts.llm.logits(hidden)[counted], golden["logits_at_targets"], atol=1e-4, rtol=0
-    )
-    for block in (rows, 100):  # whole, and in pieces that do not divide it
-        total, terms = token_loss(hidden, jnp.asarray(targets), parts.llm.logits, block)
+
+    def run(parts, ids, features, targets):
+        hidden, _ = parts.llm(parts.embed_prompt(ids, features), positions(ids))
+        # Whole, and in pieces that do not divide it.
+        losses = [token_loss(hidden, targets, parts.llm.logits, block) for block in (rows, 100)]
+        return parts.llm.logits(hidden), losses
+
+    logits, losses = compiled(model, run, ids, features, targets)
+    np.testing.assert_allclose(logits[counted], golden["logits_at_targets"], atol=1e-4, rtol=0)
+    for total, terms in losses:
         assert terms == counted.sum()
         np.testing.assert_allclose(total / terms, golden["loss"][0], atol=1e-4, rtol=0)
 
@@ -87,23 +87,24 @@ def test_logits_exist_for_a_block_only():
 
 def test_speech_loss_by_hand(model):
     """Stage 2 on one reply, against its rows put together one by one: fused text, <sep>, units."""
-    parts = nnx.merge(model.graph, model.params)
-    tokens = jnp.array([[7, 8, 9, parts.config.tokens.sep, 500, 501, PAD]])
-    targets = jnp.array([[IGNORE, IGNORE, IGNORE, 500, 501, parts.config.tokens.unit_eos, IGNORE]])
+    sep, unit_eos = model.config.tokens.sep, model.config.tokens.unit_eos
+    tokens = jnp.array([[7, 8, 9, sep, 500, 501, PAD]])
+    targets = jnp.array([[IGNORE, IGNORE, IGNORE, 500, 501, unit_eos, IGNORE]])
     source = jnp.array([[4, 5, 6, PAD, PAD, PAD, PAD]])
     random = np.random.default_rng(0)
-    hidden = jnp.asarray(random.standard_normal((1, 10, parts.config.llm.width)), jnp.float32)
-
-    rows = [parts.fuse(hidden[0, at], tokens[0, i]) for i, at in enumerate((4, 5, 6))] + [
-        parts.speech_lm.embed(t) for t in tokens[0, 3:6]
-    ]
-    states, _ = parts.speech_lm(jnp.stack(rows)[None], jnp.arange(6)[None])
-    chances = jax.nn.log_softmax(parts.speech_lm.logits(states)[0])
-    by_hand = -(chances[3, 500] + chances[4, 501] + chances[5, parts.config.tokens.unit_eos])
-
+    hidden = jnp.asarray(random.standard_normal((1, 10, model.config.llm.width)), jnp.float32)
     batch = {"tokens": tokens[None], "targets": targets[None], "source": source[None]}
-    total, terms = reply_loss(
-        parts, TrainConfig(stage="2", dtype="float32", remat="none"), hidden, batch
-    )
+    train = TrainConfig(stage="2", dtype="float32", remat="none")
+
+    def run(parts, hidden, batch):
+        rows = [parts.fuse(hidden[0, at], tokens[0, i]) for i, at in enumerate((4, 5, 6))] + [
+            parts.speech_lm.embed(t) for t in tokens[0, 3:6]
+        ]
+        states, _ = parts.speech_lm(jnp.stack(rows)[None], jnp.arange(6)[None])
+        chances = jax.nn.log_softmax(parts.speech_lm.logits(states)[0])
+        return chances, reply_loss(parts, train, hidden, batch)
+
+    chances, (total, terms) = compiled(model, run, hidden, batch)
+    by_hand = -(chances[3, 500] + chances[4, 501] + chances[5, unit_eos])
     np.testing.assert_allclose(total, by_hand, rtol=1e-5)
     assert terms == 3

@@ -131,8 +131,8 @@ def test_it_trains_in_stage_1a(start_dir, talks, tmp_path):
         start_dir,
         talks,
         steps=1,
-        batch=2,
-        buckets=(Bucket(2, 760),),
+        batch=1,
+        buckets=(Bucket(1, 400),),
         optimizer=OptimizerConfig(peak=1e-3, warmup=0),
     )
     Run(config, tmp_path / "run", jax.devices()[:1]).go()

@@ -13,6 +13,18 @@ import pytest
 from tests.support import xla
 from tests.support.paths import AUDIO, DECODER, EXAMPLES, GOLDENS, ROOT
 
+# The installed script several times in one process: to start one takes longer than most commands.
+COMMANDS = """
+import json, runpy, sys
+script, commands = sys.argv[1], json.loads(sys.argv[2])
+for arguments in commands:
+    sys.argv = [script, *arguments]
+    try:
+        runpy.run_path(script, run_name="__main__")
+    except SystemExit as end:
+        if end.code:
+            raise
+"""
 MAX_BYTES = 40e6  # of the package, which is mostly the embedded model
 SOURCES = ("omni2_jax", "convert", "train", "configs")
 
@@ -74,7 +86,7 @@ def test_the_wheel_holds_one_package_with_every_module(installed):
 
 
 def test_the_embedded_model_is_whole(omni2):
-    assert "sound" in omni2("info", "--verify")
+    assert "sound" in omni2(["info", "--verify"])
 
 
 @pytest.mark.parametrize("name", ["convert", "train"])
@@ -85,16 +97,17 @@ def test_modules_of_a_checkout_are_commands(name):
 
 @pytest.fixture(scope="module")
 def omni2(installed, tmp_path_factory) -> Callable[..., str]:
-    """Run the installed command in an empty directory: (*arguments) -> what it writes to stdout."""
+    """Run installed commands in an empty directory: (*arguments of each) -> what they print."""
     directory = tmp_path_factory.mktemp("empty")
     variables = {"PYTHONPATH": str(installed), "XLA_FLAGS": xla.flags(1)}
     code = "import omni2_jax.train.settings as module; print(module.__file__)"
     loaded = checked([sys.executable, "-c", code], directory, **variables).stdout.strip()
     assert Path(loaded).is_relative_to(installed)
 
-    def run(*arguments: object) -> str:
-        command = [installed / "bin" / "omni2", *arguments]
-        return checked(command, directory, **variables).stdout
+    def run(*commands: list[object]) -> str:
+        words = json.dumps([list(map(str, command)) for command in commands])
+        program = [sys.executable, "-c", COMMANDS, installed / "bin" / "omni2", words]
+        return checked(program, directory, **variables).stdout
 
     return run
 
@@ -114,10 +127,7 @@ def write_dialogues(folder: Path) -> None:
 def test_all_commands_in_an_empty_directory(omni2, tmp_path):
     """The answer is text alone, which is compiled in a quarter of the time that sound takes."""
     release = ["--omni2", GOLDENS / "omni2", "--decoder", DECODER]
-    omni2("convert", *release, "--voice", f"espeak={EXAMPLES / 'voice.wav'}", "--out", "tiny")
-    assert "voices: espeak" in omni2("info", "tiny")
     write_dialogues(tmp_path)
-    omni2("prepare", "--source", tmp_path, "--out", "dialogues")
     settings = {
         "checkpoint": "tiny",
         "data": "dialogues",
@@ -128,10 +138,16 @@ def test_all_commands_in_an_empty_directory(omni2, tmp_path):
         "optimizer.warmup": 0,
     }
     changes = [f"--set={key}={value}" for key, value in settings.items()]
-    size = "--set=buckets=({'segments': 1, 'positions': 400, 'tokens': 64},)"
-    omni2("hidden", "--config", "stage2", *changes, size, "--out", "states")
-    changes += [size, "--set=hidden=states"]
-    omni2("train", "--config", "stage2", *changes, "--out", "run")
-    question = (AUDIO / "short_d.wav", "--text-only", "--max-new-tokens", 3)
-    omni2("chat", "--checkpoint", "run/final", *question)
-    omni2("convert", "--to-torch", "run/final", "--out", "release")
+    changes.append("--set=buckets=({'segments': 1, 'positions': 400, 'tokens': 64},)")
+    stage, states = ["--config", "stage2", *changes], "--set=hidden=states"
+    question = [AUDIO / "short_d.wav", "--text-only", "--max-new-tokens", 3]
+    written = omni2(
+        ["convert", *release, "--voice", f"espeak={EXAMPLES / 'voice.wav'}", "--out", "tiny"],
+        ["info", "tiny"],
+        ["prepare", "--source", tmp_path, "--out", "dialogues"],
+        ["hidden", *stage, "--out", "states"],
+        ["train", *stage, states, "--out", "run"],
+        ["chat", "--checkpoint", "run/final", *question],
+        ["convert", "--to-torch", "run/final", "--out", "release"],
+    )
+    assert "voices: espeak" in written

@@ -18,6 +18,7 @@ from omni2_jax.convert import formats, start
 from omni2_jax.convert.plan import plan
 from omni2_jax.convert.tables import flow as flow_table
 from omni2_jax.convert.tables import hift as hift_table
+from omni2_jax.generate.omni2 import Omni2
 from omni2_jax.models.flow.matching import Flow
 from omni2_jax.models.vocoder.hift import Hift
 from tests.support.paths import DECODER, GOLDENS
@@ -59,6 +60,15 @@ def fresh_model(build: Callable[[Any], nnx.Module], seed: int = 0) -> tuple[nnx.
     graph, _ = nnx.split(nnx.eval_shape(lambda: build(nnx.Rngs(0))))
     params = start.fresh("part", build, seed)
     return graph, jax.tree.map(lambda leaf: jnp.asarray(leaf.read()), params)
+
+
+def compiled(model: Omni2, function: Callable[..., Any], *arrays: Any) -> Any:
+    """`function(parts, *arrays)` of the model's parts, as one program.
+
+    Outside of `jax.jit` each operation is a program of its own.
+    """
+    run = jax.jit(lambda params, *arrays: function(nnx.merge(model.graph, params), *arrays))
+    return run(model.params, *arrays)
 
 
 def decoder_golden(name: str) -> dict[str, np.ndarray]:
