@@ -4,6 +4,7 @@ import functools
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -12,10 +13,11 @@ import pytest
 import soundfile
 
 from omni2_jax.audio import recordings
+from omni2_jax.cli.main import main
 from omni2_jax.generate import omni2 as omni2_module
 from omni2_jax.generate.omni2 import Omni2
 from tests.support.commands import assert_refused, chat, process
-from tests.support.conversations import CASES, GREEDY, clip
+from tests.support.conversations import CASES, GREEDY, clip, three_slots
 from tests.support.releases import linked, replace
 
 SPEECH = clip("speech_a")
@@ -24,13 +26,14 @@ refused = functools.partial(assert_refused, allowed={"in.wav", "in.json", "ckpt"
 
 @pytest.fixture
 def loaded(monkeypatch, model, text_model, checkpoint_dir):
-    """The checkpoint is in memory already."""
+    """The checkpoint is in memory already, and its engines of three slots answer all questions."""
     monkeypatch.setattr(
         Omni2,
         "load",
         lambda directory, decoder=True, mesh=None, speech=True: model if decoder else text_model,
     )
-    return checkpoint_dir
+    with three_slots(model), three_slots(text_model):
+        yield checkpoint_dir
 
 
 def write_questions(path: Path, *conversations: list) -> Path:
@@ -65,13 +68,14 @@ def test_answer_to_a_wav(omni2, loaded, model, tmp_path):
 
 def test_speak(omni2, loaded, model, warm_engine, tmp_path, monkeypatch):
     """A text to a wav, from the engine that other tests have compiled."""
-    monkeypatch.setattr(model, "engine", lambda options, prompt: warm_engine)
     command = ["speak", "--checkpoint", loaded, "--max-flush-units", 15, "--out"]
-    code, _, err = omni2(*command, tmp_path / "a.wav", "Good evening.")
+    with monkeypatch.context() as patch:
+        patch.setattr(model, "engine", lambda options, prompt: warm_engine)
+        code, _, err = omni2(*command, tmp_path / "a.wav", "Good evening.")
+        for text, message in {" ": "no text to say", "a<|im_end|>": "special token"}.items():
+            assert message in omni2(*command, tmp_path / "b.wav", text)[0]
     samples, rate = soundfile.read(tmp_path / "a.wav")
     assert code == 0 and rate == 24000 and f"{len(samples) / 24000:.2f} s of speech" in err
-    for text, message in {" ": "no text to say", "a<|im_end|>": "special token"}.items():
-        assert message in omni2(*command, tmp_path / "b.wav", text)[0]
     assert os.listdir(tmp_path) == ["a.wav"]
 
 
@@ -249,19 +253,17 @@ def test_too_long_a_conversation_is_refused_before_loading(
     refused(result, tmp_path, "in.json: item 1 (q1): ", "positions, at most 4096 fit")
 
 
-# --- the real thing
-
-
-@pytest.mark.slow
-def test_raw_audio_on_stdout(checkpoint_dir, model):
+def test_raw_audio_on_stdout(loaded, model, monkeypatch, capfdbinary):
     """Nothing but samples on stdout; the text goes to stderr."""
-    done = process(*chat(checkpoint_dir, SPEECH, "--stream", "--out", "-"))
+    command = chat(loaded, SPEECH, "--stream", "--out", "-")
+    monkeypatch.setattr(sys, "argv", ["omni2", *map(str, command)])
+    with pytest.raises(SystemExit) as end:
+        main()
+    out, err = capfdbinary.readouterr()
     answer = model.answer(SPEECH, options=GREEDY)
-    assert (
-        done.returncode == 0
-        and done.stdout == recordings.to_int16(answer.waveform, 32767).astype("<i2").tobytes()
-    )
-    assert answer.text in done.stderr.decode()
+    assert end.value.code == 0
+    assert out == recordings.to_int16(answer.waveform, 32767).astype("<i2").tobytes()
+    assert answer.text in err.decode()
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ from omni2_jax.evaluate.items import read_items
 from omni2_jax.evaluate.results import Results
 from omni2_jax.evaluate.systems import SystemOptions, open_system
 from omni2_jax.generate.omni2 import Omni2, join
-from tests.support.conversations import GREEDY, clip
+from tests.support.conversations import GREEDY, clip, three_slots
 from tests.support.evaluations import ScriptedRecogniser, write_lines
 
 OPTIONS = dataclasses.replace(GREEDY, max_new_tokens=12, max_flush_units=15)
@@ -34,7 +34,8 @@ def loaded(monkeypatch, model):
     monkeypatch.setattr(
         Omni2, "load", lambda directory, **settings: calls.append(settings) or model
     )
-    return calls
+    with three_slots(model):
+        yield calls
 
 
 def test_batched_answers(loaded, checkpoint_dir, model, warm_engine, data, tmp_path):

@@ -5,6 +5,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -134,10 +135,11 @@ def test_a_run_in_a_bucket_is_resumed_and_exported(
     tiny, bucket, checkpoint_dir, talks, tmp_path, monkeypatch
 ):
     """Interrupted after its third step, with a state saved after the second."""
-    Run(toy_run(checkpoint_dir, talks), tmp_path / "run").go()
+    devices = jax.devices()[:2]
+    Run(toy_run(checkpoint_dir, talks), tmp_path / "run", devices).go()
     train = toy_run(str(tiny / "ckpt"), str(tiny / "data"))
     out = remote.as_path("gs://speech/runs/1b")
-    interrupted = Run(train, out)
+    interrupted = Run(train, out, devices)
     take_steps = interrupted.steps_from
 
     def fail(first, state, saved):
@@ -156,7 +158,7 @@ def test_a_run_in_a_bucket_is_resumed_and_exported(
     with pytest.raises(KeyboardInterrupt):
         interrupted.go()
     assert not (out / "final").exists() and (out / "steps" / "2").exists()
-    Run(train, out).go()
+    Run(train, out, devices).go()
     assert reported(out) == reported(tmp_path / "run")
     assert len(losses(out)) == 4
     assert any("tensorboard/events" in name for name in bucket.names("speech/runs/1b"))

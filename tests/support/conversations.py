@@ -1,13 +1,16 @@
 """The released conversations of the goldens, and how the tests of generation request them."""
 
+import contextlib
 import dataclasses
 import functools
 import itertools
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from omni2_jax.generate.engine import Engine, PromptPiece, ResponseStream
 from omni2_jax.generate.omni2 import Answer, Omni2, Options, join
@@ -96,3 +99,24 @@ def answer(model: Omni2, conversation: Conversation, options: Options) -> Answer
     """`Omni2.answer` with the engine of three slots, which other tests have compiled."""
     (stream,) = model.streams([conversation], options=options, slots=3)
     return join(stream, model.config.flow is not None)
+
+
+@contextlib.contextmanager
+def three_slots(model: Omni2) -> Iterator[None]:
+    """Within this block the model answers with engines of three slots, which others have compiled.
+
+    They are idle afterwards.
+    """
+    of_slots, used = model.engine, set()
+
+    def engine(options: Options, prompt: int, slots: int = 1) -> Engine:
+        found = of_slots(options, prompt, max(slots, 3))
+        used.add(found)
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model, "engine", engine)
+        yield
+    for one in used:
+        while any(one.slots):
+            one.step()
