@@ -2,6 +2,7 @@
 
 import atexit
 import dataclasses
+import gc
 import importlib.util
 import os
 import shutil
@@ -56,6 +57,11 @@ if importlib.util.find_spec("torch") is None:
         for path in Path(__file__).parent.glob("test_*.py")
         if "\nimport torch\n" in path.read_text()
     ]
+
+# Tracing makes many objects, and a fifth of its time is Python's search for unreachable ones among
+# all that were imported.
+gc.freeze()
+gc.set_threshold(100_000, 20, 100)
 
 # All conversations of the tests get buffers of one size: compilation is most of the tests' time.
 omni2_module.BUCKET = 1280
