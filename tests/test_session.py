@@ -18,10 +18,10 @@ QUICK = dataclasses.replace(GREEDY, max_new_tokens=12, max_flush_units=10)
 @pytest.fixture
 def session(text_model):
     """With a cache of 1280 positions: three turns fit, not four."""
-    return text_model.session(options=GREEDY, turns=1)
+    return text_model.session(options=QUICK, turns=1)
 
 
-def from_scratch(model, session: Session, turns: int | None = None, options=GREEDY) -> Session:
+def from_scratch(model, session: Session, turns: int | None = None, options=QUICK) -> Session:
     """Another session that remembers the same (first) turns, but has nothing in its cache."""
     fresh = model.session(options=options, turns=1)
     fresh.turns = [
@@ -44,11 +44,12 @@ def equal(a, b) -> bool:
     return a[:2] == b[:2] and np.array_equal(a[2], b[2])
 
 
-def test_turns_go_on_from_the_cache(text_model, session, monkeypatch):
+def test_turns_go_on_from_the_cache(text_model, monkeypatch):
     """The first turn is the released answer. Later turns only compute their own positions.
 
     Their answers are those of the whole conversation computed from scratch.
     """
+    session = text_model.session(options=GREEDY, turns=1)
     taken, submit = [], session.engine.submit
 
     def record(pieces, *arguments, **settings):
@@ -63,7 +64,7 @@ def test_turns_go_on_from_the_cache(text_model, session, monkeypatch):
     )
     for wav in (B, C):
         continued = said(session.respond(wav))
-        whole = from_scratch(text_model, session, turns=len(session.turns) - 1)
+        whole = from_scratch(text_model, session, len(session.turns) - 1, GREEDY)
         assert equal(said(whole.respond(wav)), continued)
         assert whole.length == session.length and whole.turns[-1].answer == session.turns[-1].answer
     lengths = [sum(len(piece.ids) for piece in pieces) for pieces in taken]
@@ -85,7 +86,7 @@ def test_speech_of_two_turns(model):
     turns = [said(session.respond(wav)) for wav in (A, B)]
     for _, units, samples in turns:
         assert samples.size == 960 * len(units) > 0
-    assert equal(said(from_scratch(model, session, turns=1, options=QUICK).respond(B)), turns[1])
+    assert equal(said(from_scratch(model, session, turns=1).respond(B)), turns[1])
 
 
 def test_interruption_keeps_what_was_said(text_model, session):
@@ -164,7 +165,7 @@ def test_one_answer_at_a_time(session):
 def test_two_sessions_share_an_engine(text_model, text_engine, session):
     """Reply by reply in turns, each is what it is alone."""
     expected = [said(session.respond(A)), said(session.respond(B))]
-    ask = text_model.request(GREEDY)
+    ask = text_model.request(QUICK)
     one, two = (
         Session(text_model.hear, text_engine, text_model.tokenizer, ask, None) for _ in range(2)
     )
@@ -185,7 +186,7 @@ def test_too_long_a_conversation(text_model, session):
     length, turns = session.length, list(session.turns)
     with pytest.raises(
         ValueError,
-        match=r"takes 1\d\d\d positions and its answer up to 64 more, .* has 1280; start a new",
+        match=r"takes 1\d\d\d positions and its answer up to 12 more, .* has 1280; start a new",
     ):
         next(session.respond(A))
     assert session.length == length and session.turns == turns
@@ -193,11 +194,11 @@ def test_too_long_a_conversation(text_model, session):
     session.overflow = "drop"
     answer = said(session.respond(A))
     assert session.turns[:-1] == turns[1:]
-    rest = text_model.session(options=GREEDY, turns=1)
+    rest = text_model.session(options=QUICK, turns=1)
     rest.turns = turns[1:]
     assert equal(said(rest.respond(A)), answer)
     with pytest.raises(ValueError, match="expected 'error' or 'drop'"):
-        text_model.session(options=GREEDY, turns=1, overflow="forget")
+        text_model.session(options=QUICK, turns=1, overflow="forget")
 
 
 def test_turn_that_alone_is_too_long(text_model):
@@ -241,7 +242,7 @@ def test_failed_answer_is_forgotten(text_model, session):
 
 def test_full_queue_loses_nothing(text_model, session, text_engine, monkeypatch):
     busy = Session(
-        text_model.hear, text_engine, text_model.tokenizer, text_model.request(GREEDY), None, "drop"
+        text_model.hear, text_engine, text_model.tokenizer, text_model.request(QUICK), None, "drop"
     )
     for wav in (A, B, C):
         said(busy.respond(wav))
@@ -257,7 +258,7 @@ def test_full_queue_loses_nothing(text_model, session, text_engine, monkeypatch)
 def test_interruption_while_waiting(text_model, text_engine, monkeypatch):
     """Ctrl-C before the turn has a slot: the turn stays in the history, without an answer."""
     session = Session(
-        text_model.hear, text_engine, text_model.tokenizer, text_model.request(GREEDY), None
+        text_model.hear, text_engine, text_model.tokenizer, text_model.request(QUICK), None
     )
     said(session.respond(A))
     others = [
@@ -298,7 +299,7 @@ def test_text_turns_and_instructions(text_model):
     written = session.dialogue(session.turns[:2], "And now?")
     assert session.length == len(written) + len(session.turns[2].answer)
     assert written.count(SPEECH) == tokenizer.positions
-    fresh = from_scratch(text_model, session, 2, QUICK)
+    fresh = from_scratch(text_model, session, 2)
     fresh.instructions = session.instructions
     assert said(fresh.reply("And now?"))[0] == tokenizer.decode(session.turns[2].answer)
 
@@ -311,7 +312,7 @@ def test_truncate_forgets_what_was_not_heard(text_model):
     assert len(answer) > 4
     session.truncate(4)
     assert session.turns[0].answer == answer[:4] and session.length == length - len(answer) + 4
-    fresh = from_scratch(text_model, session)
+    fresh = from_scratch(text_model, session, options=GREEDY)
     assert equal(said(session.respond(SHORT)), said(fresh.respond(SHORT)))
     session.truncate(10_000)
     assert session.length == fresh.length
