@@ -41,7 +41,7 @@ SMALL = FlowConfig(
     steps=2,
     noise_frames=200,
 )
-MU_STEPS, STEPS = 70, 140
+MU_STEPS, STEPS = 40, 100
 
 
 @dataclasses.dataclass
@@ -79,7 +79,7 @@ def settings(start, talks) -> TrainConfig:
         chunks=(),
         remat="none",
         workers=1,
-        save_every=35,
+        save_every=20,
         keep=9,
     )
 
@@ -96,7 +96,7 @@ def test_both_phases_learn(trained):
     assert np.mean(losses[MU_STEPS - 5 : MU_STEPS]) < 2 / 3 * np.mean(losses[:3])
     assert np.mean(losses[-10:]) < 2 / 3 * np.mean(losses[MU_STEPS : MU_STEPS + 3])
     before, between, after = (
-        saved_state(trained, step)["params"] for step in (35, MU_STEPS, STEPS)
+        saved_state(trained, step)["params"] for step in (20, MU_STEPS, STEPS)
     )
     for path in before:
         in_encoder = path.startswith(("flow.embed", "flow.encoder", "flow.project"))
@@ -105,7 +105,7 @@ def test_both_phases_learn(trained):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("step", [105, pytest.param(35, marks=pytest.mark.nightly)])
+@pytest.mark.parametrize("step", [80, pytest.param(20, marks=pytest.mark.nightly)])
 def test_resumed(settings, trained, tmp_path, step):
     """Killed in either phase, it ends with the same state to the bit."""
     cut = shutil.copytree(trained, tmp_path / "cut", ignore=shutil.ignore_patterns("final"))

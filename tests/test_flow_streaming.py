@@ -92,10 +92,11 @@ CASES = {
 }
 
 
-# Each case is compiled. The nightly ones are other sizes of those before and after them.
+# Each case is compiled. The nightly ones are other sizes of those before and after them. Of writes
+# that complete chunks, test_a_cache_in_half_precision_is_close compares the end.
 MARKS = {
     "one chunk before": pytest.mark.nightly,
-    "one chunk before, writes that complete chunks": pytest.mark.slow,
+    "one chunk before, writes that complete chunks": pytest.mark.nightly,
     "two chunks before": pytest.mark.nightly,
     "chunks smaller than a write": pytest.mark.slow,
 }

@@ -21,7 +21,7 @@ from tests.support.conversations import GREEDY, clip
 from tests.support.realtime import MANUAL, ask, audio_of, converse, talk, until
 from tests.support.server import base64_of, eventually, pcm, running
 
-OPTIONS = dataclasses.replace(GREEDY, max_new_tokens=12, max_flush_units=15)
+OPTIONS = dataclasses.replace(GREEDY, max_new_tokens=6, max_flush_units=10)
 LIMITS = Limits(sessions=3, context=1000, unsent_bytes=2**20)
 
 

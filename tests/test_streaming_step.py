@@ -101,7 +101,8 @@ def test_released_streams(decoder, entry, monkeypatch):
     assert_wav(np.concatenate(waveforms[1]), entry["L53_hop15_wav"], 2e-2, 1e-3)
 
 
-@pytest.mark.slow
+# Flow and vocoder in one pass are compared in tests/test_flow.py and tests/test_hift.py.
+@pytest.mark.nightly
 def test_released_offline_decoder(decoder, entry):
     """Whole answers of 53 and 13 units, and the shorter one 1.3 times as fast, in one pass."""
     graph, params, voice = decoder

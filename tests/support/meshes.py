@@ -14,3 +14,8 @@ MARKS = {"2x4": pytest.mark.slow, "8x1": pytest.mark.nightly, "1x8": pytest.mark
 MESH_PARAMS = [
     pytest.param(mesh, id=name, marks=MARKS.get(name, ())) for name, mesh in MESHES.items()
 ]
+# Of the costliest programs, .ci/run compiles one.
+COSTLY_PARAMS = [
+    pytest.param(mesh, id=name, marks=() if name == "2x2x2" else pytest.mark.nightly)
+    for name, mesh in MESHES.items()
+]
