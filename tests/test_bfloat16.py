@@ -67,6 +67,7 @@ def test_against_float32(text_model, half):
         assert error.mean() < bounds[0] and error.max() < bounds[1], name
 
 
+@pytest.mark.slow
 def test_decode_state(checkpoint_dir, half):
     """The caches of the language models are bfloat16, flow and vocoder stay float32."""
     model = Omni2.load(checkpoint_dir, dtype=jnp.bfloat16)

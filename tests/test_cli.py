@@ -71,6 +71,7 @@ def test_answer_to_a_wav(omni2, loaded, model, tmp_path):
     assert os.listdir(tmp_path) == ["answer.wav"]
 
 
+@pytest.mark.slow
 def test_speak(omni2, loaded, model, warm_engine, tmp_path, monkeypatch):
     """A text to a wav, from the engine that other tests have compiled."""
     command = ["speak", "--checkpoint", loaded, "--max-flush-units", 15, "--out"]
@@ -84,6 +85,7 @@ def test_speak(omni2, loaded, model, warm_engine, tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == ["a.wav"]
 
 
+@pytest.mark.slow
 def test_conversation_and_streaming(omni2, loaded, model, tmp_path):
     """Two turns, written as they are made: the files of `NAME-1.wav`, and times on stderr."""
     code, out, err = omni2(
@@ -153,6 +155,7 @@ def test_questions_in_batches(omni2, loaded, tmp_path):
         assert len(samples) == 960 * answer["prediction_units"].count("<")
 
 
+@pytest.mark.slow
 def test_answer_without_speech(omni2, loaded, tmp_path, monkeypatch):
     """The first text token ends the text, and there is no unit: no file, and no failure."""
 
@@ -201,6 +204,7 @@ def test_info(omni2, checkpoint_dir):
         assert fact in out
 
 
+@pytest.mark.slow
 def test_square_brackets_in_names(omni2, loaded, tmp_path):
     """They are no markup: of recordings, of the answer's file, and of a checkpoint."""
     folder = tmp_path / "[" / "]x"  # "[/]x" on the command line
@@ -258,6 +262,7 @@ def test_too_long_a_conversation_is_refused_before_loading(
     refused(result, tmp_path, "in.json: item 1 (q1): ", "positions, at most 4096 fit")
 
 
+@pytest.mark.slow
 def test_raw_audio_on_stdout(loaded, model, monkeypatch, capfdbinary):
     """Nothing but samples on stdout; the text goes to stderr."""
     command = chat(loaded, SPEECH, *LIMITS, "--stream", "--out", "-")

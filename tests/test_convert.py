@@ -352,6 +352,7 @@ def snapshot(directory):
     }
 
 
+@pytest.mark.slow
 def test_parts_and_voices_are_added(tmp_path, checkpoint_dir):
     out = tmp_path / "ckpt"
     assert convert("--omni2", OMNI2, "--out", out) == 0

@@ -43,6 +43,7 @@ def losses(train: TrainConfig, out: Path) -> list[float]:
     return [line["loss"] for line in lines]
 
 
+@pytest.mark.slow
 def test_a_run_that_reads_them_has_the_same_losses(settings, frames, new_checkpoint, tmp_path):
     """They are rounded to float16, so not to the bit."""
     computed = losses(settings(), tmp_path / "computed")

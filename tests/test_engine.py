@@ -52,6 +52,7 @@ def test_released_conversations_through_three_slots(engine, model):
         assert np.abs(said.samples).max() > 0.01 and np.isfinite(said.samples).all()
 
 
+@pytest.mark.slow
 def test_company_changes_nothing(engine, model):
     """Requests that join one after the other are bit by bit what they are alone.
 

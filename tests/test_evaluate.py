@@ -377,6 +377,7 @@ def test_folders_that_cannot_be_used(tmp_path):
 # --- real parts
 
 
+@pytest.mark.slow
 def test_naturalness(omni2, given, tmp_path):
     """DNSMOS tells speech from speech in loud noise; UTMOS is read from TorchScript."""
     torch = pytest.importorskip("torch")

@@ -38,6 +38,7 @@ def loaded(monkeypatch, model):
         yield calls
 
 
+@pytest.mark.slow
 def test_batched_answers(loaded, checkpoint_dir, model, warm_engine, data, tmp_path):
     """Three at once: text and speech of each are those of `Omni2.streams`."""
     options = SystemOptions(batch=3, options=OPTIONS)
@@ -60,6 +61,7 @@ def test_batched_answers(loaded, checkpoint_dir, model, warm_engine, data, tmp_p
     assert Results.load(tmp_path / "out" / "results.json") == results
 
 
+@pytest.mark.slow
 def test_answers_in_text_alone(loaded, checkpoint_dir, model, data, tmp_path):
     """No speech LM or decoder is loaded; text-qa judges the text, also by two keys at once."""
     items = read_items(data)
@@ -91,6 +93,7 @@ def test_answers_in_text_alone(loaded, checkpoint_dir, model, data, tmp_path):
         list(measure.measure(dataclasses.replace(settings, by=("split+age",))))
 
 
+@pytest.mark.slow
 def test_timed_answers(loaded, checkpoint_dir, data):
     """One at a time; stages are known for single turns."""
     items = read_items(data)

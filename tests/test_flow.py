@@ -160,6 +160,7 @@ def test_voice_and_mu(flow):
     close(cosine(jnp.linspace(0, 1, TINY.steps + 1))[:-1], want["euler_t"], 1e-6)
 
 
+@pytest.mark.slow
 def test_mel_of_every_golden_in_one_batch(flow):
     """All lengths, with and without a prompt, final and not. The reference ran each one alone."""
     want, units = golden("flow"), golden("encoder")
@@ -240,6 +241,7 @@ def test_mel_depends_on_its_chunk_the_past_and_three_units_more():
     assert (np.abs(mel[3, 40:] - mel[0, 40:]).max(1) > 0).all()
 
 
+@pytest.mark.slow
 def test_a_batch_equals_its_rows():
     rng = np.random.default_rng(0)
     units, lengths = jnp.asarray(rng.integers(0, TINY.units, (4, 30))), jnp.array([30, 17, 3, 1])

@@ -137,6 +137,7 @@ def test_recomputation(settings, start, remat):
         assert ("remat" in traced(loss)) == (remat == "full")
 
 
+@pytest.mark.slow
 def test_mel_statistics():
     """A flow with statistics gives the mel of the same flow without them, scaled and shifted."""
     plain = dataclasses.replace(SMALL, mel_mean=0.0, mel_std=1.0)

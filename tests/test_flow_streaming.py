@@ -59,6 +59,7 @@ def released_sessions() -> list[tuple[list[tuple[np.ndarray, bool]], list[np.nda
     return sessions
 
 
+@pytest.mark.slow
 def test_released_sessions_side_by_side_and_again_in_a_used_slot():
     """Sessions of 6, 2 and 8 calls in three slots; the slot of the second then serves the third."""
     sessions, idle = released_sessions(), (np.zeros(0, np.int32), False)

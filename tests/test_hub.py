@@ -160,6 +160,7 @@ def test_a_hub_that_cannot_be_reached(monkeypatch, tmp_path):
         assert f"{url} cannot be reached: " in refusal("ORG/Tiny")
 
 
+@pytest.mark.slow
 def test_convert_from_the_hub(tmp_path, monkeypatch, checkpoint_dir):
     """The whole command, told of the hub by the environment."""
     pytest.importorskip("torch")

@@ -82,6 +82,7 @@ def test_matrices_are_int8_and_half_as_large_as_bfloat16(checkpoint_dir, quantiz
     assert matrices > 0.9 * sum(leaf.nbytes for leaf in leaves)
 
 
+@pytest.mark.slow
 def test_logits_are_those_of_the_weights_that_the_integers_stand_for(checkpoint_dir, quantized):
     """And close to the original's: of both language models, and the frames of the encoder."""
     original, exact = load(checkpoint_dir), load_dequantized(quantized, checkpoint_dir)

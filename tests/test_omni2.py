@@ -41,6 +41,7 @@ def test_released_answers(text_model, name):
     )
 
 
+@pytest.mark.slow
 def test_answer_is_the_stream_to_its_end(model):
     """The same from samples; 40 ms of sound for every unit."""
     answer = model.answer(clip("speech_a"), options=GREEDY)
@@ -120,6 +121,7 @@ def test_speech_in_a_text_is_text(text_model):
     assert answer.unit_text
 
 
+@pytest.mark.slow
 def test_speak(model, monkeypatch):
     """A text of any length that fits a request, from the engine of three slots."""
     engine = model.engine
@@ -139,6 +141,7 @@ def test_chunks_smaller_than_a_write(model):
     )
 
 
+@pytest.mark.slow
 def test_text_alone(checkpoint_dir, new_checkpoint, tmp_path):
     """Without speech LM and decoder the text is the same, and no unit is written."""
     model = Omni2.load(checkpoint_dir, dtype=jnp.float32, speech=False)

@@ -95,6 +95,7 @@ def test_the_flow_cache_is_no_longer_than_the_answer(engines):
     assert engine.state.flow.plan.capacity == 1290
 
 
+@pytest.mark.slow
 def test_seamless_reaches_the_vocoder(engines, monkeypatch):
     passed, step = [], StreamingHift.step
 

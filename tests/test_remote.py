@@ -111,6 +111,7 @@ def test_a_checkpoint_is_read_from_a_bucket(tiny, checkpoint_dir, text_model):
     assert model.tokenizer.prompt([1]) == text_model.tokenizer.prompt([1])
 
 
+@pytest.mark.slow
 def test_info_of_a_bucket(omni2, tiny, bucket):
     result = process("info", tiny / "ckpt", "--verify")  # which the environment tells the service
     assert result.returncode == 0 and b"are sound\n" in result.stdout, result.stderr.decode()
@@ -131,6 +132,7 @@ def content(bucket: Bucket, name: str) -> bytes:
     return bucket.objects[tuple(name.split("/", 1))][0]
 
 
+@pytest.mark.slow
 def test_a_run_in_a_bucket_is_resumed_and_exported(
     tiny, bucket, checkpoint_dir, talks, tmp_path, monkeypatch
 ):

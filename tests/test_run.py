@@ -154,6 +154,7 @@ def test_a_run_that_has_ended(toy, tmp_path, monkeypatch):
     assert tree_equal(part(out / "final", "speech_lm"), exported)
 
 
+@pytest.mark.slow
 def test_saved_states_that_cannot_be_read(toy, tmp_path):
     out = tmp_path / "run"
     run(toy(), out)
@@ -325,6 +326,7 @@ def test_ablations_of_gate_fusion(toy, checkpoint_dir, tmp_path, monkeypatch, mi
     assert tree_equal(before, after) == (not reset)
 
 
+@pytest.mark.slow
 def test_validation_and_samples(toy, checkpoint_dir, talks, tmp_path, monkeypatch):
     """The loss of the validation data, and answers in text and units from a checkpoint without a
     decoder.
@@ -380,6 +382,7 @@ def test_spoken_samples(toy, talks, tmp_path, monkeypatch):
     )
 
 
+@pytest.mark.slow
 def test_examples_that_are_left_out(toy, talks, tmp_path, monkeypatch, capsys):
     """Examples without a bucket are listed at the start, damaged records when they are read."""
     with monkeypatch.context() as patch:
@@ -399,6 +402,7 @@ def test_examples_that_are_left_out(toy, talks, tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().err.count(f"{damaged}: dialogue 1 is damaged: ") == 1
 
 
+@pytest.mark.slow
 def test_traced_steps(toy, tmp_path):
     """Also if the first of them lies before the resumed step, or the last after the run's end."""
     out = tmp_path / "run"

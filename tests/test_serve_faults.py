@@ -148,6 +148,7 @@ def test_a_thousand_faulty_events(address, server, alone):
     assert asyncio.run(both()) == [alone, alone]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("times", [6, pytest.param(25, marks=pytest.mark.nightly)])
 def test_clients_that_vanish(address, server, alone, times):
     """At random moments. Those who stay hear what they hear alone; nothing is left behind."""
@@ -182,6 +183,7 @@ def test_clients_that_vanish(address, server, alone, times):
     assert threading.active_count() <= threads + 8  # of asyncio's pool
 
 
+@pytest.mark.slow
 def test_a_client_that_reads_nothing(address, server, alone):
     """Its connection is closed once too much waits for it; the one beside it does not wait."""
 
@@ -204,6 +206,7 @@ def test_a_client_that_reads_nothing(address, server, alone):
     eventually(lambda: server.clients == 0)
 
 
+@pytest.mark.slow
 def test_numbers_that_are_not_finite(address, server, monkeypatch):
     """One answer fails, with a line that names no path; the next one of the session does not."""
     hear = server.model.hear
@@ -230,6 +233,7 @@ def test_numbers_that_are_not_finite(address, server, monkeypatch):
     assert later == expected
 
 
+@pytest.mark.slow
 def test_a_server_that_is_stopped(model, warm_engine, alone):
     """The answer in progress is finished; then the client is told."""
     server, begun = Server(model, OPTIONS, LIMITS), threading.Event()

@@ -66,6 +66,7 @@ def test_spoken_question_and_answer(client, model):
     assert later.choices[0].message.content == answer(model, turns, OPTIONS).text
 
 
+@pytest.mark.slow
 def test_streams_equal_the_whole_answer(client):
     """The same text and samples, piece by piece, as server-sent events."""
     settings = {"model": "omni2", "messages": [spoken("speech_a")], "modalities": ["text", "audio"]}
@@ -113,6 +114,7 @@ def test_a_stream_is_admitted_once(server, client, monkeypatch):
     eventually(lambda: server.clients == 0 and not any(server.worker.engine.slots))
 
 
+@pytest.mark.slow
 def test_speech(client, model, warm_engine, monkeypatch):
     """The samples are those of `Omni2.speak` in every format."""
     text = "Good evening."
@@ -158,6 +160,7 @@ def test_bad_speech(client, name):
         client.audio.speech.create(**settings)
 
 
+@pytest.mark.slow
 def test_voices(client, server, address):
     """Added from a recording with consent, used, and deleted; files only this user can read."""
     recording = clip("speech_a").read_bytes()

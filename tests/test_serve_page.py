@@ -95,6 +95,7 @@ def downloads(page, number: int) -> list:
     return sorted(saved, key=lambda download: download.suggested_filename)
 
 
+@pytest.mark.slow
 def test_conversation(opened, server):
     """A spoken question; a written one, whose answer is interrupted; and another tab beside it."""
     with running(server) as address:
@@ -125,6 +126,7 @@ def test_conversation(opened, server):
         assert page.is_hidden("#notice")
 
 
+@pytest.mark.slow
 def test_microphone_refused_and_server_gone(opened, server):
     """Without a microphone one can write. A server that comes back is found again."""
     with running(server) as address:

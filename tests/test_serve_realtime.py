@@ -70,6 +70,7 @@ def test_push_to_talk(address, model):
     assert events[-1].response.status in ("completed", "incomplete")
 
 
+@pytest.mark.slow
 def test_turns_by_voice_activity(address):
     """The server notices the end of a spoken turn and answers; the second turn follows the first.
 
@@ -96,6 +97,7 @@ def test_turns_by_voice_activity(address):
         assert len(audio_of(events)) > SECOND // 4
 
 
+@pytest.mark.slow
 def test_barge_in(address, server):
     """Speech during an answer stops it; what was not heard is forgotten; the next turn goes on."""
     sound = pcm(clip("speech_a"))
@@ -164,6 +166,7 @@ def test_text_turns_and_cancel(address):
     assert cancelled[-1].response.status == "cancelled"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["audio/pcmu", "audio/pcma"])
 def test_g711(address, kind):
     """The formats of telephones: one byte for each of 8,000 samples a second."""

@@ -88,6 +88,7 @@ def alone(warm_text_engine, text_model):
     return {name: Said.by(submit(warm_text_engine, text_model, name, **SHORT)) for name in CASES}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sharded", COSTLY_PARAMS, indirect=True, scope="module")
 def test_generation(sharded, alone):
     """Text and units of five conversations side by side, in slots that lie on different devices."""

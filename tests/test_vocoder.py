@@ -58,6 +58,7 @@ def energy(model, monkeypatch) -> Omni2:
     return Omni2(model.directory, config, graph, params, model.tokenizer, model.defaults)
 
 
+@pytest.mark.slow
 def test_another_vocoder_speaks(energy):
     """Every unit gives 960 samples, in every slot, and a restarted slot gives the same ones."""
     engine = energy.engine(GREEDY, 1000, slots=2)

@@ -78,6 +78,7 @@ def installed(tmp_path_factory, new_checkpoint) -> Path:
     return target
 
 
+@pytest.mark.slow
 def test_the_wheel_holds_one_package_with_every_module(installed):
     names = {path.name for path in installed.iterdir() if not path.name.endswith(".dist-info")}
     assert names == {"omni2_jax", "bin"}
@@ -85,6 +86,7 @@ def test_the_wheel_holds_one_package_with_every_module(installed):
     assert (installed / "omni2_jax" / "py.typed").is_file()
 
 
+@pytest.mark.slow
 def test_the_embedded_model_is_whole(omni2):
     assert "sound" in omni2(["info", "--verify"])
 
