@@ -17,8 +17,8 @@ from omni2_jax.convert.tables import flow as tables
 from omni2_jax.models.flow.mask import Chunks, Window
 from omni2_jax.models.flow.matching import Flow, Prompt, cosine
 from tests.support.compare import close
-from tests.support.networks import QUICK, abstract_model, full_pass, tiny_flow
 from tests.support.networks import TINY_FLOW as TINY
+from tests.support.networks import abstract_model, full_pass, tiny_flow
 from tests.support.networks import decoder_golden as golden
 from tests.support.paths import DECODER, GOLDENS
 
@@ -92,9 +92,7 @@ def test_encoder(flow):
     want = golden("encoder")
     units, lengths = padded([want[f"L{n}_token"] for n in LENGTHS])
     seen = windows(units.shape[1], lengths)
-    h = jax.jit(lambda u: flow.encoder(flow.embed(u), *seen, None)[0], compiler_options=QUICK)(
-        units
-    )
+    h = jax.jit(lambda u: flow.encoder(flow.embed(u), *seen, None)[0])(units)
     for row, n in zip(h, LENGTHS, strict=True):
         close(row[: 2 * n], want[f"L{n}_h"], 1e-4)
 
@@ -121,9 +119,7 @@ def test_padding_of_a_reference_batch_reaches_its_last_units(flow):
     """
     want = golden("encoder")
     units, (long, short) = jnp.asarray(want["B2_token"]), want["B2_len"]
-    encode = jax.jit(
-        lambda x, seen, frames: flow.encoder(x, seen, frames, None)[0], compiler_options=QUICK
-    )
+    encode = jax.jit(lambda x, seen, frames: flow.encoder(x, seen, frames, None)[0])
     seen, frames = windows(units.shape[1], want["B2_len"])
     x = flow.embed(units) * seen.valid[..., None]
     leaky = encode(x, dataclasses.replace(seen, valid=jnp.ones_like(seen.valid)), frames)
@@ -144,7 +140,7 @@ def test_estimator(flow):
     t = jnp.asarray(want["t"])
     close(flow.estimator.time(t), want["time_emb"], 1e-4)
     seen = Window.whole(frames, lengths, RELEASED, 2)
-    velocity, _ = jax.jit(flow.estimator, compiler_options=QUICK)(
+    velocity, _ = jax.jit(flow.estimator)(
         channels_last(want["x"]), channels_last(given), t, seen, None
     )
     close(velocity, want["out"].swapaxes(1, 2), 1e-4)
@@ -153,9 +149,7 @@ def test_estimator(flow):
 def test_voice_and_mu(flow):
     want, units = golden("flow"), golden("encoder")["L13_token"]
     close(flow.voice(jnp.asarray(want["embedding"])[None])[0], want["spk_projected"], 1e-6)
-    mu = jax.jit(flow.mu, static_argnums=2, compiler_options=QUICK)(
-        jnp.asarray(units)[None], jnp.array([13]), RELEASED
-    )
+    mu = jax.jit(flow.mu, static_argnums=2)(jnp.asarray(units)[None], jnp.array([13]), RELEASED)
     close(mu[0], want["L13_noprompt_final_mu"].T, 1e-4)
     close(cosine(jnp.linspace(0, 1, TINY.steps + 1))[:-1], want["euler_t"], 1e-6)
 
@@ -192,7 +186,7 @@ def test_training_loss(flow):
     kept = jnp.asarray(want["cfg_uniform"]) > TINY.guidance_dropout
     t = jnp.asarray(want["t_uniform"][:, 0, 0])
     close(cosine(t), want["t_cosine"][:, 0, 0], 1e-6)
-    total, terms = jax.jit(flow.compute_loss, compiler_options=QUICK)(
+    total, terms = jax.jit(flow.compute_loss)(
         mel, lengths, mu, jnp.asarray(want["spks"]), cond, t, z, kept
     )
     close(total / terms, want["loss"][0], 1e-4)

@@ -11,9 +11,9 @@ from flax import nnx
 from omni2_jax.models.flow.mask import Chunks
 from omni2_jax.models.flow.streaming import FlowState, StreamPlan, flow_step
 from tests.support.compare import close
-from tests.support.networks import QUICK, full_pass, tiny_flow
 from tests.support.networks import TINY_FLOW as TINY
 from tests.support.networks import decoder_golden as golden
+from tests.support.networks import full_pass, tiny_flow
 
 VOICES = jnp.asarray(np.random.default_rng(0).standard_normal((3, 80)), jnp.float32)
 
@@ -24,7 +24,6 @@ def jitted_step():
     step = jax.jit(
         lambda params, state, *given: flow_step(nnx.merge(graph, params), state, *given),
         donate_argnums=1,
-        compiler_options=QUICK,
     )
     return functools.partial(step, params)
 

@@ -15,7 +15,6 @@ from omni2_jax.models.flow.streaming import FlowState, StreamPlan, flow_step
 from omni2_jax.models.vocoder.hift_streaming import StreamingHift
 from tests.support.conversations import SHORT, Said, submit
 from tests.support.networks import (
-    QUICK,
     TINY_FLOW,
     TINY_HIFT,
     abstract_model,
@@ -46,7 +45,7 @@ def samples_of_slots(slots: int) -> np.ndarray:
         hift_state, samples, _ = hift.step(hift_state, mel, frames, final, keys, seamless=True)
         return flow_state, hift_state, samples
 
-    step = jax.jit(step, compiler_options=QUICK)
+    step = jax.jit(step)
     state = FlowState.empty(flow, jnp.ones((slots, 80)), plan), hift.empty_state(slots)
     units = np.random.default_rng(0).integers(0, TINY_FLOW.units, (STEPS, 10))
     samples = []

@@ -23,9 +23,6 @@ from omni2_jax.models.flow.matching import Flow
 from omni2_jax.models.vocoder.hift import Hift
 from tests.support.paths import DECODER, GOLDENS
 
-# Small models take longer to compile than to run.
-QUICK = {"xla_backend_optimization_level": 1}
-
 TINY_FLOW = FlowConfig(
     width=64,
     heads=4,
@@ -98,7 +95,6 @@ def full_pass() -> Callable[..., Any]:
     run = jax.jit(
         lambda params, *inputs: nnx.merge(graph, params)(*inputs),
         static_argnums=6,
-        compiler_options=QUICK,
     )
     return functools.partial(run, params)
 
