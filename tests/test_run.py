@@ -142,28 +142,33 @@ def test_interrupted_and_resumed(toy, arguments, tmp_path, capsys):
     assert list((cut / "tensorboard").glob("events*"))
 
 
-def test_a_run_that_has_ended(toy, tmp_path, monkeypatch):
+@pytest.fixture(scope="module")
+def ended_run(toy, tmp_path_factory) -> Path:
+    """Three steps, saved after the second and the last."""
+    out = tmp_path_factory.mktemp("ended") / "run"
+    run(toy(save_every=2), out)
+    return out
+
+
+def test_a_run_that_has_ended(toy, ended_run, tmp_path, monkeypatch):
     """It takes no further step, and exports the same checkpoint again if that is missing."""
-    out = tmp_path / "run"
-    run(toy(), out)
+    out = shutil.copytree(ended_run, tmp_path / "run")
     reports, exported = (out / "metrics.jsonl").read_bytes(), part(out / "final", "speech_lm")
     shutil.rmtree(out / "final")
     monkeypatch.setattr(step, "compile_step", lambda *_: None)
-    run(toy(), out)
+    run(toy(save_every=2), out)
     assert (out / "metrics.jsonl").read_bytes() == reports
     assert tree_equal(part(out / "final", "speech_lm"), exported)
 
 
-@pytest.mark.slow
-def test_saved_states_that_cannot_be_read(toy, tmp_path):
-    out = tmp_path / "run"
-    run(toy(), out)
+def test_saved_states_that_cannot_be_read(toy, ended_run, tmp_path):
+    out = shutil.copytree(ended_run, tmp_path / "run")
     (out / "steps" / "3" / "default" / "_METADATA").write_text("{")
     with pytest.raises(
         ValueError,
         match=rf"^{out}/steps/3 cannot be restored, is it damaged or of another run\? [^\n]*$",
     ):
-        run(toy(), out)
+        run(toy(save_every=2), out)
 
 
 # --- the same numbers, however they are computed
@@ -403,10 +408,9 @@ def test_examples_that_are_left_out(toy, talks, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.slow
-def test_traced_steps(toy, tmp_path):
+def test_traced_steps(toy, ended_run, tmp_path):
     """Also if the first of them lies before the resumed step, or the last after the run's end."""
-    out = tmp_path / "run"
-    run(toy(save_every=2), out)
+    out = shutil.copytree(ended_run, tmp_path / "run")
     shutil.rmtree(out / "steps" / "3")
     run(toy(save_every=2, profile=(1, 9)), out)
     assert list((out / "profile").rglob("*.xplane.pb"))
