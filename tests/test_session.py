@@ -287,7 +287,7 @@ def test_text_turns_and_instructions(text_model):
 
     The ids in the cache equal those of the whole conversation written by the chat template.
     """
-    session = text_model.session(options=QUICK, turns=4, instructions="Say <speech> in French.")
+    session = text_model.session(options=QUICK, turns=1, instructions="Say <speech> in French.")
     said(session.reply("What is <speech>?"))
     said(session.respond(SHORT))
     said(session.reply("And now?"))
@@ -306,7 +306,7 @@ def test_text_turns_and_instructions(text_model):
 
 def test_truncate_forgets_what_was_not_heard(text_model):
     """The next turn follows the tokens that are kept, as if the answer had ended there."""
-    session = text_model.session(options=GREEDY, turns=3)
+    session = text_model.session(options=GREEDY, turns=1)
     said(session.respond(A))
     length, answer = session.length, list(session.turns[0].answer)
     assert len(answer) > 4
