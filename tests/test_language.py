@@ -71,6 +71,7 @@ def programs(model):
 def generate(model, prompts, requests):
     """Greedy generation of several prompts in one batch -> per slot (text ids, speech ids)."""
     slots, longest = len(prompts), max(len(ids) for ids, _ in prompts)
+    longest += -longest % 256  # for few compilations
     ids, features = (
         np.zeros((slots, longest), np.int32),
         np.zeros((slots, 600, prompts[0][1].shape[1]), np.float32),
