@@ -235,7 +235,7 @@ def test_mel_depends_on_its_chunk_the_past_and_three_units_more():
     assert (np.abs(mel[3, 40:] - mel[0, 40:]).max(1) > 0).all()
 
 
-@pytest.mark.slow
+@pytest.mark.nightly  # the goldens that test_mel_of_every_golden_in_one_batch has were made alone
 def test_a_batch_equals_its_rows():
     rng = np.random.default_rng(0)
     units, lengths = jnp.asarray(rng.integers(0, TINY.units, (4, 30))), jnp.array([30, 17, 3, 1])

@@ -18,7 +18,7 @@ from omni2_jax.models.model import SPEECH, abstract_state
 from omni2_jax.sharding import make_mesh, mesh_of, parse_mesh
 from tests.support.compare import assert_wav, tree_equal
 from tests.support.conversations import CASES, GREEDY, SHORT, Said, submit
-from tests.support.meshes import COSTLY_PARAMS, MESH_PARAMS, MESHES
+from tests.support.meshes import MESH_PARAMS, MESHES
 
 
 @pytest.fixture(scope="module", params=MESH_PARAMS)
@@ -89,7 +89,6 @@ def alone(warm_text_engine, text_model):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sharded", COSTLY_PARAMS, indirect=True, scope="module")
 def test_generation(sharded, alone):
     """Text and units of five conversations side by side, in slots that lie on different devices."""
     engine = sharded.engine(GREEDY, 1000, slots=8)

@@ -10,7 +10,7 @@ import pytest
 
 from omni2_jax.train.loop import Run
 from omni2_jax.train.settings import MeshConfig, TrainConfig
-from tests.support.meshes import COSTLY_PARAMS
+from tests.support.meshes import MESH_PARAMS
 from tests.support.runs import losses, toy_run
 
 
@@ -27,7 +27,7 @@ def alone(settings, tmp_path_factory) -> Path:
     return out
 
 
-@pytest.mark.parametrize("mesh", COSTLY_PARAMS)
+@pytest.mark.parametrize("mesh", MESH_PARAMS)
 def test_steps_on_a_mesh(settings, alone, tmp_path, mesh):
     """The losses are those of one device; the parameters lie on the mesh of the settings."""
     run = Run(dataclasses.replace(settings, mesh=MeshConfig(*mesh)), tmp_path / "run")

@@ -8,14 +8,9 @@ MESHES = {
     "8x1": (1, 8, 1),
     "1x8": (1, 1, 8),
 }
-# The first mesh has all three axes. On the second, `tensor` does not divide the key/value heads.
-# The others have only one of these axes.
-MARKS = {"2x4": pytest.mark.slow, "8x1": pytest.mark.nightly, "1x8": pytest.mark.nightly}
+# The first mesh has all three axes. On the second, `tensor` does not divide the key/value heads;
+# tests/test_training_mesh.py moves a run to it. The others have only one of these axes.
 MESH_PARAMS = [
-    pytest.param(mesh, id=name, marks=MARKS.get(name, ())) for name, mesh in MESHES.items()
-]
-# Of the costliest programs, .ci/run compiles one.
-COSTLY_PARAMS = [
     pytest.param(mesh, id=name, marks=() if name == "2x2x2" else pytest.mark.nightly)
     for name, mesh in MESHES.items()
 ]
