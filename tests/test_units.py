@@ -240,7 +240,7 @@ def test_other_parts_do_not_change_by_a_bit(trained, start):
     assert files(trained / "final") == before
 
 
-@pytest.mark.nightly  # tests/test_flow_stage.py and test_vocoder_stage.py resume runs of stages, too
+@pytest.mark.nightly  # tests/test_flow_stage.py and test_vocoder_stage.py resume runs, too
 def test_resumed(trained, settings, tmp_path):
     """A run that was killed before its second save goes on from the first, bit for bit."""
     cut = shutil.copytree(trained, tmp_path / "run", ignore=shutil.ignore_patterns("final"))
