@@ -28,7 +28,6 @@ from omni2_jax.train.stages import stage_of
 from omni2_jax.train.stages.units import ctc_losses, spread
 from omni2_jax.train.unit_heads import edit_distance, greedy, labels_of
 from tests.support.compare import tree_equal
-from tests.support.networks import fresh_model
 from tests.support.paths import EXAMPLES
 from tests.support.runs import reported, toy_config
 
@@ -156,7 +155,7 @@ def recordings(tmp_path_factory) -> Path:
 def with_tokenizer(checkpoint: Path, out: Path, config: SpeechTokenizerConfig) -> Path:
     """A copy of a checkpoint, with a new speech tokenizer."""
     shutil.copytree(checkpoint, out)
-    _, params = fresh_model(lambda rngs: SpeechTokenizer(config, rngs))
+    params = nnx.to_pure_dict(nnx.state(SpeechTokenizer(config, nnx.Rngs(0))))
     parameters.save_part(out, "speech_tokenizer", params)
     speech_tokenizer.save_config(out, config)
     return out
