@@ -233,6 +233,7 @@ def test_batch_of_different_lengths_equals_one_by_one(model, cases, arrays, feat
         assert model.tokenizer.unit_text(speech) == cases[name]["prediction_units"], name
 
 
+@pytest.mark.slow
 def test_sampling_does_not_depend_on_the_batch(model, cases, arrays, features):
     """The same key and prompt give the same answer alone and next to another slot."""
     prompts = [prompt(cases[name], arrays[name], features) for name in "CE"]
@@ -250,6 +251,7 @@ def test_sampling_does_not_depend_on_the_batch(model, cases, arrays, features):
         assert alone == together[row : row + 1]
 
 
+@pytest.mark.slow
 def test_units_only_samples_nothing_else(model, cases, arrays, features):
     ids, speech = prompt(cases["A"], arrays["A"], features)
     options = Options(max_new_tokens=30, max_flush_units=50)
