@@ -113,6 +113,7 @@ def test_a_grid_of_the_read_write_rule(loaded, checkpoint_dir, data, tmp_path, m
         ("asr-wer",), str(checkpoint_dir), data, tmp_path, options, recogniser="scripted", limit=1
     )
     found = list(measure.measure(settings, [(1, 5), (3, 10)]))
+    assert [results.label for results in found] == ["ckpt R1 W5", "ckpt R3 W10"]
     assert [results.rows for results in found] == [["table4/1-5"], ["table4/3-10"]]
     assert [results.system["read"] for results in found] == [1, 3]
     assert [(call["read"], call["write"]) for call in loaded] == [(1, 5), (3, 10)]

@@ -95,7 +95,10 @@ def open_measured(point: Settings) -> System:
 
 def evaluation(point: Settings, system, tasks, items: list[Item], recogniser: Recogniser | None):
     """One evaluation of settings whose parts are open."""
-    name = str(system.describe().get("name", point.system))
+    label = point.label or str(system.describe().get("name", point.system))
+    options = point.system_options
+    if options.read:  # one of a grid, which otherwise could not be told from the others
+        label += f" R{options.read} W{options.write}"
     return Evaluation(
         system=system,
         items=items,
@@ -103,7 +106,7 @@ def evaluation(point: Settings, system, tasks, items: list[Item], recogniser: Re
         recogniser=recogniser,
         out=point.out,
         name=point.data.name,
-        label=point.label or name,
+        label=label,
         dataset=point.dataset or point.data.stem,
         rows=point.rows,
         by=point.by,
