@@ -20,17 +20,18 @@ def kept(logits: np.ndarray, top_k: int, top_p: float) -> np.ndarray:
     )
 
 
+@pytest.mark.parametrize("bits", [1, 4])
 @pytest.mark.parametrize(
     ("top_k", "top_p"), [(0, 1.0), (1, 1.0), (50, 1.0), (0, 0.9), (20, 0.5), (0, 0.01), (50, 0.0)]
 )
-def test_truncate(top_k, top_p):
+def test_truncate(top_k, top_p, bits):
     rng = np.random.default_rng(0)
     logits = (4 * rng.standard_normal((4, 400))).astype(np.float32)
     logits[1, ::3] = logits[1, 0]  # many of the same
     logits[2, ::2] = -np.inf
     logits[3] = np.round(logits[3])  # zeros of both signs among them
     found = np.asarray(
-        truncate(jnp.asarray(logits), jnp.full(4, top_k), jnp.full(4, top_p, jnp.float32))
+        truncate(jnp.asarray(logits), jnp.full(4, top_k), jnp.full(4, top_p, jnp.float32), bits)
     )
     for row, expected in zip(range(4), (kept(row, top_k, top_p) for row in logits), strict=True):
         np.testing.assert_array_equal(found[row] > -np.inf, expected)

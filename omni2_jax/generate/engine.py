@@ -101,7 +101,7 @@ class Programs:
     ) -> "Programs":
         """The programs for parameters on a mesh, which may be abstract (jax.ShapeDtypeStruct)."""
         dtype, mesh = language_dtype(params), sharding.mesh_of(params)
-        listed = nnx.merge(graph, params).listed_caches
+        listed = nnx.merge(graph, params).form.listed_caches
 
         def empty_prefix() -> ReadWriteState:
             capacities = engine_config.llm_capacity, engine_config.speech_capacity

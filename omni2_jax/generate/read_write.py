@@ -144,7 +144,8 @@ def read_token(
     keys = jax.vmap(jax.random.fold_in)(request.key, 2 * state.text_count)
     # Behind the last column, the last one is read: -1, or the token that ended the text.
     forced = request.forced.at[rows, state.text_count].get(mode="clip")
-    token = jnp.where(forced >= 0, forced, sample(logits, request.text, keys))
+    sampled = sample(logits, request.text, keys, model.form.search_bits)
+    token = jnp.where(forced >= 0, forced, sampled)
     token = jnp.where(reading, token, -1)
     count = state.text_count + reading
     is_eos = jnp.any(token[:, None] == request.text_eos, axis=-1)
@@ -295,15 +296,16 @@ def make_sampler(model: Model, units_only: bool) -> Sampler:
     can be sampled, and 95 % of the head's rows are not read.
     """
     lm, tokens, units = model.speech_lm, model.config.tokens, model.config.units
+    bits = model.form.search_bits
 
     def sample_any(hidden: Array, settings: Sampling, keys: Array) -> Array:
-        return sample(lm.logits(hidden), settings, keys)
+        return sample(lm.logits(hidden), settings, keys, bits)
 
     first_unit = tokens.sep + 1
 
     def sample_unit(hidden: Array, settings: Sampling, keys: Array) -> Array:
         logits = products(hidden, head, scale).astype(jnp.float32)
-        unit = sample(logits, settings, keys)
+        unit = sample(logits, settings, keys, bits)
         return jnp.where(unit == units, tokens.unit_eos, first_unit + unit)
 
     if not units_only:

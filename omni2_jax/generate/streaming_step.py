@@ -60,7 +60,7 @@ class DecodeState:
             engine_config.llm_capacity,
             engine_config.speech_capacity,
             dtype,
-            model.listed_caches,
+            model.form.listed_caches,
         )
         flow = vocoder = None
         if model.flow is not None:

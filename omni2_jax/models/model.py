@@ -18,6 +18,7 @@ from omni2_jax.models.adapter import Adapter
 from omni2_jax.models.decoder import Decoder
 from omni2_jax.models.flow.matching import Flow
 from omni2_jax.models.fusion import GateFusion
+from omni2_jax.models.serving import STACKED
 from omni2_jax.models.speaker import Speaker
 from omni2_jax.models.speech_encoder import SpeechEncoder
 from omni2_jax.models.vocoder import build as build_vocoder
@@ -56,7 +57,7 @@ class Model(nnx.Module):
         self.vocoder = c.vocoder and build_vocoder(c.vocoder, rngs)
         self.speaker = c.speaker and Speaker(c.speaker, rngs)
 
-        self.listed_caches = False  # whether each layer of the language models has its own cache
+        self.form = STACKED  # as it is read from a checkpoint; `serving.arrange` changes it
 
     def encode_speech(self, mel: Array) -> Array:
         """Log-mel of segments [B, 2T, M] -> speech features [B, F, D]: 300 of 30 s."""

@@ -10,13 +10,16 @@ benchmarks/AOT.md has the figures.
 
 import dataclasses
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import jax
 from flax import nnx
 
 from omni2_jax import sharding
 from omni2_jax.models.layers import Fusing, is_unrolled, unstack
-from omni2_jax.models.model import Model
+
+if TYPE_CHECKING:
+    from omni2_jax.models.model import Model
 
 
 @dataclass(frozen=True)
@@ -27,12 +30,13 @@ class Form:
     blocks: bool = False  # the flow's transformer blocks are listed, too
     listed_caches: bool = False  # each layer of the language models has a cache of its own
     fused: bool = False  # matrices with the same input are one: queries, keys and values, ...
+    search_bits: int = 1  # of a sampling threshold that a pass decides (`sampling.smallest_key`)
 
 
 STACKED = Form()
 FORMS = {
     "cpu": Form(unrolled=True),
-    "gpu": Form(unrolled=True, blocks=True, listed_caches=True, fused=True),
+    "gpu": Form(unrolled=True, blocks=True, listed_caches=True, fused=True, search_bits=4),
 }
 
 
@@ -40,15 +44,16 @@ def form_of(backend: str, mesh=None) -> Form:
     """The form for a kind of device: "cpu", "gpu" or "tpu".
 
     On a mesh whose `tensor` axis cuts matrices, those of queries, keys and values stay apart: one
-    matrix of all of them would be cut across their borders.
+    matrix of all of them would be cut across their borders. The vocabulary is cut, too, and sums
+    over it are partitioned one by one only.
     """
     form = FORMS.get(backend, STACKED)
     if mesh is not None and mesh.shape["tensor"] > 1:
-        return dataclasses.replace(form, fused=False)
+        return dataclasses.replace(form, fused=False, search_bits=1)
     return form
 
 
-def arrange(model: Model, form: Form, donate: bool = False) -> Model:
+def arrange(model: "Model", form: Form, donate: bool = False) -> "Model":
     """Bring a model, as it was read from a checkpoint, into a form. It changes the model itself.
 
     donate: whether arrays may be deleted that are replaced (`layers.freed`).
@@ -58,7 +63,7 @@ def arrange(model: Model, form: Form, donate: bool = False) -> Model:
         for module in modules:
             if isinstance(module, Fusing):
                 module.fuse(donate)
-    model.listed_caches = form.listed_caches
+    model.form = form
     if form.unrolled:
         for decoder in (model.llm, model.speech_lm):
             if decoder is not None:
