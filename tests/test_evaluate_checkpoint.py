@@ -13,7 +13,7 @@ from omni2_jax.evaluate.items import read_items
 from omni2_jax.evaluate.results import Results
 from omni2_jax.evaluate.systems import SystemOptions, open_system
 from omni2_jax.generate.omni2 import Omni2, join
-from tests.support.conversations import GREEDY, clip
+from tests.support.conversations import GREEDY, clip, three_slots
 from tests.support.evaluations import ScriptedRecogniser, write_lines
 
 OPTIONS = dataclasses.replace(GREEDY, max_new_tokens=12, max_flush_units=15)
@@ -34,12 +34,14 @@ def loaded(monkeypatch, model):
     monkeypatch.setattr(
         Omni2, "load", lambda directory, **settings: calls.append(settings) or model
     )
-    return calls
+    with three_slots(model):
+        yield calls
 
 
+@pytest.mark.slow
 def test_batched_answers(loaded, checkpoint_dir, model, warm_engine, data, tmp_path):
     """Three at once: text and speech of each are those of `Omni2.streams`."""
-    options = SystemOptions(batch=3, options=GREEDY)
+    options = SystemOptions(batch=3, options=OPTIONS)
     settings = measure.Settings(
         ("asr-wer",), str(checkpoint_dir), data, tmp_path / "out", options, recogniser="scripted"
     )
@@ -49,7 +51,7 @@ def test_batched_answers(loaded, checkpoint_dir, model, warm_engine, data, tmp_p
         (results,) = measure.measure(settings)
     assert warm_engine.compilations() == compiled
     items = read_items(data)
-    streams = model.streams([item.turns for item in items], options=GREEDY, slots=3)
+    streams = model.streams([item.turns for item in items], options=OPTIONS, slots=3)
     for item, replies in zip(items, streams, strict=True):
         answer = join(replies, spoken=True)
         samples, rate = run.load_wav(tmp_path / "out" / "answers", f"wav/{item.name}.wav")
@@ -59,17 +61,18 @@ def test_batched_answers(loaded, checkpoint_dir, model, warm_engine, data, tmp_p
     assert Results.load(tmp_path / "out" / "results.json") == results
 
 
+@pytest.mark.slow
 def test_answers_in_text_alone(loaded, checkpoint_dir, model, data, tmp_path):
     """No speech LM or decoder is loaded; text-qa judges the text, also by two keys at once."""
     items = read_items(data)
-    streams = model.streams([item.turns for item in items], options=GREEDY, slots=3)
+    streams = model.streams([item.turns for item in items], options=OPTIONS, slots=3)
     texts = [join(replies, spoken=True).text.strip() for replies in streams]
     rows = [json.loads(line) for line in data.read_text().splitlines()]
     for row, text, split in zip(rows, [texts[0], "wrong", texts[2]], "aab", strict=True):
         row |= {"answers": [text], "split": split, "voices": "new"}
     rows[2]["turns"].append({"text": texts[2] + " More."})
     data = write_lines(tmp_path / "answers.jsonl", rows)
-    options = SystemOptions(batch=3, options=GREEDY, speech=False)
+    options = SystemOptions(batch=3, options=OPTIONS, speech=False)
     settings = measure.Settings(
         ("text-qa",), str(checkpoint_dir), data, tmp_path / "out", options, by=("split+voices",)
     )
@@ -90,6 +93,7 @@ def test_answers_in_text_alone(loaded, checkpoint_dir, model, data, tmp_path):
         list(measure.measure(dataclasses.replace(settings, by=("split+age",))))
 
 
+@pytest.mark.slow
 def test_timed_answers(loaded, checkpoint_dir, data):
     """One at a time; stages are known for single turns."""
     items = read_items(data)
@@ -108,7 +112,7 @@ def test_timed_answers(loaded, checkpoint_dir, data):
 def test_a_grid_of_the_read_write_rule(loaded, checkpoint_dir, data, tmp_path, monkeypatch):
     """Every pair is measured in a directory of its own, as a row of table 4."""
     monkeypatch.setattr(measure, "open_recogniser", lambda *_: ScriptedRecogniser())
-    options = SystemOptions(batch=3, options=GREEDY)
+    options = SystemOptions(batch=3, options=OPTIONS)
     settings = measure.Settings(
         ("asr-wer",), str(checkpoint_dir), data, tmp_path, options, recogniser="scripted", limit=1
     )
