@@ -128,7 +128,7 @@ class Grammar:
         """A random rule for the next turn."""
         choices = draft.follow_ups()
         if draft.steps and choices and rng.random() >= self.new_topic:
-            return rng.choice(choices)
+            return rng.choices(choices, [rule.weight for rule in choices])[0]
         return rng.choices(list(self.topics.values()), cum_weights=self.weights)[0]
 
     def next_rules(self, draft: "Draft") -> list[Rule]:

@@ -43,11 +43,12 @@ questions   the phrasings: one or several templates. A share of them (held_out.p
 replies     one or several templates; of several, the question's text decides which one it is
 answers     what a right reply contains, as whole words; without it, the whole reply
 key         the values that are held out together: a share (held_out.values) of all different keys
-            is only for the evaluation. Without it, no values of this topic are held out
+            is only for the evaluation. Without it, no values of this topic are held out, which is
+            right for facts that do not follow from one another
 follow_ups  the names of follow-ups that may come next. A follow-up keeps the names of the turn
             before it; those that it changes are called previous.NAME, and there are
             previous.question and previous.reply
-weight      how often a topic is drawn (1)
+weight      how often a topic is drawn, or a follow-up among those that may come next (1)
 copies      how many dialogues with the same text are distinct (1); for an empty question, which is
             spoken differently each time
 
