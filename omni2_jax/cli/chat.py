@@ -12,6 +12,7 @@ import typer
 from omni2_jax.cli.chat_questions import answer_questions, check_prompts, save_speech
 from omni2_jax.cli.chat_timing import Timing, timed_replies
 from omni2_jax.cli.console import console, say
+from omni2_jax.cli.mesh import Mesh
 from omni2_jax.cli.paths import Checkpoint, chosen
 from omni2_jax.generate.options import LIMITS, Options
 
@@ -156,13 +157,7 @@ def chat(
             help="Split turns that are longer than the window into several segments.",
         ),
     ] = False,
-    mesh: Annotated[
-        str | None,
-        typer.Option(
-            metavar="AXIS=SIZE,...",
-            help="Share the model among all devices, as tensor=4 or fsdp=2,tensor=4.",
-        ),
-    ] = None,
+    mesh: Mesh = None,
 ) -> None:
     """Answer spoken questions in text and speech."""
     from omni2_jax.config import Omni2Config

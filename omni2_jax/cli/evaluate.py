@@ -11,6 +11,7 @@ import typer
 
 from omni2_jax.cli import console
 from omni2_jax.cli.evaluate_report import report
+from omni2_jax.cli.mesh import Mesh
 from omni2_jax.cli.recogniser import LanguageOption, RecogniserModelOption, RecogniserOption
 
 if TYPE_CHECKING:
@@ -105,13 +106,7 @@ def evaluate(
             "repeated.",
         ),
     ] = None,
-    mesh: Annotated[
-        str | None,
-        typer.Option(
-            metavar="AXIS=SIZE,...",
-            help="Share a checkpoint among all devices, as tensor=4 or fsdp=2,tensor=4.",
-        ),
-    ] = None,
+    mesh: Mesh = None,
     text_only: Annotated[
         bool,
         typer.Option(

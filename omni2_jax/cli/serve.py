@@ -7,6 +7,7 @@ import typer
 
 from omni2_jax.cli.chat import DEFAULTS, number
 from omni2_jax.cli.console import console, say
+from omni2_jax.cli.mesh import Mesh
 from omni2_jax.cli.paths import Checkpoint, chosen
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
@@ -73,13 +74,7 @@ def serve(
         ),
     ] = None,
     no_wav: Annotated[bool, typer.Option("--no-wav", help="Answer in text only.")] = False,
-    mesh: Annotated[
-        str | None,
-        typer.Option(
-            metavar="AXIS=SIZE,...",
-            help="Share the model among all devices, as tensor=4 or fsdp=2,tensor=4.",
-        ),
-    ] = None,
+    mesh: Mesh = None,
 ) -> None:
     """Serve a model: OpenAI's Realtime API and chat completions."""
     import socket

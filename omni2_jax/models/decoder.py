@@ -15,8 +15,9 @@ import numpy as np
 from flax import nnx
 
 from omni2_jax.config import DecoderConfig
+from omni2_jax.models.fusing import Fusing
 from omni2_jax.models.kv_cache import Cache
-from omni2_jax.models.layers import Embedding, Fusing, Linear, RMSNorm, attention, scan, stack
+from omni2_jax.models.layers import Embedding, Linear, RMSNorm, attention, scan, stack
 from omni2_jax.sharding import constrain
 
 Array = jax.Array

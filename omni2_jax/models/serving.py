@@ -16,7 +16,8 @@ import jax
 from flax import nnx
 
 from omni2_jax import sharding
-from omni2_jax.models.layers import Fusing, is_unrolled, unstack
+from omni2_jax.models.fusing import Fusing
+from omni2_jax.models.layers import is_unrolled, unstack
 
 if TYPE_CHECKING:
     from omni2_jax.models.model import Model

@@ -18,7 +18,8 @@ from omni2_jax.models.flow.attention import cached_attention, run_blocks
 from omni2_jax.models.flow.cache import ConvCache, Maybe, RingKVCache
 from omni2_jax.models.flow.conv import CausalConv, by_row
 from omni2_jax.models.flow.mask import Window
-from omni2_jax.models.layers import Conv1d, Fusing, LayerNorm, Linear, is_unrolled, param, stack
+from omni2_jax.models.fusing import Fusing
+from omni2_jax.models.layers import Conv1d, LayerNorm, Linear, is_unrolled, param, stack
 
 Array = jax.Array
 

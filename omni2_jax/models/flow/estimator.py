@@ -21,8 +21,8 @@ from omni2_jax.models.flow.attention import cached_attention, run_blocks
 from omni2_jax.models.flow.cache import NO_CACHE, ConvCache, Maybe, RingKVCache
 from omni2_jax.models.flow.conv import CausalConv
 from omni2_jax.models.flow.mask import Window
+from omni2_jax.models.fusing import Fusing
 from omni2_jax.models.layers import (
-    Fusing,
     Identity,
     LayerNorm,
     Linear,
