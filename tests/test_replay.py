@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 
@@ -88,6 +89,37 @@ def test_rows_of_text_alone_have_a_loss(examples, new_checkpoint):
     assert jax.eval_shape(loss, shapes, batch).shape == ()
 
 
+def test_first_the_adapter_learns_alone(examples, new_checkpoint):
+    """In the steps of `ctc_steps` only the adapter has a gradient, but of replayed text the LLM."""
+    text_bucket = Bucket(0, 64)
+    rows = examples(1, ctc=0.3, ctc_steps=2, buckets=(text_bucket, BUCKET))
+    stage = stage_of(rows.train)
+    assert [stage.phase(number) for number in range(4)] == ["ctc", "ctc", "", ""]
+    config = Omni2Config.load(new_checkpoint / "config.json")
+    graph, shapes = abstract_model(config.only("speech_encoder", "adapter", "llm"))
+    draw = np.random.default_rng(0)
+    params = jax.tree.map(
+        lambda leaf: jnp.asarray(draw.normal(0, 0.1, leaf.shape), leaf.dtype), shapes
+    )
+
+    @jax.jit
+    def gradient_norms(batch):
+        def loss(params):
+            return stage.loss_in("ctc")(nnx.merge(graph, params), batch, jax.random.key(0))[0]
+
+        grads = jax.grad(loss)(params)
+        return {name: optax.tree.norm(grads[name]) for name in ("adapter", "llm")}
+
+    def batch(index: int, bucket: Bucket) -> dict:
+        (item,) = rows.items(index)
+        return {name: value[None] for name, value in rows.row(item, bucket).items()}
+
+    spoken = gradient_norms(batch(0, BUCKET))
+    assert spoken["adapter"] > 0 and spoken["llm"] == 0
+    text = gradient_norms(batch(len(rows) - 1, text_bucket))
+    assert text["adapter"] == 0 and text["llm"] > 0
+
+
 def test_labels_are_the_questions_that_take_one_segment(examples, talks):
     rows = examples(1, ctc=0.3)
     for index in range(2):
@@ -117,7 +149,9 @@ def test_hearing_loss_compares_features_with_embeddings():
 
     def loss(*labels: list[int]) -> float:
         question = [[label + [PAD] * (6 - len(label)) for label in labels]]
-        return float(of_question(jnp.array(question)))
+        total, tokens = of_question(jnp.array(question))
+        assert tokens == sum(map(len, labels))
+        return float(total / jnp.maximum(tokens, 1))
 
     assert loss([2, 3], [1]) < 1e-6
     assert loss([2, 3], []) < 1e-6  # a segment without a label does not count
@@ -136,5 +170,7 @@ def test_settings(new_checkpoint, talks):
             dataclasses.replace(train, **{name: float(value)})
     with pytest.raises(ValueError, match="replay_data is given, but replay is 0"):
         dataclasses.replace(train, replay_data="texts.jsonl")
+    with pytest.raises(ValueError, match="ctc_steps is given, but ctc is 0"):
+        dataclasses.replace(train, ctc_steps=10)
     with pytest.raises(ValueError, match="ctc is for stage 1a; stage 1b does not use it"):
         dataclasses.replace(stage1b.config, ctc=0.5)

@@ -288,6 +288,7 @@ OTHER = {
     "replay": "stage=1a replay=0.5",
     "replay_data": "stage=1a replay=0.5 replay_data=other",
     "ctc": "stage=1a ctc=0.5",
+    "ctc_steps": "stage=1a ctc=0.5 ctc_steps=5",
     "layout": "layout=offline",
     "mix": "stage=2 mix=sum",
     "reset": "reset=('speech_lm',)",

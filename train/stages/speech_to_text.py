@@ -2,11 +2,13 @@
 (paper section 4.1).
 
 The loss is the cross-entropy of the assistant's text. A little LLM forgets its text unless some of
-it is replayed, and hears sooner with a small CTC loss: the settings `replay` and `ctc`. B batch,
-C segments, N samples, F speech features of a segment, T LLM positions, D LLM width, V vocabulary.
+it is replayed, and hears sooner with a small CTC loss: the settings `replay` and `ctc`. An adapter
+that starts from nothing learns fastest by CTC alone, without the LLM: the setting `ctc_steps`.
+B batch, C segments, N samples, F speech features of a segment, T LLM positions, D LLM width,
+V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import jax
@@ -108,7 +110,7 @@ class SpeechToText(Stage):
 
     parts = ("speech_encoder", "adapter", "llm")
     trained = ("adapter", "llm")
-    settings = ("rank", "frames", "replay", "replay_data", "ctc")
+    settings = ("rank", "frames", "replay", "replay_data", "ctc", "ctc_steps")
     example_type = TextExamples
     scored = ("llm",)
 
@@ -121,6 +123,8 @@ class SpeechToText(Stage):
             faults.append(f"ctc is {train.ctc}, expected at least 0")
         if train.replay_data and not train.replay:
             faults.append("replay_data is given, but replay is 0")
+        if train.ctc_steps and not train.ctc:
+            faults.append("ctc_steps is given, but ctc is 0")
         return faults
 
     @property
@@ -152,6 +156,22 @@ class SpeechToText(Stage):
         # Gate fusion is not trained before stage 2; in stage 1b the speech LM reads the text alone.
         return config.replace(mix="text")
 
+    def phase(self, number: int) -> str:
+        return "ctc" if number < self.train.ctc_steps else ""
+
+    def loss_in(self, phase: str):
+        return self.ctc_loss if phase == "ctc" else self.loss
+
+    def ctc_loss(self, model: Model, batch: Batch, key: Array) -> Loss:
+        """`hearing_loss` alone, for which only the adapter learns; of replayed text the usual loss.
+
+        The LLM does not run, and its embeddings are constants, so that it keeps what it knows.
+        """
+        if not batch["question"].size:
+            return self.loss(model, batch, key)
+        table = jax.lax.stop_gradient(model.llm.embedding.table[...])
+        return hearing_loss(model, hear(model, self.train, batch), batch["question"], table)
+
     def loss(self, model: Model, batch: Batch, key: Array) -> Loss:
         """The cross-entropy of the replies' text; with the setting `ctc` also `hearing_loss`.
 
@@ -161,13 +181,24 @@ class SpeechToText(Stage):
         hidden = read(model, self.train, batch, speech)
         loss, terms = token_loss(hidden, batch["targets"], model.llm.logits, self.train.loss_block)
         if self.train.ctc and speech.size:  # rows of replayed text have no questions to hear
-            loss += self.train.ctc * terms * hearing_loss(model, speech, batch["question"])
+            heard, tokens = hearing_loss(model, speech, batch["question"])
+            loss += self.train.ctc * terms * heard / jnp.maximum(tokens, 1)
         return loss, terms
 
     def measure(self, model: Model, batch: Batch, key: Array) -> dict[str, Array]:
-        hidden = read_dialogue(model, self.train, batch)
+        speech = hear(model, self.train, batch)
+        hidden = read(model, self.train, batch, speech)
         loss, terms = token_loss(hidden, batch["targets"], model.llm.logits, self.train.loss_block)
-        return {"loss": loss, "terms": terms}
+        sums = {"loss": loss, "terms": terms}
+        if self.train.ctc:
+            sums["heard"], sums["tokens"] = hearing_loss(model, speech, batch["question"])
+        return sums
+
+    def report(self, sums: Mapping[str, np.ndarray]) -> dict[str, float]:
+        report = super().report(sums)
+        if self.train.ctc:
+            report["validation_ctc"] = float(sums["heard"]) / max(int(sums["tokens"]), 1)
+        return report
 
     def frozen_work(self):
         def encoder(model: Model, batch: Batch) -> Array:
@@ -207,24 +238,25 @@ def read_dialogue(model: Model, train: TrainConfig, batch: Batch) -> Array:
     return read(model, train, batch, hear(model, train, batch))
 
 
-def hearing_loss(model: Model, speech: Array, question: Array) -> Array:
-    """The CTC loss of the questions' text, a mean over its tokens: what the adapter alone heard.
+def hearing_loss(model: Model, speech: Array, question: Array, table: Array | None = None) -> Loss:
+    """The CTC loss of the questions' text, and its number of tokens: what the adapter alone heard.
 
     speech [B, C * F, D]: its features, which are compared with the LLM's embeddings; <speech> is
-    the blank. question [B, C, F]: token ids of each segment, or PAD. All logits [B, C, F, V] are in
-    memory, so it is for small vocabularies. Reference: Graves et al. 2006.
+    the blank. question [B, C, F]: token ids of each segment, or PAD. table [V, D]: the embeddings,
+    by default the LLM's own. All logits [B, C, F, V] are in memory, so it is for small
+    vocabularies. Reference: Graves et al. 2006.
     """
     labels = question.reshape(-1, question.shape[-1])
     features = speech.reshape(*labels.shape, -1)  # as many features as there is place for labels
-    table = model.llm.embedding.table[...].astype(features.dtype)
-    logits = jnp.einsum("...D,VD->...V", features, table).astype(jnp.float32)
+    table = model.llm.embedding.table[...] if table is None else table
+    logits = jnp.einsum("...D,VD->...V", features, table.astype(features.dtype))
     missing = (labels == PAD).astype(jnp.float32)
     losses = optax.ctc_loss(
-        logits,
+        logits.astype(jnp.float32),
         jnp.zeros(labels.shape),
         jnp.maximum(labels, 0),
         missing,
         blank_id=model.config.tokens.speech,
     )
     has_text = labels[:, 0] != PAD
-    return jnp.sum(jnp.where(has_text, losses, 0)) / jnp.maximum(jnp.sum(1 - missing), 1)
+    return jnp.sum(jnp.where(has_text, losses, 0)), jnp.sum(labels != PAD)
