@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
@@ -42,6 +42,15 @@ console = rich.console.Console()
 
 class RefusedError(RuntimeError):
     """The server takes no more sessions."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a client got."""
+
+    packets: list[tuple[float, float]]  # (seconds since the question, seconds of audio) of each
+    text: str
+    audio: bytes
 
 
 @dataclass(frozen=True)
@@ -103,48 +112,68 @@ class Level:
 
 
 async def converse(
-    url: str, clients: int, question: str, turns: int, pauses: Iterator[float], note
-) -> list[Turn]:
-    """One client: `turns` questions, each after a pause. Raises RefusedError."""
+    url: str, question: str, turns: int, pauses: Iterator[float], note: Callable[[], None]
+) -> list[Answer]:
+    """One client: `turns` questions, each after a pause. `note` is called after each answer.
+
+    Raises RefusedError, and RuntimeError if an answer fails.
+    """
+    answers = []
+    async with connected(url) as socket:
+        for _ in range(turns):
+            await asyncio.sleep(next(pauses))
+            await ask(socket, question)
+            answers.append(await take_answer(socket))
+            note()
+    return answers
+
+
+@contextlib.asynccontextmanager
+async def connected(url: str):
+    """A WebSocket without turn detection. Raises RefusedError."""
     import websockets
 
-    seen = []
     async with websockets.connect(url, max_size=None) as socket:
         first = json.loads(await socket.recv())
         if first["type"] == "error":
             raise RefusedError(first["error"]["message"])
         session = {"type": "realtime", "audio": {"input": {"turn_detection": None}}}
         await socket.send(json.dumps({"type": "session.update", "session": session}))
-        for _ in range(turns):
-            await asyncio.sleep(next(pauses))
-            events = (
-                {"type": "input_audio_buffer.append", "audio": question},
-                {"type": "input_audio_buffer.commit"},
-                {"type": "response.create"},
-            )
-            for event in events:
-                await socket.send(json.dumps(event))
-            packets = await take_answer(socket)
-            if packets:
-                seen.append(Turn.of(clients, packets))
-            note()
-    return seen
+        yield socket
 
 
-async def take_answer(socket) -> list[tuple[float, float]]:
-    """The packets of an answer. Raises RuntimeError if it fails."""
-    start, packets = time.perf_counter(), []
-    while True:
-        event = json.loads(await socket.recv())
+async def ask(socket, question: str) -> None:
+    """Send a question as base64."""
+    events = (
+        {"type": "input_audio_buffer.append", "audio": question},
+        {"type": "input_audio_buffer.commit"},
+        {"type": "response.create"},
+    )
+    for event in events:
+        await socket.send(json.dumps(event))
+
+
+async def take_event(socket) -> dict:
+    """The next event. Raises RuntimeError for an error and for an answer that has failed."""
+    event = json.loads(await socket.recv())
+    if event["type"] == "error":
+        raise RuntimeError(event["error"]["message"])
+    if event["type"] == "response.done" and event["response"]["status"] == "failed":
+        raise RuntimeError(event["response"]["status_details"]["error"]["message"])
+    return event
+
+
+async def take_answer(socket) -> Answer:
+    """The rest of an answer. Raises the errors of `take_event`."""
+    start, packets, text, audio = time.perf_counter(), [], "", b""
+    while (event := await take_event(socket))["type"] != "response.done":
         if event["type"] == "response.output_audio.delta":
-            audio = len(base64.b64decode(event["delta"])) / BYTES
-            packets.append((time.perf_counter() - start, audio))
-        elif event["type"] == "error":
-            raise RuntimeError(event["error"]["message"])
-        elif event["type"] == "response.done":
-            if event["response"]["status"] == "failed":
-                raise RuntimeError(event["response"]["status_details"]["error"]["message"])
-            return packets
+            data = base64.b64decode(event["delta"])
+            packets.append((time.perf_counter() - start, len(data) / BYTES))
+            audio += data
+        elif event["type"] == "response.output_audio_transcript.delta":
+            text += event["delta"]
+    return Answer(packets, text, audio)
 
 
 async def measure(url: str, clients: int, questions: list[str], turns: int, pause: float) -> Level:
@@ -162,7 +191,6 @@ async def measure(url: str, clients: int, questions: list[str], turns: int, paus
             *(
                 converse(
                     url,
-                    clients,
                     questions[index % len(questions)],
                     turns,
                     pauses(),
@@ -178,7 +206,8 @@ async def measure(url: str, clients: int, questions: list[str], turns: int, paus
     for failure in failures:
         if not isinstance(failure, (RuntimeError, OSError)):
             raise failure
-    seen = [turn for result in results if isinstance(result, list) for turn in result]
+    answers = [answer for result in results if isinstance(result, list) for answer in result]
+    seen = [Turn.of(clients, answer.packets) for answer in answers if answer.packets]
     return Level(clients, seen, refused, len(failures) - refused, seconds)
 
 
@@ -189,9 +218,18 @@ def base64_of(path: Path) -> str:
     return base64.b64encode(recordings.to_int16(samples).astype("<i2").tobytes()).decode()
 
 
+@dataclass(frozen=True)
+class Process:
+    """An `omni2 serve`: the URL of its WebSocket, its process id, and what it writes."""
+
+    url: str
+    pid: int
+    log: Path
+
+
 @contextlib.contextmanager
-def server_of(checkpoint: Path, sessions: int, options: str = "") -> Iterator[tuple[str, int]]:
-    """The WebSocket URL of an `omni2 serve` in a process of its own, and its process id.
+def server_of(checkpoint: Path, sessions: int, options: str = "") -> Iterator[Process]:
+    """An `omni2 serve` in a process of its own.
 
     options: more of its options, as in a shell. Raises RuntimeError if it does not start.
     """
@@ -205,7 +243,8 @@ def server_of(checkpoint: Path, sessions: int, options: str = "") -> Iterator[tu
                 if process.poll() is not None:
                     raise RuntimeError(f"the server did not start: {Path(log.name).read_text()}")
                 time.sleep(0.2)
-            yield f"ws://{found[1]}/v1/realtime?model=omni2", process.pid
+            url = f"ws://{found[1]}/v1/realtime?model=omni2"
+            yield Process(url, process.pid, Path(log.name))
         finally:
             process.terminate()
 
@@ -276,7 +315,7 @@ def main(
         recordings.check_writable(path)
     with contextlib.ExitStack() as stack:
         if checkpoint:
-            url, _ = stack.enter_context(server_of(checkpoint, max(levels), server))
+            url = stack.enter_context(server_of(checkpoint, max(levels), server)).url
         assert url
         asyncio.run(measure(url, 1, sounds, 1, 0.0))  # whatever is slow the first time
         measured = [asyncio.run(measure(url, c, sounds, turns, pause)) for c in levels]

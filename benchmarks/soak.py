@@ -1,13 +1,19 @@
 """`python -m benchmarks.soak`: a server under mixed load for long; what it holds must not grow.
 
-Three clients at a time: they talk, go away in the middle, send nonsense, or have a text spoken.
-The server's memory, threads and open files are read from /proc (Linux).
+Three clients at a time: they talk, interrupt an answer and ask again, go away in the middle, send
+nonsense, or have a text spoken. Every answer that nobody interrupted must be what the same client
+gets when nobody else is there. The server's memory, threads and open files are read from /proc
+(Linux), and its log must hold no traceback.
 """
 
 import asyncio
+import base64
+import collections
+import itertools
 import json
 import random
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
@@ -15,10 +21,21 @@ import rich.console
 import rich.table
 import typer
 
-from benchmarks.serve import RefusedError, base64_of, converse, server_of
+from benchmarks.serve import (
+    BYTES,
+    RefusedError,
+    ask,
+    base64_of,
+    connected,
+    converse,
+    server_of,
+    take_answer,
+    take_event,
+)
 from omni2_jax.cli.console import progress_bar, run_function
 
 CLIENTS = 3
+TURNS = 2  # of a conversation
 SAMPLES = 20  # how often the server is looked at
 # What may be added after the first quarter, when caches and pools have their sizes.
 ALLOWED = {"memory_mb": 64.0, "threads": 4.0, "files": 8.0}
@@ -37,26 +54,43 @@ def held(pid: int) -> dict[str, float]:
     }
 
 
+async def talk(url: str, question: str) -> list[tuple[str, bytes]]:
+    """A conversation -> the text and the audio of its answers."""
+    answers = await converse(url, question, TURNS, itertools.repeat(0.1), lambda: None)
+    return [(answer.text, answer.audio) for answer in answers]
+
+
+async def interrupt(url: str, question: str, chance: random.Random) -> None:
+    """Stop an answer that has begun, forget what was not heard, and ask again."""
+    async with connected(url) as socket:
+        await ask(socket, question)
+        while (event := await take_event(socket))["type"] != "response.output_audio.delta":
+            pass
+        received = 1000 * len(base64.b64decode(event["delta"])) // BYTES
+        place = {"item_id": event["item_id"], "content_index": 0}
+        place["audio_end_ms"] = chance.randint(0, received)
+        # The server stops an answer that is truncated while it is being generated.
+        await socket.send(json.dumps({"type": "conversation.item.truncate", **place}))
+        while (await take_event(socket))["type"] != "conversation.item.truncated":
+            pass
+        await ask(socket, question)
+        await take_answer(socket)
+
+
 async def vanish(url: str, question: str, chance: random.Random) -> None:
     """Ask, and go away without a word at a random moment."""
-    import websockets
-
-    socket = await websockets.connect(url, max_size=None)
-    await socket.send(json.dumps({"type": "input_audio_buffer.append", "audio": question}))
-    await socket.send(json.dumps({"type": "input_audio_buffer.commit"}))
-    await socket.send(json.dumps({"type": "response.create"}))
-    await asyncio.sleep(chance.uniform(0, 3))
-    socket.transport.abort()
+    async with connected(url) as socket:
+        await ask(socket, question)
+        await asyncio.sleep(chance.uniform(0, 3))
+        socket.transport.abort()
 
 
 async def babble(url: str, chance: random.Random) -> None:
     """Send events that cannot be carried out. Raises RuntimeError unless each gets an error."""
-    import websockets
-
     kinds = ["input_audio_buffer.commit", "response.cancel", "nothing", "session.update"]
-    async with websockets.connect(url) as socket:
-        if json.loads(await socket.recv())["type"] == "error":
-            raise RefusedError("full")
+    async with connected(url) as socket:
+        while (await take_event(socket))["type"] != "session.updated":
+            pass
         for _ in range(100):
             await socket.send(json.dumps({"type": chance.choice(kinds)}))
         for _ in range(100):
@@ -65,31 +99,58 @@ async def babble(url: str, chance: random.Random) -> None:
                 raise RuntimeError(f"a faulty event was answered by {event['type']}")
 
 
-async def speak(url: str) -> None:
+async def speak(url: str) -> bytes:
     """Have a text spoken. Raises an error of openai's client if it fails."""
     import openai
 
     address = url.removeprefix("ws://").split("/")[0]
     async with openai.AsyncOpenAI(api_key="x", base_url=f"http://{address}/v1") as client:
-        await client.audio.speech.create(
+        speech = await client.audio.speech.create(
             model="omni2", voice="alloy", input="Good evening.", response_format="wav"
         )
+        return speech.read()
 
 
-async def load(url: str, question: str, end: float, seed: int, counts: dict[str, int]) -> None:
-    """One client after the other, until `end`."""
-    chance = random.Random(seed)
-    while time.monotonic() < end:
-        kind = chance.choice(["converse", "vanish", "babble", "speak"])
-        if kind == "converse":
-            await converse(url, 1, question, 2, iter([0.0, 0.1]), lambda: None)
-        elif kind == "vanish":
-            await vanish(url, question, chance)
-        elif kind == "babble":
-            await babble(url, chance)
-        else:
-            await speak(url)
-        counts[kind] = counts.get(kind, 0) + 1
+@dataclass
+class Load:
+    """Clients, and how many there were of each kind; `run` one or several of them."""
+
+    url: str
+    question: str
+    end: float  # time.monotonic() after which no client begins
+    alone: dict[str, object] = field(default_factory=dict)  # what clients get when nobody is there
+    counts: collections.Counter[str] = field(default_factory=collections.Counter)
+
+    async def client(self, kind: str, chance: random.Random) -> object:
+        """One client -> what it got, where that does not depend on chance."""
+        if kind == "talk":
+            return await talk(self.url, self.question)
+        if kind == "speak":
+            return await speak(self.url)
+        if kind == "babble":
+            return await babble(self.url, chance)
+        client = interrupt if kind == "interrupt" else vanish
+        return await client(self.url, self.question, chance)
+
+    async def measure_alone(self) -> None:
+        """Note what clients get when nobody else is there."""
+        for kind in ("talk", "speak"):
+            self.alone[kind] = await self.client(kind, random.Random())
+
+    async def run(self, seed: int) -> None:
+        """One client after the other. Raises RuntimeError if one gets what it should not."""
+        chance = random.Random(seed)
+        while time.monotonic() < self.end:
+            kind = chance.choice(["talk", "interrupt", "vanish", "babble", "speak"])
+            try:
+                got = await self.client(kind, chance)
+            except RefusedError:  # somebody who has vanished was not missed yet
+                self.counts["refused"] += 1
+                await asyncio.sleep(1)
+                continue
+            if got != self.alone.get(kind):
+                raise RuntimeError(f"an answer differs from the same one alone ({kind})")
+            self.counts[kind] += 1
 
 
 async def watch(pid: int, seconds: float) -> list[dict[str, float]]:
@@ -105,12 +166,18 @@ async def watch(pid: int, seconds: float) -> list[dict[str, float]]:
 
 
 async def soak(url: str, pid: int, question: str, seconds: float):
-    """Load a server -> what it held, and how many clients of each kind there were."""
-    counts: dict[str, int] = {}
-    end = time.monotonic() + seconds
-    clients = (load(url, question, end, seed, counts) for seed in range(CLIENTS))
-    rows, *_ = await asyncio.gather(watch(pid, seconds), *clients)
-    return rows, counts
+    """Load a server -> what it held, and how many clients of each kind there were.
+
+    Raises RuntimeError as soon as one of them gets what it should not.
+    """
+    load = Load(url, question, 0.0)
+    await load.measure_alone()
+    load.end = time.monotonic() + seconds
+    async with asyncio.TaskGroup() as group:
+        watching = group.create_task(watch(pid, seconds))
+        for seed in range(CLIENTS):
+            group.create_task(load.run(seed))
+    return watching.result(), load.counts
 
 
 def main(
@@ -122,17 +189,25 @@ def main(
     minutes: Annotated[float, typer.Option(min=0.1)] = 30.0,
 ) -> None:
     """Load a server for long. Exits with an error if it fails or what it holds grows."""
-    with server_of(checkpoint, CLIENTS + 1, server) as (url, pid):
-        rows, counts = asyncio.run(soak(url, pid, base64_of(question), 60 * minutes))
+    sound = base64_of(question)
+    with server_of(checkpoint, CLIENTS + 1, server) as process:
+        try:
+            rows, counts = asyncio.run(soak(process.url, process.pid, sound, 60 * minutes))
+        except ExceptionGroup as group:
+            raise group.exceptions[0] from None
+        log = process.log.read_text()
     table = rich.table.Table("", *rows[0])
     for name, row in {"after a quarter": rows[SAMPLES // 4], "at the end": rows[-1]}.items():
         table.add_row(name, *(f"{value:.0f}" for value in row.values()))
     console.print(table)
-    console.print(", ".join(f"{count} x {kind}" for kind, count in counts.items()))
+    console.print(", ".join(f"{count} x {kind}" for kind, count in sorted(counts.items())))
     for name, allowed in ALLOWED.items():
         grown = rows[-1][name] - rows[SAMPLES // 4][name]
         if grown > allowed:
             raise ValueError(f"{name} grew by {grown:.0f}, at most {allowed:.0f} is allowed")
+    if "Traceback" in log:
+        console.print(log, markup=False)
+        raise ValueError("the server's log has a traceback")
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from starlette.websockets import WebSocket
 
 from omni2_jax.serve import audio_api, chat_completions
 from omni2_jax.serve.access import Access
+from omni2_jax.serve.connection import say_farewell
 from omni2_jax.serve.http import Endpoint
 from omni2_jax.serve.realtime import Realtime
 from omni2_jax.serve.server import FullError, Server
@@ -118,5 +119,5 @@ async def serve_realtime(server: Server, websocket: WebSocket) -> None:
             "event_id": None,
             "retry_after_seconds": server.limits.retry_seconds,
         }
-        await websocket.send_json({"type": "error", "event_id": "event_0", "error": fields})
-        await websocket.close(TRY_AGAIN_LATER, "server_full")
+        event = {"type": "error", "event_id": "event_0", "error": fields}
+        await say_farewell(websocket, TRY_AGAIN_LATER, event)

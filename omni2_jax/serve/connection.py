@@ -12,6 +12,8 @@ from omni2_jax.serve.conversation import new_id
 from omni2_jax.serve.events import EventError
 from omni2_jax.serve.limits import Limits
 
+# What Starlette raises where a client has gone or, TimeoutError among OSError, does not read.
+GONE = (WebSocketDisconnect, RuntimeError, OSError)
 FAREWELL_SECONDS = 2.0  # what the closing of a connection may take
 
 
@@ -82,7 +84,7 @@ class Connection(abc.ABC):
         while (text := await self.unsent.get()) is not None:
             try:
                 await self.socket.send_text(text)
-            except (WebSocketDisconnect, RuntimeError, OSError):
+            except GONE:
                 return
             self.unsent_bytes -= len(text)
 
@@ -101,7 +103,16 @@ class Connection(abc.ABC):
         self.unsent.put_nowait(None)
         await asyncio.wait({self.sender}, timeout=1)
         self.sender.cancel()
-        # It may be closed already, and a client that does not read takes no farewell.
-        with contextlib.suppress(RuntimeError, TimeoutError):
-            async with asyncio.timeout(FAREWELL_SECONDS):
-                await self.socket.close()
+        await say_farewell(self.socket)
+
+
+async def say_farewell(socket: WebSocket, code: int = 1000, event: dict | None = None) -> None:
+    """Send a last event and close the socket.
+
+    It may be closed already, and a client that does not read takes no farewell.
+    """
+    with contextlib.suppress(*GONE):
+        async with asyncio.timeout(FAREWELL_SECONDS):
+            if event:
+                await socket.send_json(event)
+            await socket.close(code)
