@@ -197,12 +197,13 @@ def main(
             raise group.exceptions[0] from None
         log = process.log.read_text()
     table = rich.table.Table("", *rows[0])
-    for name, row in {"after a quarter": rows[SAMPLES // 4], "at the end": rows[-1]}.items():
-        table.add_row(name, *(f"{value:.0f}" for value in row.values()))
+    for quarter in range(1, 5):
+        row = rows[quarter * SAMPLES // 4 - 1]
+        table.add_row(f"quarter {quarter}", *(f"{value:.0f}" for value in row.values()))
     console.print(table)
     console.print(", ".join(f"{count} x {kind}" for kind, count in sorted(counts.items())))
     for name, allowed in ALLOWED.items():
-        grown = rows[-1][name] - rows[SAMPLES // 4][name]
+        grown = rows[-1][name] - rows[SAMPLES // 4 - 1][name]
         if grown > allowed:
             raise ValueError(f"{name} grew by {grown:.0f}, at most {allowed:.0f} is allowed")
     if "Traceback" in log:

@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import threading
 
 import openai
 import pytest
@@ -140,6 +141,36 @@ def test_barge_in(address, server):
     assert later[-1].response.status in ("completed", "incomplete")
 
 
+@pytest.mark.slow
+def test_talking_on_before_the_answer(address, server, monkeypatch):
+    """Who talks on while the model still hears the first turn gets one answer, to both turns."""
+    sound = pcm(clip("speech_a")) + bytes(SECOND)
+    hear, may_hear = server.model.hear, threading.Event()
+
+    def slow(samples):
+        assert may_hear.wait(60)
+        return hear(samples)
+
+    async def conversation(link):
+        monkeypatch.setattr(server.model, "hear", slow)
+        await link.input_audio_buffer.append(audio=base64_of(sound))
+        await until(link, "response.created")
+        await link.input_audio_buffer.append(audio=base64_of(sound))
+        await until(link, "conversation.item.done")
+        may_hear.set()
+        (first,) = (await until(link, "response.done"))[-1:]
+        events = await until(link, "response.done")
+        (connection,) = server.connections
+        return first.response, events, [item.role for item in connection.conversation.items]
+
+    first, events, roles = talk(address, conversation)
+    assert first.status == "cancelled" and first.output == []
+    assert first.status_details.reason == "turn_detected"
+    assert kinds(events)[0] == "response.created" and audio_of(events)
+    assert events[-1].response.status in ("completed", "incomplete")
+    assert roles == ["user", "user", "assistant"]
+
+
 def test_text_turns_and_cancel(address):
     """A written question, answered in text; another one, cancelled."""
 
@@ -158,7 +189,10 @@ def test_text_turns_and_cancel(address):
         await link.response.create()
         await until(link, "response.created")
         await link.response.cancel()
-        return events, await until(link, "response.done")
+        await link.response.create()  # nobody has to wait until the other one has ended
+        cancelled = await until(link, "response.done")
+        assert (await until(link, "response.done"))[-1].response.status != "cancelled"
+        return events, cancelled
 
     events, cancelled = talk(address, conversation)
     (text,) = [event.text for event in events if event.type == "response.output_text.done"]

@@ -31,6 +31,7 @@ class Response:
     status: str = "in_progress"
     reason: str | None = None  # why it was cancelled or is incomplete
     error: str | None = None
+    has_item: bool = False  # whether its item has become part of the conversation
     tokens_sent: int = 0
     input_tokens: int = 0
     task: asyncio.Task | None = None
@@ -45,8 +46,8 @@ class Response:
                     "type": self.status,
                     "error": {"type": "server_error", "message": self.error},
                 }
-        usage = None
-        if self.status != "in_progress":
+        usage, is_over = None, self.status != "in_progress"
+        if is_over:
             output = self.tokens_sent + self.item.num_units
             usage = {
                 "total_tokens": self.input_tokens + output,
@@ -62,7 +63,7 @@ class Response:
             "object": "realtime.response",
             "status": self.status,
             "status_details": details,
-            "output": [] if self.status == "in_progress" else [self.item.describe()],
+            "output": [self.item.describe()] if self.has_item and is_over else [],
             "output_modalities": [self.modality],
             "metadata": self.metadata,
             "usage": usage,
@@ -91,9 +92,15 @@ def options_of(
     )
 
 
-async def respond(realtime: "Realtime", response: Response, patch: ResponsePatch) -> None:
-    """Generate a response and send its events. Failures end it; they are sent, not raised."""
+async def respond(
+    realtime: "Realtime", response: Response, patch: ResponsePatch, stopping: list[asyncio.Task]
+) -> None:
+    """Generate a response and send its events. Failures end it; they are sent, not raised.
+
+    stopping: other responses of the conversation, whose end is waited for.
+    """
     send = realtime.send
+    await asyncio.gather(*stopping)
     send("response.created", response=response.describe())
     try:
         await generate(realtime, response, patch)
@@ -113,15 +120,16 @@ async def generate(realtime: "Realtime", response: Response, patch: ResponsePatc
     """Run the model and send what it says, until it ends or the response is cancelled."""
     send, item, place = realtime.send, response.item, response.place()
     question = await realtime.question(patch, response)
+    if response.reason:  # the user may have gone on talking: the next answer is to both turns
+        return
     realtime.conversation.add(item)
+    response.has_item = True
     item_fields = {"response_id": response.id, "output_index": 0, "item": item.describe()}
     send("response.output_item.added", **item_fields)
     previous = realtime.conversation.items[-2].id
     send("conversation.item.added", previous_item_id=previous, item=item.describe())
     part = {"type": response.modality, "text" if response.modality == "text" else "transcript": ""}
     send("response.content_part.added", **place, part=part)
-    if response.reason:
-        return
     answer = await realtime.worker.answer(realtime.session, question)
     if response.reason:  # it was cancelled before there was anything to interrupt
         await realtime.worker.interrupt(realtime.session)

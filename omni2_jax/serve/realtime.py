@@ -26,6 +26,8 @@ from omni2_jax.serve.worker import StoppedError
 if TYPE_CHECKING:
     from omni2_jax.serve.server import Server
 
+MAX_RESPONSES = 4  # of one connection, all but one of which are being stopped
+
 
 class Realtime(Connection):
     """One connection. `run` serves it until it ends."""
@@ -35,7 +37,8 @@ class Realtime(Connection):
         self.server, self.worker = server, server.worker
         self.id = new_id("sess")
         self.conversation = Conversation()
-        self.response: Response | None = None
+        # By the ids of their items: at most one is wanted, others are being stopped.
+        self.responses: dict[str, Response] = {}
         self.settings: dict[str, Any] = {
             "instructions": None,
             "output_modalities": ["audio"] if server.speaks else ["text"],
@@ -99,7 +102,7 @@ class Realtime(Connection):
     @property
     def is_busy(self) -> bool:
         """Whether a response is being generated, or events wait to be sent."""
-        return self.active_response is not None or self.unsent_bytes > 0
+        return bool(self.responses) or self.unsent_bytes > 0
 
     # Settings.
 
@@ -201,7 +204,8 @@ class Realtime(Connection):
         fields = {"audio_end_ms": sample * 1000 // INPUT_RATE, "item_id": self.turn_id}
         self.send("input_audio_buffer.speech_stopped", **fields)
         self.add_spoken_item(*self.listener.commit(sample))
-        if self.settings["turn_detection"].create_response and not self.active_response:
+        wanted = self.settings["turn_detection"].create_response and not self.active_response
+        if wanted and len(self.responses) < MAX_RESPONSES:
             self.begin_response(events.ResponsePatch())
 
     def start_hearing(self, samples: np.ndarray) -> asyncio.Task:
@@ -274,8 +278,7 @@ class Realtime(Connection):
 
     async def delete_item(self, event: events.ItemDelete) -> None:
         """Remove a message from the conversation."""
-        response = self.active_response
-        if response and response.item.id == event.item_id:
+        if event.item_id in self.responses:
             raise EventError("the item is being generated", param="item_id")
         self.conversation.delete(event.item_id)
         self.send("conversation.item.deleted", item_id=event.item_id)
@@ -290,8 +293,7 @@ class Realtime(Connection):
         item = self.conversation.find(event.item_id)
         if item.role != "assistant" or not item.is_audio:
             raise EventError("only a spoken answer can be truncated", param="item_id")
-        response = self.active_response
-        if response and response.item is item and response.task:
+        if (response := self.responses.get(item.id)) and response.task:
             self.stop_response("client_cancelled")
             await response.task
         tokens = item.tokens_heard(event.audio_end_ms)
@@ -309,13 +311,13 @@ class Realtime(Connection):
 
     @property
     def active_response(self) -> Response | None:
-        """The response that is being generated, if there is one."""
-        response = self.response
-        return response if response and response.status == "in_progress" else None
+        """The response that is being generated and is wanted, if there is one."""
+        wanted = (response for response in self.responses.values() if not response.reason)
+        return next(wanted, None)
 
     async def create_response(self, event: events.ResponseCreate) -> None:
         """Answer the conversation. Raises EventError while another response is in progress."""
-        if self.active_response:
+        if self.active_response or len(self.responses) >= MAX_RESPONSES:
             raise EventError(
                 "the conversation has a response in progress; cancel it first",
                 "conversation_already_has_active_response",
@@ -323,12 +325,15 @@ class Realtime(Connection):
         self.begin_response(event.response)
 
     def begin_response(self, patch: events.ResponsePatch) -> None:
+        """Answer the conversation as soon as the responses that are being stopped have ended."""
         modality = self.modality(patch.output_modalities or self.settings["output_modalities"])
         item = Item(new_id("item"), "assistant", [], modality == "audio", "in_progress")
         encoder = Encoder(self.settings["output_format"])
         response = Response(item, modality, encoder, patch.metadata, time.monotonic())
-        self.response = response
-        response.task = self.start_task(answering.respond(self, response, patch))
+        stopping = [other.task for other in self.responses.values() if other.task]
+        self.responses[item.id] = response
+        response.task = self.start_task(answering.respond(self, response, patch, stopping))
+        response.task.add_done_callback(lambda _: self.responses.pop(item.id))
 
     async def question(self, patch: events.ResponsePatch, response: Response) -> list:
         """Prepare the session for a response -> the question that it answers."""

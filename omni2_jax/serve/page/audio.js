@@ -19,7 +19,10 @@ export function fromBase64(text) {
 
 // Calls onBlock(samples) for every 40 ms that the microphone records, until `close`.
 export class Microphone {
-  async open(context, onBlock) {
+  isOn = false;
+
+  // onLost: called when the device is unplugged or the user takes the permission back.
+  async open(context, onBlock, onLost) {
     const constraints = { channelCount: 1, echoCancellation: true, noiseSuppression: true };
     this.stream = await navigator.mediaDevices.getUserMedia({ audio: constraints });
     await context.audioWorklet.addModule("microphone_worklet.js");
@@ -27,9 +30,12 @@ export class Microphone {
     this.node = new AudioWorkletNode(context, "microphone");
     this.node.port.onmessage = (event) => onBlock(event.data);
     this.source.connect(this.node);
+    this.stream.getAudioTracks()[0].onended = onLost;
+    this.isOn = true;
   }
 
   close() {
+    this.isOn = false;
     this.source?.disconnect();
     this.stream?.getTracks().forEach((track) => track.stop());
   }
@@ -37,7 +43,9 @@ export class Microphone {
 
 // Plays samples one after the other. `played` is how many of the current answer were heard.
 export class Player {
-  constructor(context, analyser) {
+  // onSilence: called when all that was added has been heard.
+  constructor(context, analyser, onSilence) {
+    this.onSilence = onSilence;
     this.context = context;
     this.analyser = analyser;
     this.sources = new Set();
@@ -70,7 +78,10 @@ export class Player {
     this.end += samples.length / RATE;
     this.samples += samples.length;
     this.sources.add(source);
-    source.onended = () => this.sources.delete(source);
+    source.onended = () => {
+      this.sources.delete(source);
+      if (!this.isPlaying) this.onSilence();
+    };
   }
 
   get isPlaying() {

@@ -2,14 +2,23 @@
 
 import { Microphone, Player, RATE, fromBase64, toBase64, wavFile } from "./audio.js";
 import { KEY, Realtime } from "./realtime.js";
+import { Turns } from "./turns.js";
 
 const element = (id) => document.getElementById(id);
 const realtime = new Realtime();
 const microphone = new Microphone();
-const turns = []; // { role, item, text, samples, ... } in their order
+const turns = new Turns(element("conversation"));
+const responses = new Set(); // ids of those that have begun and not ended
+const headers = KEY ? { Authorization: `Bearer ${KEY}` } : {};
+// On mute, the server must hear silence to notice that the question is over.
+const SILENCE = toBase64(new Float32Array(RATE));
+const LEVELS = 60; // decibels that the meter shows
 let context, player, analyser;
-let answer = null; // the turn that is being answered
+let answer = null; // the newest answer's turn
 let questionEnd = null; // when the user's turn ended, by performance.now()
+let isReady = false; // whether the server has begun a session
+let isSpoken = true; // whether the model answers by voice
+let isUserSpeaking = false;
 
 // Browsers allow sound only after the user has done something.
 function startAudio() {
@@ -17,17 +26,19 @@ function startAudio() {
   context = new AudioContext({ sampleRate: RATE });
   analyser = context.createAnalyser();
   analyser.connect(context.destination);
-  player = new Player(context, analyser);
+  player = new Player(context, analyser, showStatus);
   requestAnimationFrame(drawWave);
 }
 
 function drawWave() {
   const canvas = element("wave");
   canvas.width = canvas.clientWidth * devicePixelRatio;
+  canvas.height = canvas.clientHeight * devicePixelRatio;
   const pen = canvas.getContext("2d");
   const samples = new Float32Array(analyser.fftSize);
   analyser.getFloatTimeDomainData(samples);
   pen.strokeStyle = getComputedStyle(canvas).color;
+  pen.lineWidth = devicePixelRatio;
   pen.beginPath();
   samples.forEach((sample, i) => {
     pen.lineTo((i / samples.length) * canvas.width, (0.5 - sample / 2) * canvas.height);
@@ -36,79 +47,86 @@ function drawWave() {
   requestAnimationFrame(drawWave);
 }
 
-function addTurn(role, item, text = "") {
-  const turn = { role, item, text, samples: [], node: document.createElement("div") };
-  turn.node.className = `turn ${role}`;
-  turn.words = document.createElement("span");
-  turn.figures = document.createElement("span");
-  turn.figures.className = "figures";
-  turn.node.append(turn.words, turn.figures);
-  element("conversation").append(turn.node);
-  turns.push(turn);
-  element("download").disabled = false;
-  showText(turn, text);
-  return turn;
-}
-
-function showText(turn, text) {
-  turn.text = text;
-  turn.words.textContent = text || (turn.role === "user" ? "(spoken)" : "…");
-  element("conversation").scrollTop = element("conversation").scrollHeight;
-}
-
 function notice(text) {
   element("notice").textContent = text;
   element("notice").hidden = !text;
 }
 
-const status = (text) => (element("status").textContent = text);
-const find = (item) => turns.find((turn) => turn.item === item);
+function status() {
+  if (!isReady) return element("status").dataset.offline;
+  if (isUserSpeaking) return "hearing you";
+  if (player?.isPlaying || (responses.size && answer?.samples.length)) return "answering";
+  if (responses.size) return "thinking";
+  return microphone.isOn ? "listening" : "ready";
+}
+
+function showStatus() {
+  const text = status();
+  // Screen readers read every change of it.
+  if (element("status").textContent !== text) element("status").textContent = text;
+  element("stop").disabled = !responses.size && !player?.isPlaying;
+}
 
 // Stop the answer: nothing more is played, and the model forgets what was not heard.
 function interrupt() {
-  if (!player || !answer) return;
-  const heard = player.playedMilliseconds;
-  const wasPlaying = player.isPlaying;
-  player.restart();
-  if (!answer.done) realtime.send("response.cancel");
-  if (wasPlaying || !answer.done) {
-    const place = { item_id: answer.item, content_index: 0, audio_end_ms: heard };
+  const isAnswering = responses.size > 0;
+  if (isAnswering) realtime.send("response.cancel");
+  if (answer && isSpoken && (isAnswering || player?.isPlaying)) {
+    answer.heard = player?.playedMilliseconds ?? 0;
+    const place = { item_id: answer.item, content_index: 0, audio_end_ms: answer.heard };
     realtime.send("conversation.item.truncate", place);
     answer.node.classList.add("interrupted");
+    turns.showFigures(answer);
   }
+  player?.restart();
   answer = null;
-  element("stop").disabled = true;
+  showStatus();
 }
 
-async function toggleMicrophone() {
-  const button = element("microphone");
-  if (button.getAttribute("aria-pressed") === "true") {
-    microphone.close();
-    button.setAttribute("aria-pressed", "false");
-    button.textContent = "Talk";
-    element("level").value = 0;
+function mute() {
+  microphone.close();
+  realtime.send("input_audio_buffer.append", { audio: SILENCE });
+  element("microphone").textContent = "Talk";
+  element("microphone").classList.remove("on");
+  element("level").value = 0;
+  showStatus();
+}
+
+const CAUSES = {
+  NotAllowedError: "the browser does not allow it",
+  NotFoundError: "there is none",
+  NotReadableError: "another program uses it",
+};
+
+async function unmute() {
+  if (!navigator.mediaDevices) {
+    notice("Browsers allow the microphone on https pages and on localhost only. You can still write.");
     return;
   }
   startAudio();
   await context.resume();
   try {
-    await microphone.open(context, (samples) => {
-      element("level").value = Math.max(...samples.map(Math.abs));
-      realtime.send("input_audio_buffer.append", { audio: toBase64(samples) });
-    });
+    await microphone.open(context, hear, mute);
   } catch (error) {
-    notice(`The microphone cannot be used (${error.name}). You can still write.`);
+    notice(`The microphone cannot be used: ${CAUSES[error.name] ?? error.name}. You can still write.`);
     return;
   }
   notice("");
-  button.setAttribute("aria-pressed", "true");
-  button.textContent = "Mute";
+  element("microphone").textContent = "Mute";
+  element("microphone").classList.add("on");
+  showStatus();
+}
+
+function hear(samples) {
+  const peak = Math.max(...samples.map(Math.abs));
+  element("level").value = 1 + (20 * Math.log10(peak + 1e-9)) / LEVELS;
+  realtime.send("input_audio_buffer.append", { audio: toBase64(samples) });
 }
 
 function sendText(event) {
   event.preventDefault();
   const text = element("text").value.trim();
-  if (!text || !realtime.isOpen) return;
+  if (!text || !isReady) return;
   startAudio();
   context.resume();
   interrupt();
@@ -119,20 +137,9 @@ function sendText(event) {
   questionEnd = performance.now();
 }
 
-function showFigures(turn) {
-  if (!turn.firstAudio) return;
-  const seconds = turn.samples.reduce((sum, block) => sum + block.length, 0) / RATE;
-  const factor = (performance.now() - turn.start) / 1000 / seconds;
-  turn.figures.textContent =
-    `first audio ${Math.round(turn.firstAudio)} ms, ${seconds.toFixed(1)} s of speech, ` +
-    `real-time factor ${factor.toFixed(2)}`;
-}
-
 function download() {
-  const texts = turns.map((turn) => `${turn.role}: ${turn.text || "(spoken)"}`).join("\n");
-  const silence = new Float32Array(RATE / 2);
-  const blocks = turns.flatMap((turn) => (turn.samples.length ? [...turn.samples, silence] : []));
-  save(new Blob([texts], { type: "text/plain" }), "conversation.txt");
+  save(new Blob([turns.transcript], { type: "text/plain" }), "conversation.txt");
+  const blocks = turns.blocks;
   if (blocks.length) save(wavFile(blocks), "conversation.wav");
 }
 
@@ -144,82 +151,129 @@ function save(blob, name) {
   URL.revokeObjectURL(link.href);
 }
 
-realtime.on("open", () => status("connected"));
-realtime.on("closed", () => {
-  status("not connected; trying again");
-  player?.restart();
-  answer = null;
-});
-realtime.on("session.created", async ({ session }) => {
-  status("ready");
-  notice("");
-  const voices = element("voice");
-  const current = session.audio.output.voice;
-  const headers = KEY ? { Authorization: `Bearer ${KEY}` } : {};
+function useVoice(voice) {
+  const audio = { output: { voice } };
+  realtime.send("session.update", { session: { type: "realtime", audio } });
+}
+
+async function showVoices(current) {
+  const list = element("voice");
+  const chosen = list.value;
   const { data } = await (await fetch("/v1/audio/voices", { headers })).json();
-  voices.replaceChildren(...data.map(({ name }) => new Option(name, name, false, name === current)));
-  voices.disabled = data.length < 2;
+  list.replaceChildren(...data.map(({ name }) => new Option(name, name, false, name === current)));
+  list.disabled = data.length < 2;
+  if (chosen && chosen !== current && data.some(({ name }) => name === chosen)) {
+    list.value = chosen;
+    useVoice(chosen);
+  }
+}
+
+// A new connection knows nothing of the conversation: send what was written or transcribed.
+function sendHistory() {
+  const { history, list } = turns;
+  history.forEach((item) => realtime.send("conversation.item.create", { item }));
+  const forgotten = "The model has forgotten the spoken questions above, and its answers to them.";
+  turns.note(`Connected again. ${history.length < list.length ? forgotten : ""}`);
+}
+
+async function explainRefusal() {
+  const response = await fetch("/v1/models", { headers }).catch(() => null);
+  if (response?.status !== 401) return;
+  notice(`This server needs an API key: open ${location.origin}/#key=YOUR_KEY`);
+}
+
+realtime.on("closed", ({ wasOpen }) => {
+  isReady = isUserSpeaking = false;
+  responses.clear();
+  if (answer) turns.setBusy(answer, false);
+  answer = null;
+  player?.restart();
+  element("status").dataset.offline = "not connected; trying again";
+  showStatus();
+  if (!wasOpen) explainRefusal();
+});
+realtime.on("session.created", ({ session }) => {
+  isReady = true;
+  isSpoken = session.output_modalities.includes("audio");
+  notice("");
+  showStatus();
+  if (turns.list.length) sendHistory();
+  showVoices(session.audio.output.voice);
 });
 realtime.on("input_audio_buffer.speech_started", () => {
-  status("listening");
+  isUserSpeaking = true;
   interrupt();
 });
 realtime.on("input_audio_buffer.speech_stopped", () => {
-  status("thinking");
+  isUserSpeaking = false;
   questionEnd = performance.now();
+  showStatus();
+});
+realtime.on("response.created", ({ response }) => {
+  responses.add(response.id);
+  answer = null;
+  showStatus();
 });
 realtime.on("conversation.item.added", ({ item }) => {
-  if (find(item.id)) return;
+  if (turns.find(item.id)) return;
   const [content] = item.content;
-  const turn = addTurn(item.role, item.id, content?.text ?? content?.transcript ?? "");
+  const turn = turns.add(item.role, item.id, content?.text ?? content?.transcript ?? "");
+  element("download").disabled = false;
   if (item.role !== "assistant") return;
   turn.start = questionEnd ?? performance.now();
+  turns.setBusy(turn, true);
   answer = turn;
   player?.restart();
-  element("stop").disabled = false;
 });
 realtime.on("conversation.item.input_audio_transcription.completed", (event) => {
-  const turn = find(event.item_id);
-  if (turn) showText(turn, event.transcript);
+  const turn = turns.find(event.item_id);
+  if (turn) turns.show(turn, event.transcript);
 });
 for (const kind of ["output_audio_transcript", "output_text"]) {
   realtime.on(`response.${kind}.delta`, ({ item_id, delta }) => {
-    const turn = find(item_id);
-    if (turn) showText(turn, turn.text + delta);
+    const turn = turns.find(item_id);
+    if (turn) turns.show(turn, turn.text + delta);
   });
 }
 realtime.on("response.output_audio.delta", ({ item_id, delta }) => {
-  const turn = find(item_id);
+  const turn = turns.find(item_id);
   if (!turn || turn !== answer) return;
   const samples = fromBase64(delta);
-  turn.firstAudio ??= performance.now() - turn.start;
+  turn.lastAudio = performance.now();
+  turn.firstAudio ??= turn.lastAudio - turn.start;
   turn.samples.push(samples);
   startAudio();
   player.add(samples);
-  status("answering");
-  showFigures(turn);
+  turns.showFigures(turn);
+  showStatus();
 });
 realtime.on("response.done", ({ response }) => {
-  const turn = find(response.output[0]?.id);
-  if (turn) turn.done = true;
+  responses.delete(response.id);
+  const turn = turns.find(response.output[0]?.id);
+  if (turn) turns.setBusy(turn, false);
   if (response.status === "failed") notice(response.status_details.error.message);
-  if (!answer?.samples.length) element("stop").disabled = true;
-  status("ready");
+  showStatus();
+});
+// The text is ahead of the speech: show what is left of an interrupted answer.
+realtime.on("conversation.item.truncated", ({ item_id }) => {
+  realtime.send("conversation.item.retrieve", { item_id });
+});
+realtime.on("conversation.item.retrieved", ({ item }) => {
+  const turn = turns.find(item.id);
+  if (turn) turns.show(turn, item.content[0].transcript ?? "");
 });
 realtime.on("error", ({ error }) => {
   // The answer may have ended by itself a moment before it was stopped.
   if (error.code !== "response_cancel_not_active") notice(error.message);
 });
 
-element("microphone").onclick = toggleMicrophone;
+element("microphone").onclick = () => (microphone.isOn ? mute() : unmute());
 element("stop").onclick = interrupt;
 element("controls").onsubmit = sendText;
 element("download").onclick = download;
-element("voice").onchange = ({ target }) => {
-  const audio = { output: { voice: target.value } };
-  realtime.send("session.update", { session: { type: "realtime", audio } });
-};
+element("voice").onchange = ({ target }) => useVoice(target.value);
 document.addEventListener("keydown", (event) => {
   if (event.key === "Escape") interrupt();
 });
+addEventListener("hashchange", () => location.reload()); // another key
 realtime.connect();

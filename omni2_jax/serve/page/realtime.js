@@ -2,21 +2,24 @@
 
 // With API keys, the page is opened as http://HOST/#key=...; what follows # is not sent to the server.
 export const KEY = new URLSearchParams(location.hash.slice(1)).get("key");
-const RETRY_MILLISECONDS = 2000;
+const RETRY_SECONDS = 2; // unless the server says how long to wait
 
 export class Realtime extends EventTarget {
   connect() {
     const scheme = location.protocol === "https:" ? "wss" : "ws";
     const protocols = ["realtime", ...(KEY ? [`openai-insecure-api-key.${KEY}`] : [])];
     this.socket = new WebSocket(`${scheme}://${location.host}/v1/realtime?model=omni2`, protocols);
-    this.socket.onopen = () => this.emit("open", {});
+    let wasOpen = false;
+    let retry = RETRY_SECONDS;
+    this.socket.onopen = () => (wasOpen = true);
     this.socket.onmessage = (message) => {
       const event = JSON.parse(message.data);
+      retry = event.error?.retry_after_seconds ?? retry;
       this.emit(event.type, event);
     };
     this.socket.onclose = () => {
-      this.emit("closed", {});
-      setTimeout(() => this.connect(), RETRY_MILLISECONDS);
+      this.emit("closed", { wasOpen });
+      setTimeout(() => this.connect(), 1000 * retry);
     };
   }
 
