@@ -11,6 +11,7 @@ from omni2_jax.audio.voice_activity import has_speech
 from omni2_jax.generate.omni2 import Omni2, join
 from omni2_jax.serve.conversation import Conversation, Item
 from omni2_jax.serve.events import EventError
+from omni2_jax.serve.limits import Limits
 from tests.support.conversations import GREEDY, clip
 from tests.support.paths import AUDIO, EXAMPLES
 
@@ -84,7 +85,7 @@ def test_only_silence_is_answered_otherwise(attentive, text_model, text_engine):
 
 
 def test_a_served_conversation_has_a_question_without_parts(attentive, text_model):
-    conversation = Conversation()
+    conversation = Conversation(Limits())
     with pytest.raises(EventError, match="does not end with the user's turn"):
         conversation.question(attentive.session(options=QUICK, turns=1))
     conversation.add(Item("a", "user", [], is_audio=True))

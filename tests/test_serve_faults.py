@@ -18,7 +18,7 @@ from omni2_jax.serve import capacity
 from omni2_jax.serve.limits import Limits
 from omni2_jax.serve.server import Server
 from tests.support.conversations import GREEDY, clip
-from tests.support.realtime import MANUAL, ask, audio_of, converse, talk, until
+from tests.support.realtime import MANUAL, SECOND, ask, audio_of, converse, talk, until
 from tests.support.server import base64_of, eventually, pcm, running
 
 OPTIONS = dataclasses.replace(GREEDY, max_new_tokens=6, max_flush_units=10)
@@ -231,6 +231,74 @@ def test_numbers_that_are_not_finite(address, server, monkeypatch):
     assert failed.status == "failed"
     assert failed.status_details.error.message.endswith("the model's numbers were not finite")
     assert later == expected
+
+
+@pytest.mark.slow
+def test_a_device_that_fails(model, warm_engine, monkeypatch):
+    """Clients are told, and the server ends: whoever watches it starts another one."""
+    server = Server(model, OPTIONS, LIMITS)
+    server.worker.start()
+
+    def lost():
+        raise RuntimeError("the device is lost: /dev/accel0")
+
+    async def conversation(link):
+        await link.session.update(session=MANUAL)
+        await until(link, "session.updated")
+        monkeypatch.setattr(warm_engine, "step", lost)
+        events = [(await ask(link, pcm(clip("short_d"))))[-1]]
+        with contextlib.suppress(websockets.ConnectionClosed):
+            while True:
+                events.append(await link.recv())
+        return events
+
+    with running(server, graceful=True) as address:
+        done, *later = talk(address, conversation)
+        eventually(lambda: not server.worker.thread.is_alive())
+    assert done.response.status == "failed"
+    assert (
+        done.response.status_details.error.message == "the server has failed and is shutting down"
+    )
+    assert [event.error.code for event in later] == ["server_stopping"]
+    assert "lost" in str(server.worker.failure)
+    monkeypatch.undo()
+    for stream in filter(None, warm_engine.slots):
+        stream.cancel()
+
+
+@pytest.mark.slow
+def test_a_client_that_asks_too_much(address, server, alone):
+    """More speech than a turn may have, more text than a conversation, more than can be heard."""
+
+    def message(**content):
+        return {"type": "message", "role": "user", "content": [content]}
+
+    short = base64_of(pcm(clip("short_d")))
+
+    async def conversation(link):
+        await link.session.update(session=MANUAL)
+        await until(link, "session.updated")
+        items = [message(type="input_audio", audio=base64_of(bytes(31 * SECOND)))]
+        items += 5 * [message(type="input_text", text="x" * 16_000)]
+        for item in items:
+            await link.conversation.item.create(item=item)
+        events = [(await until(link, "error"))[-1], (await until(link, "error"))[-1]]
+        for _ in range(12):
+            await link.conversation.item.create(item=message(type="input_audio", audio=short))
+        for _ in range(12):
+            await until(link, "conversation.item.done")
+            assert all(len(one.hearings) <= LIMITS.hearings + 1 for one in server.connections)
+        return [event.error for event in events]
+
+    async def both():
+        return await asyncio.gather(
+            converse(address, conversation), converse(address, question("short_d"))
+        )
+
+    errors, beside = asyncio.run(both())
+    assert "31.0 s, a turn at most 30 s" in errors[0].message
+    assert errors[1].code == "too_many_characters"
+    assert beside == alone
 
 
 @pytest.mark.slow

@@ -208,6 +208,10 @@ BAD = {
         {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
         "last message",
     ),
+    "too much text": (
+        {"messages": 5 * [{"role": "user", "content": "x" * 16_000}]},
+        "the messages have 80000 characters",
+    ),
     "no audio": (
         {"messages": [spoken("short_d") | {"content": [{"type": "input_audio"}]}]},
         "input_audio",
@@ -264,6 +268,18 @@ def test_keys_and_origins(server):
 
         with pytest.raises(Exception, match="HTTP 403"):
             asyncio.run(connect())
+
+
+def test_names_of_the_server(server):
+    """A page whose own name leads to this machine is of no foreign origin; its name is unknown."""
+    names = {"localhost:1": 200, "[::1]:1": 200, "a.example": 200, "b.example": 403, "[": 403}
+    with running(server, origins=("https://a.example",)) as address:
+        for name, status in names.items():
+            assert get(f"http://{address}/v1/models", Host=name)[0] == status, name
+        rebound = {"Host": "b.example", "Origin": "http://b.example"}
+        assert get(f"http://{address}/v1/audio/voices", **rebound)[0] == 403
+        for origin in ("null", "http://[", "x" * 1000):
+            assert get(f"http://{address}/v1/models", Origin=origin)[0] == 403
 
 
 def test_metrics_and_lists(address):

@@ -10,7 +10,6 @@ from omni2_jax.cli.console import console, say
 from omni2_jax.cli.mesh import Mesh
 from omni2_jax.cli.paths import Checkpoint, chosen
 
-LOOPBACK = ("127.0.0.1", "::1", "localhost")
 MEASURED = "auto"
 
 
@@ -81,6 +80,8 @@ def serve(
 
     import uvicorn
 
+    from omni2_jax.serve.access import LOOPBACK
+
     checkpoint = chosen(checkpoint)
     keys = read_keys(key_file) if key_file else ()
     if host not in LOOPBACK and not keys:
@@ -90,6 +91,8 @@ def serve(
             raise ValueError(f"{path} is not a file")
     if (certificate is None) != (private_key is None):
         raise ValueError("--certificate and --private-key belong together")
+    if certificate and private_key:
+        check_certificate(certificate, private_key)
     # The port is taken before minutes are spent on the model.
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family)
@@ -137,6 +140,23 @@ def serve(
         timeout_graceful_shutdown=5,
     )
     GracefulServer(config, server).run(sockets=[listener])
+    if server.worker.failure:
+        raise RuntimeError(f"the model's thread has failed: {server.worker.failure}")
+
+
+def check_certificate(certificate: Path, private_key: Path) -> None:
+    """Raises ValueError if they are no certificate and its key."""
+    import ssl
+
+    try:
+        ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(
+            certificate, private_key
+        )
+    except OSError as error:  # SSLError is one
+        raise ValueError(
+            f"{certificate} and {private_key} are no certificate and its key (PEM): "
+            f"{error.strerror or error}"
+        ) from None
 
 
 def read_keys(path: Path) -> tuple[str, ...]:

@@ -185,13 +185,13 @@ class Session:
             ids = self.tokenizer.continuation(content(question), self.has_ended(self.turns[-1]))
             if self.length + len(ids) <= limit:
                 return self.split(ids, [question]), self.prefix
-        num_turns = len(self.turns)
-        for first in range(num_turns + 1 if self.overflow == "drop" else 1):
-            turns = self.turns[first:]
-            ids = self.dialogue(turns, question)
-            if len(ids) <= limit:
-                self.resume(turns)
-                return self.split(ids, [*(turn.question for turn in turns), question]), None
+        if self.overflow == "drop":
+            turns, ids = self.newest_dialogue(question, limit)
+        else:
+            turns, ids = self.turns, self.dialogue(self.turns, question)
+        if len(ids) <= limit:
+            self.resume(turns)
+            return self.split(ids, [*(turn.question for turn in turns), question]), None
         raise ValueError(
             f"the conversation takes {len(ids)} positions and its answer up to {max_text} more, "
             f"but the LLM's cache has {self.engine.engine_config.llm_capacity}; start a new "
@@ -210,6 +210,22 @@ class Session:
     def has_ended(self, turn: Turn) -> bool:
         """Whether an answer has its end token; it has none if it was cut short."""
         return bool(turn.answer) and turn.answer[-1] in self.eos
+
+    def newest_dialogue(self, question: Question, limit: int) -> tuple[list[Turn], list[int]]:
+        """As many of the newest turns as fit into `limit` positions, and their `dialogue`.
+
+        What does not fit is not tokenized; this takes no longer for a longer conversation.
+        """
+        turns: list[Turn] = []
+        ids, following, later = self.dialogue([], question), question, []
+        for turn in reversed(self.turns):
+            next_turn = self.tokenizer.continuation(content(following), self.has_ended(turn))
+            later = [*turn.answer, *next_turn, *later]
+            longer = self.dialogue([], turn.question) + later
+            if len(longer) > limit:
+                break
+            turns, ids, following = [turn, *turns], longer, turn.question
+        return turns, ids
 
     def dialogue(self, turns: list[Turn], question: Question) -> list[int]:
         """The prompt of a conversation: `turns` with their answers, then a question.

@@ -11,19 +11,31 @@ from starlette.websockets import WebSocketClose
 # Paths that need a key. The page is open: it can do nothing without the API; and load balancers
 # ask /healthz without a key.
 GUARDED = ("/v1/", "/metrics")
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
 POLICY_VIOLATION = 1008  # WebSocket close code
 KEY_PROTOCOL = "openai-insecure-api-key."  # how a browser, which cannot set headers, sends a key
+
+
+def host_of(address: str) -> str:
+    """The host in "host:port", without the brackets of IPv6; "" where there is none."""
+    try:
+        return urlsplit(f"//{address}").hostname or ""
+    except ValueError:
+        return ""
 
 
 class Access:
     """ASGI middleware that refuses requests without a key, and pages of foreign origins.
 
-    keys: () needs no key. origins: those of pages that may use the server, as
-    "https://example.org"; pages that the server itself has sent always may.
+    keys: () needs no key; the server must then be asked by a name of this machine or of `origins`:
+    a web page whose own name leads to this machine (DNS rebinding) has no foreign origin.
+    origins: those of pages that may use the server, as "https://example.org"; pages that the server
+    itself has sent always may.
     """
 
     def __init__(self, app: ASGIApp, keys: tuple[str, ...], origins: tuple[str, ...]):
         self.app, self.origins = app, origins
+        self.hosts = {*LOOPBACK, *(host_of(origin.partition("://")[2]) for origin in origins)}
         self.keys = tuple(key.encode() for key in keys)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -31,10 +43,13 @@ class Access:
             await self.app(scope, receive, send)
             return
         headers = Headers(scope=scope)
+        is_guarded = scope["path"].startswith(GUARDED)
         if not self.is_allowed_origin(headers):
             await self.refuse(scope, receive, send, 403, "this origin may not use the server")
-        elif scope["path"].startswith(GUARDED) and not self.has_key(headers):
+        elif is_guarded and not self.has_key(headers):
             await self.refuse(scope, receive, send, 401, "an API key is missing or wrong")
+        elif is_guarded and not self.keys and host_of(headers.get("host", "")) not in self.hosts:
+            await self.refuse(scope, receive, send, 403, "the server is not known by this name")
         else:
             await self.app(scope, receive, send)
 
@@ -43,7 +58,7 @@ class Access:
         origin = headers.get("origin")
         if origin is None or origin in self.origins:
             return True
-        return urlsplit(origin).netloc == headers.get("host")
+        return origin.partition("://")[2] == headers.get("host")
 
     def has_key(self, headers: Headers) -> bool:
         """Whether the request has one of the keys; compared in constant time."""

@@ -170,7 +170,7 @@ def finish(realtime: "Realtime", response: Response) -> None:
     item.status = "completed" if response.status == "completed" else "incomplete"
     if response.status == "failed":
         item.status = "failed"
-    text = "".join(part for part in item.parts if isinstance(part, str))
+    text = item.text
     if item in realtime.conversation.items:
         if response.modality == "audio":
             if item.num_samples and not response.reason:

@@ -93,6 +93,13 @@ class GracefulServer(uvicorn.Server):
         super().__init__(config)
         self.server = server
 
+    async def on_tick(self, counter: int) -> bool:
+        """Stop when the model has failed: whoever watches this process starts another one."""
+        if self.server.worker.failure:
+            self.server.log_failure(self.server.worker.failure)
+            return True
+        return await super().on_tick(counter)
+
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         # A second Ctrl-C sets force_exit.
         await self.server.drain(STOP_SECONDS, lambda: self.force_exit)

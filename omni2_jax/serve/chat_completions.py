@@ -24,6 +24,8 @@ from omni2_jax.serve.http import AnswerStream, counted, failed_event, read_json,
 from omni2_jax.serve.server import Server
 from omni2_jax.serve.worker import Answer
 
+MAX_PARTS = 16  # of a message
+
 
 class InputAudio(BaseModel):
     data: str
@@ -42,8 +44,18 @@ class AudioReference(BaseModel):
 
 class Message(BaseModel):
     role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[str, Field(max_length=MAX_TEXT)] | list[Part] | None = None
+    content: (
+        Annotated[str, Field(max_length=MAX_TEXT)]
+        | Annotated[list[Part], Field(max_length=MAX_PARTS)]
+        | None
+    ) = None
     audio: AudioReference | None = None  # an earlier spoken answer
+
+    @property
+    def num_characters(self) -> int:
+        if isinstance(self.content, list):
+            return sum(len(part.text) for part in self.content)
+        return len(self.content or "")
 
 
 class AudioOutput(BaseModel):
@@ -85,6 +97,13 @@ async def complete(server: Server, request: Request) -> Response:
 
 async def prepare(server: Server, completion: Completion) -> tuple[Session, Question]:
     """A session that holds all messages but the last, and the last one's question."""
+    characters = sum(message.num_characters for message in completion.messages)
+    if characters > server.limits.characters:
+        raise EventError(
+            f"the messages have {characters} characters, expected at most "
+            f"{server.limits.characters}",
+            param="messages",
+        )
     session = await server.worker.run(server.session, completion.audio.voice)
     instructions, turns = [], []
     question: list | None = None

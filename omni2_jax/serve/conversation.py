@@ -16,8 +16,8 @@ import jax
 from omni2_jax.audio.recordings import OUTPUT_RATE
 from omni2_jax.generate.session import Session, Turn
 from omni2_jax.serve.events import EventError
+from omni2_jax.serve.limits import Limits
 
-MAX_ITEMS = 512
 # Units that speech takes for a text token, where an answer was interrupted and its own rate is not
 # known: English at 150 words a minute, 0.75 words a token, 25 units a second.
 UNITS_PER_TOKEN = 7.5
@@ -55,13 +55,16 @@ class Item:
             "content": self.content(),
         }
 
+    @property
+    def text(self) -> str:
+        return "".join(part for part in self.parts if isinstance(part, str))
+
     def content(self) -> list[dict]:
-        text = "".join(part for part in self.parts if isinstance(part, str))
         if self.is_audio:
             kind = "output_audio" if self.role == "assistant" else "input_audio"
-            return [{"type": kind, "transcript": text or self.transcript}]
+            return [{"type": kind, "transcript": self.text or self.transcript}]
         kind = "output_text" if self.role == "assistant" else "input_text"
-        return [{"type": kind, "text": text}]
+        return [{"type": kind, "text": self.text}]
 
     def tokens_heard(self, milliseconds: int) -> int:
         """How many tokens of the answer's text were said in the first `milliseconds` of its audio.
@@ -86,7 +89,8 @@ class Item:
 class Conversation:
     """The items of one conversation, in their order."""
 
-    def __init__(self):
+    def __init__(self, limits: Limits):
+        self.limits = limits
         self.items: list[Item] = []
 
     def find(self, item_id: str) -> Item:
@@ -100,10 +104,17 @@ class Conversation:
         """Insert an item behind the item `previous` -> the id of the item before it.
 
         previous: "root" is the beginning, None the end. Raises EventError for an unknown one, an id
-        that exists, and a conversation of too many items.
+        that exists, and a conversation of too many items or too much text.
         """
-        if len(self.items) >= MAX_ITEMS:
-            raise EventError(f"a conversation has at most {MAX_ITEMS} items", "too_many_items")
+        limits = self.limits
+        if len(self.items) >= limits.items:
+            raise EventError(f"a conversation has at most {limits.items} items", "too_many_items")
+        if sum(len(other.text) for other in [*self.items, item]) > limits.characters:
+            raise EventError(
+                f"the texts of a conversation have at most {limits.characters} characters; "
+                "delete items",
+                "too_many_characters",
+            )
         if any(other.id == item.id for other in self.items):
             raise EventError(f"there is an item {item.id!r} already", param="item.id")
         if previous is None:
@@ -152,8 +163,7 @@ class Conversation:
     def answer_tokens(self, item: Item, session: Session) -> list[int]:
         """The tokens of an assistant's message; those of the model's own answer as they were."""
         if not item.answer:
-            text = "".join(part for part in item.parts if isinstance(part, str))
-            item.answer = session.tokenizer.answer(text)
+            item.answer = session.tokenizer.answer(item.text)
         return item.answer
 
     def instructions(self, instructions: str | None) -> str | None:

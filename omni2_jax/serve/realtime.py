@@ -36,7 +36,8 @@ class Realtime(Connection):
         super().__init__(socket, server.limits, is_beta)
         self.server, self.worker = server, server.worker
         self.id = new_id("sess")
-        self.conversation = Conversation()
+        self.conversation = Conversation(server.limits)
+        self.hearings: set[asyncio.Task] = set()
         # By the ids of their items: at most one is wanted, others are being stopped.
         self.responses: dict[str, Response] = {}
         self.settings: dict[str, Any] = {
@@ -87,7 +88,12 @@ class Realtime(Connection):
             await self.close()
 
     async def receive(self, text: str | bytes) -> None:
-        """Carry out one event. A fault of the event is answered by an `error` event."""
+        """Carry out one event. A fault of the event is answered by an `error` event.
+
+        The events of a client that sends turns faster than they can be heard wait.
+        """
+        while len(self.hearings) > self.limits.hearings:
+            await asyncio.wait(self.hearings, return_when=asyncio.FIRST_COMPLETED)
         event_id = None
         try:
             event, event_id = events.parse(text)
@@ -210,7 +216,10 @@ class Realtime(Connection):
 
     def start_hearing(self, samples: np.ndarray) -> asyncio.Task:
         """The task that computes the speech features of samples [N] at 16 kHz."""
-        return self.start_task(self.worker.hear(samples))
+        task = self.start_task(self.worker.hear(samples))
+        self.hearings.add(task)
+        task.add_done_callback(self.hearings.discard)
+        return task
 
     async def commit_audio(self, event: events.BufferCommit) -> None:
         """Make an item of all audio that was appended."""
@@ -271,6 +280,13 @@ class Realtime(Connection):
                     )
                 decoder = Decoder(self.settings["input_format"])
                 samples = decoder(decode_base64(content.audio), last=True)
+                seconds = len(samples) / INPUT_RATE
+                if seconds > self.limits.turn_seconds:
+                    raise EventError(
+                        f"the audio has {seconds:.1f} s, a turn at most "
+                        f"{self.limits.turn_seconds:g} s",
+                        param="item.content",
+                    )
                 item.is_audio, item.hearing = True, self.start_hearing(samples)
             else:
                 item.parts.append(content.text or content.transcript or "")

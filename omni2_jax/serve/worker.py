@@ -22,6 +22,7 @@ from omni2_jax.generate.options import Options
 from omni2_jax.generate.session import Question, Reply, Session
 
 T = TypeVar("T")
+FAILED = "the server has failed and is shutting down"
 
 
 class StoppedError(RuntimeError):
@@ -86,6 +87,7 @@ class Worker:
         self.heavy: collections.deque[Callable[[], None]] = collections.deque()
         self.answers: list[Answer] = []
         self.stopping = False
+        self.failure: BaseException | None = None  # what ended the thread before its time
         self.thread = threading.Thread(target=self.work, name="omni2-model", daemon=True)
 
     def start(self) -> None:
@@ -116,7 +118,7 @@ class Worker:
         """Call `function(*arguments)` in the worker's thread, between two steps.
 
         is_heavy: at most one such call between two steps. Raises the function's error, and
-        StoppedError after `stop`.
+        StoppedError after `stop` or a failure of the thread.
         """
         if self.stopping:
             raise StoppedError("the server is shutting down")
@@ -126,11 +128,15 @@ class Worker:
             if not future.set_running_or_notify_cancel():
                 return
             try:
+                if self.failure:
+                    raise StoppedError(FAILED)
                 future.set_result(function(*arguments))
             except BaseException as error:
                 future.set_exception(error)
 
         self.commands.put((lambda: self.heavy.append(command)) if is_heavy else command)
+        if self.failure:  # since the question above: nobody takes the command
+            raise StoppedError(FAILED)
         return await asyncio.wrap_future(future)
 
     async def answer(self, session: Session, question: Question, say: str | None = None) -> Answer:
@@ -153,7 +159,20 @@ class Worker:
         await self.run(session.interrupt)
 
     def work(self) -> None:
-        """The thread: commands first, then a step, then the delivery of what it computed."""
+        """The thread. If a step fails, as when a device is lost, nobody is left waiting."""
+        try:
+            self.work_until_stopped()
+        except Exception as error:
+            self.failure, self.stopping = error, True
+            self.run_commands()  # they raise
+            for command in self.heavy:
+                command()
+            for answer in self.answers:
+                answer.put(StoppedError(FAILED))
+            self.answers = []
+
+    def work_until_stopped(self) -> None:
+        """Commands first, then a step, then the delivery of what it computed; until `stop`."""
         while True:
             self.run_commands()
             if self.heavy:
