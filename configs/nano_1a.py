@@ -20,6 +20,7 @@ config = TrainConfig(
     buckets=(Bucket(0, 64), Bucket(0, 128), Bucket(1, 144), Bucket(2, 320)),
     replay=0.4,
     ctc=0.3,
+    ctc_steps=2000,
     dtype="float32",
     remat="none",
     loss_block=2048,

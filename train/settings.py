@@ -209,7 +209,7 @@ class TrainConfig:
     replay: float = 0.0  # stage 1a: share of rows that are dialogues as text, of `replay_data`
     replay_data: str | None = None  # a .jsonl of dialogues or a data set; None is `data`
     ctc: float = 0.0  # stage 1a: weight of a CTC loss of the questions' text (see the stage)
-    ctc_steps: int = 0  # stage 1a: first steps, in which the adapter learns by that loss alone
+    ctc_steps: int = 0  # stage 1a: first steps, in which speech is learned by that loss alone
     frames: str | None = None  # stages 1a and 2: the encoder's frames, from `omni2 frames`
     hidden: str | None = None  # stage 2: the LLM's hidden states, computed by `omni2 hidden`
     reset: Annotated[tuple[str, ...], pydantic.BeforeValidator(one_or_more)] = ()

@@ -163,14 +163,14 @@ class SpeechToText(Stage):
         return self.ctc_loss if phase == "ctc" else self.loss
 
     def ctc_loss(self, model: Model, batch: Batch, key: Array) -> Loss:
-        """`hearing_loss` alone, for which only the adapter learns; of replayed text the usual loss.
+        """`hearing_loss` alone, for which the LLM does not run; of replayed text the usual loss.
 
-        The LLM does not run, and its embeddings are constants, so that it keeps what it knows.
+        The LLM's embeddings change with the adapter: compared with constant ones, the CTC loss of
+        held-out questions stayed twice as high.
         """
         if not batch["question"].size:
             return self.loss(model, batch, key)
-        table = jax.lax.stop_gradient(model.llm.embedding.table[...])
-        return hearing_loss(model, hear(model, self.train, batch), batch["question"], table)
+        return hearing_loss(model, hear(model, self.train, batch), batch["question"])
 
     def loss(self, model: Model, batch: Batch, key: Array) -> Loss:
         """The cross-entropy of the replies' text; with the setting `ctc` also `hearing_loss`.
@@ -242,14 +242,13 @@ def hearing_loss(model: Model, speech: Array, question: Array, table: Array | No
     """The CTC loss of the questions' text, and its number of tokens: what the adapter alone heard.
 
     speech [B, C * F, D]: its features, which are compared with the LLM's embeddings; <speech> is
-    the blank. question [B, C, F]: token ids of each segment, or PAD. table [V, D]: the embeddings,
-    by default the LLM's own. All logits [B, C, F, V] are in memory, so it is for small
-    vocabularies. Reference: Graves et al. 2006.
+    the blank. question [B, C, F]: token ids of each segment, or PAD. All logits [B, C, F, V] are in
+    memory, so it is for small vocabularies. Reference: Graves et al. 2006.
     """
     labels = question.reshape(-1, question.shape[-1])
     features = speech.reshape(*labels.shape, -1)  # as many features as there is place for labels
-    table = model.llm.embedding.table[...] if table is None else table
-    logits = jnp.einsum("...D,VD->...V", features, table.astype(features.dtype))
+    table = model.llm.embedding.table[...].astype(features.dtype)
+    logits = jnp.einsum("...D,VD->...V", features, table)
     missing = (labels == PAD).astype(jnp.float32)
     losses = optax.ctc_loss(
         logits.astype(jnp.float32),
