@@ -41,8 +41,11 @@ def test_push_to_talk(address, model):
     """A spoken question is answered as `Omni2.answer` does, with the events of the GA API."""
 
     async def conversation(link):
-        await link.session.update(session=MANUAL)
-        await until(link, "session.updated")
+        # Many clients ask for transcripts by default, which need a recogniser.
+        sound = {"turn_detection": None, "transcription": {"model": "gpt-4o-mini-transcribe"}}
+        await link.session.update(session={"type": "realtime", "audio": {"input": sound}})
+        (updated,) = await until(link, "session.updated")
+        assert updated.session.audio.input.transcription is None
         return await ask(link, pcm(clip("short_d")))
 
     events = talk(address, conversation)
@@ -68,6 +71,7 @@ def test_push_to_talk(address, model):
     expected = answer(model, clip("short_d"), OPTIONS)
     assert done.transcript == expected.text
     assert len(audio_of(events)) == 2 * len(expected.waveform)
+    assert events[-1].response.usage.input_tokens > model.config.speech_positions
     assert events[-1].response.status in ("completed", "incomplete")
 
 

@@ -133,13 +133,13 @@ async def generate(realtime: "Realtime", response: Response, patch: ResponsePatc
     answer = await realtime.worker.answer(realtime.session, question)
     if response.reason:  # it was cancelled before there was anything to interrupt
         await realtime.worker.interrupt(realtime.session)
-    response.input_tokens = realtime.session.length
     async for reply in answer:
         if not response.reason:
             deliver(realtime, response, reply)
     if response.reason:
         # The session keeps what was sent, not what was computed.
         await realtime.worker.run(realtime.session.truncate, response.tokens_sent)
+    response.input_tokens = max(0, realtime.session.length - response.tokens_sent)
 
 
 def deliver(realtime: "Realtime", response: Response, reply: Reply) -> None:

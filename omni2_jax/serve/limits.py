@@ -8,7 +8,7 @@ class Limits:
     """What a client may use. Where a bound is passed, the client gets a clear error."""
 
     sessions: int = 4  # realtime connections and HTTP requests that compute, at the same time
-    event_bytes: int = 20 * 2**20  # of one event; the API allows 15 MiB of audio, which is base64
+    event_bytes: int = 21 * 2**20  # of one event; the API allows 15 MiB of audio, 20 as base64
     turn_seconds: float = 30.0  # of speech in one turn; the server ends a longer one
     idle_seconds: float = 300.0  # without an event of the client, the connection is closed
     session_seconds: float = 3600.0  # the longest connection, as in OpenAI's API

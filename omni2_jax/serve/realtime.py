@@ -160,12 +160,8 @@ class Realtime(Connection):
             for name in ("turn_detection", "transcription"):
                 if name in changes.model_fields_set:
                     settings[name] = getattr(changes, name)
-        if settings["transcription"] and not self.server.recogniser:
-            raise EventError(
-                "this server has no recogniser (`omni2 serve --recogniser`), so it cannot "
-                "transcribe what the user says",
-                param="session.audio.input.transcription",
-            )
+        if not self.server.recogniser:  # clients ask for it by default; `session.updated` tells
+            settings["transcription"] = None
         if settings["max_output_tokens"] is None:
             settings["max_output_tokens"] = "inf"
         if settings["voice"] != self.settings["voice"]:
