@@ -252,7 +252,7 @@ CONTRAST = """() => {
   };
   const behind = (node) =>
     luminance(getComputedStyle(node).backgroundColor) ?? behind(node.parentElement);
-  const nodes = document.querySelectorAll("h1, #status, .turn p, .note, button:enabled, label");
+  const nodes = document.querySelectorAll("h1, #status, p, button:enabled, label");
   return Math.min(...[...nodes].map((node) => {
     const pair = [luminance(getComputedStyle(node).color), behind(node)].sort((a, b) => b - a);
     return (pair[0] + 0.05) / (pair[1] + 0.05);
@@ -278,6 +278,7 @@ def test_layout(opened, server, scheme):
             "  for (const role of ['user', 'assistant'])"
             "    turns.add(role, role, 'word '.repeat(300)).figures.textContent = 'figures';"
             "  turns.note('Connected again.');"
+            "  document.getElementById('microphone').classList.add('on');"
             "})"
         )
         page.wait_for_selector(".note")

@@ -42,19 +42,21 @@ export class Turns {
 
   // Screen readers read an answer when it is complete, instead of after every word.
   setBusy(turn, isBusy) {
+    turn.isBusy = isBusy;
     turn.node.setAttribute("aria-busy", isBusy);
+    this.showFigures(turn);
   }
 
   showFigures(turn) {
     if (turn.firstAudio === undefined) return;
     const seconds = this.seconds(turn);
-    const factor = (turn.lastAudio - turn.start) / 1000 / seconds;
-    const figures = [
-      `first audio ${Math.round(turn.firstAudio)} ms`,
-      `${seconds.toFixed(1)} s of speech`,
-      `real-time factor ${factor.toFixed(2)}`,
-    ];
-    if (turn.heard !== undefined) figures.push(`interrupted after ${(turn.heard / 1000).toFixed(1)} s`);
+    const figures = [`first audio ${Math.round(turn.firstAudio)} ms`, `${seconds.toFixed(1)} s of speech`];
+    if (turn.heard !== undefined) {
+      figures.push(`interrupted after ${(turn.heard / 1000).toFixed(1)} s`);
+    } else if (!turn.isBusy) {
+      const factor = (turn.lastAudio - turn.start) / 1000 / seconds;
+      figures.push(`real-time factor ${factor.toFixed(2)}`);
+    }
     turn.figures.textContent = figures.join(", ");
     this.scroll();
   }
