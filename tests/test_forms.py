@@ -108,7 +108,7 @@ def test_forms(stacked):
     assert for_serving(graph, params, form_of("tpu"))[1] is params
     _, joined = for_serving(graph, params, form_of("gpu"))
     attention = joined["llm"]["layers"][1]["attention"]
-    assert attention["fused"]["kernel"].shape == (64, 4 + 2 * 2, 16)
+    assert attention["fused"]["kernel"].shape == (4 + 2 * 2, 16, 64)  # [out, in]
     np.testing.assert_array_equal(
         attention["fused"]["bias"][4:6], params["llm"]["layers"]["attention"]["key"]["bias"][1]
     )

@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from omni2_jax.config import DecoderConfig
 from omni2_jax.models.layers import attention
@@ -86,64 +87,78 @@ class KVCache:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class ListedKVCache:
-    """keys, values: [B, K, S, H] of every layer, so that no layer has to be copied out of an array.
+    """pairs: [2, B, K, S, H] of every layer, so that no layer has to be copied out of an array.
 
-    Heads come before time, since attention reads them one by one; in another order XLA transposes
-    the whole cache before and after every loop.
+    Keys are pairs[0] and values pairs[1], which one kernel writes. Heads come before time, since
+    attention reads them one by one; in another order XLA transposes the whole cache before and
+    after every loop.
     """
 
     axes: ClassVar = ("batch", "kv_heads", None, None)
-    slot_axis: ClassVar = 0
-    keys: tuple[Array, ...]
-    values: tuple[Array, ...]
+    slot_axis: ClassVar = 1
+    pairs: tuple[Array, ...]
 
     @classmethod
     def empty(
         cls, config: DecoderConfig, batch: int, capacity: int, dtype: jnp.dtype | type = jnp.float32
     ) -> "ListedKVCache":
         """A cache of zeros for `batch` rows of up to `capacity` positions."""
-        shape = (batch, config.kv_heads, capacity, config.head_size)
-
-        def zeros() -> tuple[Array, ...]:
-            return tuple(jnp.zeros(shape, dtype) for _ in range(config.layers))
-
-        return cls(zeros(), zeros())
+        shape = (2, batch, config.kv_heads, capacity, config.head_size)
+        return cls(tuple(jnp.zeros(shape, dtype) for _ in range(config.layers)))
 
     @property
     def capacity(self) -> int:
         """Positions that fit into a row: S."""
-        return self.keys[0].shape[2]
+        return self.pairs[0].shape[3]
 
     @property
     def sizes(self) -> tuple[int, ...]:
         """How many positions `attend` may read, ascending."""
-        if len(self.keys[0]) < FEW_ROWS:
+        if self.pairs[0].shape[1] < FEW_ROWS:
             return (self.capacity,)
         return tuple(-(-self.capacity * part // EIGHTHS[-1]) for part in EIGHTHS)
 
     def write(self, layer: int, positions: Array, keys: Array, values: Array) -> "ListedKVCache":
         """The cache with keys and values [B, T, K, H] of one layer; see `KVCache.write`."""
-        rows = jnp.arange(positions.shape[0])[:, None]
-        indices = jnp.where(positions < 0, self.capacity, positions)
-
-        def put(old: tuple[Array, ...], new: Array) -> tuple[Array, ...]:
-            new = new.astype(old[layer].dtype)
-            written = old[layer].at[rows, :, indices].set(new, mode="drop")
-            return (*old[:layer], constrain(written, *self.axes), *old[layer + 1 :])
-
-        return ListedKVCache(put(self.keys, keys), put(self.values, values))
+        old = self.pairs[layer]
+        new = jnp.stack([keys, values], 2).astype(old.dtype)  # [B, T, 2, K, H]
+        put = put_one if positions.size == 1 else put_many
+        written = constrain(put(old, positions, new), None, *self.axes)
+        return ListedKVCache((*self.pairs[:layer], written, *self.pairs[layer + 1 :]))
 
     def attend(self, layer: int, q: Array, positions: Array, size: int) -> Array:
         """Queries [B, T, N, H] at positions [B, T] over the first `size` positions of a layer."""
-        keys, values = (
-            cached[layer][:, :, :size].astype(q.dtype) for cached in (self.keys, self.values)
-        )
-        grouped = q.reshape(*q.shape[:2], keys.shape[1], -1, q.shape[-1])
-        scores = jnp.einsum("BTKGH,BKSH->BKGTS", grouped, keys, preferred_element_type=jnp.float32)
-        mask = visible(positions, size)[:, None, None]
-        scores = jnp.where(mask, scores * q.shape[-1] ** -0.5, MASKED)
+        keys, values = self.pairs[layer][:, :, :, :size].astype(q.dtype)
+        # Otherwise XLA gives the whole cache the order that the product below would like best, and
+        # transposes it before and after every loop.
+        keys = with_layout_constraint(keys, Layout((0, 1, 2, 3)))
+        grouped = q.reshape(*q.shape[:2], keys.shape[1], -1, q.shape[-1])  # [B, T, K, G, H]
+        # Not an einsum, which may multiply keys by queries: softmax over the scores [..., S, G]
+        # takes a GPU five kernels instead of one.
+        over_heads = (((4,), (3,)), ((0, 2), (0, 1)))
+        scores = jax.lax.dot_general(grouped, keys, over_heads, preferred_element_type=jnp.float32)
+        mask = visible(positions, size)[:, None, :, None]
+        scores = jnp.where(mask, scores * q.shape[-1] ** -0.5, MASKED)  # [B, K, T, G, S]
         weights = jax.nn.softmax(scores, -1).astype(q.dtype)
-        return jnp.einsum("BKGTS,BKSH->BTKGH", weights, values).reshape(q.shape)
+        mixed = jax.lax.dot_general(weights, values, (((4,), (2,)), ((0, 1), (0, 1))))
+        return mixed.swapaxes(1, 2).reshape(q.shape)
+
+
+def put_many(old: Array, positions: Array, new: Array) -> Array:
+    """Pairs [2, B, K, S, H] with new [B, T, 2, K, H] at positions [B, T] within 0 to S - 1."""
+    rows = jnp.arange(len(positions))[:, None]
+    indices = jnp.where(positions < 0, old.shape[3], positions)  # out of bounds, so dropped
+    return old.at[:, rows, :, indices].set(new, mode="drop")
+
+
+def put_one(old: Array, positions: Array, new: Array) -> Array:
+    """`put_many` of one position of one row, whose scatter XLA would transpose the cache for."""
+    position = positions[0, 0]
+    update = new.reshape(2, 1, -1, 1, new.shape[-1])  # [2, B, K, T, H]
+    before = jax.lax.dynamic_slice_in_dim(old, position, 1, 3)
+    inside = (position >= 0) & (position < old.shape[3])
+    update = jnp.where(inside, update, before)
+    return jax.lax.dynamic_update_slice_in_dim(old, update, position, 3)
 
 
 Cache = KVCache | ListedKVCache

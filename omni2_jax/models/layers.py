@@ -94,7 +94,10 @@ class Linear(nnx.Module):
     at first (LoRA, arXiv 2106.09685). scale: of the kernel's initial values (`param`).
     weights: "int8" is a kernel of integers whose products are multiplied by kernel_scale[out]
     afterwards, so that a byte is read for each weight; such a kernel is not trained.
+    transposed: the kernel is [out, in] (`transpose`).
     """
+
+    transposed = False
 
     def __init__(
         self,
@@ -119,7 +122,7 @@ class Linear(nnx.Module):
         self.high = param(rngs, (rank, *shape[in_dims:]), (None, *axes[in_dims:])) if rank else None
 
     def __call__(self, x: Array) -> Array:
-        y = contract(x, self.kernel[...], self.in_dims)
+        y = contract(x, self.kernel[...], self.in_dims, self.transposed)
         if self.kernel_scale is not None:
             y = y * self.kernel_scale[...].astype(x.dtype)
         if self.low is not None and self.high is not None:
@@ -127,15 +130,33 @@ class Linear(nnx.Module):
             y = y + LORA_SCALE * contract(low, self.high[...], 1)
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
+    def transpose(self, donate: bool = False) -> None:
+        """Put the axes `out` before `in`, behind those of stacked layers. donate: see `freed`.
 
-def contract(x: Array, kernel: Array, dims: int) -> Array:
+        With one row, a GPU then sums along the memory, in one kernel. Of a kernel [in, out] it sums
+        parts of the inputs first, and these in a second kernel.
+        """
+        kernel, axes = self.kernel[...], self.kernel.get_metadata("axes")
+        first = kernel.ndim - len(axes)
+        inputs = tuple(range(first, first + self.in_dims))
+        moved = jnp.moveaxis(kernel, inputs, tuple(range(-self.in_dims, 0)))
+        self.kernel = self.kernel.replace(
+            freed([kernel], moved, donate),
+            axes=(*axes[self.in_dims :], *axes[: self.in_dims]),
+        )
+        self.transposed = True
+
+
+def contract(x: Array, kernel: Array, dims: int, transposed: bool = False) -> Array:
     """The last `dims` axes of x against the first ones of the kernel, in x's dtype.
 
+    transposed: against the last ones of the kernel.
     The axes before them become one: a CPU takes half of the time for the gradient of a matrix if
     it sums over one axis instead of two.
     """
     before, inner = x.shape[: x.ndim - dims], x.shape[x.ndim - dims :]
-    axes = (tuple(range(1, dims + 1)), tuple(range(dims)))
+    first = kernel.ndim - dims if transposed else 0
+    axes = (tuple(range(1, dims + 1)), tuple(range(first, first + dims)))
     rows = x.reshape(-1, *inner)
     y = jax.lax.dot_general(rows, kernel.astype(x.dtype), (axes, ((), ())))
     return y.reshape(*before, *y.shape[1:])

@@ -4,7 +4,8 @@ A loop over stacked layers slices the weights and the cache of each layer out of
 layers. A CPU and XLA's GPU compiler copy every such slice before they use it, and a GPU launches a
 kernel for each; a TPU reads it where it lies. So CPUs and GPUs get each layer's parameters as
 arrays of their own, and run the layers one after the other, which is slower to compile. A GPU also
-gets matrices that have the same input as one, since each matmul is a launch, or several.
+gets matrices that have the same input as one, since each matmul is a launch, or several, and
+matrices that lie as a single row is multiplied best.
 benchmarks/AOT.md has the figures.
 """
 
@@ -17,7 +18,7 @@ from flax import nnx
 
 from omni2_jax import sharding
 from omni2_jax.models.fusing import Fusing
-from omni2_jax.models.layers import is_unrolled, unstack
+from omni2_jax.models.layers import Linear, is_unrolled, unstack
 
 if TYPE_CHECKING:
     from omni2_jax.models.model import Model
@@ -31,13 +32,21 @@ class Form:
     blocks: bool = False  # the flow's transformer blocks are listed, too
     listed_caches: bool = False  # each layer of the language models has a cache of its own
     fused: bool = False  # matrices with the same input are one: queries, keys and values, ...
+    transposed: bool = False  # the language models' matrices are [out, in] (`Linear.transpose`)
     search_bits: int = 1  # of a sampling threshold that a pass decides (`sampling.smallest_key`)
 
 
 STACKED = Form()
 FORMS = {
     "cpu": Form(unrolled=True),
-    "gpu": Form(unrolled=True, blocks=True, listed_caches=True, fused=True, search_bits=4),
+    "gpu": Form(
+        unrolled=True,
+        blocks=True,
+        listed_caches=True,
+        fused=True,
+        transposed=True,
+        search_bits=4,
+    ),
 }
 
 
@@ -65,12 +74,17 @@ def arrange(model: "Model", form: Form, donate: bool = False) -> "Model":
             if isinstance(module, Fusing):
                 module.fuse(donate)
     model.form = form
-    if form.unrolled:
-        for decoder in (model.llm, model.speech_lm):
-            if decoder is not None:
-                decoder.layers = unstack(decoder.layers, donate)
-        if flow is not None:
-            flow.estimator.middle = unstack(flow.estimator.middle, donate)
+    for decoder in (model.llm, model.speech_lm):
+        if decoder is None:
+            continue
+        if form.transposed:
+            for _, module in nnx.iter_modules(decoder.layers):
+                if isinstance(module, Linear):
+                    module.transpose(donate)
+        if form.unrolled:
+            decoder.layers = unstack(decoder.layers, donate)
+    if form.unrolled and flow is not None:
+        flow.estimator.middle = unstack(flow.estimator.middle, donate)
     if form.blocks and flow is not None:
         flow.encoder.blocks = unstack(flow.encoder.blocks, donate)
         flow.encoder.up_blocks = unstack(flow.encoder.up_blocks, donate)
