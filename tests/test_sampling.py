@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from omni2_jax.generate import sampling
 from omni2_jax.generate.sampling import Sampling, penalize, sample, truncate
 
 
@@ -20,11 +21,16 @@ def kept(logits: np.ndarray, top_k: int, top_p: float) -> np.ndarray:
     )
 
 
-@pytest.mark.parametrize("bits", [1, 4])
+@pytest.mark.parametrize(
+    ("bits", "few", "many"), [(1, 0, 0), (4, 10**4, 10**4), (2, 0, 10**4), (4, 0, 0)]
+)
 @pytest.mark.parametrize(
     ("top_k", "top_p"), [(0, 1.0), (1, 1.0), (50, 1.0), (0, 0.9), (20, 0.5), (0, 0.01), (50, 0.0)]
 )
-def test_truncate(top_k, top_p, bits):
+def test_truncate(top_k, top_p, bits, few, many, monkeypatch):
+    """few, many: from how many numbers on other ways are taken."""
+    monkeypatch.setattr(sampling, "FEW", few)
+    monkeypatch.setattr(sampling, "MANY", many)
     rng = np.random.default_rng(0)
     logits = (4 * rng.standard_normal((4, 400))).astype(np.float32)
     logits[1, ::3] = logits[1, 0]  # many of the same

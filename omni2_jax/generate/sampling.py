@@ -11,7 +11,10 @@ import jax
 import jax.numpy as jnp
 
 Array = jax.Array
-Keys = Sequence[Array]  # each [B]: uint32, or bool, whether something holds for them
+
+# Numbers of all rows. FEW of them are compared with 255 thresholds in as little time as with 15.
+# MANY are read once for all thresholds, since they exceed a GPU's cache.
+FEW, MANY = 1 << 17, 1 << 22
 
 
 @jax.tree_util.register_dataclass
@@ -58,17 +61,18 @@ def truncate(logits: Array, top_k: Array, top_p: Array, bits: int = 1) -> Array:
 
     logits: [B, V]. What stays are the `top_k` [B] most likely tokens, and of these the smallest
     set whose total probability is at least `top_p` [B]. Tokens as likely as the last one stay too.
-    bits: see `smallest_key`.
+    bits: see `smallest_key`; of FEW logits twice as many, if it is not 1.
 
     Nothing is sorted: a sharded vocabulary stays sharded, and the TPU compiler needs a minute for
     a sort of this size.
     """
     keys = to_ordered_bits(logits)
+    if bits > 1 and keys.size <= FEW:
+        bits *= 2
     count_limit = jnp.where(top_k > 0, top_k, logits.shape[-1])
 
-    def few_above(thresholds: Keys) -> Keys:
-        counts = sums([(keys > key[:, None]).astype(jnp.int32) for key in thresholds])
-        return [count < count_limit for count in counts]
+    def few_above(thresholds: Array) -> Array:
+        return sums_above(1, keys, thresholds) < count_limit[:, None]
 
     k_threshold = smallest_key(few_above, len(logits), bits)
     in_top_k = keys >= k_threshold[:, None]
@@ -76,9 +80,8 @@ def truncate(logits: Array, top_k: Array, top_p: Array, bits: int = 1) -> Array:
     # With top_p = 0 the most likely token stays: the sum of nothing (0) is below 1e-30.
     sum_limit = jnp.where(top_p < 1, jnp.maximum(top_p, 1e-30), jnp.inf)
 
-    def little_above(thresholds: Keys) -> Keys:
-        masses = sums([jnp.where(keys > key[:, None], probability, 0) for key in thresholds])
-        return [mass < sum_limit for mass in masses]
+    def little_above(thresholds: Array) -> Array:
+        return sums_above(probability, keys, thresholds) < sum_limit[:, None]
 
     p_threshold = smallest_key(little_above, len(logits), bits)
     return jnp.where(in_top_k & (keys >= p_threshold[:, None]), logits, -jnp.inf)
@@ -90,33 +93,38 @@ def to_ordered_bits(x: Array) -> Array:
     return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
 
 
-def sums(arrays: Sequence[Array]) -> Sequence[Array]:
-    """The sum of each array over its last axis, of several ones in one kernel of a GPU."""
-    if len(arrays) == 1:
-        return [jnp.sum(arrays[0], -1)]
-    zeros = [jnp.zeros((), array.dtype) for array in arrays]
+def sums_above(values: Array | int, keys: Array, thresholds: Array) -> Array:
+    """The sums of those values [B, V] of every row whose keys [B, V] exceed thresholds [B, n].
+
+    values: an int if all are the same. Returns [B, n].
+    """
+    if thresholds.shape[1] == 1 or keys.size < MANY:
+        above = keys[:, None] > thresholds[:, :, None]
+        return jnp.where(above, values if isinstance(values, int) else values[:, None], 0).sum(-1)
+    # All sums in one pass, since a GPU's cache does not hold so many numbers for the next one.
+    terms = [jnp.where(keys > column[:, None], values, 0) for column in thresholds.T]
 
     def add(total: Sequence[Array], terms: Sequence[Array]) -> list[Array]:
         return [a + b for a, b in zip(total, terms, strict=True)]
 
-    return jax.lax.reduce(list(arrays), zeros, add, [arrays[0].ndim - 1])
+    zeros = [jnp.zeros((), term.dtype) for term in terms]
+    return jnp.stack(jax.lax.reduce(terms, zeros, add, [1]), 1)
 
 
-def smallest_key(holds: Callable[[Keys], Keys], rows: int, bits: int = 1) -> Array:
+def smallest_key(holds: Callable[[Array], Array], rows: int, bits: int = 1) -> Array:
     """The smallest uint32 of every row, [B], for which `holds` is True.
 
-    holds: several keys [B] -> bool [B] of each, monotonic: if it is True for a key, it is True for
-    all larger ones. rows: B. Each pass tests 2^bits - 1 keys at once and so decides `bits` bits of
-    the result, the highest ones first. bits: a divisor of 32; the result is the same for all.
+    holds: keys [B, n] -> bool [B, n] of each, monotonic: if it is True for a key, it is True for
+    all larger ones. rows: B. Each pass tests n = 2^bits - 1 keys at once and so decides `bits` bits
+    of the result, the highest ones first. bits: a divisor of 32; the result is the same for all.
     """
-    digits = 2**bits - 1
+    digits = jnp.arange(2**bits - 1, dtype=jnp.uint32)
 
     def decide(i: Array, key: Array) -> Array:
         shift = (32 - bits * (i + 1)).astype(jnp.uint32)
-        lowest = key & ~(jnp.uint32(digits) << shift)
-        held = holds([lowest | jnp.uint32(digit) << shift for digit in range(digits)])
-        too_small = sum(((~test).astype(jnp.uint32) for test in held), jnp.uint32(0))
-        return lowest | too_small << shift
+        lowest = key & ~(jnp.uint32(2**bits - 1) << shift)
+        too_small = ~holds(lowest[:, None] | digits << shift)
+        return lowest | jnp.sum(too_small, 1, dtype=jnp.uint32) << shift
 
     return jax.lax.fori_loop(0, 32 // bits, decide, jnp.full(rows, 2**32 - 1, jnp.uint32))
 
@@ -126,7 +134,7 @@ def sample(logits: Array, settings: Sampling, keys: Array, bits: int = 1) -> Arr
     """Sample one token id for every row -> [B].
 
     logits: float32 [B, V], after `penalize`. keys: [B], one PRNG key for every row. The repetition
-    penalty of `settings` is not applied here. bits: see `smallest_key`.
+    penalty of `settings` is not applied here. bits: see `truncate`.
     """
     greedy = jnp.argmax(logits, axis=-1)
 
