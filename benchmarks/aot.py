@@ -136,6 +136,8 @@ def streaming(
     graph, state = abstract_state(config, lambda *given: serving.arrange(Model(*given), form))
 
     def with_dtype(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        if leaf.dtype != jnp.float32:
+            return leaf  # as its form has it
         return leaf.update(dtype=dtype_of(path[0].key, jnp.bfloat16))
 
     shapes = jax.tree_util.tree_map_with_path(with_dtype, nnx.to_pure_dict(state))

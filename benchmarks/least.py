@@ -22,6 +22,7 @@ B slots, R text tokens and W units of a step, w bytes of a number.
 import re
 from dataclasses import dataclass
 
+import jax
 import jax.numpy as jnp
 
 from benchmarks import roofline
@@ -119,9 +120,11 @@ def flow_pass(
     features = 4 * slots * (c.width * window + c.mels * frames)
     mel = 4 * slots * frames * 5 * c.mels  # x, its three conditions, and the new x
     weights = [roofline.size(params[part]) for part in ("encoder", "project", "estimator")]
+    blocks = jax.tree.leaves(params["estimator"]["down"]["blocks"])
+    kept = min(number, *(leaf.dtype.itemsize for leaf in blocks))  # `Estimator.empty_cache`
     return (
         weights[0] + weights[1] + slots * number * encoder + features,
-        weights[2] + slots * number * estimator + mel,
+        weights[2] + slots * kept * estimator + mel,
     )
 
 

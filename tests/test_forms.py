@@ -97,9 +97,12 @@ def test_language_models(stacked, monkeypatch):
 
 
 def test_flow(stacked):
-    expected, mel = (flow(*for_serving(*stacked, form)) for form in (STACKED, form_of("gpu")))
+    """The same mel in float32, and one that is close with matmuls in bfloat16."""
+    forms = STACKED, dataclasses.replace(form_of("gpu"), flow_matmuls="float32"), form_of("gpu")
+    expected, mel, rounded = (flow(*for_serving(*stacked, form)) for form in forms)
     assert jnp.abs(expected).max() > 0.01
     np.testing.assert_allclose(mel, expected, atol=1e-5, rtol=0)
+    assert 0 < jnp.abs(rounded - expected).mean() < 1e-3 < jnp.abs(expected).mean()
 
 
 def test_forms(stacked):

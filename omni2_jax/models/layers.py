@@ -94,10 +94,11 @@ class Linear(nnx.Module):
     at first (LoRA, arXiv 2106.09685). scale: of the kernel's initial values (`param`).
     weights: "int8" is a kernel of integers whose products are multiplied by kernel_scale[out]
     afterwards, so that a byte is read for each weight; such a kernel is not trained.
-    transposed: the kernel is [out, in] (`transpose`).
+    transposed: the kernel is [out, in] (`transpose`). output: the dtype of y, by default that of x.
     """
 
     transposed = False
+    output: jnp.dtype | None = None
 
     def __init__(
         self,
@@ -128,7 +129,8 @@ class Linear(nnx.Module):
         if self.low is not None and self.high is not None:
             low = contract(x, self.low[...], self.in_dims)
             y = y + LORA_SCALE * contract(low, self.high[...], 1)
-        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+        y = y.astype(self.output or x.dtype)
+        return y if self.bias is None else y + self.bias[...].astype(y.dtype)
 
     def transpose(self, donate: bool = False) -> None:
         """Put the axes `out` before `in`, behind those of stacked layers. donate: see `freed`.
@@ -218,7 +220,12 @@ class DepthwiseConv1d(Conv1d):
 
 
 class LayerNorm(nnx.Module):
-    """Layer normalization over the last axis, computed in float32. scale: its initial factors."""
+    """Layer normalization over the last axis, computed in float32. scale: its initial factors.
+
+    output: the dtype of the result, by default that of the input.
+    """
+
+    output: jnp.dtype | None = None
 
     def __init__(self, size: int, eps: float = 1e-5, axis: str | None = None, scale: float = 1.0):
         self.eps = eps
@@ -229,9 +236,8 @@ class LayerNorm(nnx.Module):
         y = x.astype(jnp.float32)
         y = y - y.mean(-1, keepdims=True)
         y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.eps)
-        return (
-            y * self.scale[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)
-        ).astype(x.dtype)
+        y = y * self.scale[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)
+        return y.astype(self.output or x.dtype)
 
 
 class RMSNorm(nnx.Module):

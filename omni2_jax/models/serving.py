@@ -5,7 +5,9 @@ layers. A CPU and XLA's GPU compiler copy every such slice before they use it, a
 kernel for each; a TPU reads it where it lies. So CPUs and GPUs get each layer's parameters as
 arrays of their own, and run the layers one after the other, which is slower to compile. A GPU also
 gets matrices that have the same input as one, since each matmul is a launch, or several, and
-matrices that lie as a single row is multiplied best.
+matrices that lie as a single row is multiplied best. It runs the flow's estimator, which moves most
+bytes of a step with many speakers, with matrices, activations, keys and values in bfloat16; norms,
+softmax, residual sums, convolutions and the solver stay in float32, as do encoder and vocoder.
 benchmarks/AOT.md has the figures.
 """
 
@@ -17,6 +19,7 @@ import jax
 from flax import nnx
 
 from omni2_jax import sharding
+from omni2_jax.models.flow.estimator import Block
 from omni2_jax.models.fusing import Fusing
 from omni2_jax.models.layers import Linear, is_unrolled, unstack
 
@@ -26,14 +29,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Form:
-    """How a model lies in memory to generate with. Every form computes the same."""
+    """How a model lies in memory to generate with. All forms compute the same but for rounding."""
 
     unrolled: bool = False  # the language models' layers and the flow's stages are listed
     blocks: bool = False  # the flow's transformer blocks are listed, too
     listed_caches: bool = False  # each layer of the language models has a cache of its own
     fused: bool = False  # matrices with the same input are one: queries, keys and values, ...
     transposed: bool = False  # the language models' matrices are [out, in] (`Linear.transpose`)
-    search_bits: int = 1  # of a sampling threshold that a pass decides (`sampling.smallest_key`)
+    flow_matmuls: str = "float32"  # dtype of those of the flow's estimator (`Block.multiply_in`)
+    search_bits: int = 1  # of a sampling threshold that a pass decides (`sampling.truncate`)
 
 
 STACKED = Form()
@@ -45,6 +49,7 @@ FORMS = {
         listed_caches=True,
         fused=True,
         transposed=True,
+        flow_matmuls="bfloat16",
         search_bits=4,
     ),
 }
@@ -83,6 +88,10 @@ def arrange(model: "Model", form: Form, donate: bool = False) -> "Model":
                     module.transpose(donate)
         if form.unrolled:
             decoder.layers = unstack(decoder.layers, donate)
+    if flow is not None and form.flow_matmuls != "float32":
+        for _, module in nnx.iter_modules(flow.estimator):
+            if isinstance(module, Block):
+                module.multiply_in(form.flow_matmuls, donate)
     if form.unrolled and flow is not None:
         flow.estimator.middle = unstack(flow.estimator.middle, donate)
     if form.blocks and flow is not None:

@@ -42,11 +42,11 @@ def cached_attention(
 def softmax_attention(q: Array, keys: Array, values: Array, bias: Array) -> Array:
     """q [B, T, N, H] over keys and values [B, N, S, H] -> [B, T, N, H].
 
-    The bias may have more than S columns; the first S are used. Heads come before time in keys and
-    values, since what is read often is read head by head.
+    The bias may have more than S columns; the first S are used. Scores and softmax are float32.
+    Heads come before time in keys and values, since what is read often is read head by head.
     """
-    scores = jnp.einsum("BTNH,BNSH->BNTS", q, keys) + bias[..., : keys.shape[2]]
-    weights = jax.nn.softmax(scores, -1)
+    scores = jnp.einsum("BTNH,BNSH->BNTS", q, keys, preferred_element_type=jnp.float32)
+    weights = jax.nn.softmax(scores + bias[..., : keys.shape[2]], -1).astype(values.dtype)
     # Heads go behind time only at the end: as the einsum's output it doubles the time on a CPU.
     return jnp.einsum("BNTS,BNSH->BNTH", weights, values).swapaxes(1, 2)
 

@@ -27,6 +27,7 @@ from omni2_jax.models.layers import (
     LayerNorm,
     Linear,
     constant,
+    freed,
     is_unrolled,
     scan,
     stack,
@@ -110,13 +111,28 @@ class Block(nnx.Module):
         self.up = Linear(rngs, (c, 4 * c), ("embed", "hidden"))
         self.down = Linear(rngs, (4 * c, c), ("hidden", "embed"), scale=BRANCH_SCALE)
 
+    def multiply_in(self, dtype: str, donate: bool = False) -> None:
+        """Keep the matrices in `dtype`, and multiply in it. Norms, softmax and sums stay float32.
+
+        donate: see `layers.freed`.
+        """
+        self.attention_norm.output = self.mlp_norm.output = jnp.dtype(dtype)
+        for layer in (self.attention.out, self.up, self.down):
+            layer.output = jnp.dtype(jnp.float32)
+        for _, module in nnx.iter_modules(self):
+            if isinstance(module, Linear):
+                old = module.kernel[...]
+                module.kernel = module.kernel.replace(freed([old], old.astype(dtype), donate))
+
     def __call__(
         self, x: Array, window: Window, cache: Maybe[RingKVCache]
     ) -> tuple[Array, Maybe[RingKVCache]]:
         """x [B, T, C] -> ([B, T, C], cache)."""
         y, cache = self.attention(self.attention_norm(x), window, cache)
         x = x + y
-        return x + self.down(jax.nn.gelu(self.up(self.mlp_norm(x)), approximate=False)), cache
+        normed = self.mlp_norm(x)
+        hidden = jax.nn.gelu(self.up(normed), approximate=False).astype(normed.dtype)
+        return x + self.down(hidden), cache
 
 
 @jax.tree_util.register_dataclass
@@ -223,7 +239,10 @@ class Estimator(nnx.Module):
         self.out = Linear(rngs, (c, config.mels), ("embed", None), scale=0.1)
 
     def empty_cache(self, batch: int, capacity: int, dtype) -> EstimatorCache:
-        """A cache of `capacity` mel frames for each of `batch` rows and each Euler step."""
+        """A cache of `capacity` mel frames for each of `batch` rows and each Euler step.
+
+        dtype: of the cache. Keys and values that are computed in another dtype are kept in that.
+        """
         c = self.config
 
         def middle(stage: Stage, carry, _):
@@ -238,10 +257,12 @@ class Estimator(nnx.Module):
             final=self.final.conv.empty_cache(batch, dtype),
         )
         shape = (batch, c.estimator_heads, capacity, c.estimator_head_size)
-        unrolled = is_unrolled(self.down.blocks)
+        blocks = self.down.blocks
+        unrolled = is_unrolled(blocks)
+        kv_dtype = (blocks[0] if unrolled else blocks).attention_norm.output or dtype
         return EstimatorCache(
             convs=jax.tree.map(lambda leaf: jnp.zeros((c.steps, *leaf.shape), dtype), convs),
-            kv=RingKVCache.empty(self.layers, c.steps, shape, dtype, unrolled),
+            kv=RingKVCache.empty(self.layers, c.steps, shape, kv_dtype, unrolled),
         )
 
     def __call__(
