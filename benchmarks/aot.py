@@ -167,7 +167,8 @@ def streaming(
     ).flops
     kinds["prompt"] = piece
     parts = least.of_prefill(config, params, engine_config)
-    return Job(programs.prefill, (params, state), kinds, work, parts, lambda name: "prefill", piece)
+    label, live = (lambda name: "prefill"), engine_config.prefill_size
+    return Job(programs.prefill, (params, state), kinds, work, parts, label, piece, live)
 
 
 def prompt(config: Omni2Config, engine_config: EngineConfig, mesh: Mesh) -> dict:

@@ -35,9 +35,11 @@ def test_both_forms_attend_alike(size):
 
 def test_sizes():
     """One for few rows; for many the fewest eighths of the capacity that hold what is live."""
-    assert ListedKVCache.empty(CONFIG, 2, CAPACITY).sizes == (16,)
-    assert ListedKVCache.empty(CONFIG, 8, CAPACITY).sizes == (4, 6, 8, 12, 16)
-    assert KVCache.empty(CONFIG, 8, CAPACITY).sizes == (16,)
+    assert ListedKVCache.empty(CONFIG, 2, CAPACITY).sizes() == (16,)
+    assert ListedKVCache.empty(CONFIG, 8, CAPACITY).sizes() == (4, 6, 8, 12, 16)
+    assert ListedKVCache.empty(CONFIG, 1, CAPACITY).sizes(first=5) == (5, 16)
+    assert ListedKVCache.empty(CONFIG, 1, CAPACITY).sizes(first=20) == (16,)
+    assert KVCache.empty(CONFIG, 8, CAPACITY).sizes(first=5) == (16,)
 
 
 @pytest.mark.parametrize(("longest", "size"), [(1, 4), (4, 4), (5, 6), (13, 16), (20, 16)])

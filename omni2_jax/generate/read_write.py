@@ -26,7 +26,7 @@ from omni2_jax.generate.read_write_state import (
 )
 from omni2_jax.generate.sampling import Sampling, penalize, sample
 from omni2_jax.models.decoder import products
-from omni2_jax.models.kv_cache import over_live
+from omni2_jax.models.kv_cache import Cache, over_live
 from omni2_jax.models.model import Model
 from omni2_jax.sharding import constrain
 
@@ -52,7 +52,15 @@ def prefill(
     """
     time = jnp.arange(ids.shape[1])[None]
     positions = jnp.where(time < lengths[:, None], state.llm_length[:, None] + time, -1)
-    hidden, llm = model.llm(model.embed_prompt(ids, features, first), positions, state.llm)
+    embedded = model.embed_prompt(ids, features, first)
+
+    def run(live: int, carry: tuple[Array, Cache]) -> tuple[Array, Cache]:
+        return model.llm(embedded, positions, carry[1], live=live)
+
+    # A prompt that is one piece attends to itself, not to the whole cache.
+    longest, piece = jnp.max(state.llm_length + lengths), ids.shape[1]
+    carry = jnp.zeros_like(embedded), state.llm
+    hidden, llm = over_live(state.llm, longest, run, carry, first=piece)
     last = jnp.take_along_axis(hidden, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0]
     started = lengths > 0
 

@@ -55,9 +55,8 @@ class KVCache:
         """Positions that fit into a row: S."""
         return self.keys.shape[2]
 
-    @property
-    def sizes(self) -> tuple[int, ...]:
-        """How many positions `attend` may read, ascending."""
+    def sizes(self, first: int | None = None) -> tuple[int, ...]:
+        """How many positions `attend` may read, ascending. first: see `over_live`."""
         return (self.capacity,)
 
     def write(self, layer: Array, positions: Array, keys: Array, values: Array) -> "KVCache":
@@ -111,9 +110,10 @@ class ListedKVCache:
         """Positions that fit into a row: S."""
         return self.pairs[0].shape[3]
 
-    @property
-    def sizes(self) -> tuple[int, ...]:
-        """How many positions `attend` may read, ascending."""
+    def sizes(self, first: int | None = None) -> tuple[int, ...]:
+        """How many positions `attend` may read, ascending. first: see `over_live`."""
+        if first is not None:
+            return (first, self.capacity) if first < self.capacity else (self.capacity,)
         if self.pairs[0].shape[1] < FEW_ROWS:
             return (self.capacity,)
         return tuple(-(-self.capacity * part // EIGHTHS[-1]) for part in EIGHTHS)
@@ -181,14 +181,21 @@ def empty_cache(
     return kind.empty(config, batch, capacity, dtype)
 
 
-def over_live(cache: Cache, longest: Array, run: Callable[[int, Any], Any], carry: Any) -> Any:
+def over_live(
+    cache: Cache,
+    longest: Array,
+    run: Callable[[int, Any], Any],
+    carry: Any,
+    first: int | None = None,
+) -> Any:
     """`run(size, carry)` with the smallest of the cache's sizes that holds `longest` [] positions.
 
-    run: a function to a new carry of the same shapes. There is a loop of one or no iteration for
-    each size: unlike a conditional, it updates a cache in place. The sizes are in the names of the
-    scopes, where benchmarks.aot reads them.
+    first: if given, there are two sizes, this one and the whole cache. run: a function to a new
+    carry of the same shapes. There is a loop of one or no iteration for each size: unlike a
+    conditional, it updates a cache in place. The sizes are in the names of the scopes, where
+    benchmarks.aot reads them.
     """
-    sizes = cache.sizes
+    sizes = cache.sizes(first)
     if len(sizes) == 1:
         return run(sizes[0], carry)
     smallest = jnp.sum(longest > jnp.array(sizes[:-1]))
