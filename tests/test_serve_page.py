@@ -222,6 +222,21 @@ def test_no_place_and_no_key(opened, server):
         has_status(page, "ready")
 
 
+@pytest.mark.slow
+def test_idle(opened, server, monkeypatch):
+    """A page that nobody uses gives its place up, and takes one again when it is used."""
+    with running(server) as address:
+        with monkeypatch.context() as patch:
+            patch.setattr(server, "limits", dataclasses.replace(server.limits, idle_seconds=1))
+            page = opened(address)
+            has_status(page, "paused")
+        eventually(lambda: server.clients == 0)
+        page.wait_for_selector("#notice:has-text('Talk or write to go on')")
+        write(page, "What is the sea?")
+        answered(page, 0)
+        assert page.is_hidden("#notice") and page.input_value("#text") == ""
+
+
 CONTROLS = """
 - banner:
   - heading "omni2-jax" [level=1]

@@ -167,7 +167,9 @@ class Session:
         del answer[tokens:]
         if self.prefix is not None:
             self.length -= removed
-            length = jnp.array([self.length], jnp.int32)
+            # Placed as the engine places it: otherwise `prefill` would be compiled once more.
+            placement = self.prefix.llm_length.sharding
+            length = jax.device_put(np.array([self.length], np.int32), placement)
             self.prefix = dataclasses.replace(self.prefix, llm_length=length)
 
     def prompt(

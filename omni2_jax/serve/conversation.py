@@ -39,6 +39,7 @@ class Item:
     status: str = "completed"
     transcript: str | None = None  # of the user's speech, by a recogniser
     hearing: asyncio.Task | None = None  # computes the features of the user's speech
+    written: int = 0  # characters that the client has sent
     # Of an answer that the model has given: its tokens, its units and samples at 24 kHz.
     answer: list[int] = field(default_factory=list)
     num_units: int = 0
@@ -109,9 +110,9 @@ class Conversation:
         limits = self.limits
         if len(self.items) >= limits.items:
             raise EventError(f"a conversation has at most {limits.items} items", "too_many_items")
-        if sum(len(other.text) for other in [*self.items, item]) > limits.characters:
+        if sum(other.written for other in [*self.items, item]) > limits.characters:
             raise EventError(
-                f"the texts of a conversation have at most {limits.characters} characters; "
+                f"a client may write at most {limits.characters} characters of a conversation; "
                 "delete items",
                 "too_many_characters",
             )

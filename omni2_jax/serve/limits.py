@@ -17,7 +17,7 @@ class Limits:
     context: int = 4096  # LLM positions of a conversation; older turns are forgotten
     body_bytes: int = 32 * 2**20  # of one HTTP request
     items: int = 512  # of a conversation
-    characters: int = 2**16  # of the texts of a conversation
+    characters: int = 2**16  # that a client writes in a conversation
     hearings: int = 2  # turns of one connection that wait for the speech encoder
     voices: int = 64  # voices that clients have added
     retry_seconds: int = 5  # what a refused client is told to wait

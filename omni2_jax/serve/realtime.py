@@ -286,6 +286,7 @@ class Realtime(Connection):
                 item.is_audio, item.hearing = True, self.start_hearing(samples)
             else:
                 item.parts.append(content.text or content.transcript or "")
+                item.written += len(item.parts[-1])
         return item
 
     async def delete_item(self, event: events.ItemDelete) -> None:

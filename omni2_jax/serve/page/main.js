@@ -19,6 +19,7 @@ let questionEnd = null; // when the user's turn ended, by performance.now()
 let isReady = false; // whether the server has begun a session
 let isSpoken = true; // whether the model answers by voice
 let isUserSpeaking = false;
+let mustSend = false; // whether the written question waits for a connection
 
 // Browsers allow sound only after the user has done something.
 function startAudio() {
@@ -103,6 +104,7 @@ async function unmute() {
     notice("Browsers allow the microphone on https pages and on localhost only. You can still write.");
     return;
   }
+  if (realtime.isPaused) realtime.connect();
   startAudio();
   await context.resume();
   try {
@@ -126,9 +128,12 @@ function hear(samples) {
 function sendText(event) {
   event.preventDefault();
   const text = element("text").value.trim();
-  if (!text || !isReady) return;
+  if (!text) return;
   startAudio();
   context.resume();
+  mustSend = !isReady;
+  if (realtime.isPaused) realtime.connect();
+  if (mustSend) return;
   interrupt();
   element("text").value = "";
   const item = { type: "message", role: "user", content: [{ type: "input_text", text }] };
@@ -188,7 +193,8 @@ realtime.on("closed", ({ wasOpen }) => {
   if (answer) turns.setBusy(answer, false);
   answer = null;
   player?.restart();
-  element("status").dataset.offline = "not connected; trying again";
+  element("status").dataset.offline = realtime.isPaused ? "paused" : "not connected; trying again";
+  if (realtime.isPaused) notice("You have been away for long. Talk or write to go on.");
   showStatus();
   if (!wasOpen) explainRefusal();
 });
@@ -199,6 +205,7 @@ realtime.on("session.created", ({ session }) => {
   showStatus();
   if (turns.list.length) sendHistory();
   showVoices(session.audio.output.voice);
+  if (mustSend) element("controls").requestSubmit();
 });
 realtime.on("input_audio_buffer.speech_started", () => {
   isUserSpeaking = true;

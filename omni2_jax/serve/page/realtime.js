@@ -5,7 +5,10 @@ export const KEY = new URLSearchParams(location.hash.slice(1)).get("key");
 const RETRY_SECONDS = 2; // unless the server says how long to wait
 
 export class Realtime extends EventTarget {
+  isPaused = false; // the server has ended an idle session: its place is free until `connect`
+
   connect() {
+    this.isPaused = false;
     const scheme = location.protocol === "https:" ? "wss" : "ws";
     const protocols = ["realtime", ...(KEY ? [`openai-insecure-api-key.${KEY}`] : [])];
     this.socket = new WebSocket(`${scheme}://${location.host}/v1/realtime?model=omni2`, protocols);
@@ -15,11 +18,12 @@ export class Realtime extends EventTarget {
     this.socket.onmessage = (message) => {
       const event = JSON.parse(message.data);
       retry = event.error?.retry_after_seconds ?? retry;
+      this.isPaused ||= event.error?.code === "idle_timeout";
       this.emit(event.type, event);
     };
     this.socket.onclose = () => {
       this.emit("closed", { wasOpen });
-      setTimeout(() => this.connect(), 1000 * retry);
+      if (!this.isPaused) setTimeout(() => this.connect(), 1000 * retry);
     };
   }
 
