@@ -117,6 +117,7 @@ def smallest_key(holds: Callable[[Array], Array], rows: int, bits: int = 1) -> A
     holds: keys [B, n] -> bool [B, n] of each, monotonic: if it is True for a key, it is True for
     all larger ones. rows: B. Each pass tests n = 2^bits - 1 keys at once and so decides `bits` bits
     of the result, the highest ones first. bits: a divisor of 32; the result is the same for all.
+    With more than one the few passes are unrolled: a loop takes kernels of its own.
     """
     digits = jnp.arange(2**bits - 1, dtype=jnp.uint32)
 
@@ -126,7 +127,8 @@ def smallest_key(holds: Callable[[Array], Array], rows: int, bits: int = 1) -> A
         too_small = ~holds(lowest[:, None] | digits << shift)
         return lowest | jnp.sum(too_small, 1, dtype=jnp.uint32) << shift
 
-    return jax.lax.fori_loop(0, 32 // bits, decide, jnp.full(rows, 2**32 - 1, jnp.uint32))
+    start = jnp.full(rows, 2**32 - 1, jnp.uint32)
+    return jax.lax.fori_loop(0, 32 // bits, decide, start, unroll=bits > 1)
 
 
 @jax.named_scope("sampling")
