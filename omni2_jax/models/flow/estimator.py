@@ -186,7 +186,7 @@ class Stage(nnx.Module):
         y, conv1 = self.conv1(x, window, cache and cache.convs.conv1)
         y = y + self.time(jax.nn.mish(time))[:, None]
         y, conv2 = self.conv2(y, window, cache and cache.convs.conv2)
-        y = y + self.skip(x)  # not masked: nothing that counts depends on padded frames
+        y = y + self.skip(x * window.valid[..., None])
         y, kv = run_blocks(self.blocks, y, window, cache and cache.kv, remat)
         if cache is None:
             return y, cache
