@@ -152,8 +152,9 @@ class Program:
         conditionals one, which then names the part of the first.
         """
         known = self.computations[name]
+        home = self.home(name) if part == OTHER else None
         for one in known.instructions.values():
-            own = self.part_of(one) or part
+            own = self.part_of(one) or (part if one.op_name else home or part)
             if name in self.branches and part != OTHER and not own.startswith(f"{part}/"):
                 own = part
             if one.op == "while":
@@ -191,6 +192,15 @@ class Program:
             inner = list(self.computations[one.called[0]].instructions.values())
         labels = (self.label(each.op_name) for each in (one, *reversed(inner)))
         return next((label for label in labels if label), None)
+
+    def home(self, name: str) -> str | None:
+        """The part of what XLA has made in a computation, without saying where it comes from.
+
+        It is the one that everything else belongs to; None if there are several.
+        """
+        parts = filter(None, map(self.part_of, self.computations[name].instructions.values()))
+        outer = {part.partition("/")[0] for part in parts}
+        return outer.pop() if len(outer) == 1 else None
 
     def loop(self, one: Instruction, part: str, times: int) -> Iterator[Event]:
         """All iterations of a loop."""

@@ -40,6 +40,15 @@ def test_slices_of_a_stack_in_a_loop():
     assert found["other"] == Traffic(7 * 3 + 2, 7 * iteration + before)
 
 
+def test_what_has_no_name_in_a_loop():
+    """XLA does not say where the parts of a split matmul come from: the loop has one part only."""
+    lines = (TEXTS / "stack.hlo").read_text().splitlines()
+    unnamed = [line.split(", metadata")[0] if "dot" in line else line for line in lines]
+    assert sum("/layer/" in line for line in unnamed) < sum("/layer/" in line for line in lines)
+    found = kernels.by_part(kernels.events("\n".join(unnamed), layer))
+    assert found == counted("stack")
+
+
 def test_an_update_in_place():
     """A row of 64 numbers into [1000, 64]: the row and its index are read, the row is written."""
     assert counted("update") == {"other": Traffic(1, 64 * 4 + 4 + 64 * 4)}
