@@ -250,13 +250,14 @@ def server_of(checkpoint: Path, sessions: int, options: str = "") -> Iterator[Pr
 
 
 def table_of(rows: list[dict]) -> rich.table.Table:
-    """The summaries, a row for each number of clients."""
-    table = rich.table.Table()
-    for name in rows[0]:
-        table.add_column(name.replace("_", " "), justify="right")
+    """The summaries, a column for each number of clients."""
+    table = rich.table.Table("clients")
     for row in rows:
-        cells = (f"{v:.3g}" if isinstance(v, float) else str(v) for v in row.values())
-        table.add_row(*cells)
+        table.add_column(str(row["clients"]), justify="right")
+    for name in list(rows[0])[1:]:
+        values = [row[name] for row in rows]
+        is_fine = any(isinstance(value, float) and value < 100 for value in values)
+        table.add_row(name, *(f"{value:.{2 if is_fine else 0}f}" for value in values))
     return table
 
 
