@@ -31,7 +31,7 @@ def compute(train: TrainConfig, out: Path, devices: Sequence[Device] | None = No
     if "frames" not in stage_of(train).settings:
         raise ValueError(f"a run of stage {train.stage} reads no frames; the stages 1a and 2 do")
     train = dataclasses.replace(train, frames=None, microbatches=1, steps=None, epochs=1.0)
-    off = {"hidden": None, "replay": 0.0, "replay_data": None, "ctc": 0.0}
+    off = {"hidden": None, "replay": 0.0, "replay_data": None, "ctc": 0.0, "ctc_steps": 0}
     train = dataclasses.replace(train, **off)
     with files.atomic_directory(out) as work:
         run = Run(train, work / "run", devices)
