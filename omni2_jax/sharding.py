@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 AXES = ("replica", "fsdp", "tensor")
@@ -196,10 +197,26 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
 
     It returns x unchanged outside `use` and `within`, and on one device.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if not _active.get() or mesh.empty or mesh.size == 1:
+    mesh = _mesh_in_use()
+    if mesh is None:
         return x
     return jax.lax.with_sharding_constraint(x, partition(axes, x.shape, mesh))
+
+
+def in_order(x: jax.Array) -> jax.Array:
+    """Constrain the layout of an activation: its axes lie in memory in their order.
+
+    It returns x unchanged where several devices share it: XLA would gather all of it first.
+    """
+    if _mesh_in_use() is not None:
+        return x
+    return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
+
+
+def _mesh_in_use() -> AbstractMesh | None:
+    """The mesh of a trace within `use` or `within`; None of one device, and outside of them."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return None if not _active.get() or mesh.empty or mesh.size == 1 else mesh
 
 
 # ---- parameters and states ----

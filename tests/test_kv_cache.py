@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from omni2_jax import sharding
 from omni2_jax.config import DecoderConfig
 from omni2_jax.models.kv_cache import KVCache, ListedKVCache, over_live
 
@@ -31,6 +32,21 @@ def test_both_forms_attend_alike(size):
         filled(kind, 3).attend(1, q, positions, size) for kind in (ListedKVCache, KVCache)
     )
     np.testing.assert_allclose(ours[:, :2], stacked[:, :2], atol=1e-6, rtol=0)
+
+
+def test_a_mesh_that_cuts_the_heads():
+    """The same numbers, and nothing is gathered."""
+    mesh = sharding.make_mesh(1, 1, 2, jax.devices()[:2])
+    cache, q = filled(ListedKVCache, 2), jax.random.normal(jax.random.key(1), (2, 1, 4, 8))
+
+    def attend(cache):
+        return cache.attend(1, q, jnp.full((2, 1), 9), CAPACITY)
+
+    placed = jax.device_put(cache, sharding.of_state(jax.eval_shape(lambda: cache), mesh))
+    with sharding.use(mesh):
+        program = jax.jit(attend).lower(placed).compile()
+    np.testing.assert_allclose(program(placed), attend(cache), atol=1e-6, rtol=0)
+    assert "all-gather(" not in program.as_text()
 
 
 def test_sizes():

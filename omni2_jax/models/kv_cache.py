@@ -17,11 +17,10 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.layout import Layout, with_layout_constraint
 
 from omni2_jax.config import DecoderConfig
 from omni2_jax.models.layers import attention
-from omni2_jax.sharding import constrain
+from omni2_jax.sharding import constrain, in_order
 
 Array = jax.Array
 
@@ -131,7 +130,7 @@ class ListedKVCache:
         keys, values = self.pairs[layer][:, :, :, :size].astype(q.dtype)
         # Otherwise XLA gives the whole cache the order that the product below would like best, and
         # transposes it before and after every loop.
-        keys = with_layout_constraint(keys, Layout((0, 1, 2, 3)))
+        keys = in_order(keys)
         grouped = q.reshape(*q.shape[:2], keys.shape[1], -1, q.shape[-1])  # [B, T, K, G, H]
         # Not an einsum, which may multiply keys by queries: softmax over the scores [..., S, G]
         # takes a GPU five kernels instead of one.
