@@ -54,7 +54,7 @@ def prefill(
     positions = jnp.where(time < lengths[:, None], state.llm_length[:, None] + time, -1)
     embedded = model.embed_prompt(ids, features, first)
 
-    def run(live: int, carry: tuple[Array, Cache]) -> tuple[Array, Cache]:
+    def run(live: int, carry: tuple[Array, Cache]) -> tuple[Array, Cache | None]:
         return model.llm(embedded, positions, carry[1], live=live)
 
     # A prompt that is one piece attends to itself, not to the whole cache.

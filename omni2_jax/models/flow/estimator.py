@@ -11,6 +11,7 @@ B rows, T frames of the window, S keys, M mel bins, C channels, N heads, H head 
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -257,7 +258,7 @@ class Estimator(nnx.Module):
             final=self.final.conv.empty_cache(batch, dtype),
         )
         shape = (batch, c.estimator_heads, capacity, c.estimator_head_size)
-        blocks = self.down.blocks
+        blocks: Any = self.down.blocks
         unrolled = is_unrolled(blocks)
         kv_dtype = (blocks[0] if unrolled else blocks).attention_norm.output or dtype
         return EstimatorCache(
