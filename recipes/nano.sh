@@ -27,7 +27,7 @@ grammar=$repository/recipes/nano/grammar.yaml
 voices=$repository/recipes/nano/voices.yaml
 
 # Dialogues as text, spoken ones, those of them with spoken replies, sentences; settings of training.
-texts=120000 held_out=800 spoken=5000 whole=2000 sentences=4000 small=()
+texts=120000 held_out=800 spoken=13000 whole=2000 sentences=4000 small=()
 if [ -n "${SMALL:-}" ]; then
     texts=3000 held_out=8 spoken=40 whole=40 sentences=12
     small=(--set steps=2 --set batch=2)
@@ -42,7 +42,7 @@ fi
 
 # 2. Questions in 140 voices, and others held out; the speech encoder's frames of them.
 [ -e spoken.jsonl ] || omni2 synthesize dialogues --grammar "$grammar" \
-    --count $spoken --held-out $((spoken / 20)) --max-turns 2 --seed 2 --out spoken.jsonl
+    --count $spoken --held-out $((spoken / 50)) --max-turns 2 --seed 2 --out spoken.jsonl
 [ -e questions/test.jsonl ] || omni2 synthesize speech --dialogues spoken.jsonl \
     --voices "$voices" --no-replies --validation 0.1 --test 0.1 --out questions
 for part in train validation; do
