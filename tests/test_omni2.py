@@ -10,6 +10,7 @@ import pytest
 import soundfile
 
 from omni2_jax.checkpoint import voices
+from omni2_jax.config import Omni2Config
 from omni2_jax.generate.omni2 import Answer, Omni2, describe
 from omni2_jax.models.model import SPEECH
 from tests.support.conversations import CASES, GREEDY, clip, conversation
@@ -159,3 +160,14 @@ def test_text_alone(checkpoint_dir, new_checkpoint, tmp_path):
         ValueError, match=r"lacks fusion, speech_lm: .* \(--text-only, speech=False\)"
     ):
         describe(little, decoder=False)
+
+
+def test_a_speech_lm_that_reads_the_text_alone_needs_no_fusion(new_checkpoint, tmp_path):
+    """As after stage 1b: with `mix` "text" gate fusion is not trained, or not there."""
+    after_1b = shutil.copytree(new_checkpoint, tmp_path / "1b")
+    shutil.rmtree(after_1b / "params" / "fusion")
+    with pytest.raises(ValueError, match="lacks fusion"):
+        describe(after_1b, decoder=True)
+    Omni2Config.load(after_1b / "config.json").replace(mix="text").save(after_1b / "config.json")
+    config, _, _ = describe(after_1b, decoder=True)
+    assert config.mix == "text" and config.speech_lm is not None

@@ -349,6 +349,8 @@ def describe(
     """
     config = Omni2Config.load(directory / "config.json")
     present, needed = parameters.parts(directory), parts_of(decoder, speech)
+    if config.mix == "text":  # the speech LM reads the text alone
+        needed = tuple(part for part in needed if part != "fusion")
     missing = [part for part in needed if part not in present]
     if missing:
         can_write = speech and not set(missing) & set(TEXT_PARTS)
