@@ -81,6 +81,11 @@ def join(sources: Sequence[Source]) -> Release:
     config = joined_config(owners, configs, tokenizer)
     check_fit(config, owners, configs, tokenizer)
     shapes = abstract_model(config)[1]
+    if "fusion" in owners and "fusion" not in shapes:
+        raise ValueError(
+            f"fusion of {owners['fusion']} has no place in the joined checkpoint: it joins llm and "
+            'speech_lm, if the setting mix of the latter is not "text"; name the other parts alone'
+        )
     if tokenizer:
         shapes["speech_tokenizer"] = speech_tokenizer.abstract(tokenizer)[1]
     return Release(

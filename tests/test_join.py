@@ -87,6 +87,7 @@ def test_a_group_in_a_smaller_type(omni2, new_checkpoint, folder, tmp_path):
         (["flow={folder}/mels"], ["mels has no flow; it has vocoder"]),
         (["ear={new}"], ["ear is no part", "language, decoder"]),
         (["speech_lm,llm={new}"], ["no fusion"]),
+        (["llm,fusion={new}"], ["fusion", "no place", "speech_lm"]),
         (["speech_lm,fusion={new}", "llm={folder}/spelling"], ["tokenizers", "differ"]),
     ],
 )
