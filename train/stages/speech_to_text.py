@@ -180,7 +180,7 @@ class SpeechToText(Stage):
         speech = hear(model, self.train, batch)
         hidden = read(model, self.train, batch, speech)
         loss, terms = token_loss(hidden, batch["targets"], model.llm.logits, self.train.loss_block)
-        if self.train.ctc and speech.size:  # rows of replayed text have no questions to hear
+        if self.train.ctc and batch["question"].size:  # rows of replayed text have no questions
             heard, tokens = hearing_loss(model, speech, batch["question"])
             loss += self.train.ctc * terms * heard / jnp.maximum(tokens, 1)
         return loss, terms
@@ -238,7 +238,7 @@ def read_dialogue(model: Model, train: TrainConfig, batch: Batch) -> Array:
     return read(model, train, batch, hear(model, train, batch))
 
 
-def hearing_loss(model: Model, speech: Array, question: Array, table: Array | None = None) -> Loss:
+def hearing_loss(model: Model, speech: Array, question: Array) -> Loss:
     """The CTC loss of the questions' text, and its number of tokens: what the adapter alone heard.
 
     speech [B, C * F, D]: its features, which are compared with the LLM's embeddings; <speech> is
