@@ -221,8 +221,7 @@ class Session:
         turns: list[Turn] = []
         ids, following, later = self.dialogue([], question), question, []
         for turn in reversed(self.turns):
-            next_turn = self.tokenizer.continuation(content(following), self.has_ended(turn))
-            later = [*turn.answer, *next_turn, *later]
+            later = self.exchange(turn, following) + later
             longer = self.dialogue([], turn.question) + later
             if len(longer) > limit:
                 break
@@ -237,9 +236,13 @@ class Session:
         first, *later = [*(turn.question for turn in turns), question]
         ids = self.tokenizer.prompt([content(first)], self.instructions)
         for turn, following in zip(turns, later, strict=True):
-            ids += turn.answer
-            ids += self.tokenizer.continuation(content(following), self.has_ended(turn))
+            ids += self.exchange(turn, following)
         return ids
+
+    def exchange(self, turn: Turn, question: Question) -> list[int]:
+        """What follows the question of a turn in a prompt: its answer, and the next question."""
+        next_turn = self.tokenizer.continuation(content(question), self.has_ended(turn))
+        return [*turn.answer, *next_turn]
 
 
 def content(question: Question) -> list[str | int]:
