@@ -83,8 +83,8 @@ def join(sources: Sequence[Source]) -> Release:
     shapes = abstract_model(config)[1]
     if "fusion" in owners and "fusion" not in shapes:
         raise ValueError(
-            f"fusion of {owners['fusion']} has no place in the joined checkpoint: it joins llm and "
-            'speech_lm, if the setting mix of the latter is not "text"; name the other parts alone'
+            f"fusion of {owners['fusion']} has no place in the joined checkpoint: it is used with "
+            'an llm and a speech_lm whose mix is not "text"; name the other parts, without fusion'
         )
     if tokenizer:
         shapes["speech_tokenizer"] = speech_tokenizer.abstract(tokenizer)[1]

@@ -12,6 +12,7 @@ from starlette.websockets import WebSocketClose
 # ask /healthz without a key.
 GUARDED = ("/v1/", "/metrics")
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
+UNKNOWN_NAME = "the server does not answer to this name: add it with --origin, or use API keys"
 POLICY_VIOLATION = 1008  # WebSocket close code
 KEY_PROTOCOL = "openai-insecure-api-key."  # how a browser, which cannot set headers, sends a key
 
@@ -49,7 +50,7 @@ class Access:
         elif is_guarded and not self.has_key(headers):
             await self.refuse(scope, receive, send, 401, "an API key is missing or wrong")
         elif is_guarded and not self.keys and host_of(headers.get("host", "")) not in self.hosts:
-            await self.refuse(scope, receive, send, 403, "the server is not known by this name")
+            await self.refuse(scope, receive, send, 403, UNKNOWN_NAME)
         else:
             await self.app(scope, receive, send)
 
