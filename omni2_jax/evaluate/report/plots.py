@@ -121,7 +121,7 @@ def draw_spectrograms(title: str, pictures: Mapping[str, np.ndarray], path: Path
     low, high = np.percentile(next(iter(pictures.values())), [1, 99.5])
     for (name, mel), ax in zip(pictures.items(), axes[:, 0], strict=True):
         ax.imshow(
-            mel.T, origin="lower", aspect="auto", vmin=low, vmax=high,
+            mel.T, origin="lower", aspect="auto", interpolation="nearest", vmin=low, vmax=high,
             extent=(0, len(mel) / 50, 0, mel.shape[1]),
         )  # fmt: skip
         ax.set_ylabel(name)
@@ -167,7 +167,7 @@ def draw_run(run: Path, path: Path) -> Path:
         ax.set_title(name.replace("_", " "), fontsize=9)
         ax.set_xlabel("step", fontsize=8)
         ax.grid(alpha=0.3)
-    figure.suptitle(str(run), fontsize=10)
+    figure.suptitle(run.name, fontsize=10)
     figure.savefig(path, dpi=DPI)
     plt.close(figure)
     return path

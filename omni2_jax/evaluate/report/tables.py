@@ -64,7 +64,7 @@ def paper_tables(results: Sequence[Results]) -> list[ReportTable]:
 
 
 def measured_lines(name: str, table: Table, results: Sequence[Results]) -> list[Line]:
-    """The measured lines of a table: one for each label and row."""
+    """The measured lines of a table: one for each label and row, with a number at least."""
     chosen: dict[tuple[str, str], list[Results]] = {}
     for found in results:
         rows = [row.partition("/")[2] for row in found.rows if row.startswith(f"{name}/")]
@@ -72,10 +72,11 @@ def measured_lines(name: str, table: Table, results: Sequence[Results]) -> list[
             rows = [""]
         for row in rows:
             chosen.setdefault((row, found.label), []).append(found)
-    return [
+    lines = [
         Line(label(table, name, row, system), MEASURED, cells(group), row)
         for (row, system), group in chosen.items()
     ]
+    return [line for line in lines if line.cells]
 
 
 def label(table: Table, name: str, row: str, system: str) -> str:

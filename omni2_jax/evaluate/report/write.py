@@ -14,10 +14,10 @@ from omni2_jax.evaluate.tasks import task_class
 from omni2_jax.files import atomic_write
 
 MAIN = {column.metric for column in COLUMNS.values()}  # metrics that are shown by group
+MEASURED_LEGEND = "Measured numbers are **value** [95 % interval] (count)."
 LEGEND = (
-    "Measured numbers are **value** [95 % interval] (count). Rows marked *published* are copied "
-    "from the paper and were measured there, on other machines; rows marked *measured here* are "
-    "this report's."
+    f"{MEASURED_LEGEND} Rows marked *published* are copied from the paper and were measured there, "
+    "on other machines; rows marked *measured here* are this report's."
 )
 
 
@@ -44,8 +44,9 @@ def write_report(folders: Sequence[Path], out: Path, runs: Sequence[Path] = ()) 
     """
     results = read_results(folders)
     out.mkdir(parents=True, exist_ok=True)
-    parts = ["# Evaluation", LEGEND]
-    for table in paper_tables(results):
+    tables = paper_tables(results)
+    parts = ["# Evaluation", LEGEND if tables else MEASURED_LEGEND]
+    for table in tables:
         parts.append(table.markdown())
         picture = plots.draw(table, out)
         if picture:
@@ -57,7 +58,8 @@ def write_report(folders: Sequence[Path], out: Path, runs: Sequence[Path] = ()) 
         picture = plots.draw_run(run, out / f"run-{number}-{run.name}.png")
         parts.append(f"## Training: {run.name}\n\n![{run.name}]({picture.name})")
     parts += ["## How it was measured", *map(provenance, results)]
-    parts.append(f"Source of the published numbers: {published().source}")
+    if tables:
+        parts.append(f"Source of the published numbers: {published().source}")
     path = out / "report.md"
     with atomic_write(path) as file:
         file.write("\n\n".join(part.strip() for part in parts) + "\n")
