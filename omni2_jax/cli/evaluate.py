@@ -92,6 +92,15 @@ def evaluate(
             "instead of the last one alone.",
         ),
     ] = False,
+    noise: Annotated[
+        float | None,
+        typer.Option(
+            min=-10,
+            max=100,
+            metavar="DB",
+            help="Add noise to the questions, with this signal-to-noise ratio.",
+        ),
+    ] = None,
     model: Annotated[
         str | None, typer.Option(help="The model's name, for a system at a URL.")
     ] = None,
@@ -147,7 +156,7 @@ def evaluate(
     key_variable: Annotated[
         str, typer.Option(help="The environment variable with the key of all URLs.")
     ] = "OPENAI_API_KEY",
-    seed: Annotated[int, typer.Option(min=0, help="Of answers, votes and intervals.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of answers, noise, votes, intervals.")] = 0,
 ) -> None:
     """Measure how well a system answers spoken questions."""
     if context.invoked_subcommand is not None:
@@ -199,6 +208,8 @@ def evaluate(
         limit=limit,
         split=split,
         every_turn=every_turn,
+        noise=noise,
+        seed=seed,
         label=label,
         dataset=dataset,
         rows=tuple(row or ()),

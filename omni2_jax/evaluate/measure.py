@@ -8,6 +8,7 @@ from pathlib import Path
 from omni2_jax import remote
 from omni2_jax.cli.console import say
 from omni2_jax.evaluate.items import Item, read_items
+from omni2_jax.evaluate.noise import in_noise
 from omni2_jax.evaluate.recognisers import Recogniser, RecogniserOptions, open_recogniser
 from omni2_jax.evaluate.report import published
 from omni2_jax.evaluate.results import Results
@@ -22,8 +23,9 @@ COPIES = "copy-synthesis"
 class Settings:
     """What `omni2 evaluate` was told.
 
-    limit, split, every_turn: see `read_items`. label, dataset, rows: see `Results`. by: keys of
-    items that groups take together, as "split+voices".
+    limit, split, every_turn: see `read_items`. noise: the ratio of `in_noise`. seed: of the noise.
+    label, dataset, rows: see `Results`. by: keys of items that groups take together, as
+    "split+voices".
     """
 
     tasks: tuple[str, ...]
@@ -37,6 +39,8 @@ class Settings:
     limit: int | None = None
     split: str | None = None
     every_turn: bool = False
+    noise: float | None = None
+    seed: int = 0
     label: str | None = None
     dataset: str | None = None
     rows: tuple[str, ...] = ()
@@ -66,6 +70,9 @@ def measure(settings: Settings, grid: Sequence[tuple[int, int]] | None = None) -
     items = read_items(
         settings.data, settings.limit, questions, settings.split, settings.every_turn
     )
+    if settings.noise is not None:
+        folder = questions / f"noise-{settings.noise:g}"
+        items = in_noise(items, settings.noise, settings.seed, folder)
     for point, system in zip(points, systems, strict=True):
         if grid is not None:
             say(f"read {point.system_options.read}, write {point.system_options.write}")
@@ -96,6 +103,9 @@ def open_measured(point: Settings) -> System:
 def evaluation(point: Settings, system, tasks, items: list[Item], recogniser: Recogniser | None):
     """One evaluation of settings whose parts are open."""
     label = point.label or str(system.describe().get("name", point.system))
+    dataset = point.dataset or point.data.stem
+    if point.noise is not None:
+        dataset += f", noise {point.noise:g} dB"
     options = point.system_options
     if options.read:  # one of a grid, which otherwise could not be told from the others
         label += f" R{options.read} W{options.write}"
@@ -107,7 +117,7 @@ def evaluation(point: Settings, system, tasks, items: list[Item], recogniser: Re
         out=point.out,
         name=point.data.name,
         label=label,
-        dataset=point.dataset or point.data.stem,
+        dataset=dataset,
         rows=point.rows,
         by=point.by,
     )
