@@ -8,7 +8,7 @@
 #   pip install piper-tts                    # a separate program, which speaks the replies
 #   export PIPER_VOICE=.../en_US-joe-medium.onnx             # joe's voice is CC0
 #   export OMNI2_WHISPER=whisper-tiny.en     # a faster-whisper model: the encoder, and the judge
-#   export VOICE=voice-recipe/runs/flow/final   # optional: its decoder, made by recipes/voice.sh
+#   export VOICE=voice-recipe/runs/flow/final   # default: the voice of recipes/voice.sh in examples/joe
 #   bash recipes/nano.sh [DIRECTORY]         # default: ./nano-recipe
 #
 # A step whose result exists is left out, and every command goes on where it was cut off: after an
@@ -19,7 +19,7 @@ set -euo pipefail
 export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=8000000000 MALLOC_TOP_PAD_=268435456
 
 repository=$(cd "$(dirname "$0")/.." && pwd)
-tokenizer=${TOKENIZER:-$repository/examples/joe/checkpoint}   # the units of that voice
+voice=${VOICE:-$repository/examples/joe/checkpoint}   # its units, and the decoder that speaks them
 work=${1:-nano-recipe}
 mkdir -p "$work"
 cd "$work"
@@ -54,15 +54,18 @@ heard=(--set data=heard-train --set validation=heard-validation)
 # 3. It learns to hear.
 [ -e 1a/final ] || omni2 train --config nano_1a --set checkpoint=text/final "${heard[@]}" \
     --set frames=frames --set replay_data=texts.jsonl "${small[@]}" --out 1a
-omni2 evaluate --task text-qa --text-only --system 1a/final --data questions/test.jsonl \
-    --every-turn --by split+voices --by split+topic --label "nano, text" --out evaluation-text
+for noise in "" 20 10; do   # dB
+    omni2 evaluate --task text-qa --text-only --system 1a/final --data questions/test.jsonl \
+        --every-turn ${noise:+--noise $noise} --by split+voices --by split+topic \
+        --label "nano, text" --out "evaluation-text$noise"
+done
 
 # 4. Replies in its voice, as units; it learns to speak them, first alone, then in dialogues.
 [ -e replies.txt ] || omni2 synthesize dialogues --grammar "$grammar" \
     --sentences replies --count $sentences --out replies.txt
 [ -e replies/metadata.jsonl ] || omni2 synthesize speech --dialogues replies.txt \
     --voices "$voices" --out replies
-[ -e read ] || omni2 prepare --source replies --speech-tokenizer "$tokenizer" --out read
+[ -e read ] || omni2 prepare --source replies --speech-tokenizer "$voice" --out read
 [ -e 1b/final ] || omni2 train --config nano_1b --set checkpoint=1a/final --set data=read \
     "${small[@]}" --out 1b
 [ -e whole.jsonl ] || omni2 synthesize dialogues --grammar "$grammar" \
@@ -71,7 +74,7 @@ omni2 evaluate --task text-qa --text-only --system 1a/final --data questions/tes
     --validation 0.1 --test 0.1 --out speech
 for part in train validation; do
     [ -e talk-$part ] || omni2 prepare --source speech/$part.jsonl \
-        --speech-tokenizer "$tokenizer" --out talk-$part
+        --speech-tokenizer "$voice" --out talk-$part
 done
 talk=(--set data=talk-train --set validation=talk-validation)
 [ -e hidden ] || omni2 hidden --config nano_2 --set checkpoint=1b/final "${talk[@]}" --out hidden
@@ -79,11 +82,11 @@ talk=(--set data=talk-train --set validation=talk-validation)
     --set hidden=hidden "${small[@]}" --out 2
 
 # 5. With the decoder of the voice it is whole, and is measured on what it has not heard.
-if [ -n "${VOICE:-}" ]; then
-    [ -e nano ] || omni2 join 2/final "decoder=$VOICE" --dtype bfloat16 --out nano
-    omni2 evaluate --task spoken-qa --task asr-wer --task naturalness --system nano \
-        --recogniser "$OMNI2_WHISPER" --data questions/test.jsonl --by split+voices --label nano \
-        --out evaluation
-fi
-omni2 evaluate report evaluation* --out report
+[ -e nano ] || omni2 join 2/final "decoder=$voice" --dtype bfloat16 --quantize int8 --out nano
+omni2 evaluate --task spoken-qa --task asr-wer --task naturalness --system nano \
+    --recogniser "$OMNI2_WHISPER" --data questions/test.jsonl --by split+voices --label nano \
+    --out evaluation
+omni2 evaluate --task latency --system nano --data questions/test.jsonl --limit 50 --label nano \
+    --out evaluation-latency
+omni2 evaluate report evaluation* --run text --run 1a --run 1b --run 2 --out report
 echo "the report is in $work/report/report.md"
