@@ -290,6 +290,7 @@ OTHER = {
     "ctc": "stage=1a ctc=0.5",
     "ctc_steps": "stage=1a ctc=0.5 ctc_steps=5",
     "layout": "layout=offline",
+    "unit_noise": "unit_noise=0.1",
     "mix": "stage=2 mix=sum",
     "reset": "reset=('speech_lm',)",
     "chunks": "stage=flow chunks=(1,)",

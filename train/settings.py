@@ -205,6 +205,8 @@ class TrainConfig:
     # stages.
     rank: int = 0  # stage 1a: train low-rank updates (LoRA) of this rank instead of the LLM
     layout: Literal["read_write", "offline"] = "read_write"  # stages 1b and 2; offline: table 4
+    # Stages 1b and 2: share of the units read that are random ones, for small data sets.
+    unit_noise: float = 0.0
     mix: Literal["gate", "sum", "hidden"] = "gate"  # stage 2: ablations of gate fusion (table 2)
     replay: float = 0.0  # stage 1a: share of rows that are dialogues as text, of `replay_data`
     replay_data: str | None = None  # a .jsonl of dialogues or a data set; None is `data`

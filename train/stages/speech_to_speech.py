@@ -21,9 +21,9 @@ from omni2_jax.train.examples import PAD, Item, Row, full, put
 from omni2_jax.train.hidden_states import HiddenStates
 from omni2_jax.train.losses import IGNORE
 from omni2_jax.train.settings import Bucket, TrainConfig
-from omni2_jax.train.stages.base import Array, Batch, Loss, Stage
+from omni2_jax.train.stages.base import Array, Batch, Loss
 from omni2_jax.train.stages.speech_to_text import encode_questions, read_dialogue
-from omni2_jax.train.stages.text_to_speech import unit_loss
+from omni2_jax.train.stages.text_to_speech import UnitWriting, unit_loss
 
 
 class SpeechExamples(DialogueExamples):
@@ -73,7 +73,7 @@ class SpeechExamples(DialogueExamples):
             stored += len(text)
 
 
-class SpeechToSpeech(Stage):
+class SpeechToSpeech(UnitWriting):
     """Trains gate fusion and the speech LM; the speech encoder, the adapter and the LLM are frozen.
 
     If the setting `hidden` is given, the LLM's hidden states come from the disk and the frozen
@@ -82,9 +82,8 @@ class SpeechToSpeech(Stage):
 
     parts = ("speech_encoder", "adapter", "llm", "fusion", "speech_lm")
     trained = ("fusion", "speech_lm")
-    settings = ("layout", "mix", "frames", "hidden")
+    settings = (*UnitWriting.settings, "mix", "frames", "hidden")
     example_type = SpeechExamples
-    scored = ("speech_lm",)
 
     @property
     def loaded(self) -> tuple[str, ...]:
@@ -95,7 +94,8 @@ class SpeechToSpeech(Stage):
     @classmethod
     def faults(cls, train: TrainConfig) -> list[str]:
         both = train.frames and train.hidden
-        return ["frames are not read with hidden; expected one of them"] if both else []
+        faults = ["frames are not read with hidden; expected one of them"] if both else []
+        return faults + super().faults(train)
 
     def configure(self, config: Omni2Config) -> Omni2Config:
         return config.replace(mix=self.train.mix)
@@ -111,8 +111,7 @@ class SpeechToSpeech(Stage):
             examples.hidden = HiddenStates(path, data, config.llm.width)
         return examples
 
-    def loss(self, model: Model, batch: Batch, key: Array) -> Loss:
-        """The cross-entropy of the units, given the LLM's hidden states and the text."""
+    def writing_loss(self, model: Model, batch: Batch) -> Loss:
         if self.train.hidden:
             hidden = batch["hidden"].astype(self.train.dtype)
         else:

@@ -2,7 +2,16 @@
 
 The loss is the cross-entropy of the units in the read/write layout (layout.py). B batch, S tokens,
 D width.
+
+In training the speech LM reads the units of a recording, in generation its own. A small data set it
+learns by heart, and is lost after the first unit that differs. With the setting `unit_noise` some
+of the units that it reads are wrong, so that it has to look at the text, too.
 """
+
+import abc
+
+import jax
+import jax.numpy as jnp
 
 from omni2_jax.config import Omni2Config
 from omni2_jax.models.model import Model
@@ -29,22 +38,47 @@ class UnitExamples(ReplyExamples):
         put(row, {"tokens": layout.tokens, "targets": layout.targets})
 
 
-class TextToSpeech(Stage):
+class UnitWriting(Stage):
+    """A stage in which the speech LM learns to write units."""
+
+    settings = ("layout", "unit_noise")
+    scored = ("speech_lm",)
+
+    @classmethod
+    def faults(cls, train: TrainConfig) -> list[str]:
+        if 0 <= train.unit_noise < 1:
+            return []
+        return [f"unit_noise is {train.unit_noise}, expected at least 0 and less than 1"]
+
+    @abc.abstractmethod
+    def writing_loss(self, model: Model, batch: Batch) -> Loss:
+        """The cross-entropy of the units, `batch["targets"]`, after `batch["tokens"]`."""
+
+    def loss(self, model: Model, batch: Batch, key: Array) -> Loss:
+        """The same with noise in the units that are read."""
+        if self.train.unit_noise:
+            tokens = noisy_units(batch["tokens"], self.train.unit_noise, model.config, key)
+            batch = {**batch, "tokens": tokens}
+        return self.writing_loss(model, batch)
+
+    def measure(self, model: Model, batch: Batch, key: Array) -> dict[str, Array]:
+        loss, terms = self.writing_loss(model, batch)
+        return {"loss": loss, "terms": terms}
+
+
+class TextToSpeech(UnitWriting):
     """Trains the speech LM on the embeddings of the text, without the LLM."""
 
     parts = ("speech_lm",)
     trained = ("speech_lm",)
-    settings = ("layout",)
     example_type = UnitExamples
-    scored = ("speech_lm",)
 
     def sample_config(self, config: Omni2Config) -> Omni2Config:
         # The speech LM reads the text alone, as in training: gate fusion is not trained before
         # stage 2.
         return config.replace(mix="text")
 
-    def loss(self, model: Model, batch: Batch, key: Array) -> Loss:
-        """The cross-entropy of the units, given the embeddings of the text."""
+    def writing_loss(self, model: Model, batch: Batch) -> Loss:
         inputs = model.speech_lm.embed(batch["tokens"]).astype(self.train.dtype)
         return unit_loss(model, self.train, inputs, batch["tokens"], batch["targets"])
 
@@ -56,3 +90,13 @@ def unit_loss(
     inputs = constrain(inputs, "batch", None, None)
     hidden, _ = model.speech_lm(inputs, positions(tokens), remat=train.remat)
     return token_loss(hidden, targets, model.speech_lm.logits, train.loss_block)
+
+
+def noisy_units(tokens: Array, share: float, config: Omni2Config, key: Array) -> Array:
+    """Tokens of the speech LM [...], with random units in the place of this share of the units."""
+    first = config.tokens.sep + 1
+    is_unit = (tokens >= first) & (tokens < first + config.units)
+    places, values = jax.random.split(key)
+    chosen = is_unit & (jax.random.uniform(places, tokens.shape) < share)
+    random = jax.random.randint(values, tokens.shape, first, first + config.units, tokens.dtype)
+    return jnp.where(chosen, random, tokens)
