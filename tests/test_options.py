@@ -64,6 +64,20 @@ def test_defaults_of_the_release(text_model):
     assert text.repetition_penalty[0] == jnp.float32(1.1)
 
 
+def test_how_units_are_sampled(text_model):
+    """As in the paper; another checkpoint may say otherwise, and the options before both."""
+    model = copy.copy(text_model)
+
+    def unit(options: Options, **defaults: float) -> tuple[float, int]:
+        model.defaults = defaults
+        found = model.request(options).unit
+        return float(found.temperature[0]), int(found.top_k[0])
+
+    assert unit(Options()) == (1, 50)
+    assert unit(Options(), unit_temperature=0.5, unit_top_k=9) == (0.5, 9)
+    assert unit(Options(unit_temperature=0, unit_top_k=0), unit_temperature=0.5) == (0, 0)
+
+
 def test_too_many_end_tokens(text_model):
     with pytest.raises(ValueError, match="9 end-of-text tokens given, at most 8"):
         Request.of(text_model.config, Options(), text_eos=range(9))

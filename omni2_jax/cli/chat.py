@@ -100,9 +100,11 @@ def chat(
         int, number("max_new_tokens", "Text tokens at most.")
     ] = DEFAULTS.max_new_tokens,
     unit_temperature: Annotated[
-        float,
+        float | None,
         number(
-            "unit_temperature", "Of the speech units; 0 is greedy, which tends to repeat itself."
+            "unit_temperature",
+            "Of the speech units; 0 is greedy, which tends to repeat itself. "
+            "[default: the checkpoint's, or 1]",
         ),
     ] = DEFAULTS.unit_temperature,
     unit_vocabulary: Annotated[

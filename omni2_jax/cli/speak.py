@@ -24,9 +24,11 @@ def speak(
         ),
     ] = None,
     unit_temperature: Annotated[
-        float,
+        float | None,
         number(
-            "unit_temperature", "Of the speech units; 0 is greedy, which tends to repeat itself."
+            "unit_temperature",
+            "Of the speech units; 0 is greedy, which tends to repeat itself. "
+            "[default: the checkpoint's, or 1]",
         ),
     ] = DEFAULTS.unit_temperature,
     max_flush_units: Annotated[

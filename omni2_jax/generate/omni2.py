@@ -14,6 +14,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +31,7 @@ from omni2_jax.config import LANGUAGE_PARTS, Omni2Config
 from omni2_jax.generate.batch import Batch
 from omni2_jax.generate.engine import Engine, ResponseStream
 from omni2_jax.generate.engine_config import EngineConfig, longest_answer
-from omni2_jax.generate.options import Options
+from omni2_jax.generate.options import SAMPLING, Options
 from omni2_jax.generate.prompts import (
     Conversation,
     Sound,
@@ -378,12 +379,9 @@ def generation_defaults(path: Path) -> dict:
         raise ValueError(f"{path} is not JSON: {error}") from None
     if not isinstance(defaults, dict):
         raise ValueError(f"{path} holds no settings")
+    stated: dict[str, Any] = {name: defaults.get(name) for name in SAMPLING}
     try:
-        Options(
-            top_p=defaults.get("top_p"),
-            top_k=defaults.get("top_k"),
-            repetition_penalty=defaults.get("repetition_penalty"),
-        )
+        Options(**stated)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     return defaults

@@ -22,7 +22,11 @@ LIMITS: dict[str, tuple[float, float]] = {
     "chunk": (1, 1000),
     "left_chunks": (0, 1000),
 }
-OPTIONAL = ("top_p", "top_k", "repetition_penalty", "chunk", "left_chunks")  # may be None
+# What the checkpoint's generation_config.json decides if it is None.
+SAMPLING = ("top_p", "top_k", "repetition_penalty", "unit_temperature", "unit_top_k")
+OPTIONAL = (*SAMPLING, "chunk", "left_chunks")  # may be None
+UNIT_TEMPERATURE = 1.0  # the paper's
+UNIT_TOP_K = 50  # the released code's
 CHOICES: dict[str, tuple[object, ...]] = {
     "unit_vocabulary": ("units", "all"),
     "flow_cache_dtype": CACHE_DTYPES,
@@ -35,8 +39,8 @@ CHOICES: dict[str, tuple[object, ...]] = {
 class Options:
     """How to generate an answer. Raises ValueError for a value outside its range.
 
-    Where top_p, top_k or repetition_penalty is None, the checkpoint's generation_config.json
-    decides; without an entry there, the setting is off.
+    Where one of SAMPLING is None, the checkpoint's generation_config.json decides. Without an entry
+    there, the text is sampled among all tokens, and units with UNIT_TEMPERATURE and UNIT_TOP_K.
     """
 
     temperature: float = 0.0  # of the text; 0 = greedy
@@ -44,8 +48,8 @@ class Options:
     top_k: int | None = None  # sample among this many text tokens; 0 = off
     repetition_penalty: float | None = None  # above 1: repeated text tokens become less likely
     max_new_tokens: int = 256  # text tokens at most
-    unit_temperature: float = 1.0  # the paper's; 0 = greedy, which tends to repeat itself
-    unit_top_k: int = 50  # the released code's
+    unit_temperature: float | None = None  # 0 = greedy, which tends to repeat itself
+    unit_top_k: int | None = None
     # "units": only units can be sampled. "all": any token of the speech LM, as released.
     unit_vocabulary: str = "units"
     max_flush_units: int = 1024  # speech tokens at most after the end of the text

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from omni2_jax.config import DecoderConfig, Omni2Config
-from omni2_jax.generate.options import Options
+from omni2_jax.generate.options import SAMPLING, UNIT_TEMPERATURE, UNIT_TOP_K, Options
 from omni2_jax.generate.sampling import Sampling
 from omni2_jax.models.kv_cache import Cache, empty_cache
 
@@ -59,15 +59,17 @@ class Request:
             raise ValueError(
                 f"{len(text_eos)} end-of-text tokens given, at most {MAX_EOS} are supported"
             )
-        text = {}
-        for name in ("top_p", "top_k", "repetition_penalty"):
+        chosen = {}
+        for name in SAMPLING:
             for value in (getattr(options, name), (defaults or {}).get(name)):
                 if value is not None:
-                    text.setdefault(name, value)
+                    chosen.setdefault(name, value)
+        temperature = chosen.pop("unit_temperature", UNIT_TEMPERATURE)
+        top_k = chosen.pop("unit_top_k", UNIT_TOP_K)
         padded = (*text_eos, *[-1] * (MAX_EOS - len(text_eos)))
         return cls(
-            text=Sampling.of(batch, options.temperature, **text),
-            unit=Sampling.of(batch, options.unit_temperature, top_k=options.unit_top_k),
+            text=Sampling.of(batch, options.temperature, **chosen),
+            unit=Sampling.of(batch, temperature, top_k=top_k),
             text_eos=jnp.tile(jnp.array(padded, jnp.int32), (batch, 1)),
             forced=jnp.full((batch, MAX_FORCED), -1, jnp.int32),
             max_text=jnp.full(batch, options.max_new_tokens, jnp.int32),
