@@ -13,6 +13,7 @@ config = TrainConfig(
     batch=8,
     steps=4000,
     optimizer=OptimizerConfig(peak=5e-4, beta2=0.99),
+    unit_noise=0.15,
     buckets=(Bucket(1, 144, 160), Bucket(1, 144, 640), Bucket(2, 320, 320), Bucket(2, 320, 640)),
     dtype="float32",
     remat="none",

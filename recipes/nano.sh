@@ -83,6 +83,7 @@ talk=(--set data=talk-train --set validation=talk-validation)
 
 # 5. With the decoder of the voice it is whole, and is measured on what it has not heard.
 [ -e nano ] || omni2 join 2/final "decoder=$voice" --dtype bfloat16 --quantize int8 --out nano
+echo '{"unit_temperature": 0.5}' > nano/generation_config.json   # of its sampling; 1 is less clear
 omni2 evaluate --task spoken-qa --task asr-wer --task naturalness --system nano \
     --recogniser "$OMNI2_WHISPER" --data questions/test.jsonl --by split+voices --label nano \
     --out evaluation
