@@ -246,20 +246,22 @@ def test_a_device_that_fails(model, warm_engine, monkeypatch):
         await link.session.update(session=MANUAL)
         await until(link, "session.updated")
         monkeypatch.setattr(warm_engine, "step", lost)
-        events = [(await ask(link, pcm(clip("short_d"))))[-1]]
+        await link.input_audio_buffer.append(audio=base64_of(pcm(clip("short_d"))))
+        await link.input_audio_buffer.commit()
+        await link.response.create()
+        events = []
         with contextlib.suppress(websockets.ConnectionClosed):
             while True:
                 events.append(await link.recv())
         return events
 
     with running(server, graceful=True) as address:
-        done, *later = talk(address, conversation)
+        events = talk(address, conversation)
         eventually(lambda: not server.worker.thread.is_alive())
-    assert done.response.status == "failed"
-    assert (
-        done.response.status_details.error.message == "the server has failed and is shutting down"
-    )
-    assert [event.error.code for event in later] == ["server_stopping"]
+    (done,) = (event.response for event in events if event.type == "response.done")
+    assert done.status == "failed"
+    assert done.status_details.error.message == "the server has failed and is shutting down"
+    assert [event.error.code for event in events if event.type == "error"] == ["server_stopping"]
     assert "lost" in str(server.worker.failure)
     monkeypatch.undo()
     for stream in filter(None, warm_engine.slots):
