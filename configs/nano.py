@@ -3,7 +3,7 @@
 omni2 new --config nano --whisper WHISPER --text dialogues.jsonl --out nano
 
 WHISPER is a file or directory of Whisper tiny.en; that of faster-whisper does, too. Parameters:
-encoder 7.8 M, adapter 1.1 M, LLM 2.4 M, gate fusion 0.3 M, speech LM 7.9 M.
+encoder 7.8 M, adapter 1.1 M, LLM 2.4 M, gate fusion 0.3 M, speech LM 6.8 M.
 """
 
 from omni2_jax.config import AdapterConfig, DecoderConfig, Omni2Config, SpeechEncoderConfig

@@ -8,7 +8,7 @@
 #   pip install piper-tts                    # a separate program, which speaks the replies
 #   export PIPER_VOICE=.../en_US-joe-medium.onnx             # joe's voice is CC0
 #   export OMNI2_WHISPER=whisper-tiny.en     # a faster-whisper model: the encoder, and the judge
-#   export VOICE=voice-recipe/runs/flow/final   # default: the voice of recipes/voice.sh in examples/joe
+#   export VOICE=.../voice-recipe/runs/flow/final   # its decoder; default: the voice in examples/joe
 #   bash recipes/nano.sh [DIRECTORY]         # default: ./nano-recipe
 #
 # A step whose result exists is left out, and every command goes on where it was cut off: after an
@@ -83,7 +83,7 @@ talk=(--set data=talk-train --set validation=talk-validation)
 
 # 5. With the decoder of the voice it is whole, and is measured on what it has not heard.
 [ -e nano ] || omni2 join 2/final "decoder=$voice" --dtype bfloat16 --quantize int8 --out nano
-echo '{"unit_temperature": 0.5}' > nano/generation_config.json   # of its sampling; 1 is less clear
+echo '{"unit_temperature": 0.5}' > nano/generation_config.json   # it is less clear with 1
 omni2 evaluate --task spoken-qa --task asr-wer --task naturalness --system nano \
     --recogniser "$OMNI2_WHISPER" --data questions/test.jsonl --by split+voices --label nano \
     --out evaluation

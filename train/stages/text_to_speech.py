@@ -3,9 +3,9 @@
 The loss is the cross-entropy of the units in the read/write layout (layout.py). B batch, S tokens,
 D width.
 
-In training the speech LM reads the units of a recording, in generation its own. A small data set it
-learns by heart, and is lost after the first unit that differs. With the setting `unit_noise` some
-of the units that it reads are wrong, so that it has to look at the text, too.
+In training the speech LM reads the units of a recording, in generation its own. It learns a small
+data set by heart, and then goes wrong after its first unit that differs from the recording. With
+the setting `unit_noise` some of the units that it reads are wrong, so that it must read the text.
 """
 
 import abc
@@ -55,7 +55,7 @@ class UnitWriting(Stage):
         """The cross-entropy of the units, `batch["targets"]`, after `batch["tokens"]`."""
 
     def loss(self, model: Model, batch: Batch, key: Array) -> Loss:
-        """The same with noise in the units that are read."""
+        """`writing_loss`, with noise in the units that are read."""
         if self.train.unit_noise:
             tokens = noisy_units(batch["tokens"], self.train.unit_noise, model.config, key)
             batch = {**batch, "tokens": tokens}
