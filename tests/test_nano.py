@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from omni2_jax.audio import recordings
-from omni2_jax.checkpoint import embedded
 from omni2_jax.evaluate.tasks.spoken_qa import occurs
 from omni2_jax.generate.omni2 import Answer, Omni2, join
 from omni2_jax.generate.options import Options
@@ -22,9 +21,6 @@ from tests.support.paths import ROOT
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(
-        not (embedded.DIRECTORY / "config.json").exists(), reason="there is no embedded model"
-    ),
     pytest.mark.skipif(shutil.which("espeak-ng") is None, reason="espeak-ng is not installed"),
 ]
 VOICE = "en-us+f5"  # held out in recipes/nano/voices.yaml
