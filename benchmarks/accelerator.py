@@ -5,6 +5,9 @@ serving, `benchmarks.train` for training. Its figures are written when it ends, 
 figures (`figures.md`) with them, so that being cut off loses nothing. A measurement that fails, or
 that the time runs out for, is noted; one that has its figures already is not repeated, so the same
 command goes on where it stopped.
+
+Most of the time goes into compiling, which uses the processor. So some measurements run at the same
+time first, for what they compile alone, and then each again by itself, from the compilation cache.
 """
 
 import contextlib
@@ -27,6 +30,13 @@ from omni2_jax.cli.console import run_function, say
 
 GRAPHS = {"XLA_FLAGS": "--xla_gpu_enable_command_buffer=+WHILE"}  # loops as CUDA graphs
 SHORTEST = 20  # seconds; with less left, no measurement is begun
+# A measurement that is repeated has to find everything in the cache; of those that run at the same
+# time, none may take all of the device's memory.
+CACHED = {
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+}
+SHARED = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
 
 
 @dataclass(frozen=True)
@@ -47,58 +57,86 @@ def measurements(sizes: Sequence[str], slots: Sequence[int], steps: int) -> list
         arguments = (*stream, "--size", size, "--slots", str(count))
         return Measurement(f"{count} speakers, {size}", arguments)
 
-    def training(size: str, stage: str, *options: str) -> tuple[str, ...]:
-        return ("benchmarks.train", "--size", size, "--stage", stage, "--steps", "8", *options)
+    def one(size: str, name: str = "", *options: str, **how) -> Measurement:
+        return Measurement(f"one speaker, {size}{name}", (*stream, "--size", size, *options), **how)
+
+    def training(size: str, stage: str, name: str = "", *options: str, **how) -> Measurement:
+        arguments = ("benchmarks.train", "--size", size, "--stage", stage, "--steps", "8")
+        return Measurement(
+            f"stage {stage}, {size}{name}", (*arguments, "--no-parts", *options), **how
+        )
 
     small = sizes[0]
     return [
-        *(Measurement(f"one speaker, {size}", (*stream, "--size", size)) for size in sizes),
+        *(one(size) for size in sizes),
         speakers(small, slots[0]),
-        Measurement(f"stage 1a, {small}", training(small, "1a")),
-        Measurement(
-            f"one speaker, {small}, loops as CUDA graphs", (*stream, "--size", small), True, GRAPHS
-        ),
-        Measurement(f"stage 2, {small}", training(small, "2")),
-        Measurement(
-            f"stage 1a, {small}, without cuDNN", training(small, "1a", "--no-cudnn"), gpu=True
-        ),
+        training(small, "1a"),
+        one(small, ", loops as CUDA graphs", gpu=True, environment=GRAPHS),
+        training(small, "2"),
+        training(small, "1a", ", without cuDNN", "--no-cudnn", gpu=True),
+        *(one(size, ", int8", "--int8") for size in sizes[::-1]),
         *(speakers(size, slots[0]) for size in sizes[1:]),
         *(speakers(small, count) for count in slots[1:]),
     ]
 
 
-def run(measurement: Measurement, path: Path, seconds: float) -> dict:
-    """Run a measurement for so many seconds at most -> its figures, or {"failed": why}.
+class Process:
+    """A measurement that runs. path: where its figures will lie; its output is beside it."""
 
-    path: where its figures lie; its output is beside it.
-    """
-    environment = os.environ | dict(measurement.environment)
-    environment.setdefault("JAX_COMPILATION_CACHE_DIR", str(path.parent.absolute() / "compiled"))
-    start = time.monotonic()
-    with open(path.with_suffix(".log"), "w") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-m", *measurement.arguments, "--json", str(path)],
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env=environment,
-            start_new_session=True,
+    def __init__(self, measurement: Measurement, path: Path, **settings: str):
+        self.path, self.start = path, time.monotonic()
+        environment = os.environ | CACHED | settings | dict(measurement.environment)
+        environment.setdefault(
+            "JAX_COMPILATION_CACHE_DIR", str(path.parent.absolute() / "compiled")
         )
+        with open(path.with_suffix(".log"), "w") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", *measurement.arguments, "--json", str(path)],
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                start_new_session=True,
+            )
+
+    def figures(self, seconds: float) -> dict:
+        """Wait for so long at most -> its figures, or {"failed": why}."""
         try:
-            code = process.wait(seconds)
-        except BaseException as error:  # Ctrl-C, too, must leave nothing running on the device
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            if not isinstance(error, subprocess.TimeoutExpired):
-                raise
+            code = self.process.wait(max(seconds, 0))
+        except subprocess.TimeoutExpired:
             code = None
-    took = time.monotonic() - start
-    if code == 0:
-        return json.loads(path.read_text()) | {"took_s": took}
-    if code is None:
-        return {"failed": f"the time ran out after {took:.0f} s", "took_s": took}
-    lines = path.with_suffix(".log").read_text(errors="replace").strip().splitlines()
-    return {"failed": lines[-1] if lines else f"exit code {code}", "took_s": took}
+        finally:  # Ctrl-C, too, must leave nothing running on the device
+            self.end()
+        took = time.monotonic() - self.start
+        if code == 0:
+            return json.loads(self.path.read_text()) | {"took_s": took}
+        if code is None:
+            return {"failed": f"the time ran out after {took:.0f} s", "took_s": took}
+        lines = self.path.with_suffix(".log").read_text(errors="replace").strip().splitlines()
+        return {"failed": lines[-1] if lines else f"exit code {code}", "took_s": took}
+
+    def end(self) -> None:
+        """Kill it, with all that it started."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+
+def compile_together(planned: Sequence[Measurement], out: Path, seconds: float) -> None:
+    """Run measurements at the same time, for so long at most, for what they compile.
+
+    Their figures are dropped. One that fails, for lack of memory perhaps, compiles later.
+    """
+    deadline, folder = time.monotonic() + seconds, out / "compiling"
+    folder.mkdir(exist_ok=True)
+    started: list[Process] = []
+    try:
+        for number, measurement in enumerate(planned):
+            started.append(Process(measurement, folder / f"{number}.json", **SHARED))
+        for process in started:
+            process.figures(deadline - time.monotonic())
+    finally:
+        for process in started:
+            process.end()
 
 
 def figures_of(name: str, result: Mapping) -> Iterator[tuple[str, str, str]]:
@@ -125,6 +163,9 @@ def figures_of(name: str, result: Mapping) -> Iterator[tuple[str, str, str]]:
         share = f"{100 * roof[key]['fraction']:.0f} % of what the device allows"
         yield name, what, f"{milliseconds:.2f} ms, {share}"
     yield name, "copy bandwidth, measured", f"{roof['copy_bytes_per_s'] / 1e9:.0f} GB/s"
+    if profile := result.get("profile"):
+        yield name, "kernels and copies in a step", str(profile["kernels"])
+        yield name, "the device is busy, of a step", f"{100 * profile['busy']:.0f} %"
     for slots, rate in result["audio_s_per_s"].items():
         yield name, f"audio a second, {slots} slots", f"{rate:.1f} s"
     yield name, "speakers at once, deadlines kept", str(result["realtime_speakers"])
@@ -146,28 +187,39 @@ def write(out: Path, results: Mapping[str, Mapping]) -> None:
         file.write(page(results))
 
 
-def measure(planned: Sequence[Measurement], out: Path, seconds: float) -> dict[str, dict]:
+def measure(
+    planned: Sequence[Measurement], out: Path, seconds: float, together: int = 1
+) -> dict[str, dict]:
     """Run measurements in their order until the time is over -> {name: figures}.
 
-    Those of an earlier call that are in `out` already are kept.
+    Those of an earlier call that are in `out` already are kept. together: how many compile at the
+    same time, which takes half of the time that is left at most; with 1 each compiles as it is
+    measured.
     """
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str((out / "compiled").absolute()))
     deadline, path = time.monotonic() + seconds, out / "results.json"
     results = json.loads(path.read_text()) if path.exists() else {}
-    for number, measurement in enumerate(planned, 1):
-        if results.get(measurement.name, {"failed": ""}).get("failed") is None:
-            continue
-        if measurement.gpu and not any("NVIDIA" in str(result) for result in results.values()):
-            continue
+    waiting = [one for one in planned if "failed" in results.get(one.name, {"failed": ""})]
+    while waiting:
+        if not any("NVIDIA" in str(result) for result in results.values()) and results:
+            waiting = [one for one in waiting if not one.gpu]
+        group, waiting = waiting[:together], waiting[together:]
         left = deadline - time.monotonic()
-        if left < SHORTEST:
-            say(f"{left:.0f} s are left: {measurement.name} is not begun")
-            break
-        say(f"{measurement.name} ({number} of {len(planned)}, {left:.0f} s left)")
-        result = run(measurement, out / f"{number}.json", left)
-        results[measurement.name] = result
-        write(out, results)
-        for _, what, figure in figures_of(measurement.name, result):
-            say(f"    {what}: {figure}")
+        if len(group) > 1 and left > 2 * SHORTEST:
+            say(f"compiling: {'; '.join(one.name for one in group)} ({left:.0f} s left)")
+            compile_together(group, out, left / 2)
+        for measurement in group:
+            left = deadline - time.monotonic()
+            if left < SHORTEST:
+                say(f"{left:.0f} s are left: {measurement.name} is not begun")
+                return results
+            say(f"{measurement.name} ({left:.0f} s left)")
+            number = planned.index(measurement) + 1
+            result = Process(measurement, out / f"{number}.json").figures(left)
+            results[measurement.name] = result
+            write(out, results)
+            for _, what, figure in figures_of(measurement.name, result):
+                say(f"    {what}: {figure}")
     return results
 
 
@@ -183,13 +235,17 @@ def main(
         list[int] | None, typer.Option(help="Speakers at once (repeatable). [default: 64, 256]")
     ] = None,
     steps: Annotated[int, typer.Option(min=5, help="Steps of one answer (0.4 s each).")] = 20,
+    together: Annotated[
+        int, typer.Option(min=1, help="Measurements that compile at the same time.")
+    ] = 4 if (os.cpu_count() or 1) >= 8 else 1,
 ) -> None:
     """Measure serving and training on this machine's accelerator, the most telling first."""
     sizes = size or ["0.5b", "7b"]
     if unknown := set(sizes) - SIZES.keys():
         raise ValueError(f"there is no size {', '.join(unknown)}; it is one of {', '.join(SIZES)}")
     out.mkdir(parents=True, exist_ok=True)
-    measure(measurements(sizes, slots or [64, 256], steps), out, 60 * minutes)
+    planned = measurements(sizes, slots or [64, 256], steps)
+    measure(planned, out, 60 * minutes, together)
     say(f"the figures are in {out / 'figures.md'}")
 
 

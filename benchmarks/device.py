@@ -1,7 +1,10 @@
-"""What the device can do at best, measured: copy bandwidth and matmul rate."""
+"""What the device can do at best, measured, and what it did, from the profiler's trace."""
 
+import collections
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -41,3 +44,50 @@ def matmul_rate(dtype: jnp.dtype) -> float:
     x = jnp.ones((n, n), dtype)
     multiply = jax.jit(lambda x: x @ x)
     return 2 * n**3 / seconds(lambda: multiply(x))
+
+
+def traced(run: Callable[[], Any]) -> dict | None:
+    """What the device did during a call, compiled before -> see `busy`; None without a trace of it,
+    as on CPUs."""
+    options = jax.profiler.ProfileOptions()
+    options.python_tracer_level = 0
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder, profiler_options=options):
+            start = time.perf_counter()
+            jax.block_until_ready(run())
+            seconds = time.perf_counter() - start
+        paths = list(Path(folder).rglob("*.xplane.pb"))
+        planes = jax.profiler.ProfileData.from_file(str(paths[0])).planes if paths else ()
+        events = [
+            (event.name, event.start_ns, event.duration_ns)
+            for plane in planes
+            if plane.name.startswith("/device:GPU")
+            for line in plane.lines
+            if line.name.startswith("Stream")
+            for event in line.events
+        ]
+    return busy(events, seconds) if events else None
+
+
+def busy(events: Iterable[tuple[str, float, float]], seconds: float, most: int = 20) -> dict:
+    """A summary of kernels and copies (name, start, duration in ns) within so many seconds.
+
+    busy: the share of the time in which at least one ran. kernels: how many. largest: those that
+    took most, by name without its number, as [name, seconds, how often].
+    """
+    spans = sorted((start, start + duration) for _, start, duration in events)
+    covered, end = 0.0, float("-inf")
+    for start, stop in spans:
+        covered += max(stop - max(start, end), 0)
+        end = max(end, stop)
+    times, counts = collections.Counter(), collections.Counter()
+    for name, _, duration in events:
+        base = name.rstrip("0123456789").rstrip("_.")
+        times[base] += duration
+        counts[base] += 1
+    return {
+        "seconds": seconds,
+        "busy": covered / 1e9 / seconds,
+        "kernels": len(spans),
+        "largest": [[name, ns / 1e9, counts[name]] for name, ns in times.most_common(most)],
+    }

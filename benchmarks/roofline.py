@@ -45,9 +45,10 @@ def decoder_pass(lm: DecoderConfig, params: dict, head: int, slots: int, capacit
     """
     width = params["norm"]["scale"].dtype.itemsize
     layers, rows = count(params["layers"]), head * lm.width
+    weights = size(params["layers"]) + rows * (1 if lm.weights == "int8" else width)
     cache = 2 * lm.layers * lm.kv_heads * lm.head_size * capacity * slots
     attention = 4 * lm.layers * lm.heads * lm.head_size * capacity * slots
-    return Work((layers + rows + cache) * width, 2 * (layers + rows) * slots + attention)
+    return Work(weights + cache * width, 2 * (layers + rows) * slots + attention)
 
 
 def times(work: Work, passes: float) -> Work:

@@ -1,5 +1,6 @@
 """Models to measure: dimensions by name, with random weights when there is no checkpoint."""
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from omni2_jax.config import (
     TokenConfig,
 )
 from omni2_jax.configs import omni2_0_5b, omni2_1_5b, omni2_3b, omni2_7b, omni2_14b, omni2_32b
+from omni2_jax.convert.precision import LARGEST, QUANTIZED
 from omni2_jax.models.model import abstract_model, part_dtype
 from omni2_jax.models.serving import for_serving
 from omni2_jax.train.stages.base import Stage
@@ -62,20 +64,26 @@ def of(size: str) -> Omni2Config:
 
 
 def load(
-    size: str, directory: Path | None, dtype: jnp.dtype
+    size: str, directory: Path | None, dtype: jnp.dtype, int8: bool = False
 ) -> tuple[Omni2Config, nnx.GraphDef, dict]:
     """A model to generate with: a checkpoint, or a size with random weights.
 
-    dtype: of the language side; the decoder is float32. Raises ValueError for an unknown size, and
-    what `parameters.load` raises.
+    dtype: of the language side; the decoder is float32. int8: random matrices are those of a
+    checkpoint that `omni2 convert --quantize int8` writes. Raises ValueError for an unknown size,
+    and what `parameters.load` raises.
     """
     if directory is not None:
         config = Omni2Config.load(directory / "config.json").replace(speaker=None)
         return config, *for_serving(*parameters.load(directory, config, dtype), donate=True)
     config = of(size).replace(speaker=None)
+    if int8:
+        parts = {
+            part: dataclasses.replace(getattr(config, part), weights="int8") for part in QUANTIZED
+        }
+        config = config.replace(**parts)
     graph, shapes = abstract_model(config)
     leaves = {
-        path: leaf.update(dtype=dtype_of(path, dtype))
+        path: leaf if leaf.dtype == jnp.int8 else leaf.update(dtype=dtype_of(path, dtype))
         for path, leaf in parameters.flatten(shapes).items()
     }
     params = parameters.unflatten(shapes, random(leaves))
@@ -106,7 +114,7 @@ def dtype_of(path: str, dtype: jnp.dtype) -> jnp.dtype:
 def random(
     shapes: Mapping[str, jax.ShapeDtypeStruct], shardings: Mapping[str, Sharding] | None = None
 ) -> Params:
-    """Small uniform numbers of these shapes.
+    """Small uniform numbers of these shapes; integers from -127 to 127, with scales to match.
 
     The generator is "rbg": it draws two billion numbers in seconds on a CPU, the default generator
     takes minutes.
@@ -115,9 +123,15 @@ def random(
     def draw(key: jax.Array) -> Params:
         keys = jax.random.split(key, len(shapes))
         return {
-            path: jax.random.uniform(k, s.shape, s.dtype, -0.03, 0.03)
-            for k, (path, s) in zip(keys, shapes.items(), strict=True)
+            path: draw_one(k, path, leaf)
+            for k, (path, leaf) in zip(keys, shapes.items(), strict=True)
         }
+
+    def draw_one(key: jax.Array, path: str, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        if leaf.dtype == jnp.int8:
+            return jax.random.randint(key, leaf.shape, -LARGEST, LARGEST + 1, jnp.int8)
+        largest = 0.03 / LARGEST if path.endswith("_scale") else 0.03
+        return jax.random.uniform(key, leaf.shape, leaf.dtype, -largest, largest)
 
     return jax.jit(draw, out_shardings=shardings and dict(shardings))(
         jax.random.key(0, impl="unsafe_rbg")

@@ -116,6 +116,9 @@ def main(
     left_chunks: Annotated[
         int | None, typer.Option(help="Chunks that the flow sees before its own. [default: all]")
     ] = None,
+    int8: Annotated[
+        bool, typer.Option("--int8", help="Random matrices as int8, not those of a checkpoint.")
+    ] = False,
     flow_cache_dtype: Annotated[
         str, typer.Option(help="dtype of the flow's KV cache: float32 or bfloat16.")
     ] = "float32",
@@ -125,7 +128,7 @@ def main(
 ) -> None:
     """Measure the streaming step with random or converted weights."""
     dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
-    config, graph, params = load(size, checkpoint, dtype)
+    config, graph, params = load(size, checkpoint, dtype, int8)
 
     def make_bench(count: int) -> Bench:
         engine_config = engine_config_for(
@@ -143,6 +146,7 @@ def main(
         "device": jax.devices()[0].device_kind,
         "size": str(checkpoint or size),
         "dtype": dtype.__name__,
+        "int8": int8,
         "batch": batch,
         "engine_config": dataclasses.asdict(bench.engine_config),
     }
@@ -152,6 +156,7 @@ def main(
     figures |= speakers(figures.pop("times"), make_bench, counts, speech)
     measured_steps = list(map(int, figures["step_ms"]))
     figures["growth"] = compare(bench, measured_steps[0], measured_steps[-1])
+    figures["profile"] = profile(bench)
     report(figures)
     if json_file:
         json_file.write_text(json.dumps(figures, indent=1) + "\n")
@@ -178,6 +183,16 @@ def measure(bench: Bench, graph: nnx.GraphDef, params: dict, steps: int, dtype) 
         "compilations_during_answers": bench.engine.compilations() - compiled,
         "roofline": against_roofline(config, params, bench.engine_config, parts, dtype),
     }
+
+
+def profile(bench: Bench, steps: int = 4) -> dict | None:
+    """What the device did in the last of some steps (`device.traced`)."""
+    streams = bench.fill()
+    for _ in range(steps):
+        bench.step()
+    summary = device.traced(bench.step)
+    bench.empty(streams)
+    return summary
 
 
 def speakers(
@@ -268,6 +283,15 @@ def report(figures: dict) -> None:
         numbers = part["bytes"] / 1e6, part["flops"] / 1e9, part["least_ms"], part["ms"]
         table.add_row(name, *(f"{n:.1f}" for n in numbers), f"{100 * part['fraction']:.0f} %")
     console.print(table)
+    if summary := figures["profile"]:
+        console.print(
+            f"{summary['kernels']} kernels and copies in a step of {1000 * summary['seconds']:.1f} "
+            f"ms with the profiler; the device was busy {100 * summary['busy']:.0f} % of it"
+        )
+        table = rich.table.Table("kernels that took most", "ms", "times")
+        for name, seconds, times in summary["largest"]:
+            table.add_row(name, f"{1000 * seconds:.2f}", str(times))
+        console.print(table)
     copied = figures["roofline"]["copy_bytes_per_s"] / 1e9
     multiplied = figures["roofline"]["matmul_flops_per_s"] / 1e12
     rates = f"copy {copied:.1f} GB/s, matmul {multiplied:.2f} TFLOP/s, measured in this run"

@@ -178,8 +178,9 @@ def peak_rate(dtype: str) -> tuple[float, str]:
     return device.matmul_rate(jnp.dtype(dtype)), "measured, a large matmul"
 
 
-def measure(train: TrainConfig, config: Omni2Config, folder: Path) -> dict:
-    """All figures of one stage; the JSON of --json is a list of these."""
+def measure(train: TrainConfig, config: Omni2Config, folder: Path, parts: bool = True) -> dict:
+    """All figures of one stage; the JSON of --json is a list of these. parts: those of a step,
+    too."""
     rate, rate_source = peak_rate(train.dtype)  # before threads read ahead
     bench, bucket = Bench(train, config, folder), train.buckets[0]
     with sharding.use(bench.mesh):
@@ -188,7 +189,7 @@ def measure(train: TrainConfig, config: Omni2Config, folder: Path) -> dict:
         memory = bench.take_step.memory_analysis()
         allocated = jax.local_devices()[0].memory_stats()
         loop_seconds, data_wait = bench.from_loader()
-        parts = bench.breakdown()
+        breakdown = bench.breakdown() if parts else {}
     batches = bench.loader_alone()
     counted = bench.stage.flops(bench.config, bench.weights.shapes, bucket)
     total = sum(both for _, both in counted.values())
@@ -213,7 +214,7 @@ def measure(train: TrainConfig, config: Omni2Config, folder: Path) -> dict:
         "peak_flops_per_s": rate,
         "peak_from": rate_source,
         "mfu": total / seconds / rate / bench.mesh.size,
-        "breakdown_s": parts,
+        "breakdown_s": breakdown,
         "loop_seconds": loop_seconds,
         "data_wait": data_wait,
         "loader_batches_per_s": batches,
@@ -311,6 +312,9 @@ def main(
     cudnn: Annotated[
         bool, typer.Option(help="cuDNN's attention, where the GPU has it, or XLA's own.")
     ] = True,
+    parts: Annotated[
+        bool, typer.Option(help="Measure the parts of a step, too; each is compiled by itself.")
+    ] = True,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write the figures here.")
     ] = None,
@@ -334,7 +338,7 @@ def main(
     figures = []
     for train in configs:
         with tempfile.TemporaryDirectory() as folder:
-            figures.append(measure(train, SIZES[size], Path(folder) / "data"))
+            figures.append(measure(train, SIZES[size], Path(folder) / "data", parts))
         report(size, figures[-1])
         if json_file:
             json_file.write_text(json.dumps({"size": size, "stages": figures}, indent=1) + "\n")

@@ -4,9 +4,13 @@ import json
 import subprocess
 import sys
 
+import jax.numpy as jnp
 import pytest
 
 from benchmarks.accelerator import Measurement, figures_of, measure, measurements
+from benchmarks.device import busy
+from benchmarks.sizes import load
+from omni2_jax.checkpoint import parameters
 
 SERVING = {
     "device": "NVIDIA H100",
@@ -68,6 +72,12 @@ def test_the_time_runs_out(plan, tmp_path, monkeypatch):
     assert "the time ran out" in found["hang"]["failed"] and "large" not in found
 
 
+def test_measurements_that_compile_together_are_measured_alone(plan, tmp_path):
+    found = measure(plan, tmp_path, 60, together=2)
+    assert found["one"]["rtf"] == 0.05 and found["large"]["failed"] == "error: out of memory"
+    assert (tmp_path / "compiling" / "0.json").exists() and "graphs" in found
+
+
 def test_the_most_telling_come_first():
     names = [one.name for one in measurements(["0.5b", "7b"], [64, 256], 20)]
     assert names[:3] == ["one speaker, 0.5b", "one speaker, 7b", "64 speakers, 0.5b"]
@@ -77,6 +87,28 @@ def test_the_most_telling_come_first():
 def test_figures_of_training():
     stage = {"device": "1 x H100", "mfu": 0.5, "seconds": 2, "data_wait": 0, "compile_s": 60}
     assert ("1a", "MFU", "50.0 %") in figures_of("1a", {"stages": [stage]})
+
+
+def test_what_a_trace_says():
+    events = [("fusion_1", 0, 2e6), ("fusion_27", 1e6, 2e6), ("gemm", 5e6, 1e6)]
+    summary = busy(events, 0.008)
+    assert summary["busy"] == pytest.approx(0.5)  # 0 to 3 ms and 5 to 6 ms, of 8 ms
+    assert summary["kernels"] == 3
+    assert summary["largest"] == [
+        ["fusion", pytest.approx(4e-3), 2],
+        ["gemm", pytest.approx(1e-3), 1],
+    ]
+
+
+def test_random_int8_weights_are_as_large_as_random_floats():
+    _, _, params = load("tiny", None, jnp.float32, int8=True)
+    leaves = parameters.flatten(params["llm"])
+    scales = [path for path in leaves if path.endswith("_scale")]
+    assert scales
+    for path in scales:
+        matrix = leaves[path.removesuffix("_scale")]
+        assert matrix.dtype == jnp.int8 and abs(matrix).max() == 127
+        assert 0.02 / 127 < leaves[path].max() <= 0.03 / 127
 
 
 @pytest.mark.nightly
