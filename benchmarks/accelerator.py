@@ -7,12 +7,13 @@ that the time runs out for, is noted; one that has its figures already is not re
 command goes on where it stopped.
 
 Most of the time goes into compiling, which uses the processor. So some measurements run at the same
-time first, for what they compile alone, and then each again by itself, from the compilation cache.
+time first, for what they compile, and then each again by itself, from the compilation cache.
 """
 
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -49,12 +50,14 @@ class Measurement:
     environment: Mapping[str, str] = field(default_factory=dict)
 
 
-def measurements(sizes: Sequence[str], slots: Sequence[int], steps: int) -> list[Measurement]:
-    """All of them, the most telling first. sizes: the smallest first."""
+def measurements(
+    sizes: Sequence[str], slots: Sequence[int], steps: int, gpu: bool = True
+) -> list[Measurement]:
+    """All of them, the most telling first. sizes: the smallest first. gpu: those for GPUs, too."""
     stream = ("benchmarks.stream", "--steps", str(steps), "--chunk", "10", "--left-chunks", "3")
 
     def speakers(size: str, count: int) -> Measurement:
-        arguments = (*stream, "--size", size, "--slots", str(count))
+        arguments = (*stream, "--size", size, "--slots", str(count), "--no-parts")
         return Measurement(f"{count} speakers, {size}", arguments)
 
     def one(size: str, name: str = "", *options: str, **how) -> Measurement:
@@ -67,28 +70,29 @@ def measurements(sizes: Sequence[str], slots: Sequence[int], steps: int) -> list
         )
 
     small = sizes[0]
-    return [
+    planned = [
         *(one(size) for size in sizes),
-        speakers(small, slots[0]),
         training(small, "1a"),
-        one(small, ", loops as CUDA graphs", gpu=True, environment=GRAPHS),
+        one(small, ", loops as CUDA graphs", "--no-parts", gpu=True, environment=GRAPHS),
+        speakers(small, slots[0]),
         training(small, "2"),
         training(small, "1a", ", without cuDNN", "--no-cudnn", gpu=True),
-        *(one(size, ", int8", "--int8") for size in sizes[::-1]),
+        *(one(size, ", int8", "--int8", "--no-parts") for size in sizes[::-1]),
         *(speakers(size, slots[0]) for size in sizes[1:]),
         *(speakers(small, count) for count in slots[1:]),
     ]
+    return [one for one in planned if gpu or not one.gpu]
 
 
 class Process:
-    """A measurement that runs. path: where its figures will lie; its output is beside it."""
+    """A measurement that runs.
+
+    path: where its figures will lie; its output is beside it. settings: more of its environment.
+    """
 
     def __init__(self, measurement: Measurement, path: Path, **settings: str):
         self.path, self.start = path, time.monotonic()
         environment = os.environ | CACHED | settings | dict(measurement.environment)
-        environment.setdefault(
-            "JAX_COMPILATION_CACHE_DIR", str(path.parent.absolute() / "compiled")
-        )
         with open(path.with_suffix(".log"), "w") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", *measurement.arguments, "--json", str(path)],
@@ -110,7 +114,8 @@ class Process:
         if code == 0:
             return json.loads(self.path.read_text()) | {"took_s": took}
         if code is None:
-            return {"failed": f"the time ran out after {took:.0f} s", "took_s": took}
+            found = json.loads(self.path.read_text()) if self.path.exists() else {}
+            return found | {"failed": f"the time ran out after {took:.0f} s", "took_s": took}
         lines = self.path.with_suffix(".log").read_text(errors="replace").strip().splitlines()
         return {"failed": lines[-1] if lines else f"exit code {code}", "took_s": took}
 
@@ -121,10 +126,11 @@ class Process:
         self.process.wait()
 
 
-def compile_together(planned: Sequence[Measurement], out: Path, seconds: float) -> None:
+def compile_together(planned: Sequence[Measurement], out: Path, seconds: float) -> list[dict]:
     """Run measurements at the same time, for so long at most, for what they compile.
 
-    Their figures are dropped. One that fails, for lack of memory perhaps, compiles later.
+    Returns their figures, which are of programs that disturb one another. One that fails, for lack
+    of memory perhaps, compiles later.
     """
     deadline, folder = time.monotonic() + seconds, out / "compiling"
     folder.mkdir(exist_ok=True)
@@ -132,8 +138,7 @@ def compile_together(planned: Sequence[Measurement], out: Path, seconds: float) 
     try:
         for number, measurement in enumerate(planned):
             started.append(Process(measurement, folder / f"{number}.json", **SHARED))
-        for process in started:
-            process.figures(deadline - time.monotonic())
+        return [process.figures(deadline - time.monotonic()) for process in started]
     finally:
         for process in started:
             process.end()
@@ -143,32 +148,33 @@ def figures_of(name: str, result: Mapping) -> Iterator[tuple[str, str, str]]:
     """The rows of the page for one measurement: (its name, what, figure)."""
     if "failed" in result:
         yield name, "failed", result["failed"]
-        return
     for stage in result.get("stages", ()):
         yield name, "device", stage["device"]
         yield name, "MFU", f"{100 * stage['mfu']:.1f} %"
         yield name, "a step", f"{1000 * stage['seconds']:.1f} ms"
         yield name, "waiting for data", f"{100 * stage['data_wait']:.1f} %"
         yield name, "compilation", f"{stage['compile_s']:.0f} s"
-    if "rtf" not in result:
-        return
-    yield name, "device", result["device"]
-    yield name, "first audio, from features", f"{result['first_audio_ms']:.0f} ms"
-    yield name, "real-time factor", f"{result['rtf']:.4f}"
-    roof = result["roofline"]
-    for what, key in (("a text token", "text"), ("a unit", "units"), ("flow", "flow and vocoder")):
-        milliseconds = result[
-            {"text": "text_token_ms", "units": "unit_ms"}.get(key, "flow_vocoder_ms")
-        ]
-        share = f"{100 * roof[key]['fraction']:.0f} % of what the device allows"
-        yield name, what, f"{milliseconds:.2f} ms, {share}"
-    yield name, "copy bandwidth, measured", f"{roof['copy_bytes_per_s'] / 1e9:.0f} GB/s"
+    if "rtf" in result:
+        yield name, "device", result["device"]
+        yield name, "loading and compiling", f"{result['warm_up_s']:.0f} s"
+        yield name, "first audio, from features", f"{result['first_audio_ms']:.0f} ms"
+        yield name, "real-time factor", f"{result['rtf']:.4f}"
     if profile := result.get("profile"):
         yield name, "kernels and copies in a step", str(profile["kernels"])
         yield name, "the device is busy, of a step", f"{100 * profile['busy']:.0f} %"
-    for slots, rate in result["audio_s_per_s"].items():
+    for slots, rate in result.get("audio_s_per_s", {}).items():
         yield name, f"audio a second, {slots} slots", f"{rate:.1f} s"
-    yield name, "speakers at once, deadlines kept", str(result["realtime_speakers"])
+    if "realtime_speakers" in result:
+        yield name, "speakers at once, deadlines kept", str(result["realtime_speakers"])
+    if roof := result.get("roofline"):
+        yield name, "copy bandwidth, measured", f"{roof['copy_bytes_per_s'] / 1e9:.0f} GB/s"
+        for what, part, key in (
+            ("a text token", "text", "text_token_ms"),
+            ("a unit", "units", "unit_ms"),
+            ("flow and vocoder, a step", "flow and vocoder", "flow_vocoder_ms"),
+        ):
+            share = f"{100 * roof[part]['fraction']:.0f} % of what the device allows"
+            yield name, what, f"{result[key]:.2f} ms, {share}"
 
 
 def page(results: Mapping[str, Mapping]) -> str:
@@ -201,13 +207,14 @@ def measure(
     results = json.loads(path.read_text()) if path.exists() else {}
     waiting = [one for one in planned if "failed" in results.get(one.name, {"failed": ""})]
     while waiting:
-        if not any("NVIDIA" in str(result) for result in results.values()) and results:
-            waiting = [one for one in waiting if not one.gpu]
         group, waiting = waiting[:together], waiting[together:]
         left = deadline - time.monotonic()
         if len(group) > 1 and left > 2 * SHORTEST:
             say(f"compiling: {'; '.join(one.name for one in group)} ({left:.0f} s left)")
-            compile_together(group, out, left / 2)
+            found = compile_together(group, out, left / 2)
+            beside = {"failed": "measured beside other programs only"}
+            results |= {m.name: f | beside for m, f in zip(group, found, strict=True)}
+            write(out, results)
         for measurement in group:
             left = deadline - time.monotonic()
             if left < SHORTEST:
@@ -244,7 +251,7 @@ def main(
     if unknown := set(sizes) - SIZES.keys():
         raise ValueError(f"there is no size {', '.join(unknown)}; it is one of {', '.join(SIZES)}")
     out.mkdir(parents=True, exist_ok=True)
-    planned = measurements(sizes, slots or [64, 256], steps)
+    planned = measurements(sizes, slots or [64, 256], steps, shutil.which("nvidia-smi") is not None)
     measure(planned, out, 60 * minutes, together)
     say(f"the figures are in {out / 'figures.md'}")
 

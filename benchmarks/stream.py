@@ -8,7 +8,7 @@ import dataclasses
 import json
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -122,6 +122,9 @@ def main(
     flow_cache_dtype: Annotated[
         str, typer.Option(help="dtype of the flow's KV cache: float32 or bfloat16.")
     ] = "float32",
+    parts: Annotated[
+        bool, typer.Option(help="Measure the parts of a step, too; each is compiled by itself.")
+    ] = True,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write the figures here.")
     ] = None,
@@ -141,6 +144,7 @@ def main(
         )
         return Bench(config, graph, params, engine_config)
 
+    start = time.perf_counter()
     bench = make_bench(1)
     figures = {
         "device": jax.devices()[0].device_kind,
@@ -149,40 +153,56 @@ def main(
         "int8": int8,
         "batch": batch,
         "engine_config": dataclasses.asdict(bench.engine_config),
+        "warm_up_s": time.perf_counter() - start,
     }
-    figures |= measure(bench, graph, params, steps, dtype)
     speech = config.write / UNITS_PER_SECOND
     counts = slots or [2**power for power in range(1, batch.bit_length())]
-    figures |= speakers(figures.pop("times"), make_bench, counts, speech)
-    measured_steps = list(map(int, figures["step_ms"]))
-    figures["growth"] = compare(bench, measured_steps[0], measured_steps[-1])
-    figures["profile"] = profile(bench)
+    for more in measurements(bench, graph, params, steps, dtype, counts, speech, make_bench, parts):
+        figures |= more
+        if json_file:  # after each, so that a run that is cut off leaves some
+            json_file.write_text(json.dumps(figures, indent=1) + "\n")
     report(figures)
-    if json_file:
-        json_file.write_text(json.dumps(figures, indent=1) + "\n")
 
 
-def measure(bench: Bench, graph: nnx.GraphDef, params: dict, steps: int, dtype) -> dict:
-    """The figures of one slot; `times` are the seconds of every step of an answer."""
-    config, compiled = bench.config, bench.engine.compilations()
+def measurements(
+    bench: Bench,
+    graph: nnx.GraphDef,
+    params: dict,
+    steps: int,
+    dtype: jnp.dtype,
+    counts: Sequence[int],
+    speech: float,
+    make_bench: Callable[[int], Bench],
+    parts: bool,
+) -> Iterator[dict]:
+    """All figures, the most telling first. See `main` and `speakers` for the arguments."""
+    compiled = bench.engine.compilations()
     times, dispatch = bench.answer(steps)
     median = statistics.median(times)
-    parts = parts_of_step(graph, params, bench)
-    return {
-        "times": times,
-        "first_audio_ms": 1000 * bench.first_audio(),
-        "rtf": median * UNITS_PER_SECOND / config.write,
-        "step_ms": {str(step): around(times, step) for step in POINTS if step <= steps},
-        "encoder_ms": parts["encoder"],
-        "prefill_ms": parts["prefill"],
-        "text_token_ms": parts["text"] / config.read,
-        "unit_ms": parts["units"] / config.write,
-        "flow_vocoder_ms": parts["flow and vocoder"],
+    step_ms = {str(step): around(times, step) for step in POINTS if step <= steps}
+    yield {
+        "rtf": median / speech,
+        "step_ms": step_ms,
         "dispatch_share": dispatch / median,
+        "first_audio_ms": 1000 * bench.first_audio(),
         "compilations": compiled,
         "compilations_during_answers": bench.engine.compilations() - compiled,
-        "roofline": against_roofline(config, params, bench.engine_config, parts, dtype),
     }
+    yield {"profile": profile(bench)}
+    yield speakers(times, make_bench, counts, speech)
+    if not parts:
+        return
+    taken = parts_of_step(graph, params, bench)
+    yield {
+        "encoder_ms": taken["encoder"],
+        "prefill_ms": taken["prefill"],
+        "text_token_ms": taken["text"] / bench.config.read,
+        "unit_ms": taken["units"] / bench.config.write,
+        "flow_vocoder_ms": taken["flow and vocoder"],
+    }
+    yield {"roofline": against_roofline(bench.config, params, bench.engine_config, taken, dtype)}
+    measured = list(map(int, step_ms))
+    yield {"growth": compare(bench, measured[0], measured[-1])}
 
 
 def profile(bench: Bench, steps: int = 4) -> dict | None:
@@ -249,40 +269,13 @@ def against_roofline(
 
 def report(figures: dict) -> None:
     """Print the figures as tables."""
-    growth = figures["growth"]
-    steps = ", ".join(f"{step}: {ms:.0f} ms" for step, ms in figures["step_ms"].items())
-    rates = ", ".join(f"{n}: {rate:.2f}" for n, rate in figures["audio_s_per_s"].items())
-    compiled = f"{figures['compilations']}, {figures['compilations_during_answers']}"
-    rows = {
-        "time to first audio (features on the device)": f"{figures['first_audio_ms']:.0f} ms",
-        "real-time factor, one speaker": f"{figures['rtf']:.3f}",
-        "encoder and adapter, 30 s": f"{figures['encoder_ms']:.0f} ms",
-        "prefill of a turn": f"{figures['prefill_ms']:.0f} ms",
-        "a text token": f"{figures['text_token_ms']:.2f} ms",
-        "a unit": f"{figures['unit_ms']:.2f} ms",
-        "flow and vocoder, a step": f"{figures['flow_vocoder_ms']:.0f} ms",
-        "step number": steps,
-        f"growth, step {growth['from']} to {growth['to']}": (
-            f"measured {growth['measured']:.2f}, by attention alone {growth['predicted']:.2f}"
-        ),
-        "Python's share of a step": f"{100 * figures['dispatch_share']:.1f} %",
-        "compilations (warm-up, answers)": compiled,
-        "audio seconds per second, by slots": rates,
-        "speakers in real time (p95)": str(figures["realtime_speakers"]),
-    }
     title = f"{figures['size']}, {figures['dtype']}, {figures['device']}"
     table = rich.table.Table(show_header=False, title=title)
-    for row in rows.items():
+    for row in rows(figures):
         table.add_row(*row)
     console.print(table)
-    table = rich.table.Table(
-        "part of a step", "MB moved", "GFLOP", "at best, ms", "measured, ms", "of the roofline"
-    )
-    for name in ("text", "units", "flow and vocoder"):
-        part = figures["roofline"][name]
-        numbers = part["bytes"] / 1e6, part["flops"] / 1e9, part["least_ms"], part["ms"]
-        table.add_row(name, *(f"{n:.1f}" for n in numbers), f"{100 * part['fraction']:.0f} %")
-    console.print(table)
+    if "roofline" in figures:
+        report_roofline(figures["roofline"])
     if summary := figures["profile"]:
         console.print(
             f"{summary['kernels']} kernels and copies in a step of {1000 * summary['seconds']:.1f} "
@@ -292,8 +285,49 @@ def report(figures: dict) -> None:
         for name, seconds, times in summary["largest"]:
             table.add_row(name, f"{1000 * seconds:.2f}", str(times))
         console.print(table)
-    copied = figures["roofline"]["copy_bytes_per_s"] / 1e9
-    multiplied = figures["roofline"]["matmul_flops_per_s"] / 1e12
+
+
+def rows(figures: dict) -> Iterator[tuple[str, str]]:
+    """The rows of the first table."""
+    steps = ", ".join(f"{step}: {ms:.0f} ms" for step, ms in figures["step_ms"].items())
+    rates = ", ".join(f"{n}: {rate:.2f}" for n, rate in figures["audio_s_per_s"].items())
+    yield "loading and compiling for one slot", f"{figures['warm_up_s']:.0f} s"
+    yield (
+        "time to first audio (features on the device)",
+        f"{figures['first_audio_ms']:.0f} ms",
+    )
+    yield "real-time factor, one speaker", f"{figures['rtf']:.3f}"
+    yield "step number", steps
+    yield "Python's share of a step", f"{100 * figures['dispatch_share']:.1f} %"
+    compiled = figures["compilations"], figures["compilations_during_answers"]
+    yield "compilations (warm-up, answers)", ", ".join(map(str, compiled))
+    yield "audio seconds per second, by slots", rates
+    yield "speakers in real time (p95)", str(figures["realtime_speakers"])
+    if "roofline" not in figures:
+        return
+    yield "encoder and adapter, 30 s", f"{figures['encoder_ms']:.0f} ms"
+    yield "prefill of a turn", f"{figures['prefill_ms']:.0f} ms"
+    yield "a text token", f"{figures['text_token_ms']:.2f} ms"
+    yield "a unit", f"{figures['unit_ms']:.2f} ms"
+    yield "flow and vocoder, a step", f"{figures['flow_vocoder_ms']:.0f} ms"
+    growth = figures["growth"]
+    yield (
+        f"growth, step {growth['from']} to {growth['to']}",
+        f"measured {growth['measured']:.2f}, by attention alone {growth['predicted']:.2f}",
+    )
+
+
+def report_roofline(figures: dict) -> None:
+    """Print what the parts of a step take beside what the device allows."""
+    table = rich.table.Table(
+        "part of a step", "MB moved", "GFLOP", "at best, ms", "measured, ms", "of the roofline"
+    )
+    for name in ("text", "units", "flow and vocoder"):
+        part = figures[name]
+        numbers = part["bytes"] / 1e6, part["flops"] / 1e9, part["least_ms"], part["ms"]
+        table.add_row(name, *(f"{n:.1f}" for n in numbers), f"{100 * part['fraction']:.0f} %")
+    console.print(table)
+    copied, multiplied = figures["copy_bytes_per_s"] / 1e9, figures["matmul_flops_per_s"] / 1e12
     rates = f"copy {copied:.1f} GB/s, matmul {multiplied:.2f} TFLOP/s, measured in this run"
     console.print(rates, highlight=False)
 

@@ -15,8 +15,10 @@
 # interruption start the script again. SMALL=1 makes everything tiny, to try the commands.
 set -euo pipefail
 
-# Otherwise glibc returns the buffers of every training step to the system (23 % of the time).
+# Otherwise glibc returns the buffers of every training step to the system (23 % of the time), and gets
+# them back in pages of 4 KB instead of 2 MB (20 % of what is left).
 export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=8000000000 MALLOC_TOP_PAD_=268435456
+export GLIBC_TUNABLES=glibc.malloc.hugetlb=1
 
 repository=$(cd "$(dirname "$0")/.." && pwd)
 voice=${VOICE:-$repository/examples/joe/checkpoint}   # its units, and the decoder that speaks them

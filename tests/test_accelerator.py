@@ -14,6 +14,7 @@ from omni2_jax.checkpoint import parameters
 
 SERVING = {
     "device": "NVIDIA H100",
+    "warm_up_s": 60.0,
     "first_audio_ms": 80.0,
     "rtf": 0.05,
     "text_token_ms": 1.5,
@@ -30,6 +31,7 @@ PROGRAM = f"""
 import json, sys, time
 what, path = sys.argv[1], sys.argv[-1]
 if what == "hang":
+    open(path, "w").write('{{"device": "NVIDIA H100"}}')
     time.sleep(600)
 if what == "fail":
     sys.exit("error: out of memory")
@@ -56,7 +58,7 @@ def test_figures_are_written_after_each(plan, tmp_path):
     assert "| one | real-time factor | 0.0500 |" in page
     assert "| one | audio a second, 64 slots | 500.0 s |" in page
     assert "| large | failed | error: out of memory |" in page
-    assert "graphs" in found  # the first measurement ran on an NVIDIA GPU
+    assert "graphs" in found
 
 
 def test_what_is_measured_is_kept_and_the_rest_goes_on(plan, tmp_path):
@@ -68,8 +70,9 @@ def test_what_is_measured_is_kept_and_the_rest_goes_on(plan, tmp_path):
 
 def test_the_time_runs_out(plan, tmp_path, monkeypatch):
     monkeypatch.setattr("benchmarks.accelerator.SHORTEST", 0.5)
-    found = measure([Measurement("hang", ("stand_in", "hang")), plan[1]], tmp_path, 1)
+    found = measure([Measurement("hang", ("stand_in", "hang")), plan[1]], tmp_path, 2)
     assert "the time ran out" in found["hang"]["failed"] and "large" not in found
+    assert found["hang"]["device"] == "NVIDIA H100"  # what it had measured by then is kept
 
 
 def test_measurements_that_compile_together_are_measured_alone(plan, tmp_path):
@@ -78,10 +81,26 @@ def test_measurements_that_compile_together_are_measured_alone(plan, tmp_path):
     assert (tmp_path / "compiling" / "0.json").exists() and "graphs" in found
 
 
+def test_figures_of_programs_beside_others_stay_where_time_runs_out(plan, tmp_path, monkeypatch):
+    def compile_together(*_):
+        monkeypatch.setattr("benchmarks.accelerator.SHORTEST", 1000)
+        return [SERVING, {"failed": "out of memory"}]
+
+    monkeypatch.setattr("benchmarks.accelerator.compile_together", compile_together)
+    found = measure(plan[:2], tmp_path, 60, together=2)
+    assert found["one"] == SERVING | {"failed": "measured beside other programs only"}
+    assert measure(plan[:2], tmp_path, 2000)["one"]["rtf"] == 0.05  # measured alone now
+
+
 def test_the_most_telling_come_first():
     names = [one.name for one in measurements(["0.5b", "7b"], [64, 256], 20)]
-    assert names[:3] == ["one speaker, 0.5b", "one speaker, 7b", "64 speakers, 0.5b"]
+    assert names[:3] == ["one speaker, 0.5b", "one speaker, 7b", "stage 1a, 0.5b"]
     assert "256 speakers, 0.5b" in names
+    elsewhere = [one.name for one in measurements(["0.5b", "7b"], [64, 256], 20, gpu=False)]
+    assert set(names) - set(elsewhere) == {
+        "one speaker, 0.5b, loops as CUDA graphs",
+        "stage 1a, 0.5b, without cuDNN",
+    }
 
 
 def test_figures_of_training():

@@ -32,9 +32,9 @@ def serve(
             parser=sessions_of,
             metavar="N|auto",
             help="Clients at the same time; more are refused. auto measures how many this device "
-            "can speak to in real time, which takes longer to start.",
+            "can speak to in real time; to start takes longer than with a number.",
         ),
-    ] = "4",
+    ] = MEASURED,
     context: Annotated[
         int,
         typer.Option(
