@@ -60,8 +60,10 @@ class Source:
         return cls(directory, tuple(chosen))
 
 
-def join(sources: Sequence[Source]) -> Release:
+def join(sources: Sequence[Source], fusion: bool = True) -> Release:
     """The parts of all sources together, to be written as one checkpoint.
+
+    fusion: without it, the speech LM reads the text alone, as it does in stage 1b.
 
     R, W and the units are those of the speech LM's checkpoint; the prompt's limit, the tokenizer
     and `no_speech_reply` those of the LLM's; the voices those of the flow's. Raises ValueError, one
@@ -69,9 +71,15 @@ def join(sources: Sequence[Source]) -> Release:
     are damaged.
     """
     owners = find_owners(sources)
+    if not fusion:
+        owners.pop("fusion", None)
     if not owners:
         raise ValueError("nothing to join: the checkpoints hold no parameters")
     configs = {path: Omni2Config.load(path / "config.json") for path in set(owners.values())}
+    if not fusion:
+        if "speech_lm" not in owners:
+            raise ValueError("--no-fusion changes what a speech_lm reads, and there is none")
+        configs[owners["speech_lm"]] = configs[owners["speech_lm"]].replace(mix="text")
     for part, path in owners.items():
         if part != "speech_tokenizer":
             configs[path].need(path / "config.json", part)
@@ -171,7 +179,9 @@ def check_fit(
     check_equal("numbers in an x-vector", numbers, owners)
     if config.llm and config.speech_lm:
         if config.mix != "text" and "fusion" not in owners:
-            raise ValueError(f"no fusion: the speech LM of {owners['speech_lm']} needs its own")
+            raise ValueError(
+                f"no fusion: the speech LM of {owners['speech_lm']} needs its own, or --no-fusion"
+            )
         mixes = {
             part: configs[owners[part]].mix for part in ("speech_lm", "fusion") if part in owners
         }

@@ -20,6 +20,11 @@ set -euo pipefail
 export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=8000000000 MALLOC_TOP_PAD_=268435456
 export GLIBC_TUNABLES=glibc.malloc.hugetlb=1
 
+# Paths may be relative to the directory in which the script is started.
+for name in PIPER_VOICE OMNI2_WHISPER VOICE; do
+    if [ -e "${!name:-}" ]; then export "$name=$(realpath "${!name}")"; fi
+done
+
 repository=$(cd "$(dirname "$0")/.." && pwd)
 voice=${VOICE:-$repository/examples/joe/checkpoint}   # its units, and the decoder that speaks them
 work=${1:-nano-recipe}

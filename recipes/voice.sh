@@ -18,6 +18,11 @@ set -euo pipefail
 export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=8000000000 MALLOC_TOP_PAD_=268435456
 export GLIBC_TUNABLES=glibc.malloc.hugetlb=1
 
+# Paths may be relative to the directory in which the script is started.
+for name in PIPER_VOICE OMNI2_WHISPER; do
+    if [ -e "${!name:-}" ]; then export "$name=$(realpath "${!name}")"; fi
+done
+
 repository=$(cd "$(dirname "$0")/.." && pwd)
 work=${1:-voice-recipe}
 mkdir -p "$work"

@@ -77,6 +77,19 @@ def test_a_group_in_a_smaller_type(omni2, new_checkpoint, folder, tmp_path):
         assert str(tmp_path).encode() not in file.read_bytes(), file
 
 
+def test_a_speech_lm_that_reads_text_alone(omni2, new_checkpoint, tmp_path):
+    """As stage 1b leaves it: its checkpoint has a fusion, which nothing has trained."""
+    out = tmp_path / "out"
+    assert omni2("join", new_checkpoint, "--no-fusion", "--out", out)[0] == 0
+    kept = [part for part in parameters.parts(new_checkpoint) if part != "fusion"]
+    assert parameters.parts(out) == kept
+    config = Omni2Config.load(new_checkpoint / "config.json")
+    assert config.mix == "gate"
+    assert Omni2Config.load(out / "config.json") == config.replace(mix="text")
+    line, *_ = omni2("join", f"flow={out}", "--no-fusion", "--out", tmp_path / "flow")
+    assert is_error_line(line) and "speech_lm" in line
+
+
 @pytest.mark.parametrize(
     "sources, words",
     [

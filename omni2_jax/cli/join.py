@@ -27,6 +27,14 @@ def join(
         typer.Option(help="The type that parameters are stored in. [default: as they are]"),
     ] = None,
     quantize: Quantize = None,
+    no_fusion: Annotated[
+        bool,
+        typer.Option(
+            "--no-fusion",
+            help="The speech LM reads the text alone, without the LLM's hidden states, as it has "
+            "learnt to in stage 1b.",
+        ),
+    ] = False,
 ) -> None:
     """Make one checkpoint of parts that were trained apart; store them in a smaller type.
 
@@ -40,7 +48,7 @@ def join(
     if out.exists():
         raise ValueError(f"{out} exists already; give a new directory")
     with console.status("checking names and shapes"):
-        release = join_parts([Source.parse(text) for text in sources])
+        release = join_parts([Source.parse(text) for text in sources], fusion=not no_fusion)
         if dtype:
             release = precision.stored_as(release, dtype)
         if quantize:
