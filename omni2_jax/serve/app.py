@@ -1,5 +1,6 @@
 """The routes of the server."""
 
+import asyncio
 import contextlib
 import functools
 import socket
@@ -17,7 +18,7 @@ from starlette.routing import Mount, Route, WebSocketRoute
 from starlette.staticfiles import StaticFiles
 from starlette.websockets import WebSocket
 
-from omni2_jax.serve import audio_api, chat_completions
+from omni2_jax.serve import audio_api, chat_completions, memory
 from omni2_jax.serve.access import Access
 from omni2_jax.serve.connection import say_farewell
 from omni2_jax.serve.http import Endpoint
@@ -43,7 +44,9 @@ def create_app(
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        trimming = asyncio.create_task(memory.keep_trimming())
         yield
+        trimming.cancel()
         server.worker.stop(STEP_SECONDS)
 
     async def realtime(websocket: WebSocket) -> None:

@@ -1,0 +1,47 @@
+"""A server gives free memory back to the system."""
+
+import asyncio
+import ctypes.util
+import random
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from omni2_jax.serve import memory
+from omni2_jax.serve.app import create_app
+
+GLIBC = "libc.so.6" in (ctypes.util.find_library("c") or "")
+
+
+def resident() -> float:
+    """MB of this process."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 1e6
+
+
+@pytest.mark.skipif(not GLIBC, reason="the C library is not glibc")
+def test_free_blocks_between_used_ones():
+    random.seed(0)
+    blocks = [bytearray(random.randint(10_000, 60_000)) for _ in range(4000)]  # 140 MB
+    kept = blocks[::10]
+    del blocks
+    before = resident()
+    assert memory.trim()
+    assert resident() < before - 50 and len(kept) == 400
+
+
+def test_it_is_done_while_the_server_runs(monkeypatch):
+    done = asyncio.Event()
+    stopped: list[float] = []
+    server = SimpleNamespace(worker=SimpleNamespace(stop=stopped.append))
+    app = create_app(server)
+
+    async def run() -> None:
+        loop = asyncio.get_running_loop()
+        monkeypatch.setattr(memory, "INTERVAL", 0.001)
+        monkeypatch.setattr(memory, "trim", lambda: loop.call_soon_threadsafe(done.set))
+        async with app.router.lifespan_context(app):
+            await asyncio.wait_for(done.wait(), 60)
+
+    asyncio.run(run())
+    assert stopped  # the worker, after it
