@@ -156,7 +156,7 @@ def figures_of(name: str, result: Mapping) -> Iterator[tuple[str, str, str]]:
         yield name, "compilation", f"{stage['compile_s']:.0f} s"
     if "rtf" in result:
         yield name, "device", result["device"]
-        yield name, "loading and compiling", f"{result['warm_up_s']:.0f} s"
+        yield name, "compiling", f"{result['warm_up_s']:.0f} s"
         yield name, "first audio, from features", f"{result['first_audio_ms']:.0f} ms"
         yield name, "real-time factor", f"{result['rtf']:.4f}"
     if profile := result.get("profile"):

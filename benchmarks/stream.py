@@ -157,7 +157,11 @@ def main(
     }
     speech = config.write / UNITS_PER_SECOND
     counts = slots or [2**power for power in range(1, batch.bit_length())]
-    for more in measurements(bench, graph, params, steps, dtype, counts, speech, make_bench, parts):
+
+    def of_speakers(times: list[float]) -> dict:
+        return speakers(times, make_bench, counts, speech)
+
+    for more in measurements(bench, graph, params, steps, of_speakers, parts):
         figures |= more
         if json_file:  # after each, so that a run that is cut off leaves some
             json_file.write_text(json.dumps(figures, indent=1) + "\n")
@@ -169,13 +173,15 @@ def measurements(
     graph: nnx.GraphDef,
     params: dict,
     steps: int,
-    dtype: jnp.dtype,
-    counts: Sequence[int],
-    speech: float,
-    make_bench: Callable[[int], Bench],
+    of_speakers: Callable[[list[float]], dict],
     parts: bool,
 ) -> Iterator[dict]:
-    """All figures, the most telling first. See `main` and `speakers` for the arguments."""
+    """All figures, the most telling first.
+
+    of_speakers: seconds of the steps of one slot -> the figures of `speakers`. parts: whether those
+    of the parts of a step are measured, too.
+    """
+    speech = bench.config.write / UNITS_PER_SECOND
     compiled = bench.engine.compilations()
     times, dispatch = bench.answer(steps)
     median = statistics.median(times)
@@ -189,7 +195,7 @@ def measurements(
         "compilations_during_answers": bench.engine.compilations() - compiled,
     }
     yield {"profile": profile(bench)}
-    yield speakers(times, make_bench, counts, speech)
+    yield of_speakers(times)
     if not parts:
         return
     taken = parts_of_step(graph, params, bench)
@@ -200,6 +206,7 @@ def measurements(
         "unit_ms": taken["units"] / bench.config.write,
         "flow_vocoder_ms": taken["flow and vocoder"],
     }
+    dtype = bench.engine.dtype
     yield {"roofline": against_roofline(bench.config, params, bench.engine_config, taken, dtype)}
     measured = list(map(int, step_ms))
     yield {"growth": compare(bench, measured[0], measured[-1])}
@@ -225,7 +232,7 @@ def speakers(
     than their speech.
     """
     rates, realtime = {}, 0
-    steps = min(30, len(times))  # not more than there is room for: idle slots cost nothing
+    steps = min(30, len(times))  # no more than the buffers hold
     for slots in (1, *counts):
         if slots > 1:
             times, _ = make_bench(slots).answer(steps)
@@ -291,7 +298,7 @@ def rows(figures: dict) -> Iterator[tuple[str, str]]:
     """The rows of the first table."""
     steps = ", ".join(f"{step}: {ms:.0f} ms" for step, ms in figures["step_ms"].items())
     rates = ", ".join(f"{n}: {rate:.2f}" for n, rate in figures["audio_s_per_s"].items())
-    yield "loading and compiling for one slot", f"{figures['warm_up_s']:.0f} s"
+    yield "compiling for one slot", f"{figures['warm_up_s']:.0f} s"
     yield (
         "time to first audio (features on the device)",
         f"{figures['first_audio_ms']:.0f} ms",
