@@ -2,6 +2,7 @@
 
 import asyncio
 import ctypes.util
+import gc
 import random
 from pathlib import Path
 from types import SimpleNamespace
@@ -45,3 +46,9 @@ def test_it_is_done_while_the_server_runs(monkeypatch):
 
     asyncio.run(run())
     assert stopped  # the worker, after it
+
+
+def test_what_is_loaded_is_not_looked_at_again():
+    frozen, loaded = gc.get_freeze_count(), [[number] for number in range(20_000)]
+    memory.settle()
+    assert gc.get_freeze_count() >= frozen + len(loaded)

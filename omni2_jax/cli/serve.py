@@ -103,7 +103,7 @@ def serve(
         raise ValueError(f"cannot listen on {host}:{port}: {error.strerror}") from None
 
     from omni2_jax.generate.options import Options
-    from omni2_jax.serve import capacity
+    from omni2_jax.serve import capacity, memory
     from omni2_jax.serve.app import GracefulServer, create_app
     from omni2_jax.serve.limits import Limits
     from omni2_jax.serve.server import Server
@@ -127,6 +127,7 @@ def serve(
     with console.status("compiling"):
         server.worker.start()
         seconds = capacity.step_seconds(server.worker.engine)
+        memory.settle()
     say(capacity.describe(server.worker.engine, seconds))
     address = f"[{host}]" if ":" in host else host
     scheme = "https" if certificate else "http"

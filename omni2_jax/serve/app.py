@@ -44,9 +44,9 @@ def create_app(
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        trimming = asyncio.create_task(memory.keep_trimming())
+        tidying = asyncio.create_task(memory.keep_tidy())
         yield
-        trimming.cancel()
+        tidying.cancel()
         server.worker.stop(STEP_SECONDS)
 
     async def realtime(websocket: WebSocket) -> None:

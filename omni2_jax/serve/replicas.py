@@ -17,6 +17,7 @@ from omni2_jax.checkpoint import embedded
 from omni2_jax.cli.serve import read_keys
 from omni2_jax.generate.omni2 import describe
 from omni2_jax.generate.options import Options
+from omni2_jax.serve import memory
 from omni2_jax.serve.app import create_app
 from omni2_jax.serve.limits import Limits
 from omni2_jax.serve.server import Server
@@ -61,6 +62,7 @@ class Replica:
         self.settings = settings
         self.server = Server.load(checkpoint, options, limits, recogniser=settings.recogniser)
         self.server.worker.start()
+        memory.settle()
 
     def __serve_build_asgi_app__(self) -> Starlette:
         keys = read_keys(self.settings.key_file) if self.settings.key_file else ()
