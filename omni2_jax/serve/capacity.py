@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 STEPS = 6
 MOST = 64  # sessions that are tried
-SHARE = 0.8  # of a step's time that speech may take; newcomers' questions are heard in the rest
+SHARE = 0.6  # of a step's time that speech may take; the rest is for hearing and other programs
 
 
 def most_sessions(model: "Omni2", options: Options, context: int) -> int:
