@@ -5,7 +5,6 @@ order, one sends, and one generates the response, if there is one.
 """
 
 import asyncio
-import contextlib
 import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -87,10 +86,6 @@ class Realtime(Connection):
             self.server.connections.discard(self)
             self.stop_response("client_cancelled")
             await self.close()
-            # Handlers refer to this object, so it lives until the garbage collector finds it. The
-            # arrays of the conversation must not.
-            with contextlib.suppress(AttributeError):  # it had no session yet
-                del self.session
 
     async def receive(self, text: str | bytes) -> None:
         """Carry out one event. A fault of the event is answered by an `error` event.
