@@ -49,8 +49,7 @@ def matmul_rate(dtype: jnp.dtype) -> float:
 
 
 def traced(run: Callable[[], Any]) -> dict | None:
-    """What the device did during a call, compiled before -> see `busy`; None without a trace of it,
-    as on CPUs."""
+    """What a GPU did during a call of a compiled program (see `busy`); None on other devices."""
     options = jax.profiler.ProfileOptions()
     options.python_tracer_level = 0
     with tempfile.TemporaryDirectory() as folder:

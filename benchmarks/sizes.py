@@ -1,6 +1,5 @@
 """Models to measure: dimensions by name, with random weights when there is no checkpoint."""
 
-import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from omni2_jax.config import (
     TokenConfig,
 )
 from omni2_jax.configs import omni2_0_5b, omni2_1_5b, omni2_3b, omni2_7b, omni2_14b, omni2_32b
-from omni2_jax.convert.precision import LARGEST, QUANTIZED
+from omni2_jax.convert.precision import LARGEST, QUANTIZED, with_int8
 from omni2_jax.models.model import abstract_model, part_dtype
 from omni2_jax.models.serving import for_serving
 from omni2_jax.train.stages.base import Stage
@@ -70,17 +69,16 @@ def load(
 
     dtype: of the language side; the decoder is float32. int8: random matrices are those of a
     checkpoint that `omni2 convert --quantize int8` writes. Raises ValueError for an unknown size,
-    and what `parameters.load` raises.
+    for int8 with a checkpoint, and what `parameters.load` raises.
     """
     if directory is not None:
+        if int8:
+            raise ValueError(f"--int8 is for random weights; {directory} has its own")
         config = Omni2Config.load(directory / "config.json").replace(speaker=None)
         return config, *for_serving(*parameters.load(directory, config, dtype), donate=True)
     config = of(size).replace(speaker=None)
     if int8:
-        parts = {
-            part: dataclasses.replace(getattr(config, part), weights="int8") for part in QUANTIZED
-        }
-        config = config.replace(**parts)
+        config = with_int8(config, QUANTIZED)
     graph, shapes = abstract_model(config)
     leaves = {
         path: leaf if leaf.dtype == jnp.int8 else leaf.update(dtype=dtype_of(path, dtype))

@@ -5,6 +5,7 @@ table). A scale is a bfloat16 number, so that none changes where a model compute
 """
 
 import dataclasses
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -44,6 +45,12 @@ def quantized_parts(config: Omni2Config) -> list[str]:
     return [part for part, settings in parts.items() if settings and settings.weights == "int8"]
 
 
+def with_int8(config: Omni2Config, parts: Sequence[str]) -> Omni2Config:
+    """The dimensions of a checkpoint in which the matrices of these parts are int8."""
+    changed = {part: dataclasses.replace(getattr(config, part), weights="int8") for part in parts}
+    return config.replace(**changed)
+
+
 def quantized(release: Release) -> Release:
     """The release with the matrices of both language models and of the speech encoder as int8.
 
@@ -54,12 +61,7 @@ def quantized(release: Release) -> Release:
     parts = [part for part in QUANTIZED if part in release.params]
     if not parts:
         raise ValueError(f"nothing to quantize: expected {', '.join(QUANTIZED)}")
-    config = release.config.replace(
-        **{
-            part: dataclasses.replace(getattr(release.config, part), weights="int8")
-            for part in parts
-        }
-    )
+    config = with_int8(release.config, parts)
     state = abstract_state(config)[1]
     new = {part: quantized_part(release.params[part], state[part]) for part in parts}
     return dataclasses.replace(release, config=config, params=release.params | new)
