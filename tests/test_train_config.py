@@ -289,6 +289,7 @@ OTHER = {
     "replay_data": "stage=1a replay=0.5 replay_data=other",
     "ctc": "stage=1a ctc=0.5",
     "ctc_steps": "stage=1a ctc=0.5 ctc_steps=5",
+    "mel_masks": "stage=1a mel_masks=2",
     "layout": "layout=offline",
     "unit_noise": "unit_noise=0.1",
     "mix": "stage=2 mix=sum",

@@ -212,6 +212,7 @@ class TrainConfig:
     replay_data: str | None = None  # a .jsonl of dialogues or a data set; None is `data`
     ctc: float = 0.0  # stage 1a: weight of a CTC loss of the questions' text (see the stage)
     ctc_steps: int = 0  # stage 1a: first steps, in which speech is learned by that loss alone
+    mel_masks: int = 0  # stage 1a: bands and stretches of time to hide in a recording (SpecAugment)
     frames: str | None = None  # stages 1a and 2: the encoder's frames, from `omni2 frames`
     hidden: str | None = None  # stage 2: the LLM's hidden states, computed by `omni2 hidden`
     reset: Annotated[tuple[str, ...], pydantic.BeforeValidator(one_or_more)] = ()
@@ -246,6 +247,7 @@ class TrainConfig:
 
     def __post_init__(self):
         smallest = dict.fromkeys(("seed", "rank", "samples", "mu_steps", "ctc_steps"), 0)
+        smallest |= {"mel_masks": 0}
         smallest |= dict.fromkeys(("batch", "microbatches", "loss_block", "workers"), 1)
         smallest |= dict.fromkeys(("save_every", "keep", "validate_every", "max_sample_text"), 1)
         faults = [

@@ -3,7 +3,8 @@
 
 The loss is the cross-entropy of the assistant's text. A little LLM forgets its text unless some of
 it is replayed, and hears sooner with a small CTC loss: the settings `replay` and `ctc`. An adapter
-that starts from nothing learns fastest by CTC alone, without the LLM: the setting `ctc_steps`.
+that starts from nothing learns fastest by CTC alone, without the LLM: the setting `ctc_steps`. With
+few recordings, `mel_masks` hides parts of what is heard.
 B batch, C segments, N samples, F speech features of a segment, T LLM positions, D LLM width,
 V vocabulary.
 """
@@ -28,6 +29,7 @@ from omni2_jax.train.dialogues import Conversation, DialogueExamples
 from omni2_jax.train.encoder_frames import EncoderFrames
 from omni2_jax.train.examples import PAD, Item, Row, full, put
 from omni2_jax.train.losses import IGNORE, token_loss
+from omni2_jax.train.masking import masked
 from omni2_jax.train.settings import Bucket, TrainConfig
 from omni2_jax.train.stages.base import Array, Batch, Loss, Stage, positions
 from omni2_jax.train.written import open_texts, written
@@ -110,7 +112,7 @@ class SpeechToText(Stage):
 
     parts = ("speech_encoder", "adapter", "llm")
     trained = ("adapter", "llm")
-    settings = ("rank", "frames", "replay", "replay_data", "ctc", "ctc_steps")
+    settings = ("rank", "frames", "replay", "replay_data", "ctc", "ctc_steps", "mel_masks")
     example_type = TextExamples
     scored = ("llm",)
 
@@ -125,6 +127,8 @@ class SpeechToText(Stage):
             faults.append("replay_data is given, but replay is 0")
         if train.ctc_steps and not train.ctc:
             faults.append("ctc_steps is given, but ctc is 0")
+        if train.mel_masks and train.frames:
+            faults.append("mel_masks changes what the speech encoder reads: frames is left out")
         return faults
 
     @property
@@ -170,14 +174,14 @@ class SpeechToText(Stage):
         """
         if not batch["question"].size:
             return self.loss(model, batch, key)
-        return hearing_loss(model, hear(model, self.train, batch), batch["question"])
+        return hearing_loss(model, hear(model, self.train, batch, key), batch["question"])
 
     def loss(self, model: Model, batch: Batch, key: Array) -> Loss:
         """The cross-entropy of the replies' text; with the setting `ctc` also `hearing_loss`.
 
         Both are means over their tokens, added with the weight `ctc`.
         """
-        speech = hear(model, self.train, batch)
+        speech = hear(model, self.train, batch, key)
         hidden = read(model, self.train, batch, speech)
         loss, terms = token_loss(hidden, batch["targets"], model.llm.logits, self.train.loss_block)
         if self.train.ctc and batch["question"].size:  # rows of replayed text have no questions
@@ -207,22 +211,27 @@ class SpeechToText(Stage):
         return {"features, speech encoder": encoder}
 
 
-def encode_questions(model: Model, train: TrainConfig, batch: Batch) -> Array:
+def encode_questions(
+    model: Model, train: TrainConfig, batch: Batch, key: Array | None = None
+) -> Array:
     """Recordings [B, C, N] int16 -> frames of the frozen speech encoder [B * C, frames, width].
 
-    Frames [B, C, frames, width] that come from the disk are taken as they are.
+    Frames [B, C, frames, width] that come from the disk are taken as they are. key: of training, in
+    which the setting `mel_masks` hides parts of the recordings.
     """
     if "frames" in batch:
         return batch["frames"].reshape(-1, *batch["frames"].shape[2:]).astype(train.dtype)
     rows, segments, samples = batch["audio"].shape
     audio = recordings.from_int16(batch["audio"].reshape(rows * segments, samples))
     mel = features.log_mel(constrain(audio, "batch", None), mels=model.config.speech_encoder.mels)
+    if train.mel_masks and key is not None:
+        mel = masked(mel, train.mel_masks, key)
     return jax.lax.stop_gradient(model.speech_encoder(mel.astype(train.dtype)))
 
 
-def hear(model: Model, train: TrainConfig, batch: Batch) -> Array:
+def hear(model: Model, train: TrainConfig, batch: Batch, key: Array | None = None) -> Array:
     """Recordings [B, C, N] int16, or their frames, -> speech features [B, C * F, D]."""
-    speech = model.adapter(encode_questions(model, train, batch))
+    speech = model.adapter(encode_questions(model, train, batch, key))
     return speech.reshape(len(batch["ids"]), -1, speech.shape[-1])
 
 
