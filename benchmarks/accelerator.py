@@ -71,7 +71,8 @@ def measurements(
 
     small = sizes[0]
     planned = [
-        *(one(size) for size in sizes),
+        one(small),
+        *(one(size, "", "--no-parts") for size in sizes[1:]),
         training(small, "1a"),
         one(small, ", loops as CUDA graphs", "--no-parts", gpu=True, environment=GRAPHS),
         speakers(small, slots[0]),
