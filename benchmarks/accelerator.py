@@ -157,7 +157,8 @@ def figures_of(name: str, result: Mapping) -> Iterator[tuple[str, str, str]]:
         yield name, "compilation", f"{stage['compile_s']:.0f} s"
     if "rtf" in result:
         yield name, "device", result["device"]
-        yield name, "compiling", f"{result['warm_up_s']:.0f} s"
+        if "warm_up_s" in result:  # older results lack it
+            yield name, "compiling", f"{result['warm_up_s']:.0f} s"
         yield name, "first audio, from features", f"{result['first_audio_ms']:.0f} ms"
         yield name, "real-time factor", f"{result['rtf']:.4f}"
     if profile := result.get("profile"):
@@ -165,7 +166,7 @@ def figures_of(name: str, result: Mapping) -> Iterator[tuple[str, str, str]]:
         yield name, "the device is busy, of a step", f"{100 * profile['busy']:.0f} %"
     for slots, rate in result.get("audio_s_per_s", {}).items():
         yield name, f"audio a second, {slots} slots", f"{rate:.1f} s"
-    if "realtime_speakers" in result:
+    if any(int(slots) > 1 for slots in result.get("audio_s_per_s", ())):
         yield name, "speakers at once, deadlines kept", str(result["realtime_speakers"])
     if roof := result.get("roofline"):
         yield name, "copy bandwidth, measured", f"{roof['copy_bytes_per_s'] / 1e9:.0f} GB/s"
