@@ -131,6 +131,7 @@ def serve(
     say(capacity.describe(server.worker.engine, seconds))
     address = f"[{host}]" if ":" in host else host
     scheme = "https" if certificate else "http"
+    listener.listen()  # from here on connections wait for uvicorn, instead of being refused
     say(f"listening on {scheme}://{address}:{listener.getsockname()[1]}")
     config = uvicorn.Config(
         create_app(server, keys, tuple(origin or ())),
