@@ -70,7 +70,7 @@ def test_the_time_of_a_step_is_measured(server):
     assert seconds > 0 and not any(engine.slots) and not engine.waiting
     assert "slower than real time" in capacity.describe(engine, 0.5)
     line = capacity.describe(engine, 0.1)
-    assert line == "3 sessions at once: 100 ms of computing for 400 ms of speech"
+    assert line == "sessions at once: 3; 100 ms of computing for 400 ms of speech"
 
 
 def test_as_many_sessions_as_speak_in_real_time(monkeypatch):

@@ -62,9 +62,10 @@ def describe(engine: Engine, seconds: float) -> str:
     """One line for the operator. seconds: of a step."""
     slots, speech = engine.engine_config.slots, engine.config.write / UNITS_PER_SECOND
     line = (
-        f"{slots} sessions at once: {seconds * 1000:.0f} ms of computing for "
+        f"sessions at once: {slots}; {seconds * 1000:.0f} ms of computing for "
         f"{speech * 1000:.0f} ms of speech"
     )
     if seconds > speech and engine.config.flow:
-        line += "; this is slower than real time, so answers will have gaps: give fewer --sessions"
+        line += "; this is slower than real time, so answers will have gaps"
+        line += ": give fewer --sessions" if slots > 1 else ""
     return line
