@@ -89,6 +89,8 @@ def main(*arguments: str) -> None:
     # A process reuses what an earlier one has compiled. JAX reads this variable when it is first
     # imported, and the subcommands import it only when they run.
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path.home() / ".cache" / "omni2-jax"))
+    # Programs that compile in less than a second, which JAX leaves out, take seconds together.
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # no advice to install PyTorch
     sys.excepthook = show_exception
     sys.unraisablehook = threading.excepthook = silence
