@@ -1,5 +1,6 @@
 """The embedded model, asked as its users ask it: aloud, questions that it has not heard before."""
 
+import os
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -9,6 +10,8 @@ import numpy as np
 import pytest
 
 from omni2_jax.audio import recordings
+from omni2_jax.evaluate import word_errors
+from omni2_jax.evaluate.recognisers import RecogniserOptions, open_recogniser
 from omni2_jax.evaluate.tasks.spoken_qa import occurs
 from omni2_jax.generate.omni2 import Answer, Omni2, join
 from omni2_jax.generate.options import Options
@@ -110,3 +113,16 @@ def test_answers_are_the_same_alone_and_beside_others(nano, ask):
         words = len(beside.text.split())
         assert beside.waveform is not None and np.abs(beside.waveform).max() > 0.1
         assert 0.1 < beside.waveform.size / recordings.OUTPUT_RATE / words < 1, beside.text
+
+
+@pytest.mark.skipif("OMNI2_WHISPER" not in os.environ, reason="OMNI2_WHISPER names no model")
+def test_what_it_speaks_is_understood(nano, ask):
+    """Sums and differences, which it says clearly; it samples, so a word may be wrong."""
+    recogniser = open_recogniser(os.environ["OMNI2_WHISPER"], RecogniserOptions(threads=1))
+    questions = ("What is seven plus two?", "What is twelve minus five?", "Add three and eight.")
+    errors = []
+    for question in questions:
+        answer = nano.answer(ask(question), options=Options(temperature=0, unit_temperature=0.5))
+        heard = recogniser.transcribe(answer.waveform, recordings.OUTPUT_RATE)
+        errors.append(word_errors.compare(answer.text, heard))
+    assert word_errors.corpus_rate(errors).value < 40, errors  # per cent
