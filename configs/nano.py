@@ -3,7 +3,7 @@
 omni2 new --config nano --whisper WHISPER --text dialogues.jsonl --out nano
 
 WHISPER is a file or directory of Whisper tiny.en; that of faster-whisper does, too. Parameters:
-encoder 7.8 M, adapter 1.1 M, LLM 2.4 M, gate fusion 0.3 M, speech LM 6.8 M.
+encoder 7.8 M, adapter 1.1 M, LLM 6.2 M, gate fusion 0.4 M, speech LM 6.8 M.
 """
 
 from omni2_jax.config import AdapterConfig, DecoderConfig, Omni2Config, SpeechEncoderConfig
@@ -14,7 +14,7 @@ config = Omni2Config(
     speech_encoder=SpeechEncoderConfig(mels=80, frames=500, width=384, layers=4, heads=6),
     adapter=AdapterConfig(hidden=512),
     llm=DecoderConfig(
-        vocabulary=1204, width=192, layers=4, heads=4, kv_heads=2, hidden=768, max_positions=2048
+        vocabulary=1204, width=256, layers=6, heads=4, kv_heads=2, hidden=1024, max_positions=2048
     ),
     speech_lm=DecoderConfig(
         width=256, layers=6, heads=4, kv_heads=2, hidden=1024, max_positions=2048

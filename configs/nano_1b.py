@@ -10,9 +10,9 @@ from omni2_jax.train.settings import Bucket, OptimizerConfig, TrainConfig
 
 config = TrainConfig(
     stage="1b",
-    batch=8,
-    steps=12000,
-    optimizer=OptimizerConfig(peak=1e-3, beta2=0.99),
+    batch=32,
+    steps=10000,
+    optimizer=OptimizerConfig(peak=1e-3, beta2=0.99, decay=0.05),
     unit_noise=0.15,  # otherwise it learns some thousand sentences by heart
     buckets=(Bucket(0, 0, 96), Bucket(0, 0, 160), Bucket(0, 0, 320), Bucket(0, 0, 640)),
     dtype="float32",

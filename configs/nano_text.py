@@ -10,9 +10,9 @@ from omni2_jax.train.settings import Bucket, OptimizerConfig, TrainConfig
 
 config = TrainConfig(
     stage="text",
-    batch=4,
+    batch=16,
     steps=10000,
-    optimizer=OptimizerConfig(peak=1.5e-3, beta2=0.99),
+    optimizer=OptimizerConfig(peak=1.2e-3, beta2=0.99, decay=0.05),
     buckets=(Bucket(0, 256),),
     dtype="float32",  # of CPUs; nothing has to be recomputed in rows so small
     remat="none",

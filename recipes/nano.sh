@@ -34,7 +34,7 @@ grammar=$repository/recipes/nano/grammar.yaml
 voices=$repository/recipes/nano/voices.yaml
 
 # Dialogues as text, spoken ones, those of them with spoken replies, sentences; settings of training.
-texts=120000 held_out=800 spoken=13000 whole=2000 sentences=4000 small=()
+texts=120000 held_out=800 spoken=13000 whole=2000 sentences=13000 small=()
 if [ -n "${SMALL:-}" ]; then
     texts=3000 held_out=8 spoken=40 whole=40 sentences=12
     small=(--set steps=2 --set batch=2)
