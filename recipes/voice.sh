@@ -29,7 +29,7 @@ mkdir -p "$work"
 cd "$work"
 
 # 1. Sentences: replies and questions of a grammar. 60 replies are held out. With 40 minutes of speech
-# the flow stops to improve early; nine hours, which take an hour to speak, are much better.
+# the flow stops improving early; piper speaks nine hours in one.
 grammar=$repository/recipes/nano/grammar.yaml
 [ -e replies.txt ] || omni2 synthesize dialogues --grammar "$grammar" \
     --sentences replies --count 13000 --out replies.txt

@@ -246,8 +246,8 @@ class TrainConfig:
     peak_flops: float | None = None  # of one device, if devices.py does not know it; for the MFU
 
     def __post_init__(self):
-        smallest = dict.fromkeys(("seed", "rank", "samples", "mu_steps", "ctc_steps"), 0)
-        smallest |= {"mel_masks": 0}
+        smallest = dict.fromkeys(("seed", "rank", "samples", "mu_steps"), 0)
+        smallest |= dict.fromkeys(("ctc_steps", "mel_masks"), 0)
         smallest |= dict.fromkeys(("batch", "microbatches", "loss_block", "workers"), 1)
         smallest |= dict.fromkeys(("save_every", "keep", "validate_every", "max_sample_text"), 1)
         faults = [
