@@ -211,7 +211,7 @@ def test_no_place_and_no_key(opened, server):
     with running(server) as address:
         others = [opened(address) for _ in range(3)]
         page = opened(address, "not connected; trying again")
-        page.wait_for_selector("#notice:has-text('all 3 sessions of this server are in use')")
+        page.wait_for_selector("#notice:has-text('all sessions of this server (3) are in use')")
         others[0].close()
         has_status(page, "ready")
         assert page.is_hidden("#notice")

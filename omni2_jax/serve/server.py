@@ -131,7 +131,7 @@ class Server:
         if self.clients >= self.limits.sessions:
             self.metrics.refused.inc()
             raise FullError(
-                f"all {self.limits.sessions} sessions of this server are in use; "
+                f"all sessions of this server ({self.limits.sessions}) are in use; "
                 f"try again in {self.limits.retry_seconds} s"
             )
         self.clients += 1
