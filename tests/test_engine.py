@@ -161,6 +161,24 @@ def test_a_cancelled_slot_goes_to_a_waiting_request(text_engine, text_model, alo
     streams[1].cancel()  # over already
 
 
+def test_a_long_prompt_does_not_hold_up_those_who_speak(text_engine, text_model, alone):
+    """A piece of it between two of their steps; another one is given up halfway."""
+    speaker = submit(text_engine, text_model, "A")
+    text_engine.step()
+    assert len(pieces(text_model, "B")) >= 2
+    newcomers = [submit(text_engine, text_model, name) for name in "BB"]
+    for count in range(1, len(pieces(text_model, "B"))):
+        text_engine.step(1)
+        assert newcomers[0].num_prefilled == count and newcomers[0].slot is None
+        assert len(speaker.outputs) == count  # one for each step
+    newcomers[0].cancel()
+    for _ in pieces(text_model, "B"):
+        text_engine.step(1)
+    assert newcomers[1].slot is not None and not text_engine.waiting
+    assert Said.by(speaker) == alone["A"] and Said.by(newcomers[1]) == alone["B"]
+    assert list(newcomers[0]) == []
+
+
 def test_nan_ends_one_slot(text_engine, text_model, alone):
     failing = text_engine.submit(
         [broken(piece) for piece in pieces(text_model, "A")],

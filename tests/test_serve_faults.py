@@ -239,7 +239,7 @@ def test_a_device_that_fails(model, warm_engine, monkeypatch):
     server = Server(model, OPTIONS, LIMITS)
     server.worker.start()
 
-    def lost():
+    def lost(pieces):
         raise RuntimeError("the device is lost: /dev/accel0")
 
     async def conversation(link):

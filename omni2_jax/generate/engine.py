@@ -7,6 +7,7 @@ does not wait for the host.
 
 import collections
 import dataclasses
+import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -64,6 +65,7 @@ class ResponseStream:
     outputs: collections.deque[StepOutput] = field(default_factory=collections.deque)
     done: bool = False
     error: Exception | None = None
+    num_prefilled: int = 0  # pieces that the prefix has
 
     def __iter__(self) -> Iterator[StepOutput]:
         while (output := self.engine.next_output(self)) is not None:
@@ -235,10 +237,14 @@ class Engine:
             stream.num_delivered = output.llm_length
             return output
 
-    def step(self) -> None:
-        """Admit queued requests, dispatch a step if a slot is active, fetch the output before."""
+    def step(self, pieces: float = math.inf) -> None:
+        """Admit queued requests, dispatch a step if a slot is active, fetch the output before.
+
+        pieces: how many pieces of newcomers' prompts may be computed while others speak, whose
+        speech would have gaps if they waited for all of a long one.
+        """
         with self.lock:
-            self.admit()
+            self.admit(pieces if any(self.slots) else math.inf)
             if any(self.slots):
                 self.state, packed = self.programs.step(self.params, self.state)
                 packed.copy_to_host_async()
@@ -246,20 +252,30 @@ class Engine:
             if len(self.dispatched) > 1 or not any(self.slots):
                 self.fetch()
 
-    def admit(self) -> None:
-        """Start queued requests in free slots.
+    def admit(self, pieces: float = math.inf) -> None:
+        """Start queued requests in free slots, as far as so many pieces of their prompts reach.
 
         If a request cannot be started, its stream ends with the error; the others are not affected.
         """
         with self.lock:
             for slot in range(self.engine_config.slots):
                 while self.slots[slot] is None and self.waiting:
-                    self.start(self.waiting.popleft(), slot)
+                    stream = self.waiting[0]
+                    pieces += stream.num_prefilled
+                    if not self.start(stream, slot, pieces):
+                        return
+                    pieces -= stream.num_prefilled
 
-    def start(self, stream: ResponseStream, slot: int) -> None:
-        """Compute a stream's prompt and put it into a slot; an error of this ends the stream."""
+    def start(self, stream: ResponseStream, slot: int, pieces: float) -> bool:
+        """Compute a stream's prompt up to so many pieces; if it is whole, put it into the slot.
+
+        Returns whether the stream waits no longer. An error ends it.
+        """
         try:
-            prefix = self.prefill(stream)
+            prefix = self.prefill(stream, pieces)
+            if stream.num_prefilled < len(stream.pieces):
+                stream.prefix = prefix
+                return False
             self.state = self.programs.insert(
                 self.params, self.state, prefix, np.int32(slot), stream.voice
             )
@@ -269,13 +285,18 @@ class Engine:
         except BaseException:  # Ctrl-C
             stream.error = GenerationError("interrupted while the prompt was computed")
             stream.done = True
+            self.waiting.popleft()
             raise
+        self.waiting.popleft()
+        return True
 
-    def prefill(self, stream: ResponseStream) -> ReadWriteState:
-        """The prefix of a stream with its prompt."""
+    def prefill(self, stream: ResponseStream, pieces: float) -> ReadWriteState:
+        """The prefix of a stream with its prompt up to so many pieces."""
         prefix, stream.prefix = stream.prefix, None  # donated: it must not be used again
         prefix = self.programs.empty_prefix() if prefix is None else prefix
-        for piece in stream.pieces:
+        while stream.num_prefilled < min(pieces, len(stream.pieces)):
+            piece = stream.pieces[stream.num_prefilled]
+            stream.num_prefilled += 1
             padding = self.engine_config.prefill_size - len(piece.ids)
             prefix = self.programs.prefill(
                 self.params,

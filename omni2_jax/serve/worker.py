@@ -23,6 +23,7 @@ from omni2_jax.generate.session import Question, Reply, Session
 
 T = TypeVar("T")
 FAILED = "the server has failed and is shutting down"
+PIECES = 1  # of newcomers' prompts, between two steps of those who speak
 
 
 class StoppedError(RuntimeError):
@@ -180,7 +181,7 @@ class Worker:
             if self.stopping and not (self.answers or self.heavy):
                 return
             if any(self.engine.slots) or self.engine.waiting or self.engine.dispatched:
-                self.engine.step()
+                self.engine.step(PIECES)
             self.answers = [answer for answer in self.answers if not answer.deliver()]
 
     def run_commands(self) -> None:
