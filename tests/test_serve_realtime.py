@@ -1,11 +1,16 @@
 """The Realtime API, driven by OpenAI's own client."""
 
 import asyncio
+import base64
 import dataclasses
+import itertools
+import json
 import threading
+from types import SimpleNamespace
 
 import openai
 import pytest
+import websockets.sync.client
 
 from omni2_jax.serve.limits import Limits
 from omni2_jax.serve.server import Server
@@ -219,6 +224,119 @@ def test_g711(address, kind):
     events = talk(address, conversation)
     units = events[-1].response.usage.output_token_details.audio_tokens
     assert abs(len(audio_of(events)) - units * 320) <= 8_000 // 4
+
+
+def test_settings(address, server):
+    """Instructions are the system message; temperature and limit reach the model; one response may
+    differ.
+    """
+
+    async def conversation(link):
+        await link.session.update(
+            session={
+                "type": "realtime",
+                "instructions": "Be brief.",
+                "max_output_tokens": 3,
+                "output_modalities": ["text"],
+                "temperature": 0.5,
+            }
+        )
+        (updated,) = await until(link, "session.updated")
+        (connection,) = server.connections
+        session, found = connection.session, []
+        system = {"type": "message", "role": "system", "content": [text_of("Rhyme.")]}
+        await link.conversation.item.create(item=system)
+        for changes in ({}, {"instructions": "Sing.", "temperature": 0, "max_output_tokens": 2}):
+            user = {"type": "message", "role": "user", "content": [text_of("What is the sea?")]}
+            await link.conversation.item.create(item=user)
+            await link.send_raw(json.dumps({"type": "response.create", "response": changes}))
+            done = (await until(link, "response.done"))[-1].response
+            sampling = session.request.text
+            tokens = done.usage.output_token_details.text_tokens
+            found.append((session.instructions, float(sampling.temperature[0]), tokens))
+            assert (done.status, done.status_details.reason) == ("incomplete", "max_output_tokens")
+        return updated.session, found
+
+    session, found = talk(address, conversation)
+    assert (session.instructions, session.max_output_tokens) == ("Be brief.", 3)
+    assert found == [("Be brief.\nRhyme.", 0.5, 3), ("Sing.\nRhyme.", 0.0, 2)]
+
+
+def text_of(text: str) -> dict:
+    return {"type": "input_text", "text": text}
+
+
+def test_names_of_the_beta(address):
+    """Flat settings, and the old names of events; a format of this response only."""
+    settings = {
+        "modalities": ["text", "audio"],
+        "turn_detection": None,
+        "input_audio_format": "pcm16",
+        "output_audio_format": "g711_ulaw",
+        "max_response_output_tokens": 6,
+    }
+    sound = base64_of(pcm(clip("short_d")))
+    sent = [
+        {"type": "session.update", "session": settings},
+        {"type": "input_audio_buffer.append", "audio": sound},
+        {"type": "input_audio_buffer.commit"},
+        {"type": "response.create"},
+    ]
+    url, got = f"ws://{address}/v1/realtime?model=omni2", []
+    with websockets.sync.client.connect(
+        url, additional_headers={"OpenAI-Beta": "realtime=v1"}
+    ) as link:
+        for event in sent:
+            link.send(json.dumps(event))
+        while not got or got[-1]["type"] != "response.done":
+            got.append(json.loads(link.recv(timeout=60)))
+    names = {event["type"] for event in got}
+    assert names >= {
+        "conversation.item.created",
+        "response.audio.delta",
+        "response.audio.done",
+        "response.audio_transcript.delta",
+        "response.audio_transcript.done",
+    }
+    assert not any("output_audio" in name or name == "error" for name in names)
+    deltas = [event["delta"] for event in got if event["type"] == "response.audio.delta"]
+    units = got[-1]["response"]["usage"]["output_token_details"]["audio_tokens"]
+    assert abs(sum(len(base64.b64decode(delta)) for delta in deltas) - units * 320) <= 2000
+
+
+def test_a_transcript_grows(address, server, monkeypatch):
+    """What the user says is sent while it is said, as far as two hearings agree on it."""
+    words = "What is the sky like at night and why is it so"
+    lengths = []
+
+    def transcribe(samples, rate):
+        lengths.append(len(samples) / rate)
+        count = int(2 * lengths[-1])
+        return " ".join([*words.split()[:count], "hm"])  # the last word is not certain
+
+    monkeypatch.setattr(server, "recogniser", SimpleNamespace(transcribe=transcribe))
+    sound = 2 * pcm(clip("speech_a"))
+
+    async def conversation(link):
+        vad = {"type": "server_vad", "create_response": False}
+        await link.session.update(
+            session={"type": "realtime", "audio": {"input": {"turn_detection": vad}}}
+        )
+        events = await until(link, "session.updated")
+        for start in range(0, len(sound), SECOND // 5):
+            await link.input_audio_buffer.append(audio=base64_of(sound[start:][: SECOND // 5]))
+            while server.is_transcribing:
+                await asyncio.sleep(0.005)
+        await link.input_audio_buffer.append(audio=base64_of(bytes(SECOND)))
+        return events + await until(link, "conversation.item.input_audio_transcription.completed")
+
+    events = talk(address, conversation)
+    deltas = [event for event in events if event.type.endswith("transcription.delta")]
+    (started,) = [event for event in events if event.type.endswith("speech_started")]
+    assert len(deltas) >= 2 and {delta.item_id for delta in deltas} == {started.item_id}
+    said = "".join(delta.delta for delta in deltas)
+    assert words.startswith(said) and events[-1].transcript.startswith(said)
+    assert all(later - earlier >= 1 for earlier, later in itertools.pairwise(lengths[:-1]))
 
 
 FAULTS = {

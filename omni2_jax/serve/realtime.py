@@ -20,6 +20,7 @@ from omni2_jax.serve.connection import Connection
 from omni2_jax.serve.conversation import Conversation, Item, new_id
 from omni2_jax.serve.events import EventError
 from omni2_jax.serve.listener import Listener
+from omni2_jax.serve.transcription import GrowingTranscript
 from omni2_jax.serve.turn_detection import Change
 from omni2_jax.serve.worker import StoppedError
 
@@ -53,6 +54,7 @@ class Realtime(Connection):
         }
         self.listener = Listener(self.start_hearing, self.limits.turn_seconds, "audio/pcm")
         self.turn_id: str | None = None  # of the item that the speech will become
+        self.growing = GrowingTranscript("")  # of this speech
         self.handlers: dict[type, Callable] = {
             events.SessionUpdate: self.update_session,
             events.BufferAppend: self.append_audio,
@@ -73,6 +75,7 @@ class Realtime(Connection):
         self.server.connections.add(self)
         try:
             self.session = await self.worker.run(self.server.session, self.settings["voice"])
+            self.voice = self.session.voice  # of responses that name none
             self.listener.detect_turns(self.settings["turn_detection"])
             self.send("session.created", session=self.describe())
             async with asyncio.timeout(self.limits.session_seconds):
@@ -166,7 +169,7 @@ class Realtime(Connection):
             settings["max_output_tokens"] = "inf"
         if settings["voice"] != self.settings["voice"]:
             x_vector = self.server.voices.x_vector
-            self.session.voice = await self.worker.run(x_vector, settings["voice"])
+            self.voice = await self.worker.run(x_vector, settings["voice"])
         if settings["input_format"] != self.settings["input_format"]:
             self.listener.decoder = Decoder(settings["input_format"])
         is_new_detection = settings["turn_detection"] != self.settings["turn_detection"]
@@ -192,10 +195,16 @@ class Realtime(Connection):
                 self.begin_turn(detection.sample)
             else:
                 self.end_turn(detection.sample)
+        if self.turn_id and self.settings["transcription"] and not self.server.is_transcribing:
+            samples = self.listener.cut(self.listener.start, self.listener.end)
+            if self.growing.needs(samples):
+                self.server.is_transcribing = True
+                self.server.start_task(self.transcribe_begun_turn(self.growing, samples))
 
     def begin_turn(self, sample: int) -> None:
         """The user has begun to speak: this interrupts the response, if that is wanted."""
         self.turn_id = new_id("item")
+        self.growing = GrowingTranscript(self.turn_id)
         fields = {"audio_start_ms": sample * 1000 // INPUT_RATE, "item_id": self.turn_id}
         self.send("input_audio_buffer.speech_started", **fields)
         if self.settings["turn_detection"].interrupt_response:
@@ -248,6 +257,20 @@ class Realtime(Connection):
         kind = "conversation.item.input_audio_transcription.completed"
         usage = {"type": "duration", "seconds": len(samples) / INPUT_RATE}
         self.send(kind, **place, transcript=text, usage=usage)
+
+    async def transcribe_begun_turn(self, growing: GrowingTranscript, samples: np.ndarray) -> None:
+        """Send what is certain of a turn that is being spoken; samples [N] are its beginning.
+
+        This is done for one turn of the server at a time: others do without in the meantime.
+        """
+        try:
+            text = await asyncio.to_thread(self.server.recogniser.transcribe, samples, INPUT_RATE)
+        finally:
+            self.server.is_transcribing = False
+        delta = growing.add(text)
+        if delta and growing.item_id == self.turn_id:
+            kind = "conversation.item.input_audio_transcription.delta"
+            self.send(kind, item_id=growing.item_id, content_index=0, delta=delta)
 
     async def clear_audio(self, event: events.BufferClear) -> None:
         """Forget all audio that is not part of an item."""
@@ -341,7 +364,9 @@ class Realtime(Connection):
         """Answer the conversation as soon as the responses that are being stopped have ended."""
         modality = self.modality(patch.output_modalities or self.settings["output_modalities"])
         item = Item(new_id("item"), "assistant", [], modality == "audio", "in_progress")
-        encoder = Encoder(self.settings["output_format"])
+        output = patch.audio and patch.audio.output
+        chosen = output and output.format and output.format.type
+        encoder = Encoder(chosen or self.settings["output_format"])
         response = Response(item, modality, encoder, patch.metadata, time.monotonic())
         stopping = [other.task for other in self.responses.values() if other.task]
         self.responses[item.id] = response
@@ -367,9 +392,12 @@ class Realtime(Connection):
             response.modality == "audio",
         )
         instructions = patch.instructions or self.settings["instructions"]
+        output = patch.audio and patch.audio.output
+        name = self.server.voices.find(output.voice) if output and output.voice else None
 
         def prepare() -> list:
             session = self.session
+            session.voice = self.server.voices.x_vector(name) if name else self.voice
             session.request = self.worker.model.request(options)
             message = self.conversation.instructions(instructions)
             if message != session.instructions:

@@ -85,6 +85,7 @@ class Server:
         self.metrics, self.answers = Metrics(), SpokenAnswers()
         self.voices = Voices(model, voices, limits.voices)
         self.clients = 0
+        self.is_transcribing = False  # a turn that is being spoken
         self.tasks: set[asyncio.Task] = set()
         self.connections: set[Realtime] = set()
         self.speaks = model.config.flow is not None

@@ -17,10 +17,10 @@ def talk(address: str, conversation, **settings):
     return asyncio.run(converse(address, conversation, **settings))
 
 
-async def converse(address: str, conversation, **settings):
+async def converse(address: str, conversation, key: str = "unused", **settings):
     """The same in a coroutine, for several clients at once."""
     client = openai.AsyncOpenAI(
-        api_key="unused",
+        api_key=key,
         base_url=f"http://{address}/v1",
         websocket_base_url=f"ws://{address}/v1",
     )

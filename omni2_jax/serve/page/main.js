@@ -19,6 +19,7 @@ let questionEnd = null; // when the user's turn ended, by performance.now()
 let isReady = false; // whether the server has begun a session
 let isSpoken = true; // whether the model answers by voice
 let isUserSpeaking = false;
+let isOpening = false; // whether the browser asks the user for the microphone
 let mustSend = false; // whether the written question waits for a connection
 
 // Browsers allow sound only after the user has done something.
@@ -100,18 +101,22 @@ const CAUSES = {
 };
 
 async function unmute() {
+  if (isOpening) return;
   if (!navigator.mediaDevices) {
     notice("Browsers allow the microphone on https pages and on localhost only. You can still write.");
     return;
   }
   if (realtime.isPaused) realtime.connect();
   startAudio();
-  await context.resume();
+  isOpening = true;
   try {
+    await context.resume();
     await microphone.open(context, hear, mute);
   } catch (error) {
     notice(`The microphone cannot be used: ${CAUSES[error.name] ?? error.name}. You can still write.`);
     return;
+  } finally {
+    isOpening = false;
   }
   notice("");
   element("microphone").textContent = "Mute";
@@ -190,7 +195,7 @@ async function explainRefusal() {
 realtime.on("closed", ({ wasOpen }) => {
   isReady = isUserSpeaking = false;
   responses.clear();
-  if (answer) turns.setBusy(answer, false);
+  turns.list.forEach((turn) => turns.setBusy(turn, false));
   answer = null;
   player?.restart();
   element("status").dataset.offline = realtime.isPaused ? "paused" : "not connected; trying again";
@@ -232,9 +237,17 @@ realtime.on("conversation.item.added", ({ item }) => {
   answer = turn;
   player?.restart();
 });
-realtime.on("conversation.item.input_audio_transcription.completed", (event) => {
-  const turn = turns.find(event.item_id);
-  if (turn) turns.show(turn, event.transcript);
+// What the user says, while they say it: the item itself comes at the end of the turn.
+realtime.on("conversation.item.input_audio_transcription.delta", ({ item_id, delta }) => {
+  const turn = turns.find(item_id) ?? turns.add("user", item_id, "");
+  turns.setBusy(turn, true);
+  turns.show(turn, turn.text + delta);
+});
+realtime.on("conversation.item.input_audio_transcription.completed", ({ item_id, transcript }) => {
+  const turn = turns.find(item_id);
+  if (!turn) return;
+  turns.show(turn, transcript);
+  turns.setBusy(turn, false);
 });
 for (const kind of ["output_audio_transcript", "output_text"]) {
   realtime.on(`response.${kind}.delta`, ({ item_id, delta }) => {
