@@ -1,0 +1,156 @@
+"""Where the server hears turns begin and end, and when it begins to encode them."""
+
+import asyncio
+import io
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import soundfile
+
+from omni2_jax.audio.recordings import INPUT_RATE, load_turn
+from omni2_jax.audio.voice_activity import WINDOW
+from omni2_jax.serve.audio import Decoder
+from omni2_jax.serve.events import ServerVad
+from omni2_jax.serve.listener import Listener
+from omni2_jax.serve.turn_detection import Change, TurnDetection, TurnDetector
+from tests.support.paths import EXAMPLES
+from tests.support.server import pcm
+
+MS = INPUT_RATE // 1000  # samples
+
+
+def windows(milliseconds: int) -> int:
+    return -(-milliseconds * MS // WINDOW)
+
+
+def changes(script: str, **settings) -> list[tuple[str, int]]:
+    """What is noticed where each window is speech (s), hardly speech (h) or silence (.)."""
+    detector = TurnDetector(TurnDetection(**settings))
+    values = iter(script)
+    chance = {"s": 0.9, "h": 0.4, ".": 0.1}
+    detector.vad = SimpleNamespace(process_samples=lambda window: chance[next(values)])
+    found = detector.feed(np.zeros(len(script) * WINDOW, np.float32))
+    return [(one.change.value, one.sample) for one in found]
+
+
+def test_a_turn_with_a_pause():
+    """Padding before it; a pause that speech follows is no end; the silence is cut off."""
+    before, pause = windows(500), windows(200)
+    script = "." * before + "s" * 10 + "." * pause + "s" * 5 + "." * windows(500)
+    start, first = before * WINDOW, (before + 10) * WINDOW
+    again = first + pause * WINDOW
+    last = again + 5 * WINDOW
+    assert changes(script) == [
+        ("started", start - 300 * MS),
+        ("paused", first + 96 * MS),
+        ("resumed", again),
+        ("paused", last + 96 * MS),
+        ("stopped", last + 96 * MS),
+    ]
+    assert changes(script[:-1])[-1][0] == "paused"  # 500 ms are needed, no window less
+
+
+def test_settings_of_turn_detection():
+    script = "." * 40 + "s" * 10 + "." * 10
+    kinds = [kind for kind, _ in changes(script, silence_duration_ms=300)]
+    assert kinds == ["started", "paused", "stopped"]
+    assert changes(script, prefix_padding_ms=0)[0] == ("started", 40 * WINDOW)
+    assert changes(script, threshold=0.95) == []
+    # Once it has begun, speech ends below the threshold less 0.15 only.
+    assert changes("s" + "h" * 40) == changes("s") and changes("h" * 40) == []
+
+
+@pytest.mark.parametrize("name", ["sum", "question"])
+def test_speech_is_noticed_within_100_ms(name):
+    """From the first loud sample to the last one that must be heard to know: barge-in waits for it.
+
+    The room before it is not silent.
+    """
+    (samples,) = load_turn(EXAMPLES / f"{name}.wav", "refuse")
+    onset = int(np.argmax(np.abs(samples) > 0.1 * np.abs(samples).max()))
+    noise = 1e-3 * np.random.default_rng(0).standard_normal(INPUT_RATE).astype(np.float32)
+    detector = TurnDetector(TurnDetection())
+    for detection in detector.feed(np.concatenate([noise, samples])):
+        assert detection.change is Change.STARTED
+        break
+    heard = detector.position + WINDOW
+    assert len(noise) <= heard <= len(noise) + onset + 100 * MS
+
+
+class Hearings:
+    """Stands for the encoder: what it was asked to encode, and the tasks."""
+
+    def __init__(self):
+        self.lengths, self.tasks = [], []
+
+    def start(self, samples: np.ndarray) -> asyncio.Task:
+        self.lengths.append(len(samples))
+        self.tasks.append(asyncio.ensure_future(asyncio.sleep(60)))
+        return self.tasks[-1]
+
+
+async def listened(script: str, seconds: float = 30.0):
+    """A listener that has got windows as in `changes`, one by one -> (it, hearings, changes)."""
+    hearings, found = Hearings(), []
+    listener = Listener(hearings.start, seconds, "audio/pcm")
+    listener.decoder = lambda data: np.zeros(WINDOW, np.float32)  # type: ignore
+    listener.detect_turns(ServerVad())
+    assert listener.detector
+    values = iter(script)
+    chance = {"s": 0.9, ".": 0.1}
+    listener.detector.vad = SimpleNamespace(
+        process_samples=lambda window: chance[next(values)], reset=lambda: None
+    )
+    for _ in script:
+        for detection in await listener.append(b""):
+            commit = (
+                listener.commit(detection.sample) if detection.change.value == "stopped" else ()
+            )
+            found.append((detection, *commit))
+    await asyncio.sleep(0)  # cancelled tasks end
+    return listener, hearings, found
+
+
+def test_the_encoder_starts_when_silence_begins():
+    """If the user goes on, that is thrown away; at the turn's end its features are on their way."""
+
+    async def run():
+        script = "." * 40 + "s" * 20 + "." * 6 + "s" * 20 + "." * 16
+        _, hearings, found = await listened(script)
+        (started, stopped) = found
+        assert started[0].change is Change.STARTED and stopped[0].change is Change.STOPPED
+        first, second = hearings.tasks
+        assert first.cancelled() and stopped[2] is second
+        speech = 300 * MS + 96 * MS  # and before it and behind it
+        assert hearings.lengths == [speech + 20 * WINDOW, speech + 46 * WINDOW]
+        assert len(stopped[1]) == hearings.lengths[1]
+        second.cancel()
+
+    asyncio.run(run())
+
+
+def test_a_turn_has_an_end_and_silence_is_forgotten():
+    """One who talks on and on is answered after so many seconds; who says nothing costs nothing."""
+
+    async def run():
+        listener, _, found = await listened("s" * 70, seconds=1.0)
+        stopped = [one for one in found if one[0].change is Change.STOPPED]
+        assert [len(samples) for _, samples, _ in stopped] == [INPUT_RATE] * 2
+        listener, *_ = await listened("." * 1000)
+        assert len(listener.buffer) <= 300 * MS + WINDOW and listener.end == 1000 * WINDOW
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize(("kind", "encoding"), [("audio/pcmu", "ULAW"), ("audio/pcma", "ALAW")])
+def test_formats_of_telephones(kind, encoding):
+    """A recording in G.711 is heard as the same recording in 16 bits, but for its upper half."""
+    (expected,) = load_turn(EXAMPLES / "sum.wav", "refuse")
+    file = io.BytesIO()
+    low = np.frombuffer(pcm(EXAMPLES / "sum.wav", 8000), "<i2")
+    soundfile.write(file, low, 8000, format="RAW", subtype=encoding)
+    heard = Decoder(kind)(file.getvalue(), last=True)
+    assert abs(len(heard) - len(expected)) < 10
+    length = min(len(heard), len(expected))
+    assert np.corrcoef(heard[:length], expected[:length])[0, 1] > 0.9
