@@ -331,6 +331,9 @@ def test_a_transcript_grows(address, server, monkeypatch):
         return events + await until(link, "conversation.item.input_audio_transcription.completed")
 
     events = talk(address, conversation)
+    assert (
+        events[0].session.audio.input.transcription.to_dict() == {}
+    )  # no null: pipecat refuses it
     deltas = [event for event in events if event.type.endswith("transcription.delta")]
     (started,) = [event for event in events if event.type.endswith("speech_started")]
     assert len(deltas) >= 2 and {delta.item_id for delta in deltas} == {started.item_id}

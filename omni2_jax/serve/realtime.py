@@ -133,7 +133,8 @@ class Realtime(Connection):
                 "input": {
                     "format": {"type": settings["input_format"]},
                     "turn_detection": detection.model_dump() if detection else None,
-                    "transcription": transcription.model_dump() if transcription else None,
+                    # Some clients refuse a model that is null.
+                    "transcription": transcription and transcription.model_dump(exclude_none=True),
                 },
                 "output": {
                     "format": {"type": settings["output_format"]},

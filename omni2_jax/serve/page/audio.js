@@ -1,6 +1,7 @@
 // The microphone as blocks of samples, and a player of samples that arrive while it plays.
 
 export const RATE = 24000;
+export const PEAK = 960; // samples of each bar of a waveform
 
 export function toBase64(samples) {
   const bytes = new Uint8Array(samples.length * 2);
@@ -15,6 +16,15 @@ export function fromBase64(text) {
   const bytes = Uint8Array.from(atob(text), (character) => character.charCodeAt(0));
   const view = new DataView(bytes.buffer);
   return Float32Array.from({ length: bytes.length / 2 }, (_, i) => view.getInt16(2 * i, true) / 32768);
+}
+
+// The largest value of every PEAK samples: what a waveform is drawn of.
+export function peaksOf(samples) {
+  const peaks = [];
+  for (let i = 0; i < samples.length; i += PEAK) {
+    peaks.push(samples.subarray(i, i + PEAK).reduce((peak, sample) => Math.max(peak, Math.abs(sample)), 0));
+  }
+  return peaks;
 }
 
 // Calls onBlock(samples) for every 40 ms that the microphone records, until `close`.
@@ -44,10 +54,11 @@ export class Microphone {
 // Plays samples one after the other. `played` is how many of the current answer were heard.
 export class Player {
   // onSilence: called when all that was added has been heard.
-  constructor(context, analyser, onSilence) {
+  constructor(context, onSilence) {
     this.onSilence = onSilence;
     this.context = context;
-    this.analyser = analyser;
+    this.output = context.createGain();
+    this.output.connect(context.destination);
     this.sources = new Set();
     this.restart();
   }
@@ -67,7 +78,7 @@ export class Player {
     buffer.copyToChannel(samples, 0);
     const source = this.context.createBufferSource();
     source.buffer = buffer;
-    source.connect(this.analyser);
+    source.connect(this.output);
     const now = this.context.currentTime;
     if (this.started === null) this.started = this.end = now;
     if (now > this.end) {

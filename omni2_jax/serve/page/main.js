@@ -1,6 +1,6 @@
 // The page: what it shows, and what its buttons do.
 
-import { Microphone, Player, RATE, fromBase64, toBase64, wavFile } from "./audio.js";
+import { Microphone, PEAK, Player, RATE, fromBase64, peaksOf, toBase64, wavFile } from "./audio.js";
 import { KEY, Realtime } from "./realtime.js";
 import { Turns } from "./turns.js";
 
@@ -13,7 +13,9 @@ const headers = KEY ? { Authorization: `Bearer ${KEY}` } : {};
 // On mute, the server must hear silence to notice that the question is over.
 const SILENCE = toBase64(new Float32Array(RATE));
 const LEVELS = 60; // decibels that the meter shows
-let context, player, analyser;
+const WAVE_PEAKS = 100; // that fill the waveform's width, if the answer has no more
+let context, player, drawing;
+let shown = null; // the answer whose waveform is shown
 let answer = null; // the newest answer's turn
 let questionEnd = null; // when the user's turn ended, by performance.now()
 let isReady = false; // whether the server has begun a session
@@ -26,27 +28,30 @@ let mustSend = false; // whether the written question waits for a connection
 function startAudio() {
   if (context) return;
   context = new AudioContext({ sampleRate: RATE });
-  analyser = context.createAnalyser();
-  analyser.connect(context.destination);
-  player = new Player(context, analyser, showStatus);
-  requestAnimationFrame(drawWave);
+  player = new Player(context, () => {
+    showStatus();
+    drawWave();
+  });
 }
 
+// The newest answer's waveform; what was heard of it has another colour. While it is heard, this
+// draws it again and again: the server may need this computer, too, so not for every frame.
 function drawWave() {
   const canvas = element("wave");
+  const pen = canvas.getContext("2d");
   canvas.width = canvas.clientWidth * devicePixelRatio;
   canvas.height = canvas.clientHeight * devicePixelRatio;
-  const pen = canvas.getContext("2d");
-  const samples = new Float32Array(analyser.fftSize);
-  analyser.getFloatTimeDomainData(samples);
-  pen.strokeStyle = getComputedStyle(canvas).color;
-  pen.lineWidth = devicePixelRatio;
-  pen.beginPath();
-  samples.forEach((sample, i) => {
-    pen.lineTo((i / samples.length) * canvas.width, (0.5 - sample / 2) * canvas.height);
+  const peaks = shown?.peaks ?? [];
+  const heard = ((shown?.heard ?? player?.playedMilliseconds ?? 0) * RATE) / (1000 * PEAK);
+  const width = canvas.width / Math.max(peaks.length, WAVE_PEAKS);
+  const { color, accentColor } = getComputedStyle(canvas);
+  peaks.forEach((peak, i) => {
+    const height = Math.max(devicePixelRatio, Math.sqrt(peak) * canvas.height);
+    pen.fillStyle = i < heard ? accentColor : color;
+    pen.fillRect(i * width, (canvas.height - height) / 2, Math.max(1, 0.7 * width), height);
   });
-  pen.stroke();
-  requestAnimationFrame(drawWave);
+  clearTimeout(drawing);
+  drawing = player?.isPlaying ? setTimeout(drawWave, 100) : null;
 }
 
 function notice(text) {
@@ -83,6 +88,7 @@ function interrupt() {
   player?.restart();
   answer = null;
   showStatus();
+  drawWave();
 }
 
 function mute() {
@@ -262,8 +268,11 @@ realtime.on("response.output_audio.delta", ({ item_id, delta }) => {
   turn.lastAudio = performance.now();
   turn.firstAudio ??= turn.lastAudio - turn.start;
   turn.samples.push(samples);
+  turn.peaks.push(...peaksOf(samples));
   startAudio();
   player.add(samples);
+  shown = turn;
+  drawWave();
   turns.showFigures(turn);
   showStatus();
 });
@@ -295,5 +304,10 @@ element("voice").onchange = ({ target }) => useVoice(target.value);
 document.addEventListener("keydown", (event) => {
   if (event.key === "Escape") interrupt();
 });
+addEventListener("resize", () => {
+  turns.scroll(); // as when a phone shows its keyboard
+  drawWave();
+});
+matchMedia("(prefers-color-scheme: dark)").addEventListener("change", drawWave);
 addEventListener("hashchange", () => location.reload()); // another key
 realtime.connect();

@@ -3,6 +3,7 @@
 import { RATE } from "./audio.js";
 
 const NAMES = { user: "You", assistant: "omni2" };
+const NEAR = 40; // pixels from the end of the conversation
 const FACTOR =
   "The real-time factor is the time that an answer took, divided by the length of its speech: " +
   "below 1, the speech has no gaps.";
@@ -10,7 +11,11 @@ const FACTOR =
 export class Turns {
   constructor(log) {
     this.log = log; // the element that shows the turns
-    this.list = []; // { role, item, text, samples, ... } in their order
+    this.list = []; // { role, item, text, samples, peaks, ... } in their order
+    this.follows = true; // whether the newest turn is in view, and shall be
+    log.addEventListener("scroll", () => {
+      this.follows = log.scrollTop + log.clientHeight > log.scrollHeight - NEAR;
+    });
   }
 
   add(role, item, text) {
@@ -23,7 +28,7 @@ export class Turns {
     });
     who.textContent = NAMES[role] ?? role;
     figures.title = FACTOR;
-    const turn = { role, item, text: "", samples: [], node, words, figures };
+    const turn = { role, item, text: "", samples: [], peaks: [], node, words, figures };
     this.log.append(node);
     this.list.push(turn);
     this.show(turn, text);
@@ -74,8 +79,9 @@ export class Turns {
     this.scroll();
   }
 
+  // Who has scrolled up to read is left alone.
   scroll() {
-    this.log.scrollTop = this.log.scrollHeight;
+    if (this.follows) this.log.scrollTop = this.log.scrollHeight;
   }
 
   get transcript() {
