@@ -36,6 +36,7 @@ from omni2_jax.cli.console import progress_bar, run_function
 
 MAX_UNDERRUN = 0.1  # seconds that are not heard as a gap
 HOLDS = 0.99  # the share of continuous answers that a number of clients needs to hold
+SETTLE_SECONDS = 0.5  # in which the server notices that the clients before have gone
 BYTES = 2 * recordings.OUTPUT_RATE  # a second of audio
 console = rich.console.Console()
 
@@ -319,7 +320,10 @@ def main(
             url = stack.enter_context(server_of(checkpoint, max(levels), server)).url
         assert url
         asyncio.run(measure(url, 1, sounds, 1, 0.0))  # whatever is slow the first time
-        measured = [asyncio.run(measure(url, c, sounds, turns, pause)) for c in levels]
+        measured = []
+        for count in levels:
+            time.sleep(SETTLE_SECONDS)
+            measured.append(asyncio.run(measure(url, count, sounds, turns, pause)))
     rows = [level.summary() for level in measured]
     console.print(table_of(rows))
     holding = [level.clients for level in measured if level.holds]

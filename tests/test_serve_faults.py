@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import pytest
 import websockets
 
+from benchmarks import serve as benchmark
+from omni2_jax.audio.recordings import INPUT_RATE
 from omni2_jax.generate.engine_config import EngineConfig
 from omni2_jax.serve import capacity
 from omni2_jax.serve.limits import Limits
@@ -149,9 +151,8 @@ def test_a_thousand_faulty_events(address, server, alone):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("times", [6, pytest.param(25, marks=pytest.mark.nightly)])
-def test_clients_that_vanish(address, server, alone, times):
-    """At random moments. Those who stay hear what they hear alone; nothing is left behind."""
+def test_clients_that_vanish(address, server, alone):
+    """At fifty random moments, two at a time. Those who stay hear what they hear alone; nothing is left behind."""
     chance, threads = random.Random(1), threading.active_count()
 
     async def vanish(link):
@@ -166,14 +167,12 @@ def test_clients_that_vanish(address, server, alone, times):
                 await link.recv()
         link._connection.transport.abort()
 
-    async def leave(times: int) -> None:
-        for _ in range(times):
+    async def leave() -> None:
+        for _ in range(25):
             await converse(address, vanish)
 
     async def all_of_them():
-        *_, stayed = await asyncio.gather(
-            leave(times), leave(times), converse(address, question("short_d"))
-        )
+        *_, stayed = await asyncio.gather(leave(), leave(), converse(address, question("short_d")))
         return stayed
 
     assert asyncio.run(all_of_them()) == alone
@@ -208,10 +207,15 @@ def test_a_client_that_reads_nothing(address, server, alone):
 
 @pytest.mark.slow
 def test_numbers_that_are_not_finite(address, server, monkeypatch):
-    """One answer fails, with a line that names no path; the next one of the session does not."""
+    """One answer fails, with a line that names no path; the next one of the session does not.
+
+    Nor does the one beside it, to a longer question.
+    """
     hear = server.model.hear
 
     def broken(samples):
+        if len(samples) > INPUT_RATE:
+            return hear(samples)
         return [jnp.asarray(features).at[7, 3].set(jnp.nan) for features in hear(samples)]
 
     async def conversation(link, hear=hear):
@@ -226,9 +230,16 @@ def test_numbers_that_are_not_finite(address, server, monkeypatch):
         await until(link, "conversation.item.deleted")
         return events[-1].response, answer_of(await ask(link, pcm(clip("short_d"))))
 
+    async def both():
+        return await asyncio.gather(
+            converse(address, lambda link: conversation(link, broken)),
+            converse(address, question("synth_c")),
+        )
+
     _, expected = talk(address, conversation)
-    failed, later = talk(address, lambda link: conversation(link, broken))
-    assert failed.status == "failed"
+    undisturbed = talk(address, question("synth_c"))
+    (failed, later), beside = asyncio.run(both())
+    assert failed.status == "failed" and beside == undisturbed
     assert failed.status_details.error.message.endswith("the model's numbers were not finite")
     assert later == expected
 
@@ -266,6 +277,21 @@ def test_a_device_that_fails(model, warm_engine, monkeypatch):
     monkeypatch.undo()
     for stream in filter(None, warm_engine.slots):
         stream.cancel()
+
+
+def test_clients_beyond_the_maximum_are_counted(address, tmp_path, capsys):
+    """`benchmarks.serve`: those who are refused do not disturb the others, or make it last."""
+    rows = tmp_path / "rows.jsonl"
+    url = f"ws://{address}/v1/realtime?model=omni2"
+    benchmark.main(
+        [clip("short_d")], url, None, [5, 1], turns=2, pause=0.0, json_lines=rows, plot_file=None
+    )
+    found = [json.loads(line) for line in rows.read_text().splitlines()]
+    levels, turns = found[:2], found[2:]
+    counts = [(row["clients"], row["completed"], row["refused"], row["failed"]) for row in levels]
+    assert counts == [(1, 2, 0, 0), (5, 6, 2, 0)] and len(turns) == 8
+    assert all(turn["audio_ttfp"] > 0 and 0 < turn["audio_duration"] < 2 for turn in turns)
+    assert "largest number of clients that holds" in capsys.readouterr().out
 
 
 @pytest.mark.slow
