@@ -152,7 +152,10 @@ def test_a_thousand_faulty_events(address, server, alone):
 
 @pytest.mark.slow
 def test_clients_that_vanish(address, server, alone):
-    """At fifty random moments, two at a time. Those who stay hear what they hear alone; nothing is left behind."""
+    """At fifty random moments, two at a time. Those who stay hear what they hear alone.
+
+    Nothing is left behind.
+    """
     chance, threads = random.Random(1), threading.active_count()
 
     async def vanish(link):
