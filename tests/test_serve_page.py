@@ -40,10 +40,13 @@ def server(model, warm_engine, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory):
-    """Its microphone plays a question and silence, again and again."""
+    """Its microphone plays a question and silence, again and again.
+
+    The silence is long: a question that comes before the answer to the one before stops it.
+    """
     samples, rate = soundfile.read(clip("speech_a"), dtype="float32")
     path = tmp_path_factory.mktemp("microphone") / "question.wav"
-    sound = np.concatenate([np.zeros(rate), samples, np.zeros(5 * rate)])
+    sound = np.concatenate([np.zeros(rate), samples, np.zeros(40 * rate)])
     soundfile.write(path, sound, rate, "PCM_16")
     arguments = [
         "--no-sandbox",  # root has none
@@ -121,6 +124,15 @@ def downloads(page, number: int) -> list:
     return sorted(saved, key=lambda download: download.suggested_filename)
 
 
+# The share of the waveform's picture that is drawn.
+DRAWN = """() => {
+  const { width, height } = document.getElementById("wave");
+  const pen = document.getElementById("wave").getContext("2d");
+  const pixels = pen.getImageData(0, 0, width, height).data;
+  return pixels.filter((value, i) => i % 4 === 3 && value).length / (width * height);
+}"""
+
+
 @pytest.mark.slow
 def test_conversation(opened, server):
     """A spoken question; a written one, whose answer is interrupted; and another tab beside it."""
@@ -141,6 +153,7 @@ def test_conversation(opened, server):
         figures = re.compile(r"first audio \d+ ms, [1-9]\.\d s of speech, real-time factor \d")
         playwright.expect(first.locator(".figures")).to_have_text(figures, timeout=MINUTE)
         has_status(page, "ready")
+        assert 0.01 < page.evaluate(DRAWN) < 0.9
 
         text, sound = downloads(page, 2)
         said = first.locator(".words").text_content()
