@@ -5,7 +5,8 @@ table). A scale is a bfloat16 number, so that none changes where a model compute
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
@@ -24,6 +25,7 @@ from omni2_jax.models.model import abstract_state
 StoredType = Literal["float32", "bfloat16"]
 QUANTIZED = ("speech_encoder", "llm", "speech_lm")  # the parts that have most of the weights
 LARGEST = 127
+SCALE = "_scale"  # the scales of matrix "kernel" are "kernel_scale"
 
 
 def stored_as(release: Release, dtype: StoredType) -> Release:
@@ -47,7 +49,14 @@ def quantized_parts(config: Omni2Config) -> list[str]:
 
 def with_int8(config: Omni2Config, parts: Sequence[str]) -> Omni2Config:
     """The dimensions of a checkpoint in which the matrices of these parts are int8."""
-    changed = {part: dataclasses.replace(getattr(config, part), weights="int8") for part in parts}
+    return with_weights(config, parts, "int8")
+
+
+def with_weights(
+    config: Omni2Config, parts: Sequence[str], weights: Literal["int8", "float"]
+) -> Omni2Config:
+    """The dimensions of a checkpoint in which the matrices of these parts are stored so."""
+    changed = {part: dataclasses.replace(getattr(config, part), weights=weights) for part in parts}
     return config.replace(**changed)
 
 
@@ -67,9 +76,38 @@ def quantized(release: Release) -> Release:
     return dataclasses.replace(release, config=config, params=release.params | new)
 
 
-def quantized_part(params: Any, state: Any) -> dict:
-    """A part's parameters as int8 and scales, where the module's abstract `state` has scales."""
-    leaves, shapes = dict(flatten(params)), nnx.to_pure_dict(state)
+def dequantized(release: Release) -> Release:
+    """The release with its int8 matrices as float32: each integer times the scale of its output.
+
+    It can be trained further. Raises ValueError if nothing is int8.
+    """
+    parts = quantized_parts(release.config)
+    if not parts:
+        raise ValueError("nothing to dequantize: no part has int8 weights")
+    state = abstract_state(release.config)[1]
+    shapes = abstract_state(with_weights(release.config, parts, "float"))[1]
+    new = {
+        part: dequantized_part(release.params[part], state[part], shapes[part]) for part in parts
+    }
+    config = with_weights(release.config, parts, "float")
+    return dataclasses.replace(release, config=config, params=release.params | new)
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """Where a matrix, or stacked layers of it, has its outputs.
+
+    axes: of one layer. reduced: those of them over which an output is a sum.
+    """
+
+    path: str
+    axes: int
+    reduced: tuple[int, ...]
+    scale_shape: tuple[int, ...]  # of the stored scales, with the axis of stacked layers
+
+
+def matrices(state: Any) -> Iterator[Matrix]:
+    """The matrices of a part that are int8, from the module's abstract `state`."""
     variables = {
         jax.tree_util.keystr(path, simple=True, separator="."): variable
         for path, variable in jax.tree_util.tree_flatten_with_path(
@@ -77,21 +115,48 @@ def quantized_part(params: Any, state: Any) -> dict:
         )[0]
     }
     for path, variable in variables.items():
-        if not path.endswith("_scale"):
+        if not path.endswith(SCALE):
             continue
-        matrix = path.removesuffix("_scale")
+        matrix = path.removesuffix(SCALE)
         axes = len(variables[matrix].get_metadata()["axes"])
         outputs = len(variable.get_metadata()["axes"])
         is_table = matrix.endswith("table")  # whose rows are the outputs
         reduced = tuple(range(1, axes) if is_table else range(axes - outputs))
-        weights, shape = leaves[matrix], variable.get_value().shape
-        leaves[path] = LazyArray(
-            shape, np.dtype(ml_dtypes.bfloat16), partial(scales, weights, axes, reduced)
+        yield Matrix(matrix, axes, reduced, variable.get_value().shape)
+
+
+def quantized_part(params: Any, state: Any) -> dict:
+    """A part's parameters as int8 and scales. state: of the module that has scales, abstract."""
+    leaves = dict(flatten(params))
+    for matrix in matrices(state):
+        weights = leaves[matrix.path]
+        arguments = weights, matrix.axes, matrix.reduced
+        leaves[matrix.path + SCALE] = LazyArray(
+            matrix.scale_shape, np.dtype(ml_dtypes.bfloat16), partial(scales, *arguments)
         )
-        leaves[matrix] = LazyArray(
-            weights.shape, np.dtype(np.int8), partial(integers, weights, axes, reduced)
+        leaves[matrix.path] = LazyArray(
+            weights.shape, np.dtype(np.int8), partial(integers, *arguments)
         )
-    return unflatten(shapes, leaves)
+    return unflatten(nnx.to_pure_dict(state), leaves)
+
+
+def dequantized_part(params: Any, state: Any, float_state: Any) -> dict:
+    """A part's parameters without scales. The states: of the modules with and without, abstract."""
+    leaves = dict(flatten(params))
+    for matrix in matrices(state):
+        weights, factors = leaves[matrix.path], leaves.pop(matrix.path + SCALE)
+        leaves[matrix.path] = LazyArray(
+            weights.shape, np.dtype(np.float32), partial(products, weights, factors, matrix)
+        )
+    return unflatten(nnx.to_pure_dict(float_state), leaves)
+
+
+def products(weights: LazyArray, factors: LazyArray, matrix: Matrix) -> np.ndarray:
+    """The integers times the scales of their outputs, float32."""
+    values = weights.read()
+    stacked = values.ndim - matrix.axes
+    reduced = tuple(stacked + axis for axis in matrix.reduced)
+    return values * np.expand_dims(factors.read().astype(np.float32), reduced)
 
 
 def scales(weights: LazyArray, axes: int, reduced: tuple[int, ...]) -> np.ndarray:

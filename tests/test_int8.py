@@ -159,10 +159,33 @@ def test_refused(omni2, quantized, tmp_path):
     assert not out.exists()
 
 
+def test_it_becomes_float_again_and_can_be_trained(omni2, quantized, tmp_path, toy):
+    """The numbers are those that the integers stand for; the rest stays as it is."""
+    from omni2_jax.train.loop import Run
+
+    out = tmp_path / "out"
+    line, *_ = omni2("join", quantized, "--dequantize", "--quantize", "int8", "--out", out)
+    assert is_error_line(line) and "exclude each other" in line
+    assert omni2("join", quantized, "--dequantize", "--out", out)[0] == 0
+    config = Omni2Config.load(out / "config.json")
+    assert not precision.quantized_parts(config)
+    assert precision.with_int8(config, LANGUAGE) == Omni2Config.load(quantized / "config.json")
+    for part in parameters.parts(quantized):
+        before, after = parameters.stored(quantized, part), parameters.stored(out, part)
+        assert after.keys() == {path for path in before if not path.endswith("_scale")}
+        for path, leaf in after.items():
+            is_int8 = f"{path}_scale" in before
+            expected = dequantized(before, path) if is_int8 else before[path].read()
+            np.testing.assert_array_equal(leaf.read(), expected)
+    line, *_ = omni2("join", out, "--dequantize", "--out", tmp_path / "again")
+    assert is_error_line(line) and "nothing to dequantize" in line
+    Run(dataclasses.replace(toy(), checkpoint=str(out), batch=8), tmp_path / "run")
+
+
 def test_it_is_not_trained(toy, quantized, tmp_path):
     from omni2_jax.train.loop import Run
 
-    with pytest.raises(ValueError, match="speech_lm has int8 weights, which are not trained"):
+    with pytest.raises(ValueError, match=r"speech_lm has int8 weights.* --dequantize"):
         Run(dataclasses.replace(toy(), checkpoint=str(quantized)), tmp_path / "run")
 
 

@@ -79,7 +79,9 @@ def configure(stage: "Stage", directory: Path) -> Omni2Config:
     """
     config, train = Omni2Config.load(directory / "config.json"), stage.train
     stored = parameters.parts(directory)
-    missing = [part for part in stage.parts if part not in (*stored, *train.reset)]
+    missing = [
+        part for part in stage.parts if part not in stored and part not in stage.drawn(config)
+    ]
     missing = missing or [part for part in stage.parts if getattr(config, part, True) is None]
     if missing:
         raise ValueError(
@@ -90,7 +92,7 @@ def configure(stage: "Stage", directory: Path) -> Omni2Config:
     if quantized := [part for part, form in forms.items() if form != "float"]:
         raise ValueError(
             f"{directory}: {', '.join(quantized)} has int8 weights, which are not trained; "
-            "train the checkpoint that was quantized"
+            f"train the checkpoint that was quantized, or `omni2 join {directory} --dequantize`"
         )
     if wrong := [part for part in train.reset if part not in stage.trained]:
         raise ValueError(
@@ -105,10 +107,8 @@ def load(stage: "Stage", directory: Path, mesh: Mesh) -> tuple[Weights, Params, 
     Each device holds its share of every array from the moment it is read. Raises ValueError if the
     checkpoint lacks a part or does not fit its configuration.
     """
+    drawn = stage.drawn(Omni2Config.load(directory / "config.json"))
     config = configure(stage, directory)
-    drawn = set(stage.train.reset)
-    if config.mix != Omni2Config.load(directory / "config.json").mix:
-        drawn.add("fusion")
     stored = Weights.of(stage.model_config(config), mesh, stage.build)
     values: Params = {}
     for part in stage.loaded:

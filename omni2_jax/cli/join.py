@@ -27,6 +27,14 @@ def join(
         typer.Option(help="The type that parameters are stored in. [default: as they are]"),
     ] = None,
     quantize: Quantize = None,
+    dequantize: Annotated[
+        bool,
+        typer.Option(
+            "--dequantize",
+            help="Store int8 matrices as the float32 numbers that they stand for, so that the "
+            "checkpoint can be trained.",
+        ),
+    ] = False,
     no_fusion: Annotated[
         bool,
         typer.Option(
@@ -36,7 +44,7 @@ def join(
         ),
     ] = False,
 ) -> None:
-    """Make one checkpoint of parts that were trained apart; store them in a smaller type.
+    """Make one checkpoint of parts that were trained apart; store them in another type.
 
     Parts that do not fit one another are refused: by units, mel bands, sizes, and tokenizers.
     """
@@ -45,10 +53,14 @@ def join(
     from omni2_jax.convert.join import Source
     from omni2_jax.convert.join import join as join_parts
 
+    if quantize and dequantize:
+        raise ValueError("--quantize and --dequantize exclude each other; give one of them")
     if out.exists():
         raise ValueError(f"{out} exists already; give a new directory")
     with console.status("checking names and shapes"):
         release = join_parts([Source.parse(text) for text in sources], fusion=not no_fusion)
+        if dequantize:
+            release = precision.dequantized(release)
         if dtype:
             release = precision.stored_as(release, dtype)
         if quantize:

@@ -81,6 +81,10 @@ class Stage(abc.ABC):
         """The configuration of the exported checkpoint, from that of the one to start from."""
         return config
 
+    def drawn(self, config: Omni2Config) -> set[str]:
+        """The parts that start at random instead of from a checkpoint of this configuration."""
+        return set(self.train.reset)
+
     def model_config(self, config: Omni2Config) -> Omni2Config:
         """The configuration of the model that is read from the checkpoint."""
         return config.only(*self.parts)

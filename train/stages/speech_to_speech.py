@@ -100,6 +100,10 @@ class SpeechToSpeech(UnitWriting):
     def configure(self, config: Omni2Config) -> Omni2Config:
         return config.replace(mix=self.train.mix)
 
+    def drawn(self, config: Omni2Config) -> set[str]:
+        """A fusion that mixes in another way than the checkpoint's starts at random, too."""
+        return super().drawn(config) | ({"fusion"} if self.train.mix != config.mix else set())
+
     def examples(
         self, config: Omni2Config, tokenizer: Tokenizer | None, data: Dataset, split: str
     ) -> SpeechExamples:
