@@ -1,13 +1,19 @@
 """What evaluation measures with: intervals, word errors, and a recogniser."""
 
 import os
+import zlib
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from omni2_jax.audio import recordings
 from omni2_jax.evaluate import estimates, word_errors
-from omni2_jax.evaluate.recognisers import RecogniserOptions, open_recogniser
+from omni2_jax.evaluate.recognisers import (
+    RecogniserOptions,
+    WhisperRecogniser,
+    open_recogniser,
+)
 from tests.support.paths import EXAMPLES
 
 
@@ -62,6 +68,29 @@ def test_whisper_hears():
     assert recogniser.transcribe(np.zeros(16000, np.float32), 16000) == ""
     assert recogniser.transcribe(samples[:0], 24000) == ""
     assert len(recogniser.describe()["sha256"]) == 64
+
+
+class LoopingWhisper:
+    """Stands for a Whisper that says "hey" for ever, unless four tokens may come only once."""
+
+    def __init__(self, text: str):
+        self.text = text
+
+    def transcribe(self, samples: np.ndarray, no_repeat_ngram_size: int = 0, **settings):
+        text = "Hey hey hey." if no_repeat_ngram_size == 4 else self.text
+        ratio = len(text.encode()) / len(zlib.compress(text.encode()))
+        return iter([SimpleNamespace(text=text, compression_ratio=ratio)]), None
+
+
+def test_a_recogniser_that_repeats_itself():
+    """One answer with two hundred words that nobody said would decide the rate of them all."""
+    recogniser = object.__new__(WhisperRecogniser)
+    recogniser.language, recogniser.beam_size = "en", 5
+    recogniser.model = LoopingWhisper(" hey" * 200)
+    assert recogniser.transcribe(np.ones(16000), 16000) == "Hey hey hey."
+    counting = "Ten, eleven, twelve, thirteen, fourteen, fifteen, sixteen, seventeen, eighteen."
+    recogniser.model = LoopingWhisper(counting)
+    assert recogniser.transcribe(np.ones(16000), 16000) == counting
 
 
 def test_no_whisper(tmp_path):

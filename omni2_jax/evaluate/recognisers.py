@@ -19,6 +19,9 @@ from omni2_jax.endpoints import Client, Endpoint
 from omni2_jax.evaluate.items import sha256
 from omni2_jax.files import first_line
 
+# Text that zlib makes smaller by more than this repeats itself; the bound is Whisper's own.
+LOOP_COMPRESSION = 2.4
+LOOP_TOKENS = 4  # tokens that may not be repeated when a recording is decoded again
 WHISPER_FILES = ("model.bin", "config.json", "tokenizer.json", "vocabulary.*", "preprocessor*.json")
 
 
@@ -43,8 +46,9 @@ class Recogniser(Protocol):
 class WhisperRecogniser:
     """A Whisper model of faster-whisper (CTranslate2), decoded deterministically.
 
-    Beam search at temperature 0, without the sampling that Whisper falls back to, and without the
-    text of the window before, which makes errors go on: a transcript follows from the samples.
+    Beam search at temperature 0, without the text of the window before, which makes errors go on.
+    Where Whisper repeats itself for ever, it would fall back to sampling; here the recording is
+    decoded once more, and no four tokens may come twice: a transcript follows from the samples.
     """
 
     source: str  # a directory with model.bin, or the id of a Hugging Face repository that holds it
@@ -82,13 +86,17 @@ class WhisperRecogniser:
         heard = recordings.resample(samples, rate, recordings.INPUT_RATE)
         if not heard.size:
             return ""
-        segments, _ = self.model.transcribe(
+        decode = functools.partial(
+            self.model.transcribe,
             np.ascontiguousarray(heard, np.float32),
             language=self.language,
             beam_size=self.beam_size,
             temperature=0.0,
             condition_on_previous_text=False,
         )
+        segments = list(decode()[0])
+        if any(segment.compression_ratio > LOOP_COMPRESSION for segment in segments):
+            segments = decode(no_repeat_ngram_size=LOOP_TOKENS)[0]
         return "".join(segment.text for segment in segments).strip()
 
     @functools.cached_property
@@ -108,6 +116,7 @@ class WhisperRecogniser:
             "compute_type": self.compute_type,
             "device": self.device,
             "temperature": 0,
+            "loops": {"compression": LOOP_COMPRESSION, "tokens": LOOP_TOKENS},
             "versions": {
                 "faster-whisper": faster_whisper.__version__,
                 "ctranslate2": ctranslate2.__version__,
