@@ -48,6 +48,29 @@ def with_speech_lm(release: Release, text_tokenizer: TextTokenizer, directory: P
     )
 
 
+def from_llm(release: Release) -> Release:
+    """The release with a speech LM that starts as its own LLM, with new rows for <sep> and units.
+
+    It takes the place of a speech LM that is there, and reads the text alone, as in stage 1b.
+    Raises ValueError without an LLM, or if the LLM cannot become a speech LM.
+    """
+    config, params = release.config, dict(release.params)
+    if config.llm is None:
+        raise ValueError("there is no llm that could become the speech LM")
+    if not config.llm.tied:
+        raise ValueError("the llm's embeddings are not tied; a speech LM's are")
+    if config.llm.weights != "float":
+        raise ValueError("the llm has int8 weights, which are not trained; see --dequantize")
+    sep = config.tokens.sep
+    speech_lm = dataclasses.replace(config.llm, vocabulary=sep + 1 + config.units)
+    table = start.extended(params["llm"]["embedding"]["table"], sep, speech_lm.vocabulary)
+    params["speech_lm"] = params["llm"] | {"embedding": {"table": table}}
+    params.pop("fusion", None)
+    return dataclasses.replace(
+        release, config=config.replace(speech_lm=speech_lm, mix="text"), params=params
+    )
+
+
 def check(plain: DecoderConfig, text_tokenizer: TextTokenizer, directory: Path) -> None:
     """Raise ConversionError unless the model in `directory` can become the speech LM."""
     path = directory / "config.json"

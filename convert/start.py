@@ -112,7 +112,7 @@ def extended(table: LazyArray, kept: int, vocabulary: int) -> LazyArray:
     shape = (vocabulary, table.shape[1])
 
     def read() -> np.ndarray:
-        rows = table.read()
+        rows = np.require(table.read(), requirements=["OWNDATA", "WRITEABLE"])
         rows.resize(shape, refcheck=False)  # in place, so that there is never a second table
         mean, deviation = column_statistics(rows[:kept])
         random = np.random.default_rng(SEED)

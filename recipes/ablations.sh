@@ -16,7 +16,12 @@
 #   TABLES     which tables, "2 3 4 5"
 #   SHARES     which smaller data sets of table 5, in per cent of the dialogues, "75 50 25"
 #   READ WRITE R and W of table 4; every pair is measured
-#   SETTINGS   options of every `omni2 train`, as "--set mesh.fsdp=-1"
+#   LABEL      what the models are called in the report, before the variant's name
+#   SEEDS      of stage 2 in table 2, which is repeated with each, "0"
+#   CONFIGS    settings of the stages 1a, 1b and 2, "stage1a stage1b stage2"
+#   SETTINGS   options of every `omni2 train`, as "--set mesh.fsdp=-1"; SETTINGS_1A, SETTINGS_1B and
+#              SETTINGS_2: of one stage
+#   HIDDEN     1: compute the LLM's hidden states once for all runs of stage 2 (`omni2 hidden`)
 #   LAUNCH FLAGS WORK   as in recipes/reproduce_7b.sh
 #
 # A run whose result exists is left out, and a run that was cut off is resumed: after an
@@ -32,7 +37,12 @@ tables=" ${TABLES:-2 3 4 5} "
 shares=${SHARES:-75 50 25}
 read=${READ:-1,2,3,4,5}
 write=${WRITE:-5,10,15,20}
+label=${LABEL:+$LABEL, }
+seeds=(${SEEDS:-0})
+configs=(${CONFIGS:-stage1a stage1b stage2})
 settings=${SETTINGS:-}
+settings_of=("${SETTINGS_1A:-}" "${SETTINGS_1B:-}" "${SETTINGS_2:-}")
+hidden=${HIDDEN:-}
 launch=${LAUNCH:-}
 flags=${FLAGS:-}
 work=${WORK:-ablations}
@@ -61,20 +71,28 @@ PYTHON
         ${TOKENIZER:+--speech-tokenizer "$TOKENIZER"}
 }
 
-# train OUT CONFIG CHECKPOINT DATA [SETTING...]
+# train STAGE OUT CHECKPOINT DATASET [SETTING...]: stage 0, 1 or 2, that is 1a, 1b or 2.
 train() {
-    local out=$1 config=$2 checkpoint=$3 data=$4
+    local stage=$1 out=$2 checkpoint=$3 directory=$work/$4
     shift 4
-    [ -e "$out/final" ] || $launch omni2 train $flags --config "$config" \
-        --set checkpoint="$checkpoint" --set data="$data" $settings "$@" --out "$out"
+    [ -e "$out/final" ] && return
+    if [ "$stage" = 2 ] && [ -n "$hidden" ]; then
+        # The LLM is frozen after stage 1a, so every run of stage 2 reads the same states.
+        [ -e "$directory/hidden" ] || omni2 hidden --config "${configs[2]}" \
+            --set checkpoint="$checkpoint" --set data="$directory/data" $settings \
+            --out "$directory/hidden"
+        set -- --set hidden="$directory/hidden" "$@"
+    fi
+    $launch omni2 train $flags --config "${configs[$stage]}" --set checkpoint="$checkpoint" \
+        --set data="$directory/data" $settings ${settings_of[$stage]} "$@" --out "$out"
 }
 
 # whole NAME PERCENT TURNS: the three stages on a data set.
 whole() {
     dialogues "$1" "$2" "$3"
-    train "$work/$1/1a" stage1a "$start" "$work/$1/data"
-    train "$work/$1/1b" stage1b "$work/$1/1a/final" "$work/$1/data"
-    train "$work/$1/2" stage2 "$work/$1/1b/final" "$work/$1/data"
+    train 0 "$work/$1/1a" "$start" "$1"
+    train 1 "$work/$1/1b" "$work/$1/1a/final" "$1"
+    train 2 "$work/$1/2" "$work/$1/1b/final" "$1" --set seed="${seeds[0]}"
 }
 
 # evaluate NAME CHECKPOINT [OPTION...]: on every file of questions.
@@ -82,7 +100,7 @@ evaluate() {
     local name=$1 checkpoint=$2 file
     shift 2
     for file in $questions; do
-        omni2 evaluate --system "$checkpoint" --data "$file" --label "$name" $measure "$@" \
+        omni2 evaluate --system "$checkpoint" --data "$file" --label "$label$name" $measure "$@" \
             --out "$work/evaluation/$name/$(basename "${file%.*}")"
     done
 }
@@ -92,32 +110,44 @@ chosen() { case $tables in *" $1 "*) return 0 ;; *) return 1 ;; esac }
 # The whole model. It is the first row of tables 2, 3 and 5.
 whole full 100 1000
 full=$work/full
-evaluate full "$full/2/final" --row table2/gate --row table3/streaming --row table5/200k-multi
+rows=()
+chosen 2 && rows+=(--row table2/gate)
+chosen 3 && rows+=(--row table3/streaming)
+chosen 5 && rows+=(--row table5/200k-multi)
+evaluate full "$full/2/final" "${rows[@]}"
 
 # Table 2: what the speech LM is given of a text token.
 if chosen 2; then
-    for mix in sum hidden; do
-        train "$full/2-$mix" stage2 "$full/1b/final" "$full/data" --set mix=$mix
-        evaluate $mix "$full/2-$mix/final" --row table2/$mix
+    for seed in "${seeds[@]}"; do
+        for mix in gate sum hidden; do
+            name=$mix
+            if [ "$seed" != "${seeds[0]}" ]; then
+                name=$mix-seed-$seed
+            elif [ $mix = gate ]; then
+                continue   # the whole model
+            fi
+            train 2 "$full/2-$name" "$full/1b/final" full --set mix=$mix --set seed="$seed"
+            evaluate "$name" "$full/2-$name/final" --row table2/$mix
+        done
     done
 fi
 
 # Table 3: how the speech LM is trained before stage 2.
 if chosen 3; then
-    train "$full/1b-offline" stage1b "$full/1a/final" "$full/data" --set layout=offline
-    train "$full/2-offline" stage2 "$full/1b-offline/final" "$full/data"
+    train 1 "$full/1b-offline" "$full/1a/final" full --set layout=offline
+    train 2 "$full/2-offline" "$full/1b-offline/final" full
     evaluate offline-tts "$full/2-offline/final" --row table3/offline
-    train "$full/2-text" stage2 "$full/1a/final" "$full/data"
+    train 2 "$full/2-text" "$full/1a/final" full
     evaluate text-only "$full/2-text/final" --row table3/text
-    train "$full/2-scratch" stage2 "$full/1a/final" "$full/data" --set reset=speech_lm
+    train 2 "$full/2-scratch" "$full/1a/final" full --set reset=speech_lm
     evaluate scratch "$full/2-scratch/final" --row table3/scratch
 fi
 
 # Table 4: R and W, changed when the model answers; and all text before all speech, which is trained.
 if chosen 4; then
     evaluate read-write "$full/2/final" --read "$read" --write "$write" --task latency
-    train "$full/1b-offline" stage1b "$full/1a/final" "$full/data" --set layout=offline
-    train "$full/2-all-offline" stage2 "$full/1b-offline/final" "$full/data" --set layout=offline
+    train 1 "$full/1b-offline" "$full/1a/final" full --set layout=offline
+    train 2 "$full/2-all-offline" "$full/1b-offline/final" full --set layout=offline
     # One read of up to 256 text tokens, the longest answer, and then every unit.
     evaluate offline "$full/2-all-offline/final" --read 256 --write 10 --row table4/offline
 fi

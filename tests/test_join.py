@@ -90,6 +90,29 @@ def test_a_speech_lm_that_reads_text_alone(omni2, new_checkpoint, tmp_path):
     assert is_error_line(line) and "speech_lm" in line
 
 
+def test_a_speech_lm_that_starts_as_the_llm(omni2, new_checkpoint, tmp_path):
+    """The same layers and text tokens; <sep> and the units are new rows, as large as the others."""
+    out = tmp_path / "out"
+    assert omni2("join", new_checkpoint, "--speech-lm-from-llm", "--out", out)[0] == 0
+    config = Omni2Config.load(out / "config.json")
+    assert config.mix == "text" and "fusion" not in parameters.parts(out)
+    assert config.speech_lm is not None and config.llm is not None
+    sep = config.tokens.sep
+    assert config.speech_lm.vocabulary == sep + 1 + config.units
+    llm, speech_lm = leaves(new_checkpoint, "llm"), leaves(out, "speech_lm")
+    table = speech_lm.pop("embedding.table")
+    text = llm.pop("embedding.table")[:sep]
+    np.testing.assert_array_equal(table[:sep], text)
+    np.testing.assert_allclose(table[sep:].std(0).mean(), text.std(0).mean(), rtol=0.2)
+    assert llm.keys() == speech_lm.keys()
+    for path, leaf in llm.items():
+        np.testing.assert_array_equal(speech_lm[path], leaf)
+    line, *_ = omni2(
+        "join", f"flow={new_checkpoint}", "--speech-lm-from-llm", "--out", tmp_path / "flow"
+    )
+    assert is_error_line(line) and "no llm" in line and not (tmp_path / "flow").exists()
+
+
 @pytest.mark.parametrize(
     "sources, words",
     [

@@ -11,6 +11,7 @@ import pytest
 
 from omni2_jax.evaluate.report import published
 from omni2_jax.train import config_files
+from omni2_jax.train.settings import TrainConfig
 from tests.support.paths import EXAMPLES, ROOT
 
 STAND_IN = """#!/usr/bin/env bash
@@ -125,30 +126,62 @@ def test_data_sets_of_table_5(ablations, tmp_path):
     assert all(sound.is_absolute() and sound.exists() for sound in sounds)
 
 
-@pytest.mark.parametrize("small", ["", "1"])
-def test_nano(recipe, tmp_path, small):
-    """Every command of nano.sh reads what an earlier one has made, with settings that exist; the
-    same script makes nothing twice."""
-    run = functools.partial(
-        recipe,
-        "nano.sh",
-        str(tmp_path / "nano"),
-        OMNI2_WHISPER="whisper-tiny.en",
-        VOICE="voice",
-        SMALL=small,
-    )
-    made = {"whisper-tiny.en", "voice", str(EXAMPLES / "joe" / "checkpoint")}
-    stages = []
-    for call in run():
+def trainings(calls: list[list[str]], given: set[str], base: Path) -> dict[str, TrainConfig]:
+    """The settings of every `omni2 train` by its --out, from the calls of a recipe.
+
+    Each call has to read what was given or what an earlier call has made. base: where relative
+    paths start.
+    """
+    found = {}
+    made = {str((base / path).resolve()) for path in given}
+    for call in calls:
         read = [value for name in INPUTS for value in options(call, name)]
         if call[0] in ("train", "frames", "hidden"):
             config = config_files.read(options(call, "--config")[0], options(call, "--set"))
             read += [value for name in SETTINGS if (value := getattr(config, name))]
             if call[0] == "train":
-                stages.append(config.stage)
-                assert config.steps is not None and (config.steps == 2) == bool(small)
+                found[options(call, "--out")[0]] = config
         for path in filter(None, read):
-            assert made & {path, str(Path(path).parent)}, f"{path} of {call}"
-        made |= set(options(call, "--out"))
-    assert stages == ["text", "1a", "1b", "2"]
+            whole = (base / path).resolve()
+            assert made & {str(whole), str(whole.parent)}, f"{path} of {call}"
+        made |= {str((base / path).resolve()) for path in options(call, "--out")}
+    return found
+
+
+@pytest.mark.parametrize("small", ["", "1"])
+def test_nano(recipe, tmp_path, small):
+    """Every command of nano.sh reads what an earlier one has made, with settings that exist; the
+    same script makes nothing twice."""
+    work = tmp_path / "nano"
+    variables = {"OMNI2_WHISPER": "whisper-tiny.en", "VOICE": "voice", "SMALL": small}
+    run = functools.partial(recipe, "nano.sh", str(work), **variables)
+    given = {"whisper-tiny.en", "voice", str(EXAMPLES / "joe" / "checkpoint")}
+    configs = trainings(run(), given, work).values()
+    assert [config.stage for config in configs] == ["text", "1a", "1b", "2"]
+    assert all((config.steps == 2) == bool(small) and config.steps for config in configs)
+    assert {call[0] for call in run()} == {"evaluate"}
+
+
+def test_nano_ablations(recipe, tmp_path):
+    """Table 2 starts from Nano's own stage 1b, table 3 from equally short ones; stage 1a is not
+    trained, and the hidden states are computed once."""
+    work = tmp_path / "work"
+    run = functools.partial(recipe, "nano_ablations.sh", str(work), OMNI2_WHISPER="whisper-tiny.en")
+    calls = run()
+    given = {str(EXAMPLES / "joe" / "checkpoint"), "fusion/full/dialogues.jsonl"}
+    configs = {
+        str(Path(out).relative_to(work)): config
+        for out, config in trainings(calls, given, work).items()
+    }
+    assert len(configs) == 3 * 3 + 2 + 5
+    assert {config.stage for config in configs.values()} == {"1b", "2"}
+    first = {name: config for name, config in configs.items() if name.startswith("fusion")}
+    assert all(Path(config.checkpoint).resolve() == work / "nano" for config in first.values())
+    assert {(config.mix, config.seed) for config in first.values()} == {
+        (mix, seed) for mix in ("gate", "sum", "hidden") for seed in range(3)
+    }
+    assert len([call for call in calls if call[0] == "hidden"]) == 1
+    assert configs["before/full/1b-offline"].steps == configs["before/full/1b"].steps
+    rows = {row for call in calls for row in options(call, "--row")}
+    assert {row.partition("/")[0] for row in rows} == {"table2", "table3", "table4"}
     assert {call[0] for call in run()} == {"evaluate"}

@@ -35,6 +35,14 @@ def join(
             "checkpoint can be trained.",
         ),
     ] = False,
+    speech_lm_from_llm: Annotated[
+        bool,
+        typer.Option(
+            "--speech-lm-from-llm",
+            help="The speech LM starts as a copy of the LLM, with new rows for the units, to be "
+            "trained in stage 1b.",
+        ),
+    ] = False,
     no_fusion: Annotated[
         bool,
         typer.Option(
@@ -49,7 +57,7 @@ def join(
     Parts that do not fit one another are refused: by units, mel bands, sizes, and tokenizers.
     """
     from omni2_jax.checkpoint import parameters
-    from omni2_jax.convert import precision, write
+    from omni2_jax.convert import precision, speech_lm, write
     from omni2_jax.convert.join import Source
     from omni2_jax.convert.join import join as join_parts
 
@@ -61,6 +69,8 @@ def join(
         release = join_parts([Source.parse(text) for text in sources], fusion=not no_fusion)
         if dequantize:
             release = precision.dequantized(release)
+        if speech_lm_from_llm:
+            release = speech_lm.from_llm(release)
         if dtype:
             release = precision.stored_as(release, dtype)
         if quantize:

@@ -1,0 +1,84 @@
+#!/usr/bin/env bash
+# The paper's tables 2, 3 and 4 repeated on Nano, the model that the package carries: gate fusion
+# and what it is compared with; how the speech LM is trained before stage 2; R and W.
+#
+#   the programs and the first two variables of recipes/nano.sh
+#   bash recipes/nano_ablations.sh [DIRECTORY]         # default: ./nano-ablations
+#
+#   VOICE      a checkpoint with the speech tokenizer of Nano's units; default: examples/joe
+#   QUESTIONS  how many held-out conversations each variant answers, 60
+#   SEEDS      of table 2, "0 1 2"
+#
+# A step whose result exists is left out, and a run that was cut off is resumed: after an
+# interruption start the script again.
+set -euo pipefail
+
+# As in recipes/nano.sh: otherwise glibc returns the buffers of every training step to the system.
+export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=8000000000 MALLOC_TOP_PAD_=268435456
+export GLIBC_TUNABLES=glibc.malloc.hugetlb=1
+
+for name in PIPER_VOICE OMNI2_WHISPER VOICE; do
+    if [ -e "${!name:-}" ]; then export "$name=$(realpath "${!name}")"; fi
+done
+
+repository=$(cd "$(dirname "$0")/.." && pwd)
+voice=${VOICE:-$repository/examples/joe/checkpoint}
+work=${1:-nano-ablations}
+mkdir -p "$work"
+cd "$work"
+work=$PWD
+
+# 1. Nano with weights that can be trained; and as it is before stage 1b, with a speech LM that
+# starts as its LLM, as the paper's starts as Qwen2.5-0.5B.
+[ -e nano ] || omni2 join "$repository/omni2_jax/nano" --dequantize --dtype float32 --out nano
+[ -e heard ] || omni2 join nano --speech-lm-from-llm --out heard
+
+# 2. Dialogues of at most two questions, spoken; the replies' units.
+[ -e dialogues.jsonl ] || omni2 synthesize dialogues --grammar "$repository/recipes/nano/grammar.yaml" \
+    --count 2400 --held-out 160 --max-turns 2 --seed 3 --out dialogues.jsonl
+[ -e speech/test.jsonl ] || omni2 synthesize speech --dialogues dialogues.jsonl \
+    --voices "$repository/recipes/nano/voices.yaml" --validation 0.05 --test 0.08 --out speech
+[ -e validation ] || omni2 prepare --source speech/validation.jsonl --speech-tokenizer "$voice" \
+    --out validation
+
+# 3. What all variants have in common: settings, what is measured, stage 1a, the hidden states.
+export SOURCE=$work/speech/train.jsonl TOKENIZER=$voice
+export CONFIGS="nano_1a nano_1b nano_2" HIDDEN=1 START=$work/heard
+export SETTINGS="--set validation=$work/validation --set validate_every=300"
+export SETTINGS_1B="--set batch=16 --set steps=1500"   # about 7 epochs, the paper's has 5
+export SETTINGS_2="--set steps=600"                    # about 2 epochs, the paper's has 1
+measure="--recogniser ${OMNI2_WHISPER:?} --limit ${QUESTIONS:-60} --dataset held-out"
+export MEASURE="--task spoken-qa --task asr-wer $measure"
+export QUESTIONS=$work/speech/test.jsonl
+
+# stages DIRECTORY NAME=CHECKPOINT...: the stages of its whole model that are not trained there.
+stages() {
+    local full=$1/full stage
+    mkdir -p "$full"
+    for stage in "${@:2}"; do
+        mkdir -p "$full/${stage%%=*}"
+        ln -sfn "${stage#*=}" "$full/${stage%%=*}/final"
+    done
+}
+
+# 4. Table 2 from Nano's own stage 1b, which has read 320,000 sentences.
+stages fusion "1a=$work/heard" "1b=$work/nano"
+TABLES=2 WORK=$work/fusion LABEL=nano SEEDS=${SEEDS:-0 1 2} bash "$repository/recipes/ablations.sh"
+
+# 5. Table 4: R and W of its whole model, the paper's pairs.
+for pair in 1-5 2-10 3-10 3-15 4-15 5-20; do
+    [ -e fusion/evaluation/$pair ] || omni2 evaluate --system fusion/full/2/final \
+        --data "$QUESTIONS" --label nano --task asr-wer --task latency $measure \
+        --read ${pair%-*} --write ${pair#*-} --out fusion/evaluation/$pair
+done
+
+# 6. Table 3, every stage 1b equally short, and the offline line of table 4.
+stages before "1a=$work/heard"
+for name in data hidden; do
+    [ -e before/full/$name ] || ln -s "../../fusion/full/$name" "before/full/$name"
+done
+TABLES="3 4" READ=3 WRITE=10 WORK=$work/before LABEL="nano, short 1b" \
+    bash "$repository/recipes/ablations.sh"
+
+omni2 evaluate report fusion/evaluation before/evaluation --out report
+echo "the report is in $work/report/report.md"
