@@ -10,7 +10,7 @@
 #   bash recipes/voice.sh [DIRECTORY]        # default: ./voice-recipe
 #
 # A step whose result exists is left out, and every command goes on where it was cut off: after an
-# interruption start the script again.
+# interruption start the script again. SMALL=1 makes everything tiny, to try the commands.
 set -euo pipefail
 
 # Otherwise glibc returns the buffers of every training step to the system (23 % of the time), and gets
@@ -28,16 +28,23 @@ work=${1:-voice-recipe}
 mkdir -p "$work"
 cd "$work"
 
-# 1. Sentences: replies and questions of a grammar. 60 replies are held out. With 40 minutes of speech
+# Sentences of replies and of questions, held-out ones; settings of training.
+replies=13000 questions=760 held_out=60 small=()
+if [ -n "${SMALL:-}" ]; then
+    replies=24 questions=8 held_out=4
+    small=(--set steps=4 --set batch=2)
+fi
+
+# 1. Sentences: replies and questions of a grammar. With 40 minutes of speech
 # the flow stops improving early; piper speaks nine hours in one.
 grammar=$repository/recipes/nano/grammar.yaml
 [ -e replies.txt ] || omni2 synthesize dialogues --grammar "$grammar" \
-    --sentences replies --count 13000 --out replies.txt
+    --sentences replies --count $replies --out replies.txt
 [ -e questions.txt ] || omni2 synthesize dialogues --grammar "$grammar" \
-    --sentences questions --count 760 --out questions.txt
+    --sentences questions --count $questions --out questions.txt
 shuf --random-source=<(yes) replies.txt > shuffled.txt
-head -n 60 shuffled.txt > test.txt
-tail -n +61 shuffled.txt | cat - questions.txt > train.txt
+head -n $held_out shuffled.txt > test.txt
+tail -n +$((held_out + 1)) shuffled.txt | cat - questions.txt > train.txt
 
 # 2. Speak them, and make data sets of the recordings.
 for part in train test; do
@@ -49,7 +56,7 @@ done
 # 3. Fresh parameters; the speech tokenizer, and the units of all recordings.
 [ -e start ] || omni2 new --config voice --out start
 [ -e runs/units/final ] || omni2 train --config voice_units --set checkpoint=start \
-    --set data=recordings-train --set validation=recordings-test --out runs/units
+    --set data=recordings-train --set validation=recordings-test "${small[@]}" --out runs/units
 for part in train test; do
     [ -e units-$part ] || omni2 prepare --source speech-$part --speech-tokenizer runs/units/final \
         --out units-$part
@@ -57,9 +64,11 @@ done
 
 # 4. The vocoder (mel frames to samples), then the flow (units to mel frames).
 [ -e runs/vocoder/final ] || omni2 train --config voice_vocoder --set checkpoint=runs/units/final \
-    --set data=units-train --set validation=units-test --out runs/vocoder
+    --set data=units-train --set validation=units-test \
+    "${small[@]}" ${SMALL:+--set vocoder.f0_steps=1 --set vocoder.gan_from=2} --out runs/vocoder
 [ -e runs/flow/final ] || omni2 train --config voice_flow --set checkpoint=runs/vocoder/final \
-    --set data=units-train --set validation=units-test --out runs/flow
+    --set data=units-train --set validation=units-test \
+    "${small[@]}" ${SMALL:+--set mu_steps=2} --out runs/flow
 
 # 5. What each part keeps of held-out recordings.
 omni2 evaluate --task copy-synthesis --system runs/flow/final --data speech-test/metadata.jsonl \

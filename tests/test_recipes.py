@@ -162,6 +162,23 @@ def test_nano(recipe, tmp_path, small):
     assert {call[0] for call in run()} == {"evaluate"}
 
 
+@pytest.mark.parametrize("small", ["", "1"])
+def test_voice(recipe, tmp_path, small):
+    """As above, for voice.sh: each part starts from the checkpoint with the part before it."""
+    work = tmp_path / "voice"
+    variables = {"OMNI2_WHISPER": "whisper-tiny.en", "SMALL": small}
+    run = functools.partial(recipe, "voice.sh", str(work), **variables)
+    configs = trainings(run(), {"test.txt", "train.txt"}, work)
+    assert [config.stage for config in configs.values()] == ["units", "vocoder", "flow"]
+    assert [config.checkpoint for config in configs.values()] == [
+        "start",
+        "runs/units/final",
+        "runs/vocoder/final",
+    ]
+    assert all((config.steps == 4) == bool(small) and config.steps for config in configs.values())
+    assert {call[0] for call in run()} == {"evaluate"}
+
+
 def test_nano_ablations(recipe, tmp_path):
     """Table 2 starts from Nano's own stage 1b, table 3 from equally short ones; stage 1a is not
     trained, and the hidden states are computed once."""
