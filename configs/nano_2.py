@@ -14,7 +14,11 @@ config = TrainConfig(
     steps=4000,
     optimizer=OptimizerConfig(peak=5e-4, beta2=0.99),
     unit_noise=0.15,
-    buckets=(Bucket(1, 144, 160), Bucket(1, 144, 640), Bucket(2, 320, 320), Bucket(2, 320, 640)),
+    # Most replies have fewer than 96 tokens, text and units.
+    buckets=(
+        *(Bucket(1, 144, tokens) for tokens in (96, 160, 640)),
+        *(Bucket(2, 320, tokens) for tokens in (96, 160, 640)),
+    ),
     dtype="float32",
     remat="none",
     loss_block=2048,

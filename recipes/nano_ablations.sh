@@ -44,9 +44,9 @@ work=$PWD
 # 3. What all variants have in common: settings, what is measured, stage 1a, the hidden states.
 export SOURCE=$work/speech/train.jsonl TOKENIZER=$voice
 export CONFIGS="nano_1a nano_1b nano_2" HIDDEN=1 START=$work/heard
-export SETTINGS="--set validation=$work/validation --set validate_every=300"
-export SETTINGS_1B="--set batch=16 --set steps=1500"   # about 7 epochs, the paper's has 5
-export SETTINGS_2="--set steps=600"                    # about 2 epochs, the paper's has 1
+export SETTINGS="--set validation=$work/validation --set validate_every=132"
+export SETTINGS_1B="--set batch=16 --set steps=1056"   # five epochs, as the paper's
+export SETTINGS_2="--set steps=264"                    # one epoch, as the paper's
 measure="--recogniser ${OMNI2_WHISPER:?} --limit ${QUESTIONS:-60} --dataset held-out"
 export MEASURE="--task spoken-qa --task asr-wer $measure"
 export QUESTIONS=$work/speech/test.jsonl
