@@ -17,6 +17,7 @@ from omni2_jax.generate.read_write_state import ReadWriteState, Request
 from omni2_jax.models import kv_cache
 from omni2_jax.models.flow.mask import Chunks
 from omni2_jax.models.flow.streaming import FlowState, StreamPlan, flow_step
+from omni2_jax.models.layers import Conv1d
 from omni2_jax.models.model import abstract_model, abstract_state
 from omni2_jax.models.serving import STACKED, for_serving, form_of
 from omni2_jax.sharding import make_mesh
@@ -117,6 +118,16 @@ def test_forms(stacked):
     )
     cut = form_of("gpu", make_mesh(1, 1, 2, jax.devices()[:2]))
     assert cut == dataclasses.replace(form_of("gpu"), fused=False, search_bits=1)
+
+
+def test_transposed_convolution():
+    """It gives the same numbers, and the old kernel is deleted."""
+    conv = Conv1d(nnx.Rngs(0), (3, 4, 12), dilation=2, padding=(2, 2), groups=2)
+    x = jax.random.normal(jax.random.key(1), (2, 7, 8))
+    expected, old = conv(x), conv.kernel[...]
+    conv.transpose(donate=True)
+    assert conv.kernel.shape == (12, 3, 4) and old.is_deleted()
+    np.testing.assert_allclose(conv(x), expected, atol=1e-6, rtol=0)
 
 
 def test_donated_parameters():

@@ -168,8 +168,11 @@ class Conv1d(nnx.Module):
     """Convolution over time, [B, T, C_in] -> [B, T', C_out].
 
     shape: of the kernel, [K, C_in / groups, C_out]. padding: (left, right) in time steps.
-    scale: of the kernel's initial values (`param`).
+    scale: of the kernel's initial values (`param`). transposed: the kernel is
+    [C_out, K, C_in / groups] (`transpose`).
     """
+
+    transposed = False
 
     def __init__(
         self,
@@ -196,10 +199,22 @@ class Conv1d(nnx.Module):
             window_strides=(self.stride,),
             padding=(self.padding,),
             rhs_dilation=(self.dilation,),
-            dimension_numbers=("NHC", "HIO", "NHC"),
+            dimension_numbers=("NHC", "OHI" if self.transposed else "HIO", "NHC"),
             feature_group_count=self.groups,
         )
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+
+    def transpose(self, donate: bool = False) -> None:
+        """Put the axis C_out first, behind those of stacked layers. donate: see `freed`.
+
+        A GPU's convolutions read kernels in this order; of any other XLA makes a copy in each call.
+        """
+        kernel, axes = self.kernel[...], self.kernel.get_metadata("axes")
+        moved = jnp.moveaxis(kernel, -1, -3)
+        self.kernel = self.kernel.replace(
+            freed([kernel], moved, donate), axes=(axes[-1], *axes[:-1])
+        )
+        self.transposed = True
 
 
 class DepthwiseConv1d(Conv1d):

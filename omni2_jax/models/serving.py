@@ -5,9 +5,10 @@ layers. A CPU and XLA's GPU compiler copy every such slice before they use it, a
 kernel for each; a TPU reads it where it lies. So CPUs and GPUs get each layer's parameters as
 arrays of their own, and run the layers one after the other, which is slower to compile. A GPU also
 gets matrices that have the same input as one, since each matmul is a launch, or several, and
-matrices that lie as a single row is multiplied best. It runs the flow's estimator, which moves most
-bytes of a step with many speakers, with matrices, activations, keys and values in bfloat16; norms,
-softmax, residual sums, convolutions and the solver stay in float32, as do encoder and vocoder.
+matrices and the kernels of convolutions in the order in which it reads them. It runs the flow's
+estimator, which moves most bytes of a step with many speakers, with matrices, activations, keys and
+values in bfloat16; norms, softmax, residual sums, convolutions and the solver stay in float32, as
+do encoder and vocoder.
 benchmarks/AOT.md has the figures.
 """
 
@@ -21,7 +22,7 @@ from flax import nnx
 from omni2_jax import sharding
 from omni2_jax.models.flow.estimator import Block
 from omni2_jax.models.fusing import Fusing
-from omni2_jax.models.layers import Linear, is_unrolled, unstack
+from omni2_jax.models.layers import Conv1d, Linear, is_unrolled, unstack
 
 if TYPE_CHECKING:
     from omni2_jax.models.model import Model
@@ -37,6 +38,7 @@ class Form:
     fused: bool = False  # matrices with the same input are one: queries, keys and values, ...
     transposed: bool = False  # the language models' matrices are [out, in] (`Linear.transpose`)
     flow_matmuls: str = "float32"  # dtype of those of the flow's estimator (`Block.multiply_in`)
+    convs_transposed: bool = False  # kernels of flow and vocoder: `Conv1d.transpose`
     search_bits: int = 1  # of a sampling threshold that a pass decides (`sampling.truncate`)
 
 
@@ -50,6 +52,7 @@ FORMS = {
         fused=True,
         transposed=True,
         flow_matmuls="bfloat16",
+        convs_transposed=True,
         search_bits=4,
     ),
 }
@@ -88,6 +91,11 @@ def arrange(model: "Model", form: Form, donate: bool = False) -> "Model":
                     module.transpose(donate)
         if form.unrolled:
             decoder.layers = unstack(decoder.layers, donate)
+    if form.convs_transposed:
+        for part in (flow, model.vocoder):
+            for _, module in nnx.iter_modules(part) if isinstance(part, nnx.Module) else ():
+                if isinstance(module, Conv1d):
+                    module.transpose(donate)
     if flow is not None and form.flow_matmuls != "float32":
         for _, module in nnx.iter_modules(flow.estimator):
             if isinstance(module, Block):

@@ -38,11 +38,11 @@ class CausalConv(Conv1d):
 
     def __init__(self, rngs: nnx.Rngs, size: int, c_in: int, c_out: int):
         super().__init__(rngs, (size, c_in, c_out), axes=(None, None, "embed"))
+        self.before = (size - 1, c_in)  # of the inputs before the first one of a window
 
     def empty_cache(self, batch: int, dtype) -> ConvCache:
         """Zeros; where layers are stacked, with their axis in front."""
-        *layers, size, channels, _ = self.kernel.shape
-        return ConvCache(jnp.zeros((*layers, batch, size - 1, channels), dtype))
+        return ConvCache(jnp.zeros((*self.kernel.shape[:-3], batch, *self.before), dtype))
 
     def __call__(
         self, x: Array, window: Window, cache: Maybe[ConvCache]
@@ -56,9 +56,7 @@ class CausalConv(Conv1d):
             Out: cache c d   y of abc bcd cde def
         """
         if cache is None:
-            return super().__call__(
-                jnp.pad(x, ((0, 0), (self.kernel.shape[0] - 1, 0), (0, 0)))
-            ), cache
+            return super().__call__(jnp.pad(x, ((0, 0), (self.before[0], 0), (0, 0)))), cache
         assert window.num_finished is not None
         before = cache.inputs
         x = jnp.concatenate(
