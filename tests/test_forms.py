@@ -15,6 +15,7 @@ from omni2_jax.generate import read_write
 from omni2_jax.generate.options import Options
 from omni2_jax.generate.read_write_state import ReadWriteState, Request
 from omni2_jax.models import kv_cache
+from omni2_jax.models.flow import estimator
 from omni2_jax.models.flow.mask import Chunks
 from omni2_jax.models.flow.streaming import FlowState, StreamPlan, flow_step
 from omni2_jax.models.layers import Conv1d
@@ -97,13 +98,18 @@ def test_language_models(stacked, monkeypatch):
     np.testing.assert_allclose(ours, hidden, atol=1e-5, rtol=0)
 
 
-def test_flow(stacked):
-    """The same mel in float32, and one that is close with matmuls in bfloat16."""
+def test_flow(stacked, monkeypatch):
+    """The same mel in float32, and one that is close with matmuls in bfloat16.
+
+    The heads' outputs are added up one by one, and with many frames by the matmul.
+    """
     forms = STACKED, dataclasses.replace(form_of("gpu"), flow_matmuls="float32"), form_of("gpu")
     expected, mel, rounded = (flow(*for_serving(*stacked, form)) for form in forms)
     assert jnp.abs(expected).max() > 0.01
     np.testing.assert_allclose(mel, expected, atol=1e-5, rtol=0)
     assert 0 < jnp.abs(rounded - expected).mean() < 1e-3 < jnp.abs(expected).mean()
+    monkeypatch.setattr(estimator, "MANY_FRAMES", 0)
+    np.testing.assert_allclose(flow(*for_serving(*stacked, forms[1])), expected, atol=1e-5, rtol=0)
 
 
 def test_forms(stacked):
@@ -116,6 +122,9 @@ def test_forms(stacked):
     np.testing.assert_array_equal(
         attention["fused"]["bias"][4:6], params["llm"]["layers"]["attention"]["key"]["bias"][1]
     )
+    stage, config = joined["flow"]["estimator"]["down"], CONFIG.flow
+    joined_conv = stage["conv1"]["conv"]["kernel"]  # [C_out, K, C_in], with the skip connection
+    assert joined_conv.shape == (2 * config.channels, 3, 4 * config.mels)
     cut = form_of("gpu", make_mesh(1, 1, 2, jax.devices()[:2]))
     assert cut == dataclasses.replace(form_of("gpu"), fused=False, search_bits=1)
 

@@ -20,7 +20,7 @@ import jax
 from flax import nnx
 
 from omni2_jax import sharding
-from omni2_jax.models.flow.estimator import Block
+from omni2_jax.models.flow.estimator import Attention, Block, Stage
 from omni2_jax.models.fusing import Fusing
 from omni2_jax.models.layers import Conv1d, Linear, is_unrolled, unstack
 
@@ -35,9 +35,11 @@ class Form:
     unrolled: bool = False  # the language models' layers and the flow's stages are listed
     blocks: bool = False  # the flow's transformer blocks are listed, too
     listed_caches: bool = False  # each layer of the language models has a cache of its own
-    fused: bool = False  # matrices with the same input are one: queries, keys and values, ...
+    fused: bool = False  # matrices with the same input are one: queries, keys and values, ...;
+    # so are a stage's first convolution in the flow and the skip connection beside it
     transposed: bool = False  # the language models' matrices are [out, in] (`Linear.transpose`)
     flow_matmuls: str = "float32"  # dtype of those of the flow's estimator (`Block.multiply_in`)
+    by_head: bool = False  # the estimator's attention, of few frames (`estimator.Attention`)
     convs_transposed: bool = False  # kernels of flow and vocoder: `Conv1d.transpose`
     search_bits: int = 1  # of a sampling threshold that a pass decides (`sampling.truncate`)
 
@@ -52,6 +54,7 @@ FORMS = {
         fused=True,
         transposed=True,
         flow_matmuls="bfloat16",
+        by_head=True,
         convs_transposed=True,
         search_bits=4,
     ),
@@ -81,6 +84,8 @@ def arrange(model: "Model", form: Form, donate: bool = False) -> "Model":
         for module in modules:
             if isinstance(module, Fusing):
                 module.fuse(donate)
+            if isinstance(module, Stage):
+                module.join_skip(donate)
     model.form = form
     for decoder in (model.llm, model.speech_lm):
         if decoder is None:
@@ -91,6 +96,10 @@ def arrange(model: "Model", form: Form, donate: bool = False) -> "Model":
                     module.transpose(donate)
         if form.unrolled:
             decoder.layers = unstack(decoder.layers, donate)
+    if flow is not None and form.by_head:
+        for _, module in nnx.iter_modules(flow.estimator):
+            if isinstance(module, Attention):
+                module.by_head = True
     if form.convs_transposed:
         for part in (flow, model.vocoder):
             for _, module in nnx.iter_modules(part) if isinstance(part, nnx.Module) else ():

@@ -4,6 +4,7 @@ B rows, T frames of the window, S keys, N heads, H head size, C channels.
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -17,28 +18,6 @@ from omni2_jax.sharding import constrain
 Array = jax.Array
 
 
-def cached_attention(
-    q: Array, k: Array, v: Array, bias: Array, window: Window, cache: Maybe[RingKVCache]
-) -> tuple[Array, Maybe[RingKVCache]]:
-    """Softmax attention of scaled q over k and v, each [B, T, N, H] -> ([B, T, N, H], cache).
-
-    With a cache, k and v are written to the layer that the cache is `at`, and q attends to all of
-    that layer. bias broadcasts to [B, N, T, S]. Of the S places only the first few are read that
-    hold every visible key: the smallest of window.read_sizes that does.
-    """
-    if cache is None:
-        return softmax_attention(q, k.swapaxes(1, 2), v.swapaxes(1, 2), bias), cache
-    assert window.ring_start is not None
-    cache = cache.write(window.ring_start, k, v)
-
-    def attend_first(size: int) -> Array:
-        return softmax_attention(q, *cache.read(size, q.dtype), bias)
-
-    smallest = jnp.sum(window.num_keys.max() > jnp.array(window.read_sizes[:-1]))
-    branches = [functools.partial(attend_first, size) for size in window.read_sizes]
-    return jax.lax.switch(smallest, branches), cache
-
-
 def softmax_attention(q: Array, keys: Array, values: Array, bias: Array) -> Array:
     """q [B, T, N, H] over keys and values [B, N, S, H] -> [B, T, N, H].
 
@@ -49,6 +28,49 @@ def softmax_attention(q: Array, keys: Array, values: Array, bias: Array) -> Arra
     weights = jax.nn.softmax(scores + bias[..., : keys.shape[2]], -1).astype(values.dtype)
     # Heads go behind time only at the end: as the einsum's output it doubles the time on a CPU.
     return jnp.einsum("BNTS,BNSH->BNTH", weights, values).swapaxes(1, 2)
+
+
+def heads_first(q: Array, keys: Array, values: Array, bias: Array) -> Array:
+    """`softmax_attention` -> [N, B, T, H]: with all rows of a head side by side."""
+    q, keys, values = q.transpose(2, 0, 1, 3), keys.swapaxes(0, 1), values.swapaxes(0, 1)
+    batch = (0, 1), (0, 1)
+    over_head = ((3,), (3,)), batch
+    scores = jax.lax.dot_general(q, keys, over_head, preferred_element_type=jnp.float32)
+    bias = bias[..., : keys.shape[2]].swapaxes(0, 1)
+    weights = jax.nn.softmax(scores + bias, -1).astype(values.dtype)
+    return jax.lax.dot_general(weights, values, (((3,), (2,)), batch))
+
+
+Attend = Callable[[Array, Array, Array, Array], Array]
+
+
+def cached_attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    bias: Array,
+    window: Window,
+    cache: Maybe[RingKVCache],
+    attend: Attend = softmax_attention,
+) -> tuple[Array, Maybe[RingKVCache]]:
+    """Softmax attention of scaled q over k and v, each [B, T, N, H] -> (its result, cache).
+
+    attend: of queries, keys, values and bias; by default the result is [B, T, N, H].
+    With a cache, k and v are written to the layer that the cache is `at`, and q attends to all of
+    that layer. bias broadcasts to [B, N, T, S]. Of the S places only the first few are read that
+    hold every visible key: the smallest of window.read_sizes that does.
+    """
+    if cache is None:
+        return attend(q, k.swapaxes(1, 2), v.swapaxes(1, 2), bias), cache
+    assert window.ring_start is not None
+    cache = cache.write(window.ring_start, k, v)
+
+    def attend_first(size: int) -> Array:
+        return attend(q, *cache.read(size, q.dtype), bias)
+
+    smallest = jnp.sum(window.num_keys.max() > jnp.array(window.read_sizes[:-1]))
+    branches = [functools.partial(attend_first, size) for size in window.read_sizes]
+    return jax.lax.switch(smallest, branches), cache
 
 
 def run_blocks(

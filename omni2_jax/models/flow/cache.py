@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Optional, TypeVar
 import jax
 import jax.numpy as jnp
 
+from omni2_jax.sharding import in_order
+
 Array = jax.Array
 
 T = TypeVar("T")
@@ -102,6 +104,7 @@ class RingKVCache:
         array = jax.lax.scatter(self.array, indices, pairs, window, unique_indices=True, mode=drop)
         if not isinstance(self.pairs, tuple):
             return dataclasses.replace(self, pairs=array)
+        array = in_order(array)  # else XLA may transpose all of it before and after every step
         before, after = self.pairs[: self.layer], self.pairs[self.layer + 1 :]
         return dataclasses.replace(self, pairs=(*before, array, *after))
 

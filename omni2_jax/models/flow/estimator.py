@@ -15,10 +15,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from omni2_jax.config import FlowConfig
-from omni2_jax.models.flow.attention import cached_attention, run_blocks
+from omni2_jax.models.flow.attention import cached_attention, heads_first, run_blocks
 from omni2_jax.models.flow.cache import NO_CACHE, ConvCache, Maybe, RingKVCache
 from omni2_jax.models.flow.conv import CausalConv
 from omni2_jax.models.flow.mask import Window
@@ -37,6 +38,9 @@ from omni2_jax.models.layers import (
 Array = jax.Array
 
 BRANCH_SCALE = 0.2  # of what a residual branch adds at first
+# Frames of all rows. The heads' shares of so many outputs are 4 MB, which are written and read: at
+# 3.35 TB/s that takes as long as the launch of a kernel (`Attention.by_head`).
+MANY_FRAMES = 512
 
 
 class TimeEmbedding(nnx.Module):
@@ -72,15 +76,23 @@ class ConvBlock(nnx.Module):
         self, x: Array, window: Window, cache: Maybe[ConvCache]
     ) -> tuple[Array, Maybe[ConvCache]]:
         """x [B, T, C] -> ([B, T, C'], cache)."""
-        valid = window.valid[..., None]
-        y, cache = self.conv(x * valid, window, cache)
-        return jax.nn.mish(self.norm(y)) * valid, cache
+        y, cache = self.conv(x * window.valid[..., None], window, cache)
+        return self.activate(y, window), cache
+
+    def activate(self, y: Array, window: Window) -> Array:
+        """What follows the convolution."""
+        return jax.nn.mish(self.norm(y)) * window.valid[..., None]
 
 
 class Attention(Fusing):
-    """Multi-head self-attention without positions."""
+    """Multi-head self-attention without positions.
+
+    by_head: the outputs of the heads are added up after the last matrix, not by it. A GPU then need
+    not bring the heads of a frame together, which takes a kernel of its own.
+    """
 
     same_input, fused_axis = ("query", "key", "value"), -2
+    by_head = False
 
     def __init__(self, config: FlowConfig, rngs: nnx.Rngs):
         c, n, h = config.channels, config.estimator_heads, config.estimator_head_size
@@ -97,8 +109,22 @@ class Attention(Fusing):
     ) -> tuple[Array, Maybe[RingKVCache]]:
         """x [B, T, C] -> ([B, T, C], cache)."""
         q, k, v = self.same_inputs(x)
-        y, cache = cached_attention(q * self.scale, k, v, window.bias, window, cache)
-        return self.out(y), cache
+        inputs = q * self.scale, k, v, window.bias, window, cache
+        if not self.by_head or x.shape[0] * x.shape[1] >= MANY_FRAMES:
+            y, cache = cached_attention(*inputs)
+            return self.out(y), cache
+        y, cache = cached_attention(*inputs, heads_first)
+        heads, *frames, size = y.shape
+        of_head = ((2,), (1,)), ((0,), (0,))
+        shares = jax.lax.dot_general(
+            y.reshape(heads, -1, size),
+            self.out.kernel[...].astype(y.dtype),
+            of_head,
+            preferred_element_type=jnp.float32,
+        )
+        out = shares.sum(0).reshape(*frames, -1)
+        assert self.out.bias is not None
+        return (out + self.out.bias[...]).astype(self.out.output or x.dtype), cache
 
 
 class Block(nnx.Module):
@@ -169,6 +195,37 @@ class Stage(nnx.Module):
         self.skip.kernel = constant((c_in, c), (None, "embed"), Identity())
         self.blocks = stack(config.blocks, lambda r: Block(config, r), rngs)
 
+    def shift_at(self, time: Array) -> Array:
+        """What a time adds to all frames: embedded time [B, 4C] -> [B, C]."""
+        return self.time(jax.nn.mish(time))
+
+    def join_skip(self, donate: bool = False) -> None:
+        """Make the skip connection a part of the first convolution, which has the same inputs.
+
+        Its matrix meets the last of the K inputs, and zeros the others. donate: see `freed`.
+        """
+        conv: Any = self.conv1.conv
+        skip: Any = self.skip
+        kernel, matrix = conv.kernel[...], skip.kernel[...]
+        rest = jnp.zeros_like(kernel[..., 1:, :, :])
+        last = jnp.concatenate([rest, matrix[..., None, :, :]], -3)
+        joined = jnp.concatenate([kernel, last], -1)
+        conv.kernel = conv.kernel.replace(freed([kernel, matrix], joined, donate))
+        biases = [conv.bias[...], skip.bias[...]]
+        conv.bias = conv.bias.replace(freed(biases, jnp.concatenate(biases, -1), donate))
+        self.skip = None
+
+    def enter(
+        self, x: Array, window: Window, cache: Maybe[ConvCache]
+    ) -> tuple[Array, Array, Maybe[ConvCache]]:
+        """x through the first convolution and through the skip connection, and the cache."""
+        if self.skip is not None:
+            y, cache = self.conv1(x, window, cache)
+            return y, self.skip(x * window.valid[..., None]), cache
+        y, cache = self.conv1.conv(x * window.valid[..., None], window, cache)
+        y, skip = jnp.split(y, 2, -1)
+        return self.conv1.activate(y, window), skip, cache
+
     def empty_convs(self, batch: int, dtype) -> StageConvs:
         """The caches of the convolutions before an utterance's first window."""
         return StageConvs(
@@ -178,16 +235,16 @@ class Stage(nnx.Module):
     def __call__(
         self,
         x: Array,
-        time: Array,
+        shift: Array,
         window: Window,
         cache: Maybe[StageCache],
         remat: str = "full",
     ) -> tuple[Array, Maybe[StageCache]]:
-        """x [B, T, C_in], time [B or 1, 4C] -> ([B, T, C], cache)."""
-        y, conv1 = self.conv1(x, window, cache and cache.convs.conv1)
-        y = y + self.time(jax.nn.mish(time))[:, None]
+        """x [B, T, C_in], shift [B or 1, C] (`shift_at`) -> ([B, T, C], cache)."""
+        y, skip, conv1 = self.enter(x, window, cache and cache.convs.conv1)
+        y = y + shift[:, None]
         y, conv2 = self.conv2(y, window, cache and cache.convs.conv2)
-        y = y + self.skip(x * window.valid[..., None])
+        y = y + skip
         y, kv = run_blocks(self.blocks, y, window, cache and cache.kv, remat)
         if cache is None:
             return y, cache
@@ -216,8 +273,36 @@ class EstimatorCache:
     B - 1 are the guided branch, rows B to 2B - 1 the free one.
     """
 
-    convs: EstimatorConvs
+    convs: EstimatorConvs | ConvCache  # one array where blocks are listed (`packed`)
     kv: RingKVCache  # a pass over all layers for each step
+
+
+def packed(convs: EstimatorConvs) -> ConvCache:
+    """The caches of all convolutions as one array [B, K - 1, channels]: one kernel writes it."""
+
+    def flat(leaf: Array) -> Array:
+        if leaf.ndim == 3:
+            return leaf
+        moved = jnp.moveaxis(leaf, 0, 2)  # of stages
+        return moved.reshape(*moved.shape[:2], -1)
+
+    return ConvCache(jnp.concatenate([flat(leaf) for leaf in jax.tree.leaves(convs)], -1))
+
+
+def unpacked(cache: ConvCache, like: EstimatorConvs) -> EstimatorConvs:
+    """The inverse of `packed`. like: a tree of the shapes."""
+    leaves, tree = jax.tree.flatten(like)
+    rows = cache.inputs.shape[:2]
+    ends = np.cumsum([leaf.size // math.prod(rows) for leaf in leaves])[:-1]
+    parts = jnp.split(cache.inputs, ends, -1)
+
+    def whole(part: Array, shape: tuple[int, ...]) -> Array:
+        if len(shape) == 3:
+            return part
+        return jnp.moveaxis(part.reshape(*rows, shape[0], shape[-1]), 2, 0)
+
+    shaped = [whole(part, leaf.shape) for part, leaf in zip(parts, leaves, strict=True)]
+    return jax.tree.unflatten(tree, shaped)
 
 
 class Estimator(nnx.Module):
@@ -239,17 +324,13 @@ class Estimator(nnx.Module):
         # The first steps of training then begin near a velocity of zero.
         self.out = Linear(rngs, (c, config.mels), ("embed", None), scale=0.1)
 
-    def empty_cache(self, batch: int, capacity: int, dtype) -> EstimatorCache:
-        """A cache of `capacity` mel frames for each of `batch` rows and each Euler step.
-
-        dtype: of the cache. Keys and values that are computed in another dtype are kept in that.
-        """
-        c = self.config
+    def empty_convs(self, batch: int, dtype) -> EstimatorConvs:
+        """The caches of the convolutions in one Euler step of an utterance's first window."""
 
         def middle(stage: Stage, carry, _):
             return carry, stage.empty_convs(batch, dtype)
 
-        convs = EstimatorConvs(
+        return EstimatorConvs(
             down=self.down.empty_convs(batch, dtype),
             down_conv=self.down_conv.empty_cache(batch, dtype),
             middle=scan(self.middle, middle, None)[1],
@@ -257,14 +338,40 @@ class Estimator(nnx.Module):
             up_conv=self.up_conv.empty_cache(batch, dtype),
             final=self.final.conv.empty_cache(batch, dtype),
         )
+
+    def empty_cache(self, batch: int, capacity: int, dtype) -> EstimatorCache:
+        """A cache of `capacity` mel frames for each of `batch` rows and each Euler step.
+
+        dtype: of the cache. Keys and values that are computed in another dtype are kept in that.
+        """
+        c = self.config
         shape = (batch, c.estimator_heads, capacity, c.estimator_head_size)
         blocks: Any = self.down.blocks
-        unrolled = is_unrolled(blocks)
-        kv_dtype = (blocks[0] if unrolled else blocks).attention_norm.output or dtype
+        kv_dtype = (blocks[0] if self.is_listed else blocks).attention_norm.output or dtype
+        convs = self.empty_convs(batch, dtype)
+        if self.is_listed:
+            convs = packed(convs)
         return EstimatorCache(
             convs=jax.tree.map(lambda leaf: jnp.zeros((c.steps, *leaf.shape), dtype), convs),
-            kv=RingKVCache.empty(self.layers, c.steps, shape, kv_dtype, unrolled),
+            kv=RingKVCache.empty(self.layers, c.steps, shape, kv_dtype, self.is_listed),
         )
+
+    @property
+    def is_listed(self) -> bool:
+        """Whether stages and their blocks are listed, as for GPUs."""
+        return is_unrolled(self.down.blocks)
+
+    def shifts(self, t: Array) -> Array | None:
+        """What times t [B] add in each stage, [B, stages, C]; None unless blocks are listed.
+
+        A GPU then reads the matrices of the time once for all Euler steps.
+        """
+        if not self.is_listed:
+            return None
+        assert is_unrolled(self.middle)
+        time = self.time(t)
+        stages = (self.down, *self.middle, self.up)
+        return jnp.stack([stage.shift_at(time) for stage in stages], 1)
 
     def __call__(
         self,
@@ -274,33 +381,43 @@ class Estimator(nnx.Module):
         window: Window,
         cache: Maybe[EstimatorCache],
         remat: str = "full",
+        shifts: Array | None = None,
     ) -> tuple[Array, Maybe[EstimatorCache]]:
         """Mel x [B, T, M] at time t [B or 1] and its conditions -> (dx/dt [B, T, M], cache).
 
         cond [B, T, 3M]: the encoder's mel, the speaker, the prompt's mel. The cache is that of one
         Euler step: its convolutions, and the key/value cache at the step's first layer, from where
-        it advances by one with every block. remat: see `run_blocks`.
+        it advances by one with every block. remat: see `run_blocks`. shifts: those of t, if they
+        are known.
         """
-        valid, time = window.valid[..., None], self.time(t)
+        valid = window.valid[..., None]
+        time: Any = self.time(t) if shifts is None else None
         convs, kv = (NO_CACHE, NO_CACHE) if cache is None else (cache.convs, cache.kv)
+        is_packed = isinstance(convs, ConvCache)
+        if isinstance(convs, ConvCache):
+            dtype = convs.inputs.dtype
+            convs = unpacked(convs, jax.eval_shape(lambda: self.empty_convs(len(x), dtype)))
 
-        def run(stage: Stage, carry, convs: Maybe[StageConvs]):
-            """One stage: ((x, kv), its convolutions) -> the same after it."""
-            x, kv = carry
-            x, cache = stage(x, time, window, kv and StageCache(convs, kv), remat)
+        def run(stage: Stage, carry, xs: tuple[Maybe[StageConvs], Array | None]):
+            """One stage: ((x, kv), (its convolutions, its shift)) -> the same after it."""
+            (x, kv), (convs, shift) = carry, xs
+            shift = stage.shift_at(time) if shift is None else shift
+            x, cache = stage(x, shift, window, kv and StageCache(convs, kv), remat)
             return (x, cache and cache.kv), cache and cache.convs
 
         x = jnp.concatenate([x, cond], -1)
-        (skip, kv), down = run(self.down, (x, kv), convs and convs.down)
+        first = inner = last = None
+        if shifts is not None:
+            first, inner, last = shifts[0], shifts[1:-1], shifts[-1]
+        (skip, kv), down = run(self.down, (x, kv), (convs and convs.down, first))
         x, down_conv = self.down_conv(skip * valid, window, convs and convs.down_conv)
-        (x, kv), middle = scan(self.middle, run, (x, kv), convs and convs.middle)
+        (x, kv), middle = scan(self.middle, run, (x, kv), (convs and convs.middle, inner))
         x = jnp.concatenate([x, skip], -1)
-        (x, kv), up = run(self.up, (x, kv), convs and convs.up)
+        (x, kv), up = run(self.up, (x, kv), (convs and convs.up, last))
         x, up_conv = self.up_conv(x * valid, window, convs and convs.up_conv)
         x, final = self.final(x, window, convs and convs.final)
         velocity = self.out(x) * valid
         if cache is None:
             return velocity, cache
-        return velocity, EstimatorCache(
-            EstimatorConvs(down, down_conv, middle, up, up_conv, final), kv
-        )
+        after = EstimatorConvs(down, down_conv, middle, up, up_conv, final)
+        return velocity, EstimatorCache(packed(after) if is_packed else after, kv)

@@ -136,18 +136,22 @@ class Flow(nnx.Module):
 
         @jax.named_scope("euler_step")
         def step(carry, xs):
-            (x, kv), (t, dt, number, convs) = carry, xs
+            (x, kv), (t, dt, number, convs, shifts) = carry, xs
             kv = kv and kv.of_pass(number, self.estimator.layers)
             step_cache = kv and EstimatorCache(convs, kv)
             twice = jnp.concatenate([x, x])
-            velocity, step_cache = self.estimator(twice, conditions, t[None], both, step_cache)
+            shifts = None if shifts is None else shifts[:, None]
+            velocity, step_cache = self.estimator(
+                twice, conditions, t[None], both, step_cache, shifts=shifts
+            )
             guided, free = jnp.split(velocity, 2)
             x = x + dt * ((1 + config.guidance) * guided - config.guidance * free)
             kv = step_cache and step_cache.kv.between_steps()
             return (x, kv), step_cache and step_cache.convs
 
         convs, kv = (NO_CACHE, NO_CACHE) if cache is None else (cache.convs, cache.kv)
-        steps = times[:-1], jnp.diff(times), jnp.arange(config.steps), convs
+        shifts = self.estimator.shifts(times[:-1])
+        steps = times[:-1], jnp.diff(times), jnp.arange(config.steps), convs, shifts
         (mel, kv), convs = jax.lax.scan(step, (z, kv), steps)
         return mel, cache and EstimatorCache(convs, kv)
 
