@@ -13,7 +13,7 @@ import numpy as np
 from starlette.websockets import WebSocket
 
 from omni2_jax.audio.recordings import INPUT_RATE
-from omni2_jax.serve import answering, events
+from omni2_jax.serve import answering, events, transcription
 from omni2_jax.serve.answering import Response
 from omni2_jax.serve.audio import Decoder, Encoder, decode_base64
 from omni2_jax.serve.connection import Connection
@@ -197,10 +197,11 @@ class Realtime(Connection):
             else:
                 self.end_turn(detection.sample)
         if self.turn_id and self.settings["transcription"] and not self.server.is_transcribing:
-            samples = self.listener.cut(self.listener.start, self.listener.end)
-            if self.growing.needs(samples):
+            start, end = self.listener.start, self.listener.end
+            if self.growing.needs(end - start):
                 self.server.is_transcribing = True
-                self.server.start_task(self.transcribe_begun_turn(self.growing, samples))
+                samples = self.listener.cut(start, end)
+                self.server.start_task(transcription.of_beginning(self, self.growing, samples))
 
     def begin_turn(self, sample: int) -> None:
         """The user has begun to speak: this interrupts the response, if that is wanted."""
@@ -241,37 +242,7 @@ class Realtime(Connection):
         self.send("conversation.item.added", item=item.describe(), **place)
         self.send("conversation.item.done", item=item.describe(), **place)
         if self.settings["transcription"]:
-            self.start_task(self.transcribe(item, samples))
-
-    async def transcribe(self, item: Item, samples: np.ndarray) -> None:
-        """Send what a recogniser understands of a turn. The model itself does not need it."""
-        place = {"item_id": item.id, "content_index": 0}
-        try:
-            text = await asyncio.to_thread(self.server.recogniser.transcribe, samples, INPUT_RATE)
-        except Exception as error:
-            self.server.log_failure(error)
-            failure = {"type": "transcription_error", "message": "the recogniser failed"}
-            kind = "conversation.item.input_audio_transcription.failed"
-            self.send(kind, **place, error=failure)
-            return
-        item.transcript = text
-        kind = "conversation.item.input_audio_transcription.completed"
-        usage = {"type": "duration", "seconds": len(samples) / INPUT_RATE}
-        self.send(kind, **place, transcript=text, usage=usage)
-
-    async def transcribe_begun_turn(self, growing: GrowingTranscript, samples: np.ndarray) -> None:
-        """Send what is certain of a turn that is being spoken; samples [N] are its beginning.
-
-        This is done for one turn of the server at a time: others do without in the meantime.
-        """
-        try:
-            text = await asyncio.to_thread(self.server.recogniser.transcribe, samples, INPUT_RATE)
-        finally:
-            self.server.is_transcribing = False
-        delta = growing.add(text)
-        if delta and growing.item_id == self.turn_id:
-            kind = "conversation.item.input_audio_transcription.delta"
-            self.send(kind, item_id=growing.item_id, content_index=0, delta=delta)
+            self.start_task(transcription.of_turn(self, item, samples))
 
     async def clear_audio(self, event: events.BufferClear) -> None:
         """Forget all audio that is not part of an item."""

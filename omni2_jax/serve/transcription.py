@@ -5,10 +5,18 @@ longer. Words are certain once two hearings in a row agree on them and on all wo
 ones of a recording that is cut off are often wrong.
 """
 
+import asyncio
+from typing import TYPE_CHECKING
+
 import numpy as np
 
 from omni2_jax.audio.recordings import INPUT_RATE
+from omni2_jax.serve.conversation import Item
 
+if TYPE_CHECKING:
+    from omni2_jax.serve.realtime import Realtime
+
+EVENT = "conversation.item.input_audio_transcription"
 NEW_SECONDS = 1.0  # of speech, before the recogniser hears a turn again
 
 
@@ -22,11 +30,11 @@ class GrowingTranscript:
         self.last: list[str] = []
         self.certain: list[str] = []
 
-    def needs(self, samples: np.ndarray) -> bool:
-        """Whether there is enough that was not heard yet in samples [N] of the turn, at 16 kHz."""
-        if len(samples) - self.heard < NEW_SECONDS * INPUT_RATE:
+    def needs(self, samples: int) -> bool:
+        """Whether enough of a turn of so many samples, at 16 kHz, was not heard yet."""
+        if samples - self.heard < NEW_SECONDS * INPUT_RATE:
             return False
-        self.heard = len(samples)
+        self.heard = samples
         return True
 
     def add(self, text: str) -> str:
@@ -40,3 +48,32 @@ class GrowingTranscript:
             return ""
         self.certain = words[:agreed]
         return " " * bool(known) + " ".join(words[known:agreed])
+
+
+async def of_beginning(link: "Realtime", growing: GrowingTranscript, samples: np.ndarray) -> None:
+    """Send what is certain of a turn that is being spoken; samples [N] are its beginning.
+
+    This is done for one turn of the server at a time: others do without in the meantime.
+    """
+    try:
+        text = await asyncio.to_thread(link.server.recogniser.transcribe, samples, INPUT_RATE)
+    finally:
+        link.server.is_transcribing = False
+    delta = growing.add(text)
+    if delta and growing.item_id == link.turn_id:
+        link.send(f"{EVENT}.delta", item_id=growing.item_id, content_index=0, delta=delta)
+
+
+async def of_turn(link: "Realtime", item: Item, samples: np.ndarray) -> None:
+    """Send what the recogniser understands of a whole turn, samples [N]."""
+    place = {"item_id": item.id, "content_index": 0}
+    try:
+        text = await asyncio.to_thread(link.server.recogniser.transcribe, samples, INPUT_RATE)
+    except Exception as error:
+        link.server.log_failure(error)
+        failure = {"type": "transcription_error", "message": "the recogniser failed"}
+        link.send(f"{EVENT}.failed", **place, error=failure)
+        return
+    item.transcript = text
+    usage = {"type": "duration", "seconds": len(samples) / INPUT_RATE}
+    link.send(f"{EVENT}.completed", **place, transcript=text, usage=usage)
