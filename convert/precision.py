@@ -84,12 +84,11 @@ def dequantized(release: Release) -> Release:
     parts = quantized_parts(release.config)
     if not parts:
         raise ValueError("nothing to dequantize: no part has int8 weights")
-    state = abstract_state(release.config)[1]
-    shapes = abstract_state(with_weights(release.config, parts, "float"))[1]
-    new = {
-        part: dequantized_part(release.params[part], state[part], shapes[part]) for part in parts
-    }
     config = with_weights(release.config, parts, "float")
+    before, after = abstract_state(release.config)[1], abstract_state(config)[1]
+    new = {
+        part: dequantized_part(release.params[part], before[part], after[part]) for part in parts
+    }
     return dataclasses.replace(release, config=config, params=release.params | new)
 
 
@@ -130,12 +129,11 @@ def quantized_part(params: Any, state: Any) -> dict:
     leaves = dict(flatten(params))
     for matrix in matrices(state):
         weights = leaves[matrix.path]
-        arguments = weights, matrix.axes, matrix.reduced
         leaves[matrix.path + SCALE] = LazyArray(
-            matrix.scale_shape, np.dtype(ml_dtypes.bfloat16), partial(scales, *arguments)
+            matrix.scale_shape, np.dtype(ml_dtypes.bfloat16), partial(scales, weights, matrix)
         )
         leaves[matrix.path] = LazyArray(
-            weights.shape, np.dtype(np.int8), partial(integers, *arguments)
+            weights.shape, np.dtype(np.int8), partial(integers, weights, matrix)
         )
     return unflatten(nnx.to_pure_dict(state), leaves)
 
@@ -159,24 +157,23 @@ def products(weights: LazyArray, factors: LazyArray, matrix: Matrix) -> np.ndarr
     return values * np.expand_dims(factors.read().astype(np.float32), reduced)
 
 
-def scales(weights: LazyArray, axes: int, reduced: tuple[int, ...]) -> np.ndarray:
-    """The scales, bfloat16, of a matrix of `axes` axes or of stacked layers of it.
-
-    reduced: the axes over which outputs are sums, within a layer.
-    """
+def scales(weights: LazyArray, matrix: Matrix) -> np.ndarray:
+    """The scales of a matrix or of stacked layers of it, bfloat16."""
     values = weights.read()
-    stacked = values if values.ndim > axes else values[None]
-    found = np.stack([scale(layer, reduced) for layer in stacked])
-    return found if values.ndim > axes else found[0]
+    is_stacked = values.ndim > matrix.axes
+    layers = values if is_stacked else values[None]
+    found = np.stack([scale(layer, matrix.reduced) for layer in layers])
+    return found if is_stacked else found[0]
 
 
-def integers(weights: LazyArray, axes: int, reduced: tuple[int, ...]) -> np.ndarray:
+def integers(weights: LazyArray, matrix: Matrix) -> np.ndarray:
     """The matrix in multiples of its scales, int8. Only one layer is in memory as float32."""
     values = weights.read()
     result = np.empty(values.shape, np.int8)
-    stacked, results = (values, result) if values.ndim > axes else (values[None], result[None])
-    for layer, target in zip(stacked, results, strict=True):
-        step = np.expand_dims(scale(layer, reduced).astype(np.float32), reduced)
+    is_stacked = values.ndim > matrix.axes
+    layers, results = (values, result) if is_stacked else (values[None], result[None])
+    for layer, target in zip(layers, results, strict=True):
+        step = np.expand_dims(scale(layer, matrix.reduced).astype(np.float32), matrix.reduced)
         rounded = np.rint(layer.astype(np.float32) / step)
         target[...] = np.clip(rounded, -LARGEST, LARGEST)
     return result
