@@ -6,7 +6,7 @@ omni2 prepare --source voice --split test --out held-out
 omni2 train --config voice_units --set checkpoint=start --set data=recordings \
     --set validation=held-out --out runs/units
 
-On one CPU core a step takes about 0.3 s of CPU time; recipes/voice.sh says how glibc is
+On one CPU core a step takes about 0.3 s of CPU time; recipes/environment.sh says how glibc is
 kept from returning buffers to the system after every step.
 """
 

@@ -5,7 +5,7 @@ omni2 train --config voice_vocoder --set checkpoint=voice --set data=recordings 
 The F0 predictor first, then 0.4 s of four recordings a step by their spectra, with a learning rate
 that falls to its least; from step 24,000 on with discriminators as well, at a lower rate: at the
 high one their gradients make the spectra worse. On one core a step takes 0.1 s, with discriminators
-0.3 s, with the settings for glibc in recipes/voice.sh.
+0.3 s, with the settings for glibc in recipes/environment.sh.
 """
 
 from omni2_jax.train.settings import Bucket, OptimizerConfig, TrainConfig, VocoderTraining

@@ -6,22 +6,14 @@
 #   bash recipes/nano_ablations.sh [DIRECTORY]         # default: ./nano-ablations
 #
 #   VOICE      a checkpoint with the speech tokenizer of Nano's units; default: examples/joe
-#   QUESTIONS  how many held-out conversations each variant answers, 60
+#   LIMIT      how many held-out conversations each variant answers, 60
 #   SEEDS      of table 2, "0 1 2"
 #
 # A step whose result exists is left out, and a run that was cut off is resumed: after an
 # interruption start the script again.
 set -euo pipefail
+. "$(dirname "$0")/environment.sh"
 
-# As in recipes/nano.sh: otherwise glibc returns the buffers of every training step to the system.
-export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=8000000000 MALLOC_TOP_PAD_=268435456
-export GLIBC_TUNABLES=glibc.malloc.hugetlb=1
-
-for name in PIPER_VOICE OMNI2_WHISPER VOICE; do
-    if [ -e "${!name:-}" ]; then export "$name=$(realpath "${!name}")"; fi
-done
-
-repository=$(cd "$(dirname "$0")/.." && pwd)
 voice=${VOICE:-$repository/examples/joe/checkpoint}
 work=${1:-nano-ablations}
 mkdir -p "$work"
@@ -47,7 +39,7 @@ export CONFIGS="nano_1a nano_1b nano_2" HIDDEN=1 START=$work/heard
 export SETTINGS="--set validation=$work/validation --set validate_every=132"
 export SETTINGS_1B="--set batch=16 --set steps=1056"   # five epochs, as the paper's
 export SETTINGS_2="--set steps=264"                    # one epoch, as the paper's
-measure="--recogniser ${OMNI2_WHISPER:?} --limit ${QUESTIONS:-60} --dataset held-out"
+measure="--recogniser ${OMNI2_WHISPER:?} --limit ${LIMIT:-60} --dataset held-out"
 export MEASURE="--task spoken-qa --task asr-wer $measure"
 export QUESTIONS=$work/speech/test.jsonl
 

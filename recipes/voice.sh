@@ -12,18 +12,8 @@
 # A step whose result exists is left out, and every command goes on where it was cut off: after an
 # interruption start the script again. SMALL=1 makes everything tiny, to try the commands.
 set -euo pipefail
+. "$(dirname "$0")/environment.sh"
 
-# Otherwise glibc returns the buffers of every training step to the system (23 % of the time), and gets
-# them back in pages of 4 KB instead of 2 MB (20 % of what is left).
-export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=8000000000 MALLOC_TOP_PAD_=268435456
-export GLIBC_TUNABLES=glibc.malloc.hugetlb=1
-
-# Paths may be relative to the directory in which the script is started.
-for name in PIPER_VOICE OMNI2_WHISPER; do
-    if [ -e "${!name:-}" ]; then export "$name=$(realpath "${!name}")"; fi
-done
-
-repository=$(cd "$(dirname "$0")/.." && pwd)
 work=${1:-voice-recipe}
 mkdir -p "$work"
 cd "$work"
