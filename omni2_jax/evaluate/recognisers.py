@@ -19,9 +19,9 @@ from omni2_jax.endpoints import Client, Endpoint
 from omni2_jax.evaluate.items import sha256
 from omni2_jax.files import first_line
 
-# Text that zlib makes smaller by more than this repeats itself; the bound is Whisper's own.
+# A transcript repeats itself if zlib makes it smaller by more than this factor, which is Whisper's.
 LOOP_COMPRESSION = 2.4
-LOOP_TOKENS = 4  # tokens that may not be repeated when a recording is decoded again
+LOOP_TOKENS = 4  # so many tokens in a row may not come again when a recording is decoded once more
 WHISPER_FILES = ("model.bin", "config.json", "tokenizer.json", "vocabulary.*", "preprocessor*.json")
 
 
@@ -47,8 +47,8 @@ class WhisperRecogniser:
     """A Whisper model of faster-whisper (CTranslate2), decoded deterministically.
 
     Beam search at temperature 0, without the text of the window before, which makes errors go on.
-    Where Whisper repeats itself for ever, it would fall back to sampling; here the recording is
-    decoded once more, and no four tokens may come twice: a transcript follows from the samples.
+    A transcript that repeats itself is decoded once more, and no four tokens in a row may then come
+    twice. (Whisper itself would sample instead.) So the same samples give the same transcript.
     """
 
     source: str  # a directory with model.bin, or the id of a Hugging Face repository that holds it

@@ -253,8 +253,10 @@ class Engine:
                 self.fetch()
 
     def admit(self, pieces: float = math.inf) -> None:
-        """Start queued requests in free slots, as far as so many pieces of their prompts reach.
+        """Start queued requests in free slots.
 
+        pieces: how many pieces of their prompts may be computed. A request whose prompt is not
+        whole then stays the first in the queue, and goes on in the next call.
         If a request cannot be started, its stream ends with the error; the others are not affected.
         """
         with self.lock:
@@ -267,9 +269,10 @@ class Engine:
                     pieces -= stream.num_prefilled
 
     def start(self, stream: ResponseStream, slot: int, pieces: float) -> bool:
-        """Compute a stream's prompt up to so many pieces; if it is whole, put it into the slot.
+        """Compute a stream's prompt, and put it into the slot when it is whole.
 
-        Returns whether the stream waits no longer. An error ends it.
+        pieces: how many pieces of the prompt there may be after this call, earlier ones included.
+        Returns False if the stream has to wait for more of them. An error ends the stream.
         """
         try:
             prefix = self.prefill(stream, pieces)
@@ -291,7 +294,7 @@ class Engine:
         return True
 
     def prefill(self, stream: ResponseStream, pieces: float) -> ReadWriteState:
-        """The prefix of a stream with its prompt up to so many pieces."""
+        """The prefix of a stream with the first `pieces` pieces of its prompt."""
         prefix, stream.prefix = stream.prefix, None  # donated: it must not be used again
         prefix = self.programs.empty_prefix() if prefix is None else prefix
         while stream.num_prefilled < min(pieces, len(stream.pieces)):

@@ -31,7 +31,7 @@ def softmax_attention(q: Array, keys: Array, values: Array, bias: Array) -> Arra
 
 
 def heads_first(q: Array, keys: Array, values: Array, bias: Array) -> Array:
-    """`softmax_attention` -> [N, B, T, H]: with all rows of a head side by side."""
+    """The same as `softmax_attention`, but the heads come first in the result, [N, B, T, H]."""
     q, keys, values = q.transpose(2, 0, 1, 3), keys.swapaxes(0, 1), values.swapaxes(0, 1)
     batch = (0, 1), (0, 1)
     over_head = ((3,), (3,)), batch

@@ -44,8 +44,9 @@ from omni2_jax.models.layers import (
 Array = jax.Array
 
 BRANCH_SCALE = 0.2  # of what a residual branch adds at first
-# Frames of all rows. The heads' shares of so many outputs are 4 MB, which are written and read: at
-# 3.35 TB/s that takes as long as the launch of a kernel (`Attention.by_head`).
+# Frames of all rows together, from which on `Attention.by_head` costs more than the kernel that it
+# saves: the heads' shares of so many outputs are 4 MB, and to write and read them takes as long, at
+# 3.35 TB/s, as to launch a kernel.
 MANY_FRAMES = 512
 
 
@@ -190,7 +191,8 @@ class Stage(nnx.Module):
     def join_skip(self, donate: bool = False) -> None:
         """Make the skip connection a part of the first convolution, which has the same inputs.
 
-        Its matrix meets the last of the K inputs, and zeros the others. donate: see `freed`.
+        In the longer kernel, its matrix stands at the last of the K places in time, and zeros stand
+        at the others. donate: see `freed`.
         """
         conv: Any = self.conv1.conv
         skip: Any = self.skip

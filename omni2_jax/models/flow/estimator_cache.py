@@ -60,7 +60,10 @@ class EstimatorCache:
 
 
 def packed(convs: EstimatorConvs) -> ConvCache:
-    """The caches of all convolutions as one array [B, K - 1, channels]: one kernel writes it."""
+    """The caches of all convolutions as one array [B, K - 1, all channels].
+
+    A GPU then writes them with one kernel.
+    """
 
     def flat(leaf: Array) -> Array:
         if leaf.ndim == 3:
