@@ -32,9 +32,9 @@ SMALL = HiftConfig(
     source_kernels=(3, 3),
     source_dilations=((1,), (1,)),
 )
-F0_STEPS, GAN_FROM, STEPS = 100, 165, 180
+F0_STEPS, GAN_FROM, STEPS = 100, 205, 220
 # Steps after which a run is cut: in the last phase, and in the first.
-CUTS = (170, pytest.param(60, marks=pytest.mark.nightly))
+CUTS = (210, pytest.param(60, marks=pytest.mark.nightly))
 
 
 @pytest.fixture(scope="module")
