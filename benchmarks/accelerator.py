@@ -6,8 +6,8 @@ figures (`figures.md`) with them, so that being cut off loses nothing. A measure
 that the time runs out for, is noted; one that has its figures already is not repeated, so the same
 command goes on where it stopped.
 
-Most of the time goes into compiling, which uses the processor. So some measurements run at the same
-time first, for what they compile, and then each again by itself, from the compilation cache.
+Most of the time goes into compiling, which uses the processor. So the processes of a group load and
+compile at the same time. When all of them are ready, each measures while the others wait.
 """
 
 import contextlib
@@ -29,24 +29,29 @@ from benchmarks.sizes import SIZES
 from omni2_jax import files
 from omni2_jax.cli.console import run_function, say
 
-GRAPHS = {"XLA_FLAGS": "--xla_gpu_enable_command_buffer=+WHILE"}  # loops as CUDA graphs
+# Loops, or loops and branches, as CUDA graphs.
+LOOPS = {"XLA_FLAGS": "--xla_gpu_enable_command_buffer=+WHILE"}
+BRANCHES = {"XLA_FLAGS": "--xla_gpu_enable_command_buffer=+WHILE,+CONDITIONAL"}
 SHORTEST = 20  # seconds; with less left, no measurement is begun
-# A measurement that is repeated has to find everything in the cache; of those that run at the same
-# time, none may take all of the device's memory.
+# What was compiled is kept for the next call of this command, however little time it took.
 CACHED = {
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
 }
-SHARED = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+SHARED = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}  # of a group, none takes all of the memory
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """A command that writes its figures as JSON to the path given by --json."""
+    """A command that writes its figures as JSON to the path given by --json.
+
+    It also has the option --ready (see `device.wait_for_turn`).
+    """
 
     name: str
     arguments: tuple[str, ...]  # of `python -m`
     gpu: bool = False  # whether it tells something on GPUs only
+    alone: bool = False  # whether it needs most of the device's memory
     environment: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -56,12 +61,13 @@ def measurements(
     """All of them, the most telling first. sizes: the smallest first. gpu: those for GPUs, too."""
     stream = ("benchmarks.stream", "--steps", str(steps), "--chunk", "10", "--left-chunks", "3")
 
-    def speakers(size: str, count: int) -> Measurement:
-        arguments = (*stream, "--size", size, "--slots", str(count), "--no-parts")
-        return Measurement(f"{count} speakers, {size}", arguments)
-
     def one(size: str, name: str = "", *options: str, **how) -> Measurement:
-        return Measurement(f"one speaker, {size}{name}", (*stream, "--size", size, *options), **how)
+        arguments = (*stream, "--size", size, *(options or ("--no-parts",)))
+        return Measurement(f"one speaker, {size}{name}", arguments, **how)
+
+    def speakers(size: str, count: int, **how) -> Measurement:
+        arguments = (*stream, "--size", size, "--slots", str(count), "--no-parts")
+        return Measurement(f"{count} speakers, {size}", arguments, **how)
 
     def training(size: str, stage: str, name: str = "", *options: str, **how) -> Measurement:
         arguments = ("benchmarks.train", "--size", size, "--stage", stage, "--steps", "8")
@@ -71,16 +77,17 @@ def measurements(
 
     small = sizes[0]
     planned = [
-        one(small),
-        *(one(size, "", "--no-parts") for size in sizes[1:]),
-        training(small, "1a"),
-        one(small, ", loops as CUDA graphs", "--no-parts", gpu=True, environment=GRAPHS),
+        *(one(size) for size in sizes),
         speakers(small, slots[0]),
+        training(small, "1a"),
+        *(one(size, ", int8", "--int8", "--no-parts") for size in sizes[::-1]),
         training(small, "2"),
         training(small, "1a", ", without cuDNN", "--no-cudnn", gpu=True),
-        *(one(size, ", int8", "--int8", "--no-parts") for size in sizes[::-1]),
-        *(speakers(size, slots[0]) for size in sizes[1:]),
-        *(speakers(small, count) for count in slots[1:]),
+        one(small, ", loops as CUDA graphs", gpu=True, environment=LOOPS),
+        one(small, ", loops and branches as CUDA graphs", gpu=True, environment=BRANCHES),
+        one(small, ", by parts", "--parts"),
+        *(speakers(small, count, alone=True) for count in slots[1:]),
+        *(speakers(size, slots[0], alone=True) for size in sizes[1:]),
     ]
     return [one for one in planned if gpu or not one.gpu]
 
@@ -93,56 +100,65 @@ class Process:
 
     def __init__(self, measurement: Measurement, path: Path, **settings: str):
         self.path, self.start = path, time.monotonic()
+        self.ready = path.with_suffix(".ready")
+        self.ready.unlink(missing_ok=True)
         environment = os.environ | CACHED | settings | dict(measurement.environment)
+        files = ("--json", str(path), "--ready", str(self.ready))
         with open(path.with_suffix(".log"), "w") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", *measurement.arguments, "--json", str(path)],
+                [sys.executable, "-m", *measurement.arguments, *files],
+                stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env=environment,
                 start_new_session=True,
             )
 
-    def figures(self, seconds: float) -> dict:
-        """Wait for so long at most -> its figures, or {"failed": why}."""
+    def prepare(self, deadline: float) -> None:
+        """Wait until it is ready to measure, or ends, or the time (`time.monotonic`) is over."""
+        while self.process.poll() is None and not self.ready.exists():
+            if time.monotonic() > deadline:
+                return self.end()
+            time.sleep(0.1)
+
+    def figures(self, deadline: float) -> dict:
+        """Let it measure, until the deadline at most -> its figures, or {"failed": why}."""
+        was_ready = self.ready.exists()
         try:
-            code = self.process.wait(max(seconds, 0))
+            self.process.communicate(b"go\n", timeout=max(deadline - time.monotonic(), 0))
         except subprocess.TimeoutExpired:
-            code = None
+            pass
         finally:  # Ctrl-C, too, must leave nothing running on the device
             self.end()
-        took = time.monotonic() - self.start
-        if code == 0:
-            return json.loads(self.path.read_text()) | {"took_s": took}
-        if code is None:
-            found = json.loads(self.path.read_text()) if self.path.exists() else {}
-            return found | {"failed": f"the time ran out after {took:.0f} s", "took_s": took}
+        took = {"took_s": time.monotonic() - self.start}
+        if self.process.returncode == 0:
+            return json.loads(self.path.read_text()) | took
+        if self.process.returncode == -signal.SIGKILL:
+            found = json.loads(self.path.read_text()) if was_ready and self.path.exists() else {}
+            what = "measuring" if was_ready else "compiling"
+            return found | {"failed": f"the time ran out while it was {what}"} | took
         lines = self.path.with_suffix(".log").read_text(errors="replace").strip().splitlines()
-        return {"failed": lines[-1] if lines else f"exit code {code}", "took_s": took}
+        failed = lines[-1] if lines else f"exit code {self.process.returncode}"
+        return {"failed": failed} | took
 
     def end(self) -> None:
         """Kill it, with all that it started."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
+        self.ready.unlink(missing_ok=True)
 
 
-def compile_together(planned: Sequence[Measurement], out: Path, seconds: float) -> list[dict]:
-    """Run measurements at the same time, for so long at most, for what they compile.
-
-    Returns their figures, which are of programs that disturb one another. One that fails, for lack
-    of memory perhaps, compiles later.
-    """
-    deadline, folder = time.monotonic() + seconds, out / "compiling"
-    folder.mkdir(exist_ok=True)
-    started: list[Process] = []
-    try:
-        for number, measurement in enumerate(planned):
-            started.append(Process(measurement, folder / f"{number}.json", **SHARED))
-        return [process.figures(deadline - time.monotonic()) for process in started]
-    finally:
-        for process in started:
-            process.end()
+def groups_of(planned: Sequence[Measurement], together: int) -> list[list[Measurement]]:
+    """Measurements that prepare at the same time, in their order; so many at most."""
+    groups: list[list[Measurement]] = []
+    for measurement in planned:
+        last = groups[-1] if groups else []
+        if not last or len(last) == together or measurement.alone or last[0].alone:
+            groups.append([measurement])
+        else:
+            last.append(measurement)
+    return groups
 
 
 def figures_of(name: str, result: Mapping) -> Iterator[tuple[str, str, str]]:
@@ -200,35 +216,40 @@ def measure(
 ) -> dict[str, dict]:
     """Run measurements in their order until the time is over -> {name: figures}.
 
-    Those of an earlier call that are in `out` already are kept. together: how many compile at the
-    same time, which takes half of the time that is left at most; with 1 each compiles as it is
-    measured.
+    Those of an earlier call that are in `out` already are kept. together: how many prepare at the
+    same time; one of them that fails, for lack of memory perhaps, is tried again by itself.
     """
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str((out / "compiled").absolute()))
     deadline, path = time.monotonic() + seconds, out / "results.json"
     results = json.loads(path.read_text()) if path.exists() else {}
     waiting = [one for one in planned if "failed" in results.get(one.name, {"failed": ""})]
-    while waiting:
-        group, waiting = waiting[:together], waiting[together:]
+    groups = groups_of(waiting, together)
+    for group in groups:
+        names = "; ".join(measurement.name for measurement in group)
         left = deadline - time.monotonic()
-        if len(group) > 1 and left > 2 * SHORTEST:
-            say(f"compiling: {'; '.join(one.name for one in group)} ({left:.0f} s left)")
-            found = compile_together(group, out, left / 2)
-            beside = {"failed": "measured beside other programs only"}
-            results |= {m.name: f | beside for m, f in zip(group, found, strict=True)}
-            write(out, results)
-        for measurement in group:
-            left = deadline - time.monotonic()
-            if left < SHORTEST:
-                say(f"{left:.0f} s are left: {measurement.name} is not begun")
-                return results
-            say(f"{measurement.name} ({left:.0f} s left)")
-            number = planned.index(measurement) + 1
-            result = Process(measurement, out / f"{number}.json").figures(left)
-            results[measurement.name] = result
-            write(out, results)
-            for _, what, figure in figures_of(measurement.name, result):
-                say(f"    {what}: {figure}")
+        if left < SHORTEST:
+            say(f"{left:.0f} s are left; not begun: {names}")
+            continue
+        say(f"preparing ({left:.0f} s left): {names}")
+        shared = SHARED if len(group) > 1 else {}
+        started: list[Process] = []
+        try:
+            for measurement in group:
+                number = planned.index(measurement) + 1
+                started.append(Process(measurement, out / f"{number}.json", **shared))
+            for process in started:  # the time for measuring what is ready by then stays
+                process.prepare(max(deadline - SHORTEST * len(group), deadline - left / 2))
+            for measurement, process in zip(group, started, strict=True):
+                say(f"{measurement.name} ({deadline - time.monotonic():.0f} s left)")
+                results[measurement.name] = process.figures(deadline)
+                write(out, results)
+                for _, what, figure in figures_of(measurement.name, results[measurement.name]):
+                    say(f"    {what}: {figure}")
+        finally:
+            for process in started:
+                process.end()
+        if len(group) > 1:
+            groups += [[one] for one in group if "failed" in results[one.name]]
     return results
 
 
@@ -245,8 +266,8 @@ def main(
     ] = None,
     steps: Annotated[int, typer.Option(min=5, help="Steps of one answer (0.4 s each).")] = 20,
     together: Annotated[
-        int, typer.Option(min=1, help="Measurements that compile at the same time.")
-    ] = 4 if (os.cpu_count() or 1) >= 8 else 1,
+        int, typer.Option(min=1, help="Measurements that prepare at the same time.")
+    ] = max((os.cpu_count() or 1) // 3, 1),
 ) -> None:
     """Measure serving and training on this machine's accelerator, the most telling first."""
     sizes = size or ["0.5b", "7b"]

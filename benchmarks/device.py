@@ -1,6 +1,7 @@
 """What the device can do at best, measured, and what it did, from the profiler's trace."""
 
 import collections
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable
@@ -9,6 +10,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+
+def wait_for_turn(ready: Path | None) -> None:
+    """Create this file, which says that all is loaded and compiled, and wait for a line on stdin.
+
+    So `benchmarks.accelerator` lets several programs prepare at the same time and measure one after
+    the other. None: go on at once.
+    """
+    if ready is not None:
+        ready.touch()
+        sys.stdin.readline()
 
 
 def seconds(run: Callable[[], Any], repeats: int = 5) -> float:

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.stream`: speed of the streaming step, alone and with many slots.
+"""`python -m benchmarks.stream`: speed of the streaming step, with one slot or with many.
 
 It prints the time to first audio, what a step costs as an answer grows, how many speakers are
 served in real time, and which share of the roofline the parts of a step reach.
@@ -8,7 +8,8 @@ import dataclasses
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated
 
@@ -25,9 +26,8 @@ from benchmarks.sizes import SIZES, load
 from benchmarks.stream_bench import Bench, engine_config_for
 from benchmarks.stream_growth import compare
 from omni2_jax.cli.console import run_function
-from omni2_jax.config import UNITS_PER_SECOND, Omni2Config
+from omni2_jax.config import UNITS_PER_SECOND
 from omni2_jax.generate import read_write, streaming_step
-from omni2_jax.generate.engine_config import EngineConfig
 from omni2_jax.generate.read_write_state import ReadWriteOutput
 from omni2_jax.generate.streaming_step import DecodeState
 
@@ -35,8 +35,11 @@ POINTS = (5, 20, 50, 100)  # steps whose times are reported
 console = rich.console.Console()
 
 
-def parts_of_step(graph: nnx.GraphDef, params: dict, bench: Bench) -> dict[str, float]:
-    """Milliseconds of the parts of a step, each compiled by itself, and of encoder and prefill."""
+Part = Callable[[dict, DecodeState], DecodeState]
+
+
+def compile_parts(graph: nnx.GraphDef, bench: Bench) -> dict[str, Part]:
+    """The parts of a step, each compiled by itself."""
     config, engine_config, dtype = bench.config, bench.engine_config, bench.engine.dtype
     slots = engine_config.slots
     tokens = jnp.zeros((slots, config.read), jnp.int32)
@@ -58,32 +61,43 @@ def parts_of_step(graph: nnx.GraphDef, params: dict, bench: Bench) -> dict[str, 
         model = nnx.merge(graph, params)
         return streaming_step.speak_step(model, engine_config, state, output, no)[0]
 
+    # With other shardings, the engine's programs would be compiled again.
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, bench.engine.state)
+    lowered = [
+        jax.jit(part, donate_argnums=1, out_shardings=shardings).lower(
+            bench.engine.params, bench.engine.state
+        )
+        for part in (text, write, speak)
+    ]
+    with ThreadPoolExecutor() as pool:
+        compiled = pool.map(lambda one: one.compile(), lowered)
+        return dict(zip(("text", "units", "flow and vocoder"), compiled, strict=True))
+
+
+def time_parts(graph: nnx.GraphDef, bench: Bench, parts: Mapping[str, Part]) -> dict[str, float]:
+    """Milliseconds of the parts of a step, and of encoder and prefill."""
+    config, params = bench.config, bench.engine.params
     milliseconds, streams = {}, bench.fill()
-    for name, part in {"text": text, "units": write, "flow and vocoder": speak}.items():
-        milliseconds[name] = 1000 * time_part(bench, params, part)
+    for name, part in parts.items():
+        milliseconds[name] = 1000 * time_part(bench, part)
     bench.empty(streams)
 
     encoder = config.speech_encoder
-    mel = jnp.zeros((1, 2 * encoder.frames, encoder.mels), dtype)
+    mel = jnp.zeros((1, 2 * encoder.frames, encoder.mels), bench.engine.dtype)
     encode = jax.jit(lambda params, mel: nnx.merge(graph, params).encode_speech(mel))
     milliseconds["encoder"] = 1000 * device.seconds(lambda: encode(params, mel), 3)
     start = time.perf_counter()
     bench.empty(bench.fill())
-    milliseconds["prefill"] = 1000 * (time.perf_counter() - start) / slots
+    milliseconds["prefill"] = 1000 * (time.perf_counter() - start) / bench.engine_config.slots
     return milliseconds
 
 
-def time_part(
-    bench: Bench, params: dict, part: Callable[[dict, DecodeState], DecodeState]
-) -> float:
+def time_part(bench: Bench, part: Part) -> float:
     """Median seconds of one part of a step, which updates the engine's state."""
     state, times = bench.engine.state, []
-    # With other shardings, the engine's programs would be compiled again.
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
-    run = jax.jit(part, donate_argnums=1, out_shardings=shardings)
     for _ in range(6):
         start = time.perf_counter()
-        state = jax.block_until_ready(run(params, state))
+        state = jax.block_until_ready(part(bench.engine.params, state))
         times.append(time.perf_counter() - start)
     bench.engine.state = state
     return statistics.median(times[1:])
@@ -102,11 +116,11 @@ def main(
         Path | None, typer.Option(help="A converted checkpoint to measure instead.")
     ] = None,
     batch: Annotated[
-        int, typer.Option(min=1, help="Slots; throughput is measured at 1, 2, 4 ... up to this.")
+        int, typer.Option(min=1, help="Measure with 1, 2, 4 ... slots, up to so many.")
     ] = 1,
     slots: Annotated[
         list[int] | None,
-        typer.Option(min=2, help="Measure throughput at these slots instead (repeatable)."),
+        typer.Option(min=1, help="Measure with so many slots instead (repeatable)."),
     ] = None,
     steps: Annotated[int, typer.Option(min=5, help="Steps of one answer (0.4 s each).")] = 100,
     chunk: Annotated[
@@ -128,8 +142,15 @@ def main(
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write the figures here.")
     ] = None,
+    ready: Annotated[
+        Path | None,
+        typer.Option(help="Create this file when all is compiled; measure after a line on stdin."),
+    ] = None,
 ) -> None:
-    """Measure the streaming step with random or converted weights."""
+    """Measure the streaming step with random or converted weights.
+
+    With more than one number of slots, all but the throughput is measured with the first.
+    """
     dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
     config, graph, params = load(size, checkpoint, dtype, int8)
 
@@ -144,24 +165,25 @@ def main(
         )
         return Bench(config, graph, params, engine_config)
 
+    counts = slots or [2**power for power in range(batch.bit_length())]
     start = time.perf_counter()
-    bench = make_bench(1)
+    bench = make_bench(counts[0])
+    compiled_parts = compile_parts(graph, bench) if parts else {}
     figures = {
         "device": jax.devices()[0].device_kind,
         "size": str(checkpoint or size),
         "dtype": dtype.__name__,
         "int8": int8,
-        "batch": batch,
+        "slots": counts[0],
         "engine_config": dataclasses.asdict(bench.engine_config),
         "warm_up_s": time.perf_counter() - start,
     }
-    speech = config.write / UNITS_PER_SECOND
-    counts = slots or [2**power for power in range(1, batch.bit_length())]
+    device.wait_for_turn(ready)
 
     def of_speakers(times: list[float]) -> dict:
-        return speakers(times, make_bench, counts, speech)
+        return speakers(times, make_bench, counts, config.write / UNITS_PER_SECOND)
 
-    for more in measurements(bench, graph, params, steps, of_speakers, parts):
+    for more in measurements(bench, graph, steps, of_speakers, compiled_parts):
         figures |= more
         if json_file:  # after each, so that a run that is cut off leaves some
             json_file.write_text(json.dumps(figures, indent=1) + "\n")
@@ -171,15 +193,14 @@ def main(
 def measurements(
     bench: Bench,
     graph: nnx.GraphDef,
-    params: dict,
     steps: int,
     of_speakers: Callable[[list[float]], dict],
-    parts: bool,
+    parts: Mapping[str, Part],
 ) -> Iterator[dict]:
     """All figures, the most telling first.
 
-    of_speakers: seconds of the steps of one slot -> the figures of `speakers`. parts: whether those
-    of the parts of a step are measured, too.
+    of_speakers: seconds of the steps with the bench's slots -> the figures of `speakers`. parts:
+    those of a step, which are measured, too.
     """
     speech = bench.config.write / UNITS_PER_SECOND
     compiled = bench.engine.compilations()
@@ -198,7 +219,7 @@ def measurements(
     yield of_speakers(times)
     if not parts:
         return
-    taken = parts_of_step(graph, params, bench)
+    taken = time_parts(graph, bench, parts)
     yield {
         "encoder_ms": taken["encoder"],
         "prefill_ms": taken["prefill"],
@@ -206,8 +227,7 @@ def measurements(
         "unit_ms": taken["units"] / bench.config.write,
         "flow_vocoder_ms": taken["flow and vocoder"],
     }
-    dtype = bench.engine.dtype
-    yield {"roofline": against_roofline(bench.config, params, bench.engine_config, taken, dtype)}
+    yield {"roofline": against_roofline(bench, taken)}
     measured = list(map(int, step_ms))
     yield {"growth": compare(bench, measured[0], measured[-1])}
 
@@ -225,16 +245,16 @@ def profile(bench: Bench, steps: int = 4) -> dict | None:
 def speakers(
     times: list[float], make_bench: Callable[[int], Bench], counts: Sequence[int], speech: float
 ) -> dict:
-    """Throughput with one slot, and with each of `counts` slots.
+    """Throughput with each of `counts` slots.
 
-    times: seconds of the steps of one slot, measured already. speech: seconds of speech in a step.
-    realtime_speakers is the largest number of slots with which 95 % of the steps take no longer
-    than their speech.
+    times: seconds of the steps with the first of them, measured already. speech: seconds of speech
+    in a step. realtime_speakers is the largest number of slots with which 95 % of the steps take no
+    longer than their speech.
     """
     rates, realtime = {}, 0
     steps = min(30, len(times))  # no more than the buffers hold
-    for slots in (1, *counts):
-        if slots > 1:
+    for slots in counts:
+        if slots != counts[0]:
             times, _ = make_bench(slots).answer(steps)
         rates[str(slots)] = slots * speech / statistics.median(times)
         if np.percentile(times, 95) <= speech:
@@ -242,16 +262,14 @@ def speakers(
     return {"audio_s_per_s": rates, "realtime_speakers": realtime}
 
 
-def against_roofline(
-    config: Omni2Config, params: dict, engine_config: EngineConfig, parts: dict[str, float], dtype
-) -> dict:
+def against_roofline(bench: Bench, parts: dict[str, float]) -> dict:
     """The bandwidth and FLOP rate of the device, and for each part of a step what they allow.
 
     parts: measured milliseconds of each part.
     """
     bandwidth = device.copy_bandwidth()
-    rate, decoder_rate = device.matmul_rate(dtype), device.matmul_rate(jnp.float32)
-    work = roofline.step(config, params, engine_config)
+    rate, decoder_rate = device.matmul_rate(bench.engine.dtype), device.matmul_rate(jnp.float32)
+    work = roofline.step(bench.config, bench.engine.params, bench.engine_config)
     figures: dict = {
         "copy_bytes_per_s": bandwidth,
         "matmul_flops_per_s": rate,
@@ -298,12 +316,13 @@ def rows(figures: dict) -> Iterator[tuple[str, str]]:
     """The rows of the first table."""
     steps = ", ".join(f"{step}: {ms:.0f} ms" for step, ms in figures["step_ms"].items())
     rates = ", ".join(f"{n}: {rate:.2f}" for n, rate in figures["audio_s_per_s"].items())
-    yield "compiling for one slot", f"{figures['warm_up_s']:.0f} s"
+    yield "slots", str(figures["slots"])
+    yield "compiling", f"{figures['warm_up_s']:.0f} s"
     yield (
         "time to first audio (features on the device)",
         f"{figures['first_audio_ms']:.0f} ms",
     )
-    yield "real-time factor, one speaker", f"{figures['rtf']:.3f}"
+    yield "real-time factor of a speaker", f"{figures['rtf']:.3f}"
     yield "step number", steps
     yield "Python's share of a step", f"{100 * figures['dispatch_share']:.1f} %"
     compiled = figures["compilations"], figures["compilations_during_answers"]

@@ -178,13 +178,22 @@ def peak_rate(dtype: str) -> tuple[float, str]:
     return device.matmul_rate(jnp.dtype(dtype)), "measured, a large matmul"
 
 
-def measure(train: TrainConfig, config: Omni2Config, folder: Path, parts: bool = True) -> dict:
-    """All figures of one stage; the JSON of --json is a list of these. parts: those of a step,
-    too."""
-    rate, rate_source = peak_rate(train.dtype)  # before threads read ahead
+def measure(
+    train: TrainConfig,
+    config: Omni2Config,
+    folder: Path,
+    parts: bool = True,
+    ready: Path | None = None,
+) -> dict:
+    """All figures of one stage; the JSON of --json is a list of these.
+
+    parts: those of a step, too. ready: see `device.wait_for_turn`.
+    """
     bench, bucket = Bench(train, config, folder), train.buckets[0]
     with sharding.use(bench.mesh):
         compile_seconds = bench.compile()
+        device.wait_for_turn(ready)
+        rate, rate_source = peak_rate(train.dtype)
         seconds = device.seconds(bench.once)
         memory = bench.take_step.memory_analysis()
         allocated = jax.local_devices()[0].memory_stats()
@@ -318,6 +327,10 @@ def main(
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write the figures here.")
     ] = None,
+    ready: Annotated[
+        Path | None,
+        typer.Option(help="Create this file when all is compiled; measure after a line on stdin."),
+    ] = None,
 ) -> None:
     """Measure the training step of each stage, in the first of its buckets."""
     if unknown := {size} - SIZES.keys() | set(stage or ()) - CONFIGS.keys():
@@ -338,7 +351,7 @@ def main(
     figures = []
     for train in configs:
         with tempfile.TemporaryDirectory() as folder:
-            figures.append(measure(train, SIZES[size], Path(folder) / "data", parts))
+            figures.append(measure(train, SIZES[size], Path(folder) / "data", parts, ready))
         report(size, figures[-1])
         if json_file:
             json_file.write_text(json.dumps({"size": size, "stages": figures}, indent=1) + "\n")

@@ -8,7 +8,7 @@ import sys
 import jax.numpy as jnp
 import pytest
 
-from benchmarks.accelerator import Measurement, figures_of, measure, measurements
+from benchmarks.accelerator import Measurement, figures_of, groups_of, measure, measurements
 from benchmarks.device import busy
 from benchmarks.sizes import load
 from omni2_jax.checkpoint import parameters
@@ -29,8 +29,19 @@ SERVING = {
     "realtime_speakers": 64,
 }
 PROGRAM = f"""
-import json, sys, time
-what, path = sys.argv[1], sys.argv[-1]
+import json, pathlib, sys, time
+what, path, ready = sys.argv[1], sys.argv[3], pathlib.Path(sys.argv[5])
+if what == "never":
+    time.sleep(600)
+if what == "large" and not (tried := ready.parent / "tried").exists():
+    tried.touch()
+    sys.exit("error: out of memory")
+ready.touch()
+with open(ready.parent / "journal", "a") as journal:
+    print("ready", file=journal)
+sys.stdin.readline()
+with open(ready.parent / "journal", "a") as journal:
+    print("measures", file=journal)
 if what == "hang":
     open(path, "w").write('{{"device": "NVIDIA H100"}}')
     time.sleep(600)
@@ -76,30 +87,43 @@ def test_the_time_runs_out(plan, tmp_path, monkeypatch):
     assert found["hang"]["device"] == "NVIDIA H100"  # what it had measured by then is kept
 
 
-def test_measurements_that_compile_together_are_measured_alone(plan, tmp_path):
-    found = measure(plan, tmp_path, 60, together=2)
-    assert found["one"]["rtf"] == 0.05 and found["large"]["failed"] == "error: out of memory"
-    assert (tmp_path / "compiling" / "0.json").exists() and "graphs" in found
+def test_all_of_a_group_are_ready_before_one_measures(plan, tmp_path):
+    found = measure(plan[:1] + [Measurement("two", ("stand_in", "ok"))], tmp_path, 60, together=2)
+    assert found["one"]["rtf"] == found["two"]["rtf"] == 0.05
+    assert (tmp_path / "journal").read_text().split() == ["ready"] * 2 + ["measures"] * 2
 
 
-def test_figures_of_programs_beside_others_stay_where_time_runs_out(plan, tmp_path, monkeypatch):
-    def compile_together(*_):
-        monkeypatch.setattr("benchmarks.accelerator.SHORTEST", 1000)
-        return [SERVING, {"failed": "out of memory"}]
+def test_one_that_fails_beside_others_is_tried_alone(plan, tmp_path):
+    large = Measurement("large", ("stand_in", "large"))
+    found = measure([plan[0], large], tmp_path, 60, together=2)
+    assert found["one"]["rtf"] == found["large"]["rtf"] == 0.05
 
-    monkeypatch.setattr("benchmarks.accelerator.compile_together", compile_together)
-    found = measure(plan[:2], tmp_path, 60, together=2)
-    assert found["one"] == SERVING | {"failed": "measured beside other programs only"}
-    assert measure(plan[:2], tmp_path, 2000)["one"]["rtf"] == 0.05  # measured alone now
+
+def test_what_is_ready_in_time_is_measured(plan, tmp_path, monkeypatch):
+    monkeypatch.setattr("benchmarks.accelerator.SHORTEST", 1)
+    never = Measurement("never", ("stand_in", "never"))
+    found = measure([plan[0], never], tmp_path, 8, together=2)
+    assert found["one"]["rtf"] == 0.05
+    assert found["never"]["failed"] == "the time ran out while it was compiling"
+
+
+def test_groups():
+    def run(name, **how):
+        return Measurement(name, (), **how)
+
+    planned = [run("a"), run("b"), run("c"), run("d", alone=True), run("e"), run("f")]
+    names = [[one.name for one in group] for group in groups_of(planned, 2)]
+    assert names == [["a", "b"], ["c"], ["d"], ["e", "f"]]
 
 
 def test_the_most_telling_come_first():
     names = [one.name for one in measurements(["0.5b", "7b"], [64, 256], 20)]
-    assert names[:3] == ["one speaker, 0.5b", "one speaker, 7b", "stage 1a, 0.5b"]
+    assert names[:3] == ["one speaker, 0.5b", "one speaker, 7b", "64 speakers, 0.5b"]
     assert "256 speakers, 0.5b" in names
     elsewhere = [one.name for one in measurements(["0.5b", "7b"], [64, 256], 20, gpu=False)]
     assert set(names) - set(elsewhere) == {
         "one speaker, 0.5b, loops as CUDA graphs",
+        "one speaker, 0.5b, loops and branches as CUDA graphs",
         "stage 1a, 0.5b, without cuDNN",
     }
 
