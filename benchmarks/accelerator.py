@@ -27,7 +27,9 @@ import typer
 
 from benchmarks.sizes import SIZES
 from omni2_jax import files
+from omni2_jax.checkpoint import parameters
 from omni2_jax.cli.console import run_function, say
+from omni2_jax.models.model import abstract_model
 
 # Loops, or loops and branches, as CUDA graphs.
 LOOPS = {"XLA_FLAGS": "--xla_gpu_enable_command_buffer=+WHILE"}
@@ -38,7 +40,10 @@ CACHED = {
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
 }
-SHARED = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}  # of a group, none takes all of the memory
+# The processes of a group share a GPU's memory, and none of them takes all of it; a TPU belongs to
+# one process.
+GIGABYTES = 70
+SHARED = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
 
 
 @dataclass(frozen=True)
@@ -51,7 +56,7 @@ class Measurement:
     name: str
     arguments: tuple[str, ...]  # of `python -m`
     gpu: bool = False  # whether it tells something on GPUs only
-    alone: bool = False  # whether it needs most of the device's memory
+    gigabytes: float = 0  # of the device's memory that it may need
     environment: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -61,19 +66,20 @@ def measurements(
     """All of them, the most telling first. sizes: the smallest first. gpu: those for GPUs, too."""
     stream = ("benchmarks.stream", "--steps", str(steps), "--chunk", "10", "--left-chunks", "3")
 
-    def one(size: str, name: str = "", *options: str, **how) -> Measurement:
-        arguments = (*stream, "--size", size, *(options or ("--no-parts",)))
-        return Measurement(f"one speaker, {size}{name}", arguments, **how)
+    def serving(name: str, size: str, count: int, *options: str, **how) -> Measurement:
+        arguments = (*stream, "--size", size, "--slots", str(count), *options)
+        return Measurement(name, arguments, gigabytes=gigabytes_to_serve(size, count), **how)
 
-    def speakers(size: str, count: int, **how) -> Measurement:
-        arguments = (*stream, "--size", size, "--slots", str(count), "--no-parts")
-        return Measurement(f"{count} speakers, {size}", arguments, **how)
+    def one(size: str, name: str = "", *options: str, **how) -> Measurement:
+        return serving(f"one speaker, {size}{name}", size, 1, *(options or ("--no-parts",)), **how)
+
+    def speakers(size: str, count: int) -> Measurement:
+        return serving(f"{count} speakers, {size}", size, count, "--no-parts")
 
     def training(size: str, stage: str, name: str = "", *options: str, **how) -> Measurement:
         arguments = ("benchmarks.train", "--size", size, "--stage", stage, "--steps", "8")
-        return Measurement(
-            f"stage {stage}, {size}{name}", (*arguments, "--no-parts", *options), **how
-        )
+        arguments += ("--no-parts", *options)
+        return Measurement(f"stage {stage}, {size}{name}", arguments, gigabytes=20, **how)
 
     small = sizes[0]
     planned = [
@@ -86,10 +92,20 @@ def measurements(
         one(small, ", loops as CUDA graphs", gpu=True, environment=LOOPS),
         one(small, ", loops and branches as CUDA graphs", gpu=True, environment=BRANCHES),
         one(small, ", by parts", "--parts"),
-        *(speakers(small, count, alone=True) for count in slots[1:]),
-        *(speakers(size, slots[0], alone=True) for size in sizes[1:]),
+        *(speakers(small, count) for count in slots[1:]),
+        *(speakers(size, slots[0]) for size in sizes[1:]),
     ]
     return [one for one in planned if gpu or not one.gpu]
+
+
+def gigabytes_to_serve(size: str, slots: int) -> float:
+    """Of the device's memory: bfloat16 weights, twice while they are drawn, and state of slots.
+
+    A slot with chunks of 10 units and 3 chunks before them has 0.23 GB of caches (AOT.md).
+    """
+    _, model = abstract_model(SIZES[size].replace(speaker=None))
+    numbers = sum(leaf.size for leaf in parameters.flatten(model).values())
+    return 2 * 2 * numbers / 1e9 + 0.25 * slots
 
 
 class Process:
@@ -150,14 +166,16 @@ class Process:
 
 
 def groups_of(planned: Sequence[Measurement], together: int) -> list[list[Measurement]]:
-    """Measurements that prepare at the same time, in their order; so many at most."""
+    """Measurements that prepare at the same time, in their order: so many at most, and no more than
+    fit the memory."""
     groups: list[list[Measurement]] = []
     for measurement in planned:
         last = groups[-1] if groups else []
-        if not last or len(last) == together or measurement.alone or last[0].alone:
-            groups.append([measurement])
-        else:
+        needed = sum(one.gigabytes for one in [*last, measurement])
+        if last and len(last) < together and needed <= GIGABYTES:
             last.append(measurement)
+        else:
+            groups.append([measurement])
     return groups
 
 
@@ -266,15 +284,22 @@ def main(
     ] = None,
     steps: Annotated[int, typer.Option(min=5, help="Steps of one answer (0.4 s each).")] = 20,
     together: Annotated[
-        int, typer.Option(min=1, help="Measurements that prepare at the same time.")
-    ] = max((os.cpu_count() or 1) // 3, 1),
+        int | None,
+        typer.Option(
+            min=1,
+            help="Measurements that prepare at the same time. [default: one for every three "
+            "processor cores on a GPU, 1 elsewhere]",
+        ),
+    ] = None,
 ) -> None:
     """Measure serving and training on this machine's accelerator, the most telling first."""
     sizes = size or ["0.5b", "7b"]
     if unknown := set(sizes) - SIZES.keys():
         raise ValueError(f"there is no size {', '.join(unknown)}; it is one of {', '.join(SIZES)}")
     out.mkdir(parents=True, exist_ok=True)
-    planned = measurements(sizes, slots or [64, 256], steps, shutil.which("nvidia-smi") is not None)
+    gpu = shutil.which("nvidia-smi") is not None
+    planned = measurements(sizes, slots or [64, 256], steps, gpu)
+    together = together or (max((os.cpu_count() or 1) // 3, 1) if gpu else 1)
     measure(planned, out, 60 * minutes, together)
     say(f"the figures are in {out / 'figures.md'}")
 

@@ -88,7 +88,7 @@ def test_the_time_runs_out(plan, tmp_path, monkeypatch):
 
 
 def test_all_of_a_group_are_ready_before_one_measures(plan, tmp_path):
-    found = measure(plan[:1] + [Measurement("two", ("stand_in", "ok"))], tmp_path, 60, together=2)
+    found = measure([*plan[:1], Measurement("two", ("stand_in", "ok"))], tmp_path, 60, together=2)
     assert found["one"]["rtf"] == found["two"]["rtf"] == 0.05
     assert (tmp_path / "journal").read_text().split() == ["ready"] * 2 + ["measures"] * 2
 
@@ -108,12 +108,22 @@ def test_what_is_ready_in_time_is_measured(plan, tmp_path, monkeypatch):
 
 
 def test_groups():
-    def run(name, **how):
-        return Measurement(name, (), **how)
+    def run(name, gigabytes=10):
+        return Measurement(name, (), gigabytes=gigabytes)
 
-    planned = [run("a"), run("b"), run("c"), run("d", alone=True), run("e"), run("f")]
+    planned = [run("a"), run("b"), run("c"), run("d", 65), run("e"), run("f", 80), run("g")]
     names = [[one.name for one in group] for group in groups_of(planned, 2)]
-    assert names == [["a", "b"], ["c"], ["d"], ["e", "f"]]
+    assert names == [["a", "b"], ["c"], ["d"], ["e"], ["f"], ["g"]]
+
+
+def test_memory_of_groups():
+    planned = measurements(["0.5b", "7b"], [64, 256], 20)
+    memory = {one.name: one.gigabytes for one in planned}
+    assert 5 < memory["one speaker, 0.5b"] < 15 and 30 < memory["one speaker, 7b"] < 45
+    assert memory["64 speakers, 0.5b"] == pytest.approx(memory["one speaker, 0.5b"] + 63 * 0.25)
+    names = [[one.name for one in group] for group in groups_of(planned, 5)]
+    assert names[0] == ["one speaker, 0.5b", "one speaker, 7b", "64 speakers, 0.5b"]
+    assert ["256 speakers, 0.5b"] in names
 
 
 def test_the_most_telling_come_first():
