@@ -42,7 +42,7 @@ CACHED = {
 }
 # The processes of a group share a GPU's memory, and none of them takes all of it; a TPU belongs to
 # one process.
-GIGABYTES = 70
+GIGABYTES = 70  # of a device that has 80
 SHARED = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
 
 
@@ -117,7 +117,8 @@ class Process:
     def __init__(self, measurement: Measurement, path: Path, **settings: str):
         self.path, self.start = path, time.monotonic()
         self.ready = path.with_suffix(".ready")
-        self.ready.unlink(missing_ok=True)
+        for left_over in (self.path, self.ready):
+            left_over.unlink(missing_ok=True)
         environment = os.environ | CACHED | settings | dict(measurement.environment)
         files = ("--json", str(path), "--ready", str(self.ready))
         with open(path.with_suffix(".log"), "w") as log:
@@ -150,7 +151,7 @@ class Process:
         if self.process.returncode == 0:
             return json.loads(self.path.read_text()) | took
         if self.process.returncode == -signal.SIGKILL:
-            found = json.loads(self.path.read_text()) if was_ready and self.path.exists() else {}
+            found = json.loads(self.path.read_text()) if self.path.exists() else {}
             what = "measuring" if was_ready else "compiling"
             return found | {"failed": f"the time ran out while it was {what}"} | took
         lines = self.path.with_suffix(".log").read_text(errors="replace").strip().splitlines()

@@ -332,6 +332,25 @@ def test_a_client_that_asks_too_much(address, server, alone):
     assert beside == alone
 
 
+@pytest.mark.parametrize(
+    ("bound", "code"), [("idle_seconds", "idle_timeout"), ("session_seconds", "session_expired")]
+)
+def test_connections_end_after_a_time(server, address, monkeypatch, bound, code):
+    """One whose client says nothing, and the longest one, whatever its client says."""
+    monkeypatch.setattr(server, "limits", dataclasses.replace(LIMITS, **{bound: 0.5}))
+
+    async def conversation(link):
+        if bound == "session_seconds":
+            await link.session.update(session=MANUAL)
+        (*_, error) = await until(link, "error")
+        with pytest.raises(websockets.ConnectionClosed):
+            await link.recv()
+        return error.error.code
+
+    assert talk(address, conversation) == code
+    eventually(lambda: not server.connections)
+
+
 @pytest.mark.slow
 def test_a_server_that_is_stopped(model, warm_engine, alone):
     """The answer in progress is finished; then the client is told."""

@@ -14,6 +14,7 @@ import pytest
 import websockets
 
 from omni2_jax.generate import omni2 as omni2_module
+from omni2_jax.serve.limits import Limits
 from tests.support.commands import is_error_line
 from tests.support.conversations import clip
 from tests.support.realtime import MANUAL, talk, until
@@ -134,7 +135,15 @@ def test_a_signal_ends_the_server(checkpoint_dir, tmp_path):
                 events.append(await link.recv())
         return events
 
+    async def too_large(link):
+        await link.send_raw("x" * Limits.event_bytes)
+        await until(link, "error")  # it is read, and is no event
+        with pytest.raises(websockets.ConnectionClosed):
+            await link.send_raw("x" * (Limits.event_bytes + 1))
+            await link.recv()
+
     with started(checkpoint_dir, log, "--key-file", tmp_path / "keys") as (process, address):
+        talk(address, too_large, key=KEY)
         assert get(f"http://{address}/v1/models", Authorization=f"Bearer {KEY}x")[0] == 401
         assert get(f"http://{address}/../../etc/passwd")[0] == 404
         client = openai.OpenAI(api_key=KEY, base_url=f"http://{address}/v1", max_retries=0)
