@@ -156,11 +156,12 @@ class Server:
 
         self.worker.stop(0.0)
         await until(lambda: not self.worker.thread.is_alive())
+        await until(lambda: not any(connection.is_busy for connection in self.connections))
         for connection in self.connections:
             connection.send_error(
                 EventError("the server is shutting down", "server_stopping"), None
             )
-        await until(lambda: not any(connection.is_busy for connection in self.connections))
+        await until(lambda: not any(connection.unsent_bytes for connection in self.connections))
 
     def start_task(self, coroutine) -> asyncio.Task:
         """Run a coroutine that no connection waits for."""
