@@ -15,7 +15,7 @@ from omni2_jax.convert import precision
 from omni2_jax.convert.join import Source, join
 from omni2_jax.convert.write import write
 from omni2_jax.models.layers import Linear
-from omni2_jax.models.serving import for_serving, form_of
+from omni2_jax.models.serving import Form, for_serving, form_of
 from tests.support.commands import is_error_line
 from tests.support.conversations import GREEDY, clip
 
@@ -119,15 +119,23 @@ def test_the_scale_follows_the_matmul(quantized):
 
 
 def test_an_answer(quantized, checkpoint_dir):
-    """Both forms of a model to serve with load it; tied rows of units have their scales."""
+    """Tied rows of units have their scales; a CPU gets the weights that the integers stand for."""
     config = Omni2Config.load(quantized / "config.json").only(*LANGUAGE)
     graph, params = parameters.load(quantized, config, jnp.bfloat16)
     scale = params["llm"]["embedding"]["table_scale"]
     assert scale.dtype == jnp.bfloat16 and params["llm"]["embedding"]["table"].dtype == jnp.int8
-    model = nnx.merge(*for_serving(graph, params, form_of("cpu")))
-    rows, scales = model.speech_lm.head_rows(5, 3, 2)
-    table = model.speech_lm.embedding(jnp.asarray([5, 6, 7, 2]))
-    np.testing.assert_array_equal(rows * scales[:, None], table)
+    ids = jnp.asarray([5, 6, 7, 2])
+    integers, floats = (
+        nnx.merge(*for_serving(graph, params, form_of(backend))).speech_lm
+        for backend in ("tpu", "cpu")
+    )
+    rows, scales = integers.head_rows(5, 3, 2)
+    np.testing.assert_array_equal(rows * scales[:, None], integers.embedding(ids))
+    rows, scales = floats.head_rows(5, 3, 2)
+    assert scales is None and rows.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(rows, integers.embedding(ids))
+    for _, module in nnx.iter_modules(floats):
+        assert getattr(module, "kernel_scale", None) is None
 
 
 def test_joined_matrices_keep_the_scales_of_their_outputs(quantized):
@@ -136,8 +144,8 @@ def test_joined_matrices_keep_the_scales_of_their_outputs(quantized):
     config = Omni2Config.load(quantized / "config.json").only("llm")
     stored = parameters.load(quantized, config, jnp.float32)
     apart, joined = (
-        nnx.merge(*for_serving(*stored, form_of(backend))).llm.layers[1]
-        for backend in ("cpu", "gpu")
+        nnx.merge(*for_serving(*stored, form)).llm.layers[1]
+        for form in (Form(unrolled=True), form_of("gpu"))
     )
     for name in ("attention", "mlp"):
         module = getattr(joined, name)

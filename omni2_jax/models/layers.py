@@ -148,6 +148,17 @@ class Linear(nnx.Module):
         )
         self.transposed = True
 
+    def to_float(self, donate: bool = False) -> None:
+        """Multiply an int8 kernel by its scales, once for all calls. donate: see `freed`."""
+        if self.kernel_scale is None:
+            return
+        kernel, scale = self.kernel[...], self.kernel_scale[...]
+        first = kernel.ndim - len(self.kernel.get_metadata("axes"))  # behind stacked layers
+        scales = jnp.expand_dims(scale, tuple(range(first, first + self.in_dims)))
+        product = kernel.astype(scale.dtype) * scales
+        self.kernel = self.kernel.replace(freed([kernel, scale], product, donate))
+        self.kernel_scale = None
+
 
 def contract(x: Array, kernel: Array, dims: int, transposed: bool = False) -> Array:
     """The last `dims` axes of x against the first ones of the kernel, in x's dtype.
@@ -292,6 +303,15 @@ class Embedding(nnx.Module):
             return rows
         scale = jnp.take(self.table_scale[...], ids)[..., None]
         return rows.astype(scale.dtype) * scale
+
+    def to_float(self, donate: bool = False) -> None:
+        """Multiply an int8 table by its scales, once for all calls. donate: see `freed`."""
+        if self.table_scale is None:
+            return
+        table, scale = self.table[...], self.table_scale[...]
+        product = table.astype(scale.dtype) * scale[..., None]
+        self.table = self.table.replace(freed([table, scale], product, donate))
+        self.table_scale = None
 
 
 def inside(lengths: Array, size: int) -> Array:

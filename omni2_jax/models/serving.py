@@ -3,7 +3,9 @@
 A loop over stacked layers slices the weights and the cache of each layer out of arrays of all
 layers. A CPU and XLA's GPU compiler copy every such slice before they use it, and a GPU launches a
 kernel for each; a TPU reads it where it lies. So CPUs and GPUs get each layer's parameters as
-arrays of their own, and run the layers one after the other, which is slower to compile. A GPU also
+arrays of their own, and run the layers one after the other, which is slower to compile; each layer
+has a cache of its own, too. A CPU gets int8 matrices as floats, since XLA would convert all of them
+in every step and keep both in memory. A GPU also
 gets matrices that have the same input as one, since each matmul is a launch, or several, and
 matrices and the kernels of convolutions in the order in which it reads them. It runs the flow's
 estimator, which moves most bytes of a step with many speakers, with matrices, activations, keys and
@@ -22,7 +24,7 @@ from flax import nnx
 from omni2_jax import sharding
 from omni2_jax.models.flow.estimator import Attention, Block, Stage
 from omni2_jax.models.fusing import Fusing
-from omni2_jax.models.layers import Conv1d, Linear, is_unrolled, unstack
+from omni2_jax.models.layers import Conv1d, Embedding, Linear, is_unrolled, unstack
 
 if TYPE_CHECKING:
     from omni2_jax.models.model import Model
@@ -41,12 +43,13 @@ class Form:
     flow_matmuls: str = "float32"  # dtype of those of the flow's estimator (`Block.multiply_in`)
     by_head: bool = False  # the estimator's attention, of few frames (`estimator.Attention`)
     convs_transposed: bool = False  # kernels of flow and vocoder: `Conv1d.transpose`
+    float_weights: bool = False  # int8 matrices are multiplied by their scales (`Linear.to_float`)
     search_bits: int = 1  # of a sampling threshold that a pass decides (`sampling.truncate`)
 
 
 STACKED = Form()
 FORMS = {
-    "cpu": Form(unrolled=True),
+    "cpu": Form(unrolled=True, listed_caches=True, float_weights=True),
     "gpu": Form(
         unrolled=True,
         blocks=True,
@@ -80,6 +83,10 @@ def arrange(model: "Model", form: Form, donate: bool = False) -> "Model":
     donate: whether arrays may be deleted that are replaced (`layers.freed`).
     """
     flow, modules = model.flow, [module for _, module in nnx.iter_modules(model)]
+    if form.float_weights:
+        for module in modules:
+            if isinstance(module, (Linear, Embedding)):
+                module.to_float(donate)
     if form.fused:
         for module in modules:
             if isinstance(module, Fusing):
