@@ -24,6 +24,8 @@ from omni2_jax.models.flow.matching import Flow, FlowCache
 
 Array = jax.Array
 
+SMALL_RING = 100  # units; so many are read in less time than it takes to choose fewer
+
 
 @dataclass(frozen=True)
 class StreamPlan:
@@ -88,8 +90,10 @@ class StreamPlan:
         of 10, a look-ahead of 3 and chunks of 50, the frames of units 0-6 are due after the first
         write, those of units 0-16 after the second, and so on:
 
-            In:  bucketed, write 10, look-ahead 3, chunk 50      Out: 7 17 27 37 47 50
+            In:  bucketed, write 10, look-ahead 3, chunk 50      Out: 7 17 27 37 50
                  not bucketed                                    Out: 10 50
+
+        47 is missing, since 50 units take hardly longer and each size takes time to compile.
         """
         size = self.chunk_size
         if not self.bucketed:
@@ -100,13 +104,17 @@ class StreamPlan:
         missing = (self.lookahead - self.chunks.shift) % self.write
         # At most about six sizes: each is a program of its own within the step.
         stride = self.write * -(-size // (6 * self.write))
-        return (*range(self.write - missing, size, stride), size)
+        return (*range(self.write - missing, size - stride // 2 + 1, stride), size)
 
     @property
     def read_sizes(self) -> tuple[int, ...]:
         """How much of the ring attention may read: the smallest that holds all visible keys."""
-        parts = 4 if self.bucketed and self.chunks.left is None else 1
-        return tuple(-(-self.capacity * part // parts) for part in range(1, parts + 1))
+        if not self.bucketed or self.capacity <= SMALL_RING:
+            return (self.capacity,)
+        if self.chunks.left is None:
+            return tuple(-(-self.capacity * part // 4) for part in range(1, 5))
+        few = 2 * self.chunk_size  # of a short answer
+        return (few, self.capacity) if few < self.capacity else (self.capacity,)
 
 
 @jax.tree_util.register_dataclass
