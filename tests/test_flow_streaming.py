@@ -187,7 +187,7 @@ def test_plans_that_cannot_work_are_errors():
 def test_sizes_for_the_released_chunk():
     """The window sizes that writes of 10 units can need, and a cache of what a chunk attends to."""
     plan = StreamPlan.of(TINY, 10, max_units=300)
-    assert plan.window_buckets == (7, 17, 27, 37, 50) and plan.capacity == 300
+    assert plan.window_buckets == (7, 17, 37, 50) and plan.capacity == 300
     plan = StreamPlan.of(TINY, 10, Chunks(10, left=3, shift=3))
     assert plan.window_buckets == (10,) and plan.capacity == 40
     assert StreamPlan.of(TINY, 10, Chunks(10, left=3, shift=3), bucketed=False).window_buckets == (

@@ -2,12 +2,12 @@
 
 A loop over stacked layers slices the weights and the cache of each layer out of arrays of all
 layers. A CPU and XLA's GPU compiler copy every such slice before they use it, and a GPU launches a
-kernel for each; a TPU reads it where it lies. So CPUs and GPUs get each layer's parameters as
-arrays of their own, and run the layers one after the other, which is slower to compile; each layer
-has a cache of its own, too. A CPU gets int8 matrices as floats, since XLA would convert all of them
-in every step and keep both in memory. A GPU also
-gets matrices that have the same input as one, since each matmul is a launch, or several, and
-matrices and the kernels of convolutions in the order in which it reads them. It runs the flow's
+kernel for each; a TPU reads it where it lies. So CPUs and GPUs get the parameters and the cache of
+each layer as arrays of their own, and run the layers one after the other, which is slower to
+compile. A CPU gets int8 matrices as floats, since XLA would convert all of them in every step.
+
+A GPU also gets matrices that have the same input as one, since each matmul is a launch, or several,
+and matrices and the kernels of convolutions in the order in which it reads them. It runs the flow's
 estimator, which moves most bytes of a step with many speakers, with matrices, activations, keys and
 values in bfloat16; norms, softmax, residual sums, convolutions and the solver stay in float32, as
 do encoder and vocoder.

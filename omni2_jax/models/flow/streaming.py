@@ -90,10 +90,11 @@ class StreamPlan:
         of 10, a look-ahead of 3 and chunks of 50, the frames of units 0-6 are due after the first
         write, those of units 0-16 after the second, and so on:
 
-            In:  bucketed, write 10, look-ahead 3, chunk 50      Out: 7 17 27 37 50
+            In:  bucketed, write 10, look-ahead 3, chunk 50      Out: 7 17 37 50
                  not bucketed                                    Out: 10 50
 
-        47 is missing, since 50 units take hardly longer and each size takes time to compile.
+        Each is about twice the one before: a program of its own, it takes time to compile and to
+        load from the compilation cache.
         """
         size = self.chunk_size
         if not self.bucketed:
@@ -102,9 +103,11 @@ class StreamPlan:
             return (short, size) if 0 < short < size else (size,)
         # How many units of a write cannot be computed yet, counted from the start of a chunk.
         missing = (self.lookahead - self.chunks.shift) % self.write
-        # At most about six sizes: each is a program of its own within the step.
-        stride = self.write * -(-size // (6 * self.write))
-        return (*range(self.write - missing, size - stride // 2 + 1, stride), size)
+        sizes, width = [], self.write - missing
+        while width <= size - self.write // 2:  # the whole chunk takes hardly longer than more
+            sizes.append(width)
+            width += self.write * -(-width // self.write)
+        return (*sizes, size)
 
     @property
     def read_sizes(self) -> tuple[int, ...]:
