@@ -23,6 +23,7 @@ flow = FlowConfig(
     estimator_head_size=24,
     blocks=1,
     mid_blocks=3,
+    steps=6,  # with 10, a recogniser hears no more of the answers
     noise_frames=1500,  # 30 s
 )
 vocoder = HiftConfig(
