@@ -94,17 +94,25 @@ def test_answers_in_text_alone(loaded, checkpoint_dir, model, data, tmp_path):
 
 
 @pytest.mark.slow
-def test_timed_answers(loaded, checkpoint_dir, data):
-    """One at a time; stages are known for single turns."""
-    items = read_items(data)
+def test_timed_answers(loaded, checkpoint_dir, data, model):
+    """One at a time; stages are known for single turns. All have the buffers of the longest."""
+    items, sizes, engine = read_items(data), set(), model.engine
+
+    def sized(options, positions, slots=1):
+        sizes.add((positions, slots))
+        return engine(options, positions, slots)
+
     system = open_system(str(checkpoint_dir), SystemOptions(timed=True, options=OPTIONS))
     assert system.workers == 1
     system.check(items)
     answer = system.open()
-    for item in items:
-        seconds = answer(item).seconds
-        assert 0 < seconds["first_step"] <= seconds["first_audio"] <= seconds["total"]
-        assert ("hearing" in seconds) == ("prefill" in seconds) == (len(item.turns) == 1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model, "engine", sized)
+        for item in items:
+            seconds = answer(item).seconds
+            assert 0 < seconds["first_step"] <= seconds["first_audio"] <= seconds["total"]
+            assert ("hearing" in seconds) == ("prefill" in seconds) == (len(item.turns) == 1)
+    assert sizes == {(system.positions, 1)}
     whole = {"decoder": True, "speech": True}
     assert loaded == [{"mesh": None, "read": None, "write": None, **whole}]
 

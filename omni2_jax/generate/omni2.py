@@ -210,19 +210,20 @@ class Omni2:
         turns: int | None = None,
         segments: int | None = None,
         instructions: str | None = None,
+        positions: int | None = None,
     ) -> Session:
         """A conversation of several turns. overflow, instructions: see `Session`.
 
         turns, segments: how many turns the conversation will have at most, and segments in them, if
         that is known: then the LLM's cache is made for these, otherwise for the longest
-        conversation that the checkpoint allows. Raises ValueError for an unknown voice or overflow.
+        conversation that the checkpoint allows. positions: instead of both, as in `streams`.
+        Raises ValueError for an unknown voice or overflow.
         """
         options = options or Options()
-        positions = self.config.max_prompt
-        if turns:
-            needed = (segments or turns) * self.tokenizer.positions
-            needed += turns * (TEMPLATE + options.max_new_tokens)
-            positions = min(positions, needed)
+        if turns and not positions:
+            positions = (segments or turns) * self.tokenizer.positions
+            positions += turns * (TEMPLATE + options.max_new_tokens)
+        positions = min(positions or self.config.max_prompt, self.config.max_prompt)
         hear = functools.partial(self.hear, long_turns=options.long_turns)
         engine, request = self.engine(options, positions), self.request(options)
         return Session(

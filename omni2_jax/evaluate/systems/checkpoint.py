@@ -82,7 +82,8 @@ class CheckpointSystem:
             self.directory, mesh=mesh, read=read, write=write, decoder=speech, speech=speech
         )
         model.voice(self.options.voice)  # an unknown voice ends the evaluation
-        answer = Timed(model, self.options) if self.options.timed else self.batched(model)
+        timed = self.options.timed
+        answer = Timed(model, self.options, self.positions) if timed else self.batched(model)
 
         def answered(item: Item) -> SpokenAnswer:
             try:
@@ -114,10 +115,14 @@ class CheckpointSystem:
 
 
 class Timed:
-    """Answers with times. The first question is also answered before, which compiles everything."""
+    """Answers with times. The first question is also answered before, which compiles everything.
 
-    def __init__(self, model: Any, options: SystemOptions):
-        self.model, self.options = model, options
+    positions: of the LLM, in the longest prompt. All questions have the buffers that it needs:
+    otherwise longer conversations would be compiled for while the clock runs.
+    """
+
+    def __init__(self, model: Any, options: SystemOptions, positions: int):
+        self.model, self.options, self.positions = model, options, positions
         self.is_warm = False
 
     def __call__(self, item: Item) -> SpokenAnswer:
@@ -130,12 +135,13 @@ class Timed:
         from omni2_jax.generate.omni2 import join
 
         timing = Timing()
-        first = item.turns[0]
+        first, voice, options = item.turns[0], self.options.voice, self.options.options
         if len(item.turns) == 1 and isinstance(first, Path):
-            session = self.model.session(self.options.voice, self.options.options, turns=1)
+            session = self.model.session(voice, options, positions=self.positions)
             replies = timed_replies(session, first, timing)
         else:  # the times of hearing and of the prompt are not separated
-            replies = self.model.stream(item.turns, self.options.voice, self.options.options)
+            sizes = {"slots": 1, "positions": self.positions}
+            (replies,) = self.model.streams([item.turns], voice, options, **sizes)
         parts = []
         for reply in replies:
             parts.append(reply)
