@@ -73,7 +73,8 @@ def test_decode_state(checkpoint_dir, half):
     model = Omni2.load(checkpoint_dir, dtype=jnp.bfloat16)
     engine = model.engine(GREEDY, 1000)
     language = engine.state.language
-    assert language.llm.keys.dtype == language.speech.keys.dtype == jnp.bfloat16
+    caches = jax.tree.leaves((language.llm, language.speech))
+    assert caches and all(leaf.dtype == jnp.bfloat16 for leaf in caches)
     assert language.hidden.dtype == jnp.bfloat16
     for leaf in jax.tree.leaves((engine.state.flow, engine.state.vocoder)):
         assert leaf.dtype != jnp.bfloat16

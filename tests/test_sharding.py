@@ -101,16 +101,16 @@ def test_generation(sharded, alone):
         and engine.compilations() == compiled
     )
 
-    mesh, keys = mesh_of(sharded.params), engine.state.language.llm.keys
+    mesh, pairs = mesh_of(sharded.params), engine.state.language.llm.pairs[0]
     rows, heads = (
         mesh.shape["replica"] * mesh.shape["fsdp"],
         2 if mesh.shape["tensor"] == 2 else 1,
     )  # 4 or 8 do not go into 2
-    assert keys.sharding.shard_shape(keys.shape) == (
+    assert pairs.sharding.shard_shape(pairs.shape) == (
         2,
         8 // rows,
-        engine.engine_config.llm_capacity,
         2 // heads,
+        engine.engine_config.llm_capacity,
         16,
     )
 
