@@ -94,7 +94,7 @@ def test_a_replica_is_killed(address):
     assert get(f"http://{address}/healthz")[0] == 200
 
     async def bounded():
-        async with asyncio.timeout(900):
+        async with asyncio.timeout(400):
             await conversations(address)
 
     asyncio.run(bounded())
