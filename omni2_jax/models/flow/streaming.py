@@ -24,7 +24,7 @@ from omni2_jax.models.flow.matching import Flow, FlowCache
 
 Array = jax.Array
 
-SMALL_RING = 100  # units; so many are read in less time than it takes to choose fewer
+SMALL_RING = 100  # units; it is read whole: to choose a size is a branch, which a GPU waits for
 
 
 @dataclass(frozen=True)
