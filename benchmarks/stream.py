@@ -134,7 +134,11 @@ def main(
         bool, typer.Option("--int8", help="Random matrices as int8, not those of a checkpoint.")
     ] = False,
     flow_cache_dtype: Annotated[
-        str, typer.Option(help="dtype of the flow's KV cache: float32 or bfloat16.")
+        str,
+        typer.Option(
+            help="dtype of the flow's KV cache: float32 or bfloat16; on a GPU that of the flow's "
+            "estimator is always bfloat16."
+        ),
     ] = "float32",
     parts: Annotated[
         bool, typer.Option(help="Measure the parts of a step, too; each is compiled by itself.")

@@ -245,9 +245,9 @@ def load(
 ) -> tuple[nnx.GraphDef, dict]:
     """Graph and parameters of the parts that `config` has.
 
-    The language side is in `dtype`, the decoder in float32, which its ODE solver needs. mesh: the
-    devices that hold them, each parameter cut as its logical axes say; default this process's first
-    device. Raises ValueError if the checkpoint lacks a part, is damaged or does not fit `config`.
+    The language side is in `dtype`, the decoder in float32 (`model.part_dtype`). mesh: the devices
+    that hold them, each parameter cut as its logical axes say; default this process's first device.
+    Raises ValueError if the checkpoint lacks a part, is damaged or does not fit `config`.
     """
     graph, state = abstract_state(config)
     shapes = nnx.to_pure_dict(state)

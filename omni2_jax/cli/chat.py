@@ -135,7 +135,10 @@ def chat(
     ] = -1 if DEFAULTS.left_chunks is None else DEFAULTS.left_chunks,
     flow_cache_dtype: Annotated[
         str,
-        typer.Option(help="float32, or bfloat16 to halve the memory of the flow's KV cache."),
+        typer.Option(
+            help="float32, or bfloat16 to halve the memory of the flow's KV cache; "
+            "on a GPU nearly all of it is always bfloat16."
+        ),
     ] = DEFAULTS.flow_cache_dtype,
     no_seamless: Annotated[
         bool,

@@ -22,8 +22,10 @@ class EngineConfig:
     max_units: int = 1536  # units of one answer; only used where flow_left_chunks is None
     flow_chunk: int | None = None  # units in a flow chunk; None = the checkpoint's
     flow_left_chunks: int | None = None  # chunks that the flow sees before its own; None = all
-    # The flow's KV cache is the largest part of a slot. bfloat16 halves it; the mel changes by
-    # less than 0.1 (tests/test_flow_streaming.py).
+    # The flow's KV cache is the largest part of a slot. float32, or bfloat16, which halves it; the
+    # mel changes by less than 0.1 (tests/test_flow_streaming.py). On a GPU the keys and values of
+    # the flow's estimator are always bfloat16 (`Form.flow_matmuls`); there this changes the flow
+    # encoder's cache and the cached inputs of convolutions only.
     flow_cache_dtype: str = "float32"
     units_only: bool = True  # mask all speech-LM tokens but units and the end token
     # Join the waveforms of two steps without the small jumps that the released code makes.

@@ -89,9 +89,10 @@ def language_dtype(params: Mapping[str, Any]) -> jnp.dtype:
 
 
 def part_dtype(part: str, language: jnp.dtype | type) -> jnp.dtype:
-    """The dtype in which a part is run: `language`, but float32 for flow, vocoder and speaker.
+    """The dtype of a part's parameters: `language`, but float32 for flow, vocoder and speaker.
 
-    The flow's solver and the vocoder's phase need float32.
+    The flow's solver and the vocoder's phase need float32. For a GPU, `serving.for_serving` then
+    makes the matrices of the flow's estimator bfloat16.
     """
     return jnp.dtype(jnp.float32 if part in DECODER_PARTS else language)
 
