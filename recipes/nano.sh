@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Nano, a little model that hears a question and answers it aloud, from nothing but Whisper tiny.en,
-# programs that speak, and the grammar recipes/nano. recipes/nano/README.md says what it knows. The
-# figures of a run, with the hours it took, are in the README.
+# programs that speak, and the grammar recipes/nano. recipes/nano/README.md says what it knows.
+# omni2_jax/nano/README.md says how the model in the package was made; this script as a whole has
+# not been run to those figures.
 #
 #   pip install 'omni2-jax[convert,train,synthesize,evaluate]'
 #   apt-get install espeak-ng flite
