@@ -217,7 +217,7 @@ class SpeechTokenizerConfig:
     hidden: Size | None = None  # of the feed-forward networks; None is 4 * width
     fsmn_taps: Annotated[int, Field(ge=1, le=1000)] = 31  # of the FSMN convolution, centred
     rope_theta: Theta = 1e4
-    digits: Annotated[int, Field(ge=1, le=12)] = 8  # of a unit, each 0, 1 or 2
+    digits: Annotated[int, Field(ge=1, le=12)] = 8  # of a unit, each -1, 0 or 1
     # Mel frames read at once (30 s); a longer recording is read in windows that share `overlap`
     # frames. Half the overlap is a whole number of units.
     window: Annotated[int, Field(ge=8, le=100_000, multiple_of=4)] = 3000
