@@ -8,10 +8,9 @@ compile. A CPU gets int8 matrices as floats, since XLA would convert all of them
 
 A GPU also gets matrices that have the same input as one, since each matmul is a launch, or several,
 and matrices and the kernels of convolutions in the order in which it reads them. It runs the flow's
-estimator, which moves most bytes of a step with many speakers, with matrices, activations, keys and
-values in bfloat16; norms, softmax, residual sums, convolutions and the solver stay in float32, as
-do encoder and vocoder.
-benchmarks/AOT.md has the figures.
+estimator, which moves most bytes of a step with many conversations, with matrices, activations,
+keys and values in bfloat16; norms, softmax, residual sums, convolutions and the solver stay in
+float32, as do encoder and vocoder. benchmarks/AOT.md has the figures.
 """
 
 import dataclasses
