@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from omni2_jax.config import DecoderConfig
-from omni2_jax.models.layers import attention
+from omni2_jax.models.layers import MASKED, attention
 from omni2_jax.sharding import constrain, in_order
 
 Array = jax.Array
@@ -27,7 +27,6 @@ Array = jax.Array
 # Attention reads so many eighths of a cache at most, the fewest that hold what is live: each size
 # is a program of its own.
 EIGHTHS = (2, 3, 4, 6, 8)
-MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)  # as in jax.nn.dot_product_attention
 FEW_ROWS = 8  # with fewer rows, the cache is small beside the weights, and one size is enough
 
 

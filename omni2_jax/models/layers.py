@@ -22,6 +22,9 @@ from omni2_jax.config.parts import WeightType
 Array = jax.Array
 
 LORA_SCALE = 2.0  # alpha / rank
+# The score of a key that is not attended to, or what is added to it. It is finite: the softmax of a
+# fully masked (padded) row would be NaN with -inf.
+MASKED = -1e30
 REMAT = {  # what a layer keeps from the forward pass for the backward pass; the rest is recomputed
     "none": jax.checkpoint_policies.everything_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 import jax
 import jax.numpy as jnp
 
-Array = jax.Array
+from omni2_jax.models.layers import MASKED
 
-MASKED = -1e30  # finite: the softmax of a fully masked (padded) frame would be NaN with -inf
+Array = jax.Array
 
 
 @dataclass(frozen=True)
