@@ -29,6 +29,16 @@ def number(name: str, help: str) -> Any:
     return typer.Option(help=help, min=low, max=high)
 
 
+UnitTemperature = Annotated[
+    float | None,
+    number(
+        "unit_temperature",
+        "Of the speech units; 0 is greedy, which tends to repeat itself. "
+        "[default: the checkpoint's, or 1]",
+    ),
+]
+
+
 def chat(
     wavs: Annotated[
         list[Path] | None,
@@ -99,14 +109,7 @@ def chat(
     max_new_tokens: Annotated[
         int, number("max_new_tokens", "Text tokens at most.")
     ] = DEFAULTS.max_new_tokens,
-    unit_temperature: Annotated[
-        float | None,
-        number(
-            "unit_temperature",
-            "Of the speech units; 0 is greedy, which tends to repeat itself. "
-            "[default: the checkpoint's, or 1]",
-        ),
-    ] = DEFAULTS.unit_temperature,
+    unit_temperature: UnitTemperature = DEFAULTS.unit_temperature,
     unit_vocabulary: Annotated[
         str,
         typer.Option(

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from omni2_jax.cli.chat import DEFAULTS, number
+from omni2_jax.cli.chat import DEFAULTS, UnitTemperature, number
 from omni2_jax.cli.console import console, progress_bar, say
 from omni2_jax.cli.paths import Checkpoint, chosen
 
@@ -23,14 +23,7 @@ def speak(
             help="A stored voice, or a sound file to speak like. [default: the first stored]"
         ),
     ] = None,
-    unit_temperature: Annotated[
-        float | None,
-        number(
-            "unit_temperature",
-            "Of the speech units; 0 is greedy, which tends to repeat itself. "
-            "[default: the checkpoint's, or 1]",
-        ),
-    ] = DEFAULTS.unit_temperature,
+    unit_temperature: UnitTemperature = DEFAULTS.unit_temperature,
     max_flush_units: Annotated[
         int, number("max_flush_units", "Speech tokens at most after the end of the text.")
     ] = DEFAULTS.max_flush_units,
