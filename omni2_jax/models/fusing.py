@@ -41,7 +41,7 @@ class Fusing(nnx.Module):
             setattr(self, name, None)
 
     def same_inputs(self, x: Array) -> list[Array]:
-        """The outputs of all of these layers for x."""
+        """x [..., D] -> the outputs of all of these layers, in the order of `same_input`."""
         fused = getattr(self, "fused", None)
         if fused is None:
             return [getattr(self, name)(x) for name in self.same_input]

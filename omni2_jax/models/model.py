@@ -78,7 +78,10 @@ class Model(nnx.Module):
         )
 
     def fuse(self, hidden: Array, tokens: Array) -> Array:
-        """LLM hidden states [..., D] and the tokens they produced [...] -> speech-LM inputs."""
+        """LLM hidden states [..., D] and the tokens they produced [...] -> inputs [..., D'].
+
+        They are those of the speech LM. Without a fusion, the hidden states are not read.
+        """
         embedding = self.speech_lm.embed(tokens).astype(hidden.dtype)
         return embedding if self.fusion is None else self.fusion(hidden, embedding)
 

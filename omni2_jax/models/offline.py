@@ -1,7 +1,7 @@
 """Whole answers at once: units to samples in one pass of the flow and one of the vocoder.
 
-For synthesis without streaming (the released decoder calls this offline). The engine does not use
-it: generate/streaming_step.py computes the same parts step by step.
+For synthesis without streaming (the released decoder calls this offline). In this repository only
+tests call it: the engine computes the same parts step by step (generate/streaming_step.py).
 B rows, n units, F = 2n mel frames, M mel bins.
 """
 

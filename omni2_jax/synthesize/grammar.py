@@ -60,7 +60,10 @@ class Rule:
 
     @property
     def combinations(self) -> int:
-        """The number of combinations of its slots' values, those that `where` refuses included."""
+        """The number of combinations of its slots' values, those that `where` refuses included.
+
+        Only tests use it, to choose rules that are small enough to try all of them.
+        """
         return math.prod(len(values) for values in self.slots.values())
 
     def scopes(self, before: Scope) -> Iterator[Scope]:

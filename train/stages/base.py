@@ -123,7 +123,11 @@ class Stage(abc.ABC):
 
     @abc.abstractmethod
     def loss(self, model: Any, batch: Batch, key: Array) -> Loss:
-        """The loss of one microbatch. key: for everything that the stage draws at random."""
+        """The loss of one microbatch -> (the sum of its terms [], their number []).
+
+        model: its trained parts are in `compute_dtype`. batch: {name: [B, ...]}. key: for
+        everything that the stage draws at random.
+        """
 
     def phase(self, number: int) -> str:
         """The phase of step `number`, for a stage whose loss is another one in its first steps."""

@@ -163,7 +163,7 @@ class Units(Stage):
         return {"loss": loss, "terms": units, "ctc": ctc, "mel": mel_error}
 
     def loss(self, model: TokenizerInTraining, batch: Batch, key: Array) -> Loss:
-        """The mean over units; nothing is drawn at random."""
+        """The sum over units, and their number; nothing is drawn at random."""
         sums = self.sums(batch, *self.outputs(model, batch))
         return sums["loss"], sums["terms"]
 

@@ -56,9 +56,9 @@ def cached_attention(
     """Softmax attention of scaled q over k and v, each [B, T, N, H] -> (its result, cache).
 
     attend: of queries, keys, values and bias; by default the result is [B, T, N, H].
-    With a cache, k and v are written to the layer that the cache is `at`, and q attends to all of
-    that layer. bias broadcasts to [B, N, T, S]. Of the S places only the first few are read that
-    hold every visible key: the smallest of window.read_sizes that does.
+    With a cache, k and v are written to the layer at which the cache is (its `index` and `layer`),
+    and q attends to all of that layer. bias broadcasts to [B, N, T, S]. Of the S places only the
+    first few are read that hold every visible key: the smallest of window.read_sizes that does.
     """
     if cache is None:
         return attend(q, k.swapaxes(1, 2), v.swapaxes(1, 2), bias), cache

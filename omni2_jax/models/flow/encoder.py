@@ -111,6 +111,7 @@ class Embed(nnx.Module):
         self.norm = LayerNorm(config.width)
 
     def __call__(self, x: Array) -> Array:
+        """x [B, T, D] -> [B, T, D]."""
         return self.norm(self.linear(x)) * self.scale
 
 

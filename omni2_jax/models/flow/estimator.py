@@ -208,7 +208,10 @@ class Stage(nnx.Module):
     def enter(
         self, x: Array, window: Window, cache: Maybe[ConvCache]
     ) -> tuple[Array, Array, Maybe[ConvCache]]:
-        """x through the first convolution and through the skip connection, and the cache."""
+        """x [B, T, C_in] through the first convolution and through the skip connection.
+
+        Returns both, [B, T, C] each, and the convolution's cache.
+        """
         if self.skip is not None:
             y, cache = self.conv1(x, window, cache)
             return y, self.skip(x * window.valid[..., None]), cache

@@ -81,14 +81,17 @@ class Flow(nnx.Module):
         return self.speaker(xvector / norm)
 
     def normalized(self, mel: Array) -> Array:
-        """Log-mel -> what the flow works on: of mean 0 and deviation 1, if the config says so."""
+        """Log-mel [..., M] (natural logarithm) -> what the flow works on, [..., M].
+
+        That has mean 0 and deviation 1 if the config states the mean and deviation of log-mels.
+        """
         config = self.config
         if (config.mel_mean, config.mel_std) == (0, 1):
             return mel
         return (mel - config.mel_mean) / config.mel_std
 
     def restored(self, mel: Array) -> Array:
-        """The inverse of `normalized`."""
+        """The inverse of `normalized`, [..., M] -> log-mel [..., M]."""
         config = self.config
         if (config.mel_mean, config.mel_std) == (0, 1):
             return mel

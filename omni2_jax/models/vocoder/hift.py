@@ -135,6 +135,7 @@ class ResidualUnit(nnx.Module):
         self.conv2 = Conv1d(rngs, shape, padding=(reach, reach), scale=RESIDUAL_SCALE)
 
     def __call__(self, x: Array, lengths: Array) -> Array:
+        """x [B, T, C] of `lengths` [B] steps -> [B, T, C]."""
         y = self.conv1(trim(self.snake1(x), lengths))
         return x + self.conv2(trim(self.snake2(y), lengths))
 
@@ -148,6 +149,7 @@ class ResidualBlock(nnx.Module):
         )
 
     def __call__(self, x: Array, lengths: Array) -> Array:
+        """x [B, T, C] of `lengths` [B] steps -> [B, T, C]."""
         for unit in self.units:
             x = unit(x, lengths)
         return x
@@ -200,6 +202,11 @@ class Stage(nnx.Module):
         )
 
     def __call__(self, x: Array, lengths: Array, spectra: Array) -> tuple[Array, Array]:
+        """x [B, T, 2C], lengths [B] and the source's spectra -> (x [B, T * rate, C], lengths [B]).
+
+        spectra [B, S + 1, n_fft + 2], where S is the number of steps that the last stage upsamples
+        to. The last stage returns S + 1 steps, one more than T * rate.
+        """
         x = self.up(trim(jax.nn.leaky_relu(x, self.slope), lengths))
         lengths = lengths * self.rate
         if self.last:  # one step more, as an STFT of n hops has n + 1 frames
