@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from omni2_jax.generate.engine import GenerationError, QueueFullError
-from omni2_jax.generate.session import Session
+from omni2_jax.generate.session import Session, Turn
 from omni2_jax.models.model import SPEECH
 from tests.support.conversations import CASES, GREEDY, clip, pieces
 
@@ -253,6 +253,21 @@ def test_full_queue_loses_nothing(text_model, session, text_engine, monkeypatch)
     answer = said(busy.respond(A))
     session.turns = busy.turns[:-1]
     assert len(busy.turns) == 3 and equal(said(session.respond(A)), answer)
+
+
+def test_a_newcomer_waits_for_the_step_of_those_who_speak(text_model, text_engine):
+    """Its prompt is computed by the next steps, as many pieces as each of them may compute."""
+    request = text_model.request(QUICK)
+    session = Session(text_model.hear, text_engine, text_model.tokenizer, request, None)
+    speaker = text_engine.submit(pieces(text_model, "A"), request, None)
+    text_engine.step()
+    session.turns = [Turn(text_model.hear(A), [1, 2]), Turn(text_model.hear(C), [3])]
+    answer = session.reply(text_model.hear(B))
+    (newcomer,) = text_engine.waiting
+    assert newcomer.num_prefilled == 0 and len(newcomer.pieces) >= 3
+    text_engine.step(1)
+    assert newcomer.num_prefilled == 1
+    assert said(answer) and list(speaker)
 
 
 def test_interruption_while_waiting(text_model, text_engine, monkeypatch):

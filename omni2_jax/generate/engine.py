@@ -173,6 +173,11 @@ class Engine:
         )
         self.lock = threading.RLock()
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether no slot speaks."""
+        return not any(self.slots)
+
     def warm_up(self) -> None:
         """Compile all programs, so that no conversation has to wait for it."""
         config = self.config
@@ -244,12 +249,12 @@ class Engine:
         speech would have gaps if they waited for all of a long one.
         """
         with self.lock:
-            self.admit(pieces if any(self.slots) else math.inf)
-            if any(self.slots):
+            self.admit(math.inf if self.is_idle else pieces)
+            if not self.is_idle:
                 self.state, packed = self.programs.step(self.params, self.state)
                 packed.copy_to_host_async()
                 self.dispatched.append((packed, list(self.slots)))
-            if len(self.dispatched) > 1 or not any(self.slots):
+            if len(self.dispatched) > 1 or self.is_idle:
                 self.fetch()
 
     def admit(self, pieces: float = math.inf) -> None:

@@ -149,13 +149,22 @@ class Omni2:
         A checkpoint with a `no_speech_reply` hears nothing, [], where nobody speaks; `Session`
         then gives that reply. Raises ValueError for bad audio.
         """
+        return self.encode(self.segments(sound, long_turns))
+
+    def segments(self, sound: Sound, long_turns: str = "refuse") -> list[np.ndarray]:
+        """The segments of a spoken turn, samples [N] at 16 kHz each, as `hear` encodes them.
+
+        Nothing is computed on the devices. Raises ValueError for bad audio.
+        """
         clips = load_clips(sound, long_turns, self.config.segment_samples)
         if self.config.no_speech_reply and not has_speech(clips):
             return []
-        return self.encode(clips)
+        return clips
 
     def encode(self, clips: Sequence[np.ndarray]) -> list[jax.Array]:
         """Segments, samples [N] at 16 kHz of at most the window -> the features [F, D] of each."""
+        if not clips:
+            return []
         padded, _ = recordings.pad(clips, self.config.segment_samples)
         return [self._encode(self.params, segment[None]) for segment in padded]
 

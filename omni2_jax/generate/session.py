@@ -96,7 +96,8 @@ class Session:
         say: the text of the answer, if the model is not to choose it; it is spoken as if it did.
         A question of no parts, in which `hear` found no speech, gets the checkpoint's
         `no_speech_reply`, if it has one.
-        When this method returns, the prompt has been dispatched to the device if a slot is free.
+        When this method returns, the prompt has been dispatched to the device, unless other
+        sessions speak with this engine: then its next steps compute it (see `Engine.step`).
         Iterate over the result, or call `interrupt`. Raises the errors of `respond`, and ValueError
         for a text that cannot be said (`prompts.forced_ids`).
         """
@@ -114,7 +115,8 @@ class Session:
         turn = Turn(question, [])
         self.turns.append(turn)
         try:
-            self.engine.admit()
+            if self.engine.is_idle:
+                self.engine.admit()
         except BaseException:
             self.interrupt()
             raise

@@ -81,7 +81,9 @@ class Worker:
         conversation before the newest answer; its oldest turns are dropped where it is longer.
         """
         self.model, self.options = model, options
-        self.engine = model.engine(options, min(context, model.config.max_prompt), slots)
+        context = min(context, model.config.max_prompt)
+        self.engine = model.engine(options, context, slots)
+        self.max_segments = max(1, context // model.config.speech_positions)  # of a conversation
         self.commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         # Commands that make the device compute: at most one between two steps, so that newcomers
         # do not interrupt the speech of others.
@@ -152,8 +154,16 @@ class Worker:
         return answer
 
     async def hear(self, samples: np.ndarray) -> list[jax.Array]:
-        """The speech features of samples [N] at 16 kHz. Raises the errors of `Omni2.hear`."""
-        return await self.run(self.model.hear, samples, is_heavy=True)
+        """The speech features of samples [N] at 16 kHz, [F, D] of every segment.
+
+        Segments are encoded one by one, with steps of those who speak between them. Raises
+        ValueError for bad audio.
+        """
+        segments = await asyncio.to_thread(self.model.segments, samples, "split")
+        features = []
+        for segment in segments:
+            features += await self.run(self.model.encode, [segment], is_heavy=True)
+        return features
 
     async def interrupt(self, session: Session) -> None:
         """Stop the answer of a conversation, if there is one."""
@@ -180,7 +190,7 @@ class Worker:
                 self.heavy.popleft()()
             if self.stopping and not (self.answers or self.heavy):
                 return
-            if any(self.engine.slots) or self.engine.waiting or self.engine.dispatched:
+            if self.engine.waiting or self.engine.dispatched or not self.engine.is_idle:
                 self.engine.step(PIECES)
             self.answers = [answer for answer in self.answers if not answer.deliver()]
 
