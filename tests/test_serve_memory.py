@@ -7,10 +7,13 @@ import random
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from omni2_jax.serve import memory
 from omni2_jax.serve.app import create_app
+from omni2_jax.serve.conversation import Conversation, Item
+from omni2_jax.serve.limits import Limits
 
 GLIBC = "libc.so.6" in (ctypes.util.find_library("c") or "")
 
@@ -46,6 +49,21 @@ def test_it_is_done_while_the_server_runs(monkeypatch):
 
     asyncio.run(run())
     assert stopped  # the worker, after it
+
+
+def test_features_that_no_prompt_holds():
+    """Of a long conversation the newest turns keep theirs; the model goes on from these."""
+    conversation = Conversation(Limits())
+    for number in range(5):
+        conversation.add(Item(f"question {number}", "user", [np.zeros((3, 2))], is_audio=True))
+        conversation.add(Item(f"answer {number}", "assistant", [f"{number}"], answer=[number]))
+    conversation.add(Item("last", "user", [np.zeros((3, 2)), "and a text"]))
+    resumed = []
+    session = SimpleNamespace(turns=[], resume=resumed.extend)
+    conversation.forget_features(3)
+    assert [item.is_forgotten for item in conversation.items[::2]] == 3 * [True] + 3 * [False]
+    assert len(conversation.question(session)) == 2
+    assert [turn.answer for turn in resumed] == [[3], [4]]
 
 
 def test_what_is_loaded_is_not_looked_at_again():

@@ -12,6 +12,7 @@ import openai
 import pytest
 import websockets.sync.client
 
+from omni2_jax.serve.events import EventError
 from omni2_jax.serve.limits import Limits
 from omni2_jax.serve.server import Server
 from tests.support.conversations import GREEDY, answer, clip
@@ -40,6 +41,11 @@ def kinds(events) -> list[str]:
     """The kinds of events in their order; repeated ones once."""
     names = [event.type for event in events]
     return [name for i, name in enumerate(names) if i == 0 or names[i - 1] != name]
+
+
+def message(text: str) -> dict:
+    """The item of a written question."""
+    return {"type": "message", "role": "user", "content": [{"type": "input_text", "text": text}]}
 
 
 def test_push_to_talk(address, model):
@@ -154,14 +160,14 @@ def test_barge_in(address, server):
 def test_talking_on_before_the_answer(address, server, monkeypatch):
     """Who talks on while the model still hears the first turn gets one answer, to both turns."""
     sound = pcm(clip("speech_a")) + bytes(SECOND)
-    hear, may_hear = server.model.hear, threading.Event()
+    encode, may_hear = server.model.encode, threading.Event()
 
-    def slow(samples):
+    def slow(segments):
         assert may_hear.wait(60)
-        return hear(samples)
+        return encode(segments)
 
     async def conversation(link):
-        monkeypatch.setattr(server.model, "hear", slow)
+        monkeypatch.setattr(server.model, "encode", slow)
         await link.input_audio_buffer.append(audio=base64_of(sound))
         await until(link, "response.created")
         await link.input_audio_buffer.append(audio=base64_of(sound))
@@ -182,13 +188,6 @@ def test_talking_on_before_the_answer(address, server, monkeypatch):
 
 def test_text_turns_and_cancel(address):
     """A written question, answered in text; another one, cancelled."""
-
-    def message(text):
-        return {
-            "type": "message",
-            "role": "user",
-            "content": [{"type": "input_text", "text": text}],
-        }
 
     async def conversation(link):
         await link.conversation.item.create(item=message("What is the sea?"))
@@ -350,6 +349,76 @@ def test_a_transcript_grows(address, server, monkeypatch):
     assert all(later - earlier >= 1 for earlier, later in itertools.pairwise(lengths[:-1]))
 
 
+def test_turns_that_wait_for_the_recogniser(address, server, monkeypatch):
+    """Behind a slow one so many turns wait, others get an event; all become items."""
+    may_hear = threading.Event()
+
+    def transcribe(samples, rate):
+        assert may_hear.wait(60)
+        return "hello"
+
+    monkeypatch.setattr(server, "recogniser", SimpleNamespace(transcribe=transcribe))
+    monkeypatch.setattr(server, "limits", dataclasses.replace(server.limits, transcriptions=2))
+    event = "conversation.item.input_audio_transcription"
+
+    async def conversation(link):
+        await link.session.update(session=MANUAL)
+        for _ in range(3):
+            await link.input_audio_buffer.append(audio=base64_of(bytes(SECOND // 10)))
+            await link.input_audio_buffer.commit()
+        events = await until(link, f"{event}.failed")
+        may_hear.set()
+        return (
+            events
+            + await until(link, f"{event}.completed")
+            + await until(link, f"{event}.completed")
+        )
+
+    events = talk(address, conversation)
+    done = [e.item.id for e in events if e.type == "conversation.item.done"]
+    (failed,) = [e.item_id for e in events if e.type == f"{event}.failed"]
+    heard = [e.item_id for e in events if e.type == f"{event}.completed"]
+    assert done == [*heard, failed]
+
+
+def test_a_session_that_cannot_begin(address, server, monkeypatch):
+    """The client is told why, and nothing is logged as a failure of the server."""
+
+    def no_voice(name):
+        raise EventError("there is no voice yet")
+
+    monkeypatch.setattr(server.voices, "x_vector", no_voice)
+    with websockets.sync.client.connect(f"ws://{address}/v1/realtime?model=omni2") as link:
+        error = json.loads(link.recv())["error"]
+    assert error["message"] == "there is no voice yet" and error["code"] == "invalid_value"
+
+
+def test_what_can_be_stopped(address):
+    """A cancel that names another response stops nothing; an answer that failed is incomplete."""
+
+    async def conversation(link):
+        await link.conversation.item.create(item={"id": "long", **message("word " * 3000)})
+        await link.response.create()
+        failed = await until(link, "response.done")
+        await link.conversation.item.delete(item_id="long")
+        await link.session.update(session=MANUAL)
+        await link.conversation.item.create(item=message("What is the sea?"))
+        await link.response.create(response={"output_modalities": ["text"]})
+        await until(link, "response.created")
+        await link.response.cancel(response_id="resp_of_another_time")
+        events = await until(link, "error")
+        return failed, events + await until(link, "response.done")
+
+    failed, events = talk(address, conversation)
+    (item,) = [
+        e.item for e in failed if e.type == "conversation.item.done" and e.item.role == "assistant"
+    ]
+    assert failed[-1].response.status == "failed" and item.status == "incomplete"
+    (error,) = [event.error for event in events if event.type == "error"]
+    assert error.code == "response_cancel_not_active"
+    assert events[-1].response.status in ("completed", "incomplete")
+
+
 FAULTS = {
     "not JSON": ("{", "invalid_json"),
     "no object": ("[1]", "invalid_json"),
@@ -365,6 +434,11 @@ FAULTS = {
     "no such item": (
         '{"type": "conversation.item.delete", "item_id": "../../etc/passwd"}',
         "item_not_found",
+    ),
+    "audio of another rate": (
+        '{"type": "session.update", "session": {"audio": {"input": {"format": '
+        '{"type": "audio/pcm", "rate": 16000}}}}}',
+        "invalid_value",
     ),
     "no such voice": (
         '{"type": "session.update", "session": {"audio": {"output": {"voice": "/etc/passwd"}}}}',

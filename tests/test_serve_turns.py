@@ -57,6 +57,10 @@ def test_settings_of_turn_detection():
     assert kinds == ["started", "paused", "stopped"]
     assert changes(script, prefix_padding_ms=0)[0] == ("started", 40 * WINDOW)
     assert changes(script, threshold=0.95) == []
+    silence = SimpleNamespace(process_samples=lambda window: 0.0)
+    low = TurnDetector(TurnDetection(threshold=0.1))
+    low.speaking, low.vad = True, silence
+    assert [one.change for one in low.feed(np.zeros(16 * WINDOW, np.float32))][-1] is Change.STOPPED
     # Once it has begun, speech ends below the threshold less 0.15 only.
     assert changes("s" + "h" * 40) == changes("s") and changes("h" * 40) == []
 
@@ -90,11 +94,14 @@ class Hearings:
         return self.tasks[-1]
 
 
-async def listened(script: str, seconds: float = 30.0):
-    """A listener that has got windows as in `changes`, one by one -> (it, hearings, changes)."""
+async def listened(script: str, seconds: float = 30.0, together: int = 1):
+    """A listener that has got windows as in `changes` -> (it, hearings, changes).
+
+    together: how many windows come in one event.
+    """
     hearings, found = Hearings(), []
     listener = Listener(hearings.start, seconds, "audio/pcm")
-    listener.decoder = lambda data: np.zeros(WINDOW, np.float32)  # type: ignore
+    listener.decoder = lambda data: np.zeros(len(data) * WINDOW, np.float32)  # type: ignore
     listener.detect_turns(ServerVad())
     assert listener.detector
     values = iter(script)
@@ -102,8 +109,8 @@ async def listened(script: str, seconds: float = 30.0):
     listener.detector.vad = SimpleNamespace(
         process_samples=lambda window: chance[next(values)], reset=lambda: None
     )
-    for _ in script:
-        for detection in await listener.append(b""):
+    for start in range(0, len(script), together):
+        async for detection in listener.append(bytes(len(script[start:][:together]))):
             commit = (
                 listener.commit(detection.sample) if detection.change.value == "stopped" else ()
             )
@@ -126,6 +133,47 @@ def test_the_encoder_starts_when_silence_begins():
         assert hearings.lengths == [speech + 20 * WINDOW, speech + 46 * WINDOW]
         assert len(stopped[1]) == hearings.lengths[1]
         second.cancel()
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("together", [2, 17, 1000])
+@pytest.mark.parametrize("seconds", [30.0, 3.0])
+def test_the_size_of_events_changes_no_turn(together, seconds):
+    """Several turns may begin and end in the audio of one event."""
+    script = 3 * ("." * 40 + "s" * 50 + "." * 16) + "s" * 250 + "." * 1000
+
+    async def run():
+        _, _, expected = await listened(script, seconds)
+        _, _, found = await listened(script, seconds, together)
+        assert len(expected) >= 8
+        for ours, theirs in zip(found, expected, strict=True):
+            assert ours[0] == theirs[0]
+            assert [len(samples) for samples in ours[1:2]] == [len(one) for one in theirs[1:2]]
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("kind", ["audio/pcm", "audio/pcmu"])
+def test_a_turn_of_push_to_talk_has_all_of_its_samples(kind):
+    """What the resampler holds back belongs to this turn, and nothing of it to the next one."""
+    milliseconds = {"audio/pcm": 48, "audio/pcmu": 8}[kind]  # bytes
+
+    async def run():
+        listener = Listener(Hearings().start, 30.0, kind)
+
+        async def committed(size: int) -> int:
+            async for _ in listener.append(bytes(size * milliseconds)):
+                pass
+            samples, task = listener.commit()
+            task.cancel()
+            return len(samples)
+
+        assert [await committed(size) for size in (100, 1000)] == [100 * MS, 1000 * MS]
+        async for _ in listener.append(bytes(500 * milliseconds)):
+            pass
+        listener.clear()
+        assert await committed(250) == 250 * MS
 
     asyncio.run(run())
 

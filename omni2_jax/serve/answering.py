@@ -122,11 +122,10 @@ async def generate(realtime: "Realtime", response: Response, patch: ResponsePatc
     question = await realtime.question(patch, response)
     if response.reason:  # the user may have gone on talking: the next answer is to both turns
         return
-    realtime.conversation.add(item)
+    previous = realtime.conversation.add(item)
     response.has_item = True
     item_fields = {"response_id": response.id, "output_index": 0, "item": item.describe()}
     send("response.output_item.added", **item_fields)
-    previous = realtime.conversation.items[-2].id
     send("conversation.item.added", previous_item_id=previous, item=item.describe())
     part = {"type": response.modality, "text" if response.modality == "text" else "transcript": ""}
     send("response.content_part.added", **place, part=part)

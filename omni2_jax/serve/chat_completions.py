@@ -57,6 +57,11 @@ class Message(BaseModel):
             return sum(len(part.text) for part in self.content)
         return len(self.content or "")
 
+    @property
+    def num_recordings(self) -> int:
+        parts = self.content if isinstance(self.content, list) else ()
+        return sum(part.type == "input_audio" for part in parts)
+
 
 class AudioOutput(BaseModel):
     voice: Annotated[str, Field(max_length=MAX_ID)] | Voice | None = None
@@ -102,6 +107,13 @@ async def prepare(server: Server, completion: Completion) -> tuple[Session, Ques
         raise EventError(
             f"the messages have {characters} characters, expected at most "
             f"{server.limits.characters}",
+            param="messages",
+        )
+    recordings = sum(message.num_recordings for message in completion.messages)
+    if recordings > server.worker.max_segments:
+        raise EventError(
+            f"the messages have {recordings} recordings; a conversation of this server holds at "
+            f"most {server.worker.max_segments}",
             param="messages",
         )
     session = await server.worker.run(server.session, completion.audio.voice)
@@ -157,7 +169,9 @@ async def whole_response(
     if completion.is_spoken:
         samples = np.concatenate([reply.samples for reply in replies])
         data = await asyncio.to_thread(encode, samples, completion.audio.format)
-        audio = {"id": server.answers.add(text), "expires_at": server.answers.expiry()}
+        answer_id = new_id("audio")
+        server.answers.add(text, answer_id)
+        audio = {"id": answer_id, "expires_at": server.answers.expiry()}
         audio |= {"data": base64.b64encode(data).decode(), "transcript": text}
         message |= {"content": None, "audio": audio}
     reason = finish_reason(session, [token for reply in replies for token in reply.text_tokens])
@@ -179,7 +193,7 @@ async def stream_events(
 
     tokens: list[int] = []
     text = ""
-    encoder, answer_id = Encoder("audio/pcm"), server.answers.add("")
+    encoder, answer_id = Encoder("audio/pcm"), new_id("audio")
     yield event({"role": "assistant", "content": ""})
     try:
         async for reply in counted(server, answer):
@@ -193,7 +207,8 @@ async def stream_events(
     except Exception as error:
         yield failed_event(server, error)
         return
-    server.answers.add(text, answer_id)
+    if completion.is_spoken:
+        server.answers.add(text, answer_id)
     yield event({}, finish_reason(session, tokens))
     yield "data: [DONE]\n\n"
 

@@ -36,10 +36,11 @@ class Item:
     role: str  # "user", "assistant" or "system"
     parts: list[str | jax.Array]
     is_audio: bool = False
-    status: str = "completed"
+    status: str = "completed"  # "in_progress", "incomplete" or "failed"
     transcript: str | None = None  # of the user's speech, by a recogniser
     hearing: asyncio.Task | None = None  # computes the features of the user's speech
     written: int = 0  # characters that the client has sent
+    is_forgotten: bool = False  # whether its features were dropped (`forget_features`)
     # Of an answer that the model has given: its tokens, its units and samples at 24 kHz.
     answer: list[int] = field(default_factory=list)
     num_units: int = 0
@@ -51,7 +52,8 @@ class Item:
             "id": self.id,
             "object": "realtime.item",
             "type": "message",
-            "status": self.status,
+            # The API's items do not fail.
+            "status": "incomplete" if self.status == "failed" else self.status,
             "role": self.role,
             "content": self.content(),
         }
@@ -131,6 +133,17 @@ class Conversation:
         """Remove an item. Raises EventError if there is none of this id."""
         self.items.remove(self.find(item_id))
 
+    def forget_features(self, segments: int) -> None:
+        """Drop speech features that are older than the newest `segments`.
+
+        No prompt can hold them any more, and each takes some megabytes.
+        """
+        for item in reversed(self.items):
+            features = [part for part in item.parts if not isinstance(part, str)]
+            segments -= len(features)
+            if features and segments < 0:
+                item.parts, item.is_forgotten = [], True
+
     def question(self, session: Session) -> list[str | jax.Array]:
         """Make `session` hold all turns before the last question -> that question.
 
@@ -141,7 +154,9 @@ class Conversation:
         for item in self.items:
             if item.role == "system":
                 continue
-            if item.role == "user":
+            if item.is_forgotten:
+                turns, question = [], None
+            elif item.role == "user":
                 question = [*(question or ()), *item.parts]
             elif item.status == "failed":
                 continue

@@ -4,9 +4,10 @@ Names and fields are those of the GA version. Fields that this server has no use
 The older beta version differs in a few names; `from_beta` and `BETA_NAMES` translate.
 """
 
-from typing import Annotated, Any, Literal
+import json
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, Field, TypeAdapter, ValidationError, model_validator
 
 from omni2_jax.serve.audio import FORMATS
 
@@ -18,6 +19,13 @@ MAX_ID = 256  # characters of an id
 class Format(BaseModel):
     type: Literal["audio/pcm", "audio/pcmu", "audio/pcma"] = "audio/pcm"
     rate: int | None = None
+
+    @model_validator(mode="after")
+    def check_rate(self) -> Self:
+        expected, _ = FORMATS[self.type]
+        if self.rate not in (None, expected):
+            raise ValueError(f"{self.type} has a rate of {expected} Hz here, not {self.rate}")
+        return self
 
 
 class ServerVad(BaseModel):
@@ -184,8 +192,6 @@ class EventError(ValueError):
 
 def parse(text: str | bytes) -> tuple[Any, str | None]:
     """A client's message -> (its event, its event_id). Raises EventError with a clear line."""
-    import json
-
     try:
         message = json.loads(text)
     except (ValueError, RecursionError):

@@ -19,5 +19,6 @@ class Limits:
     items: int = 512  # of a conversation
     characters: int = 2**16  # that a client writes in a conversation
     hearings: int = 2  # turns of one connection that wait for the speech encoder
+    transcriptions: int = 8  # turns of one connection that wait for the recogniser
     voices: int = 64  # voices that clients have added
     retry_seconds: int = 5  # what a refused client is told to wait

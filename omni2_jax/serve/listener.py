@@ -4,7 +4,7 @@ Samples are at 16 kHz and numbered from the beginning of the connection.
 """
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 
 import numpy as np
 
@@ -14,6 +14,7 @@ from omni2_jax.serve.events import EventError, ServerVad
 from omni2_jax.serve.turn_detection import Change, Detection, TurnDetection, TurnDetector
 
 MIN_TURN_SECONDS = 0.1  # what a commit needs, as in OpenAI's API
+SLICE = INPUT_RATE  # samples that are searched for turns at a time
 NO_SAMPLES = np.zeros(0, np.float32)
 
 
@@ -29,7 +30,7 @@ class Listener:
     ):
         self.start_hearing = start_hearing
         self.max_samples = int(seconds * INPUT_RATE)
-        self.decoder = Decoder(audio_format)
+        self.use_format(audio_format)
         self.detector: TurnDetector | None = None
         self.buffer, self.buffer_start = NO_SAMPLES, 0
         self.turn_start: int | None = None  # the sample that the user began to speak at
@@ -45,6 +46,10 @@ class Listener:
     def start(self) -> int:
         """The first sample of the next turn, as far as it is known."""
         return self.buffer_start if self.turn_start is None else self.turn_start
+
+    def use_format(self, audio_format: str) -> None:
+        """Expect audio in this format from now on."""
+        self.format, self.decoder = audio_format, Decoder(audio_format)
 
     def detect_turns(self, vad: ServerVad | None) -> None:
         """Look for turns with these settings from now on; None: the client says where they end."""
@@ -68,31 +73,42 @@ class Listener:
     def clear(self) -> None:
         """Forget all samples."""
         self.forget()
+        self.use_format(self.format)  # the decoder holds back some samples
         self.drop_before(self.end)
         if self.detector:
             self.detector.restart(self.end)
 
-    async def append(self, data: bytes) -> list[Detection]:
-        """Take audio in -> the beginnings and ends of turns in it, in their order.
+    async def append(self, data: bytes) -> AsyncIterator[Detection]:
+        """Take audio in, and yield the beginnings and ends of turns in it, in their order.
 
+        The caller takes a turn that has ended with `commit` before it asks for the next change.
         Without turn detection, raises EventError if the turn becomes too long.
         """
         samples = self.decoder(data)
-        self.buffer = np.concatenate([self.buffer, samples])
-        detector = self.detector
-        if detector is None:
+        if self.detector is None:
+            self.buffer = np.concatenate([self.buffer, samples])
             self.check_length()
-            return []
-        # The detector takes a millisecond for every 32 ms of audio.
-        found = await asyncio.to_thread(lambda: list(detector.feed(samples)))
-        changes = [detection for detection in found if self.note(detection)]
-        if self.turn_start is None:
-            padding = detector.settings.prefix_padding_ms * INPUT_RATE // 1000
-            self.drop_before(self.end - padding - len(detector.rest))
-        elif self.end - self.turn_start >= self.max_samples:
-            changes.append(Detection(Change.STOPPED, self.turn_start + self.max_samples))
-            detector.restart(self.end)
-        return changes
+            return
+        detector = self.detector
+        while samples.size:
+            size = SLICE if self.turn_start is None else min(SLICE, self.last_end - self.end)
+            part, samples = samples[:size], samples[size:]
+            self.buffer = np.concatenate([self.buffer, part])
+            # The detector takes a millisecond for every 32 ms of audio.
+            for detection in await asyncio.to_thread(lambda part=part: list(detector.feed(part))):
+                if self.note(detection):
+                    yield detection
+            if self.turn_start is None:
+                padding = detector.settings.prefix_padding_ms * INPUT_RATE // 1000
+                self.drop_before(self.end - padding - len(detector.rest))
+            elif self.end >= self.last_end:
+                detector.restart(self.end)
+                yield Detection(Change.STOPPED, self.last_end)
+
+    @property
+    def last_end(self) -> int:
+        """The sample at which the turn that is being spoken has its longest duration."""
+        return self.start + self.max_samples
 
     def note(self, detection: Detection) -> bool:
         """Act on a change -> whether it is the beginning or the end of a turn."""
@@ -121,6 +137,8 @@ class Listener:
         Without `stop`, raises EventError if the turn is shorter than MIN_TURN_SECONDS.
         """
         if stop is None:
+            self.buffer = np.concatenate([self.buffer, self.decoder(b"", last=True)])
+            self.use_format(self.format)
             stop = self.end
             if stop - self.start < MIN_TURN_SECONDS * INPUT_RATE:
                 raise EventError(

@@ -55,6 +55,7 @@ class Realtime(Connection):
         self.listener = Listener(self.start_hearing, self.limits.turn_seconds, "audio/pcm")
         self.turn_id: str | None = None  # of the item that the speech will become
         self.growing = GrowingTranscript("")  # of this speech
+        self.transcriptions = 0  # turns that wait for the recogniser
         self.handlers: dict[type, Callable] = {
             events.SessionUpdate: self.update_session,
             events.BufferAppend: self.append_audio,
@@ -80,11 +81,13 @@ class Realtime(Connection):
             self.send("session.created", session=self.describe())
             async with asyncio.timeout(self.limits.session_seconds):
                 await self.read_events()
-        except (TimeoutError, StoppedError) as error:
+        except TimeoutError:
             reason = "the session has reached its longest duration"
-            if isinstance(error, StoppedError):
-                reason = str(error)
             self.send_error(EventError(reason, "session_expired"), None)
+        except StoppedError as error:
+            self.send_error(EventError(str(error), "server_stopping"), None)
+        except EventError as error:  # there is no voice to speak with
+            self.send_error(error, None)
         finally:
             self.server.connections.discard(self)
             self.stop_response("client_cancelled")
@@ -101,12 +104,15 @@ class Realtime(Connection):
         try:
             event, event_id = events.parse(text)
             await self.handlers[type(event)](event)
-        except EventError as error:
-            self.server.metrics.errors.inc()
-            self.send_error(error, event_id)
         except ValueError as error:
-            self.server.metrics.errors.inc()
-            self.send_error(EventError(self.server.public_message(error)), event_id)
+            self.report(error, event_id)
+
+    def report(self, error: ValueError, event_id: str | None) -> None:
+        """Send the fault of an event as an `error` event."""
+        self.server.metrics.errors.inc()
+        if not isinstance(error, EventError):
+            error = EventError(self.server.public_message(error))
+        self.send_error(error, event_id)
 
     @property
     def is_busy(self) -> bool:
@@ -172,7 +178,7 @@ class Realtime(Connection):
             x_vector = self.server.voices.x_vector
             self.voice = await self.worker.run(x_vector, settings["voice"])
         if settings["input_format"] != self.settings["input_format"]:
-            self.listener.decoder = Decoder(settings["input_format"])
+            self.listener.use_format(settings["input_format"])
         is_new_detection = settings["turn_detection"] != self.settings["turn_detection"]
         self.settings = settings
         if is_new_detection:
@@ -191,11 +197,14 @@ class Realtime(Connection):
 
     async def append_audio(self, event: events.BufferAppend) -> None:
         """Take audio in; with turn detection, act on the beginnings and ends of turns."""
-        for detection in await self.listener.append(decode_base64(event.audio)):
+        async for detection in self.listener.append(decode_base64(event.audio)):
             if detection.change is Change.STARTED:
                 self.begin_turn(detection.sample)
-            else:
+                continue
+            try:
                 self.end_turn(detection.sample)
+            except EventError as error:  # of a full conversation; the audio goes on
+                self.report(error, event.event_id)
         if self.turn_id and self.settings["transcription"] and not self.server.is_transcribing:
             start, end = self.listener.start, self.listener.end
             if self.growing.needs(end - start):
@@ -225,8 +234,13 @@ class Realtime(Connection):
         """The task that computes the speech features of samples [N] at 16 kHz."""
         task = self.start_task(self.worker.hear(samples))
         self.hearings.add(task)
-        task.add_done_callback(self.hearings.discard)
+        task.add_done_callback(self.end_hearing)
         return task
+
+    def end_hearing(self, task: asyncio.Task) -> None:
+        self.hearings.discard(task)
+        if not task.cancelled():
+            task.exception()  # asyncio logs those that nobody asks for, and nobody may need it
 
     async def commit_audio(self, event: events.BufferCommit) -> None:
         """Make an item of all audio that was appended."""
@@ -302,7 +316,8 @@ class Realtime(Connection):
         if item.role != "assistant" or not item.is_audio:
             raise EventError("only a spoken answer can be truncated", param="item_id")
         if (response := self.responses.get(item.id)) and response.task:
-            self.stop_response("client_cancelled")
+            if response is self.active_response:
+                self.stop_response("client_cancelled")
             await response.task
         tokens = item.tokens_heard(event.audio_end_ms)
         # The session forgets them when it is asked again, because it holds other tokens.
@@ -353,8 +368,10 @@ class Realtime(Connection):
                     item.parts = await item.hearing
                 except ValueError as error:
                     self.conversation.delete(item.id)
+                    self.send("conversation.item.deleted", item_id=item.id)
                     raise EventError(f"the user's audio cannot be used: {error}") from None
                 item.hearing = None
+        self.conversation.forget_features(self.worker.max_segments)
         limit = patch.max_output_tokens or self.settings["max_output_tokens"]
         temperature = patch.temperature
         options = answering.options_of(
@@ -381,7 +398,8 @@ class Realtime(Connection):
 
     async def cancel_response(self, event: events.ResponseCancel) -> None:
         """Stop the response that is being generated."""
-        if not self.active_response:
+        active = self.active_response
+        if not active or event.response_id not in (None, active.id):
             raise EventError("there is no response to cancel", "response_cancel_not_active")
         self.stop_response("client_cancelled")
 

@@ -7,16 +7,18 @@ import dataclasses
 import logging
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from jax.sharding import Mesh
 
+from omni2_jax.audio.recordings import INPUT_RATE
 from omni2_jax.generate.engine import GenerationError, QueueFullError
 from omni2_jax.generate.options import Options
 from omni2_jax.generate.session import Session
 from omni2_jax.serve import capacity
-from omni2_jax.serve.conversation import new_id
 from omni2_jax.serve.events import EventError, Voice
 from omni2_jax.serve.limits import Limits
 from omni2_jax.serve.metrics import Metrics
@@ -43,13 +45,11 @@ class SpokenAnswers:
         # Each with the time.time() that it was kept at, the oldest first.
         self.texts: collections.OrderedDict[str, tuple[float, str]] = collections.OrderedDict()
 
-    def add(self, text: str, answer_id: str | None = None) -> str:
-        """Keep a text -> its id. The oldest ones are forgotten."""
-        answer_id = answer_id or new_id("audio")
+    def add(self, text: str, answer_id: str) -> None:
+        """Keep a text. The oldest ones are forgotten."""
         self.texts[answer_id] = (time.time(), text)
         while len(self.texts) > self.NUMBER:
             self.texts.popitem(last=False)
-        return answer_id
 
     def expiry(self) -> int:
         """Until when an answer can be referred to, in seconds since the epoch."""
@@ -86,6 +86,8 @@ class Server:
         self.voices = Voices(model, voices, limits.voices)
         self.clients = 0
         self.is_transcribing = False  # a turn that is being spoken
+        # Threads of its own: those of the event loop look for the turns of all clients.
+        self.transcribers = ThreadPoolExecutor(recogniser.workers if recogniser else 1)
         self.tasks: set[asyncio.Task] = set()
         self.connections: set[Realtime] = set()
         self.speaks = model.config.flow is not None
@@ -125,6 +127,13 @@ class Server:
         Raises EventError for an unknown voice.
         """
         return self.worker.session(self.voices.x_vector(self.voices.find(voice)))
+
+    async def transcribe(self, samples: np.ndarray) -> str:
+        """What the recogniser understands of samples [N] at 16 kHz."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(
+            self.transcribers, self.recogniser.transcribe, samples, INPUT_RATE
+        )
 
     @contextlib.contextmanager
     def admit(self) -> Iterator[None]:

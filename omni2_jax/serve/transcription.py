@@ -5,7 +5,6 @@ longer. Words are certain once two hearings in a row agree on them and on all wo
 ones of a recording that is cut off are often wrong.
 """
 
-import asyncio
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -56,7 +55,7 @@ async def of_beginning(link: "Realtime", growing: GrowingTranscript, samples: np
     This is done for one turn of the server at a time: others do without in the meantime.
     """
     try:
-        text = await asyncio.to_thread(link.server.recogniser.transcribe, samples, INPUT_RATE)
+        text = await link.server.transcribe(samples)
     finally:
         link.server.is_transcribing = False
     delta = growing.add(text)
@@ -67,13 +66,23 @@ async def of_beginning(link: "Realtime", growing: GrowingTranscript, samples: np
 async def of_turn(link: "Realtime", item: Item, samples: np.ndarray) -> None:
     """Send what the recogniser understands of a whole turn, samples [N]."""
     place = {"item_id": item.id, "content_index": 0}
+
+    def fail(message: str) -> None:
+        failure = {"type": "transcription_error", "message": message}
+        link.send(f"{EVENT}.failed", **place, error=failure)
+
+    if link.transcriptions >= link.limits.transcriptions:
+        fail("too many turns wait for the recogniser")
+        return
+    link.transcriptions += 1
     try:
-        text = await asyncio.to_thread(link.server.recogniser.transcribe, samples, INPUT_RATE)
+        text = await link.server.transcribe(samples)
     except Exception as error:
         link.server.log_failure(error)
-        failure = {"type": "transcription_error", "message": "the recogniser failed"}
-        link.send(f"{EVENT}.failed", **place, error=failure)
+        fail("the recogniser failed")
         return
+    finally:
+        link.transcriptions -= 1
     item.transcript = text
     usage = {"type": "duration", "seconds": len(samples) / INPUT_RATE}
     link.send(f"{EVENT}.completed", **place, transcript=text, usage=usage)

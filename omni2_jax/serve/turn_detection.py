@@ -15,6 +15,7 @@ from omni2_jax.audio.voice_activity import WINDOW
 
 # Once speech has begun, it only ends below the threshold less this, as in Silero's own iterator.
 HYSTERESIS = 0.15
+LEAST_THRESHOLD = 0.01  # below which it ends, however low the client's threshold is
 # Speech that has paused for so long may have ended; the encoder starts on it.
 PAUSE_SECONDS = 0.096
 
@@ -94,7 +95,7 @@ class TurnDetector:
             if self.paused:
                 self.paused = False
                 yield Detection(Change.RESUMED, self.position)
-        elif self.silence is not None or probability < threshold - HYSTERESIS:
+        elif self.silence is not None or probability < max(threshold - HYSTERESIS, LEAST_THRESHOLD):
             self.silence = self.position if self.silence is None else self.silence
             seconds = (end - self.silence) / INPUT_RATE
             turn_end = self.silence + int(PAUSE_SECONDS * INPUT_RATE)
