@@ -9,6 +9,7 @@ import random
 import threading
 from types import SimpleNamespace
 
+import jax
 import jax.numpy as jnp
 import pytest
 import websockets
@@ -86,13 +87,19 @@ def test_as_many_sessions_as_speak_in_real_time(monkeypatch):
 
         def engine(self, options, positions, slots):
             assert positions == 900
-            engine = SimpleNamespace(slots=slots, warm_up=lambda: None)
+            engine = SimpleNamespace(slots=slots, warm_up=lambda: self.allocate(slots))
             return self.engines.setdefault(EngineConfig(slots=slots), engine)
 
-    for milliseconds, most in ((50, 4), (0.1, 64), (500, 1)):
+        def allocate(self, slots):
+            assert sum(config.slots for config in self.engines) <= 1.5 * slots
+            if slots > self.memory:
+                raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+
+    for milliseconds, memory, most in ((50, 64, 4), (0.1, 64, 64), (500, 64, 1), (0.1, 8, 8)):
         step = milliseconds / 1000
         monkeypatch.setattr(capacity, "step_seconds", lambda engine, step=step: step * engine.slots)
         model = Model()
+        model.memory = memory
         assert capacity.most_sessions(model, OPTIONS, 4096) == most
         assert [config.slots for config in model.engines] == [most]
 
@@ -214,19 +221,19 @@ def test_numbers_that_are_not_finite(address, server, monkeypatch):
 
     Nor does the one beside it, to a longer question.
     """
-    hear = server.model.hear
+    encode = server.model.encode
 
-    def broken(samples):
-        if len(samples) > INPUT_RATE:
-            return hear(samples)
-        return [jnp.asarray(features).at[7, 3].set(jnp.nan) for features in hear(samples)]
+    def broken(segments):
+        if len(segments[0]) > INPUT_RATE:
+            return encode(segments)
+        return [jnp.asarray(features).at[7, 3].set(jnp.nan) for features in encode(segments)]
 
-    async def conversation(link, hear=hear):
+    async def conversation(link, encode=encode):
         """A question, which is deleted, and another one -> the first response, the last answer."""
         await link.session.update(session=MANUAL)
         await until(link, "session.updated")
         with monkeypatch.context() as patch:
-            patch.setattr(server.model, "hear", hear)
+            patch.setattr(server.model, "encode", encode)
             events = await ask(link, pcm(clip("short_d")))
         (user,) = [e.item_id for e in events if e.type == "input_audio_buffer.committed"]
         await link.conversation.item.delete(item_id=user)

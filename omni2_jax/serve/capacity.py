@@ -4,6 +4,7 @@ import statistics
 import time
 from typing import TYPE_CHECKING
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -17,24 +18,39 @@ if TYPE_CHECKING:
 
 STEPS = 6
 MOST = 64  # sessions that are tried
-SHARE = 0.6  # of a step's time that speech may take; the rest is for hearing and other programs
+# A step may take this share of the duration of the speech that it makes; the rest is for encoding
+# questions and for other programs.
+SHARE = 0.6
 
 
 def most_sessions(model: "Omni2", options: Options, context: int) -> int:
     """The largest number of sessions, of 1, 2, 4, ... MOST, that speak in real time; at least 1.
 
-    options, context: see `Worker`. Each number compiles a program, which is kept on disk; the
-    engines of other numbers are given up.
+    options, context: see `Worker`. Each number compiles a program, which is kept on disk. The
+    engine of the largest number is kept, others are given up. A number is too large, too, if the
+    device has no memory for it beside the engine of half of it.
     """
-    speech, most, slots = model.config.write / UNITS_PER_SECOND, 1, 1
+    speech, context = model.config.write / UNITS_PER_SECOND, min(context, model.config.max_prompt)
+    most, slots = 1, 1
     while slots <= MOST:
-        engine = model.engine(options, min(context, model.config.max_prompt), slots)
-        engine.warm_up()
-        if step_seconds(engine) > SHARE * speech:
+        try:
+            engine = model.engine(options, context, slots)
+            engine.warm_up()
+            if step_seconds(engine) > SHARE * speech:
+                break
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error) or slots == 1:
+                raise
             break
         most, slots = slots, 2 * slots
-    model.engines = {c: engine for c, engine in model.engines.items() if c.slots == most}
+        keep(model, most)
+    keep(model, most)
     return most
+
+
+def keep(model: "Omni2", slots: int) -> None:
+    """Give up the engines of other numbers of slots."""
+    model.engines = {c: engine for c, engine in model.engines.items() if c.slots == slots}
 
 
 def step_seconds(engine: Engine) -> float:
