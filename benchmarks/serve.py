@@ -202,10 +202,12 @@ async def measure(url: str, clients: int, questions: list[str], turns: int, paus
             return_exceptions=True,
         )
         seconds = time.perf_counter() - start
+    from websockets import WebSocketException
+
     refused = sum(isinstance(result, RefusedError) for result in results)
     failures = [result for result in results if isinstance(result, BaseException)]
     for failure in failures:
-        if not isinstance(failure, (RuntimeError, OSError)):
+        if not isinstance(failure, (RuntimeError, OSError, WebSocketException)):
             raise failure
     answers = [answer for result in results if isinstance(result, list) for answer in result]
     seen = [Turn.of(clients, answer.packets) for answer in answers if answer.packets]

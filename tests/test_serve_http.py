@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import dataclasses
+import http.client
 import io
 import json
 
@@ -195,6 +196,10 @@ def test_voices(client, server, address):
         with pytest.raises(openai.BadRequestError, match=message) as error:
             add(**{"name": "june", changes[0]: changes[1]})
         assert "/tmp" not in error.value.body["message"]
+    link = http.client.HTTPConnection(address)
+    link.request("POST", "/v1/audio/voices", b"hello")
+    refusal = link.getresponse()
+    assert refusal.status == 400 and b"a form" in refusal.read()
     assert client.audio.voices.delete("jane").deleted
     for name in ("jane", "espeak", "..%2Fx"):
         with pytest.raises(openai.NotFoundError):
@@ -204,6 +209,10 @@ def test_voices(client, server, address):
 
 BAD = {
     "no messages": ({"messages": []}, "messages"),
+    "more recordings than a conversation holds": (
+        {"messages": [spoken("short_d") | {"content": 5 * spoken("short_d")["content"]}]},
+        "the messages have 5 recordings; a conversation of this server holds at most 3",
+    ),
     "the model's turn is last": (
         {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
         "last message",
@@ -245,6 +254,8 @@ def test_bad_requests(client, name):
     with pytest.raises(openai.BadRequestError) as error:
         client.chat.completions.create(model="omni2", **settings)
     message = error.value.body["message"]
+    if "the messages have" in expected:
+        assert (error.value.code, error.value.param) == ("invalid_value", "messages")
     assert expected in message and "\n" not in message and "/tmp" not in message
 
 
@@ -260,6 +271,12 @@ def test_keys_and_origins(server):
         for origin, status in (("https://b.example", 403), ("https://a.example", 200)):
             headers = {"Authorization": "Bearer secret", "Origin": origin}
             assert get(f"{url}/v1/models", **headers)[0] == status
+            # What the browser asks before a page sends its key.
+            asked = {"Origin": origin, "Access-Control-Request-Method": "POST"}
+            link = http.client.HTTPConnection(address)
+            link.request("OPTIONS", "/v1/chat/completions", headers=asked)
+            allowed = link.getresponse().headers["Access-Control-Allow-Origin"]
+            assert (allowed == origin) == (status == 200)
 
         async def connect():
             client = openai.AsyncOpenAI(api_key="wrong", websocket_base_url=f"ws://{address}/v1")

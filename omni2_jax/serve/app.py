@@ -12,6 +12,7 @@ import uvicorn
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Mount, Route, WebSocketRoute
@@ -84,7 +85,11 @@ def create_app(
             Route("/metrics", metrics),
             Mount("/", StaticFiles(directory=PAGE, html=True)),
         ],
-        middleware=[Middleware(Access, keys=keys, origins=origins)],
+        middleware=[
+            # First: what a browser asks before a page's request has no key.
+            Middleware(CORSMiddleware, origins, allow_methods=["*"], allow_headers=["*"]),
+            Middleware(Access, keys=keys, origins=origins),
+        ],
         lifespan=lifespan,
     )
 

@@ -108,6 +108,8 @@ async def list_voices(server: Server, request: Request) -> Response:
 
 async def add_voice(server: Server, request: Request) -> Response:
     """A new voice from a form with `name`, `consent` and the file `audio_sample`."""
+    if not request.headers.get("content-type", "").startswith("multipart/form-data"):
+        raise EventError("a voice is sent as a form, multipart/form-data")
     body = body_of(request, server.limits.body_bytes)
     try:
         form = await MultiPartParser(request.headers, body, max_files=1, max_fields=8).parse()

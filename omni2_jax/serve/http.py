@@ -55,6 +55,8 @@ class Endpoint:
             return refusal(self.server, error)
         except StoppedError as error:
             return failure(str(error), 503, "server_stopping")
+        except EventError as error:
+            return failure(str(error), 400, error.code, param=error.param)
         except ValueError as error:
             return failure(self.server.public_message(error), 400)
         except Exception as error:
@@ -63,11 +65,15 @@ class Endpoint:
 
 
 def failure(
-    message: str, status: int, code: str | None = None, headers: dict | None = None
+    message: str,
+    status: int,
+    code: str | None = None,
+    headers: dict | None = None,
+    param: str | None = None,
 ) -> JSONResponse:
-    """An error in the form of OpenAI's API."""
+    """An error in the form of OpenAI's API. param: the field of the request that is at fault."""
     kind = "invalid_request_error" if status < 500 else "server_error"
-    error = {"message": message, "type": kind, "param": None, "code": code}
+    error = {"message": message, "type": kind, "param": param, "code": code}
     return JSONResponse({"error": error}, status, headers)
 
 
@@ -95,7 +101,8 @@ async def read_json(server: Server, request: Request, kind: type[Body]) -> Body:
     except ValidationError as error:
         fault = error.errors(include_url=False, include_context=False)[0]
         place = ".".join(map(str, fault["loc"]))
-        raise EventError(f"{place}: {fault['msg']}" if place else fault["msg"]) from None
+        message = f"{place}: {fault['msg']}" if place else fault["msg"]
+        raise EventError(message, param=place or None) from None
 
 
 async def counted(server: Server, answer: Answer) -> AsyncIterator[Reply]:
