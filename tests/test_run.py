@@ -25,6 +25,7 @@ from omni2_jax.train import sampler, step, weights
 from omni2_jax.train.data.dataset import Dataset
 from omni2_jax.train.data.records import encode_clip
 from omni2_jax.train.loop import Run
+from omni2_jax.train.reporter import Reporter
 from omni2_jax.train.settings import Bucket, MeshConfig, OptimizerConfig, TrainConfig
 from tests.support import xla
 from tests.support.compare import tree_equal
@@ -140,6 +141,27 @@ def test_interrupted_and_resumed(toy, arguments, tmp_path, capsys):
     }
     assert {path.name for path in (cut / "steps").iterdir()} == {"55", "60"}
     assert list((cut / "tensorboard").glob("events*"))
+
+
+def test_stopped_when_a_validation_is_due(toy, talks, tmp_path, monkeypatch):
+    """The state is saved and not validated; the resumed run validates it first."""
+    out, validated = tmp_path / "run", []
+
+    class Fake:
+        def run(self, params: weights.Params, done: int, reporter: Reporter) -> None:
+            validated.append(done)
+            assert reporter.metrics is not None
+            reporter.metrics.write(done - 1, {"validation_loss": 1.0})
+
+    monkeypatch.setattr(step, "compile_step", traced_only)
+    monkeypatch.setattr(Run, "validator", lambda _: Fake())
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "should_stop", lambda _, done: done == 2)
+        run(toy(validate_every=1), out)
+    assert validated == [1] and (out / "steps" / "2").exists() and not (out / "final").exists()
+    for _ in range(2):  # the second time nothing is left to do
+        run(toy(validate_every=1), out)
+        assert validated == [1, 2, 3] and list(reported(out, "validation_loss")) == [0, 1, 2]
 
 
 @pytest.fixture(scope="module")

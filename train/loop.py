@@ -96,7 +96,6 @@ class Run:
                 self.take_step = step.compile_step(self.objective, shardings)
                 with stop_on_signals(self.stop_signal):
                     state, done = self.steps_from(first, state, saved)
-                saved.save(state, done)
             self.finish(state, done)
 
     def first_state(self, trained: weights.Params, shardings: Any, saved: Checkpoints):
@@ -109,12 +108,17 @@ class Run:
         return saved.restore(saved.latest, shapes, shardings), saved.latest
 
     def steps_from(self, first: int, state: Any, saved: Checkpoints) -> tuple[Any, int]:
-        """Train until the last step or a signal; return the state and the number of steps done."""
+        """Train until the last step or a signal; return the state and the number of steps done.
+
+        Both are saved. A signal is not kept waiting by a validation: the resumed run does it first.
+        """
         train, pending, done = self.train, None, first
         reporter = Reporter(self.stage, self.out, self.data, self.weights, first)
         reporter.print_table(self.frozen)
         validator = self.validator()
         with reporter:
+            if first % train.validate_every == 0 and self.lacks_validation(reporter):
+                self.validate(validator, state, first, reporter)
             batches = reporter.clock.timed(self.data.loader.start(first))
             for number, (batch, rows) in enumerate(batches, first):
                 reporter.begin_step(number)
@@ -123,22 +127,36 @@ class Run:
                 # The previous step is reported while this one is computed.
                 reporter.end_step(pending)
                 pending, done = StepResult(number, metrics, rows), number + 1
-                saves, validates = done % train.save_every == 0, done % train.validate_every == 0
-                stops = self.should_stop(done)
-                if saves or validates or stops:
+                is_last = done == self.steps
+                stops = not is_last and self.should_stop(done)
+                saves = stops or is_last or done % train.save_every == 0
+                validates = not stops and done % train.validate_every == 0
+                if saves or validates:
                     # A state is saved only if its step's metrics are finite.
                     reporter.end_step(pending)
                     pending = None
                 if saves:
                     reporter.push()  # before the state: a resumed run has the lines of all steps
                     saved.save(state, done)
-                if validates and validator:
-                    validator.run(self.objective.result(state), done, reporter)
-                    reporter.clock.read()  # validation is no part of the next step's time
+                if validates:
+                    self.validate(validator, state, done, reporter)
                 if stops:
                     break
-            reporter.end_step(pending)
         return state, done
+
+    def validate(
+        self, validator: Validator | None, state: Any, done: int, reporter: Reporter
+    ) -> None:
+        """Validate the state after `done` steps; without a validator do nothing."""
+        if validator:
+            validator.run(self.objective.result(state), done, reporter)
+            reporter.clock.read()  # validation is no part of the next step's time
+
+    def lacks_validation(self, reporter: Reporter) -> bool:
+        """Whether the run was interrupted before the validation of the step that it resumes at."""
+        metrics = reporter.metrics  # of the first process
+        lacks = metrics is not None and not metrics.validated
+        return reporter.first > 0 and any_process(lacks)
 
     def validator(self) -> Validator | None:
         """The validator of this run; None without validation data."""
@@ -158,8 +176,7 @@ class Run:
             return self.stop_signal.is_set()
         if done % STOP_SYNC_INTERVAL:
             return False
-        is_set = np.array(self.stop_signal.is_set())
-        return bool(np.any(multihost_utils.process_allgather(is_set)))
+        return any_process(self.stop_signal.is_set())
 
     def finish(self, state: Any, done: int) -> None:
         """Export the checkpoint if the last step is done, and print how the run ended."""
@@ -173,6 +190,11 @@ class Run:
         if leads:
             trained = ", ".join(self.stage.trained)
             say(f"done: {final} is a checkpoint with {trained} trained")
+
+
+def any_process(flag: bool) -> bool:
+    """Whether `flag` is true in any process of the run; all of them have to call it."""
+    return bool(np.any(multihost_utils.process_allgather(np.array(flag))))
 
 
 @contextlib.contextmanager

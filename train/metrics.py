@@ -18,17 +18,20 @@ class Metrics:
     """RUN/metrics.jsonl, one object a line: {"step": 12, "loss": 2.5, ...}; and TensorBoard.
 
     first: the step at which the run starts or resumes. Lines that an interrupted run wrote about
-    this step and later ones are dropped.
+    this step and later ones are dropped. validated: whether it wrote a validation of the state
+    that the run resumes from.
     """
 
     def __init__(self, run: Path, first: int):
         from tensorboardX import SummaryWriter
 
-        path = run / "metrics.jsonl"
+        path, kept = run / "metrics.jsonl", []
         if path.exists():
             kept = [line for line in path.read_text().splitlines() if step_of(line) < first]
             with atomic_write(path) as file:
                 file.write("".join(line + "\n" for line in kept))
+        last = [json.loads(line) for line in kept if step_of(line) == first - 1]
+        self.validated = any("validation_loss" in values for values in last)
         self.file = open(path, "a")  # noqa: SIM115 (closed by `close`)
         self.board = SummaryWriter(str(run / "tensorboard"), purge_step=first, flush_secs=10)
 
