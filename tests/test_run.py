@@ -113,7 +113,7 @@ def test_interrupted_and_resumed(toy, arguments, tmp_path, capsys):
     process = start(arguments(cut, **length))
     wait_for(lambda: lines(cut) > reached + 5, process)
     process.terminate()
-    last_line = ended(process, 0)
+    last_line = ended(process, 130)
     stopped = lines(cut)
     assert last_line == f"stopped at step {stopped} of 60; the same command resumes it"
     assert (
@@ -143,9 +143,12 @@ def test_interrupted_and_resumed(toy, arguments, tmp_path, capsys):
     assert list((cut / "tensorboard").glob("events*"))
 
 
-def test_stopped_when_a_validation_is_due(toy, talks, tmp_path, monkeypatch):
-    """The state is saved and not validated; the resumed run validates it first."""
-    out, validated = tmp_path / "run", []
+def test_stopped_when_a_validation_is_due(toy, arguments, omni2, tmp_path, monkeypatch):
+    """The state is saved and not validated; the resumed run validates it first.
+
+    The exit code tells a recipe not to go on.
+    """
+    out, settings, validated = tmp_path / "run", {"batch": 8, "validate_every": 1}, []
 
     class Fake:
         def run(self, params: weights.Params, done: int, reporter: Reporter) -> None:
@@ -157,10 +160,11 @@ def test_stopped_when_a_validation_is_due(toy, talks, tmp_path, monkeypatch):
     monkeypatch.setattr(Run, "validator", lambda _: Fake())
     with monkeypatch.context() as patch:
         patch.setattr(Run, "should_stop", lambda _, done: done == 2)
-        run(toy(validate_every=1), out)
+        code, _, stderr = omni2("train", *arguments(out, **settings))
+    assert code == 130 and "stopped at step 2 of 3; the same command resumes it" in stderr
     assert validated == [1] and (out / "steps" / "2").exists() and not (out / "final").exists()
     for _ in range(2):  # the second time nothing is left to do
-        run(toy(validate_every=1), out)
+        run(toy(**settings), out)
         assert validated == [1, 2, 3] and list(reported(out, "validation_loss")) == [0, 1, 2]
 
 

@@ -78,10 +78,10 @@ class Run:
         """A data set, all of its examples measured. Raises ValueError if it cannot be used."""
         return open_split(stage_of(train), self.config, self.tokenizer, path, name, self.mesh)
 
-    def go(self) -> None:
+    def go(self) -> bool:
         """Train to the end, or until SIGTERM or Ctrl-C; at the end, write RUN/final.
 
-        Raises ValueError if a metric of a step is not finite.
+        Returns whether the last step is done. Raises ValueError if a metric of a step is not finite.
         """
         with sharding.use(self.mesh):
             self.weights, trained, self.frozen = weights.load(self.stage, self.start, self.mesh)
@@ -97,6 +97,7 @@ class Run:
                 with stop_on_signals(self.stop_signal):
                     state, done = self.steps_from(first, state, saved)
             self.finish(state, done)
+            return done == self.steps
 
     def first_state(self, trained: weights.Params, shardings: Any, saved: Checkpoints):
         """The last saved state or a new one, and its step. Empties `trained`, to free memory."""

@@ -48,7 +48,7 @@ def train(
         int | None, typer.Option(help="With --coordinator: the number of this process, from 0.")
     ] = None,
 ) -> None:
-    """Train a stage of LLaMA-Omni2."""
+    """Train a stage of LLaMA-Omni2. A run that is stopped before its end exits with code 130."""
     from omni2_jax.train import config_files
 
     train_config = config_files.read(config, changes or [])
@@ -58,4 +58,5 @@ def train(
         jax.distributed.initialize(coordinator, processes, process)
     from omni2_jax.train.loop import Run
 
-    Run(train_config, out).go()
+    if not Run(train_config, out).go():
+        raise typer.Exit(130)
