@@ -1,6 +1,7 @@
 """Files and directories that appear whole or not at all."""
 
 import contextlib
+import fcntl
 import os
 import shutil
 import tempfile
@@ -52,6 +53,26 @@ def atomic_write(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
 def is_partial(path: Path) -> bool:
     """True for a file that `atomic_write` had not finished when its process was killed."""
     return path.name.startswith(".") and path.suffix == ".partial"
+
+
+def open_locked(path: Path, in_use: str) -> IO[bytes]:
+    """A file to append to, made if it is missing; until it is closed it is locked.
+
+    On a file system without locks it is not. Raises ValueError with the message `in_use` if it is
+    locked already, and ValueError naming `path` if it cannot be written.
+    """
+    try:
+        file = path.open("a+b")
+    except OSError as error:
+        raise ValueError(f"cannot write {path}: {error.strerror}") from None
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise ValueError(in_use) from None
+    except OSError:  # a file system without locks
+        pass
+    return file
 
 
 @contextlib.contextmanager

@@ -132,6 +132,7 @@ def test_interrupted_and_resumed(toy, arguments, tmp_path, capsys):
     assert tree_equal(state(cut, 60), state(straight, 60))
     assert tree_equal(part(cut / "final", "speech_lm"), part(straight / "final", "speech_lm"))
     assert {path.name for path in cut.iterdir()} == {
+        ".lock",
         "run.json",
         "left-out.txt",
         "metrics.jsonl",

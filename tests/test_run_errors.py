@@ -133,11 +133,19 @@ def test_bad_mesh(refused):
     )
 
 
+def test_several_processes_without_distributed(arguments, error_line, tmp_path):
+    message = error_line([*arguments(tmp_path / "run"), "--process", "0"])
+    assert message.endswith("are for several processes; add --distributed")
+
+
 def test_bad_out(refused, arguments, error_line, toy, tmp_path):
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "file").write_text("content")
     for out in (tmp_path / "other", tmp_path / "other" / "file"):
         assert refused(out) == f"{out} exists and is not a run; give a new directory"
+    out = tmp_path / "busy"
+    with checkpoints.locked(out):
+        assert refused(out) == f"{out} is in use by another omni2 train"
     out = tmp_path / "run"
     checkpoints.write_metadata(out, Run(toy(), out, jax.devices()[:1]).metadata)
     again = "give another --out, or the same settings"

@@ -337,6 +337,8 @@ def test_what_is_no_run(started, tmp_path):
     checkpoints.check_metadata(tmp_path / "new", run(started))
     (tmp_path / "cut").mkdir()
     (tmp_path / "cut" / ".run.json.7.partial").write_text("{")  # killed within its first moment
+    with checkpoints.locked(tmp_path / "cut"):
+        pass
     checkpoints.check_metadata(tmp_path / "cut", run(started))
     (tmp_path / "file").write_text("mine")
     for directory in (tmp_path, tmp_path / "file"):

@@ -1,8 +1,10 @@
 """What a run is resumed from: RUN/run.json, its settings, and RUN/steps/STEP/, its last few states.
 
-States are saved in the background and restored on any mesh.
+RUN/.lock keeps another command out of a run. States are saved in the background and restored on any
+mesh.
 """
 
+import contextlib
 import dataclasses
 import json
 from pathlib import Path
@@ -13,16 +15,19 @@ import orbax.checkpoint as ocp
 
 from omni2_jax import remote
 from omni2_jax.checkpoint import checksums
-from omni2_jax.files import atomic_write, first_line, is_partial
+from omni2_jax.files import atomic_write, first_line, is_partial, open_locked
 from omni2_jax.train.overrides import flat
 from omni2_jax.train.settings import MUTABLE_SETTINGS, RENAMED
+
+LOCK = ".lock"
 
 
 def check_metadata(run: Path, metadata: dict) -> None:
     """Raise ValueError, naming what differs, unless `run` is new or has the same metadata."""
     path = run / "run.json"
     if not path.exists():
-        if run.exists() and not (run.is_dir() and all(map(is_partial, run.iterdir()))):
+        content = [path for path in run.iterdir() if path.name != LOCK] if run.is_dir() else [run]
+        if run.exists() and not all(map(is_partial, content)):
             raise ValueError(f"{run} exists and is not a run; give a new directory")
         return
     try:
@@ -52,6 +57,17 @@ def check_names(path: Path, before: dict) -> None:
             f"{path} was written by an older version, whose settings had other names ({names}); "
             "start a new run with another --out"
         )
+
+
+def locked(run: Path) -> contextlib.AbstractContextManager:
+    """Within this context no other process can lock `run`, which is made if it is missing.
+
+    Raises ValueError if another process has locked it. In Cloud Storage nothing is locked.
+    """
+    if remote.is_remote(run):
+        return contextlib.nullcontext()
+    run.mkdir(parents=True, exist_ok=True)
+    return open_locked(run / LOCK, f"{run} is in use by another omni2 train")
 
 
 def write_metadata(run: Path, metadata: dict) -> None:

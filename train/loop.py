@@ -81,12 +81,14 @@ class Run:
     def go(self) -> bool:
         """Train to the end, or until SIGTERM or Ctrl-C; at the end, write RUN/final.
 
-        Returns whether the last step is done. Raises ValueError if a metric of a step is not finite.
+        Returns whether the last step is done. Raises ValueError if a metric of a step is not
+        finite, or if another process is working in RUN.
         """
-        with sharding.use(self.mesh):
+        with sharding.use(self.mesh), contextlib.ExitStack() as stack:
             self.weights, trained, self.frozen = weights.load(self.stage, self.start, self.mesh)
             self.objective = self.stage.objective(self.weights, self.steps)
             if jax.process_index() == 0:
+                stack.enter_context(checkpoints.locked(self.out))
                 checkpoints.write_metadata(self.out, self.metadata)
             weights.sync("run.json")
             with Checkpoints(self.out, self.train.keep) as saved:

@@ -49,6 +49,10 @@ def train(
     ] = None,
 ) -> None:
     """Train a stage of LLaMA-Omni2. A run that is stopped before its end exits with code 130."""
+    if not distributed and (coordinator, processes, process) != (None, None, None):
+        raise typer.BadParameter(
+            "--coordinator, --processes and --process are for several processes; add --distributed"
+        )
     from omni2_jax.train import config_files
 
     train_config = config_files.read(config, changes or [])

@@ -5,7 +5,6 @@ In Cloud Storage, where files cannot be appended to, a journal is a folder of fi
 """
 
 import contextlib
-import fcntl
 import json
 import os
 import re
@@ -88,7 +87,8 @@ class Journal(contextlib.AbstractContextManager):
             else:
                 self.download()
             stack.callback(self.remove_if_empty)
-            self.file = stack.enter_context(self.open_locked())
+            in_use = f"{self.path}: another process is working on it"
+            self.file = stack.enter_context(files.open_locked(self.local, in_use))
             self.read()
             self.stack = stack.pop_all()
         return self
@@ -130,21 +130,6 @@ class Journal(contextlib.AbstractContextManager):
             self.directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ValueError(f"cannot write to {self.directory}: {error.strerror}") from None
-
-    def open_locked(self) -> IO[bytes]:
-        """The file, which no other process may open before this one closes it."""
-        try:
-            file = self.local.open("a+b")
-        except OSError as error:
-            raise ValueError(f"cannot write {self.path}: {error.strerror}") from None
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.close()
-            raise ValueError(f"{self.path}: another process is working on it") from None
-        except OSError:  # a file system without locks
-            pass
-        return file
 
     def remove_if_empty(self) -> None:
         """Remove a journal without outcomes, and the directories that were made for it."""
