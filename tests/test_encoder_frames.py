@@ -1,6 +1,7 @@
 """The speech encoder's frames on disk: a run that reads them learns as one that computes them."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -8,11 +9,13 @@ import jax
 import numpy as np
 import pytest
 
+from omni2_jax.audio import recordings
 from omni2_jax.checkpoint import parameters
 from omni2_jax.config import Omni2Config
 from omni2_jax.configs import stage1a, stage1b, stage2
 from omni2_jax.train import compute_frames
-from omni2_jax.train.data.dataset import Dataset
+from omni2_jax.train.data.dataset import Dataset, RecordError
+from omni2_jax.train.data.records import encode_clip
 from omni2_jax.train.encoder_frames import EncoderFrames, origin
 from omni2_jax.train.loop import Run
 from omni2_jax.train.settings import Bucket, TrainConfig
@@ -80,6 +83,22 @@ def test_they_belong_to_data_encoder_and_window(settings, frames, new_checkpoint
         Run(settings(frames=str(frames), checkpoint=str(other)), tmp_path / "run")
     with pytest.raises(ValueError, match="holds no encoder frames; omni2 frames computes them"):
         Run(settings(frames=str(tmp_path)), tmp_path / "run")
+
+
+def test_a_damaged_recording_has_none(settings, talks, tmp_path, capsys):
+    damaged, data = shutil.copytree(talks, tmp_path / "damaged"), Dataset(talks)
+    file = min(damaged.glob("clips-*"))
+    clip = encode_clip(data.clip(data.dialogue(1).turns[0].clip), recordings.INPUT_RATE)
+    file.write_bytes(file.read_bytes().replace(clip[-100:], b"damaged" + clip[-93:]))
+    train = settings(data=str(damaged), batch=1, frames=str(tmp_path / "frames"))
+    compute_frames.compute(train, tmp_path / "frames", jax.devices()[:1])
+    errors = capsys.readouterr().err
+    assert len(re.findall(f"{damaged}: clip 2 is damaged: .*; left out\n", errors)) == 1
+    config = Omni2Config.load(Path(train.checkpoint) / "config.json")
+    stored = EncoderFrames.of(train, config, Dataset(damaged), "data")
+    assert stored and [place is None for place in stored.places] == [False, True]
+    with pytest.raises(RecordError, match="has no encoder frames of dialogue 1: omni2 frames left"):
+        stored.read(1, 100)
 
 
 def test_which_stages_read_them(new_checkpoint, talks, tmp_path):

@@ -382,8 +382,8 @@ def test_damage_becomes_a_masked_row(plan, damaged):
         assert all(
             np.array_equal(row, examples.empty(Bucket(2, 800))[name]) for row in value[0, broken]
         )
-    assert loader.source.damaged.keys() == {"dialogue 3", "dialogue 5"}
-    assert loader.source.damaged["dialogue 3"].startswith(f"{damaged}: clip 6 is damaged: ")
+    assert loader.source.damaged.keys() == {3, 5}
+    assert loader.source.damaged[3].startswith(f"{damaged}: clip 6 is damaged: ")
 
 
 def test_damage_is_fatal_when_strict(plan, damaged):

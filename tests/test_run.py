@@ -425,13 +425,16 @@ def test_examples_that_are_left_out(toy, talks, tmp_path, monkeypatch, capsys):
     damaged, out = shutil.copytree(talks, tmp_path / "damaged"), tmp_path / "run"
     file = min(damaged.glob("dialogues-*"))
     file.write_bytes(file.read_bytes().replace(b"With milk?", b"With mould"))
-    resumed = Run(toy(), out, jax.devices()[:1])
-    resumed.data.examples.data = Dataset(damaged)
+    validated = {"validation": str(talks), "validate_every": 1, "samples": 0}
+    resumed = Run(toy(**validated), out, jax.devices()[:1])
+    assert resumed.validation is not None
+    resumed.data.examples.data = resumed.validation.examples.data = Dataset(damaged)
     resumed.go()
     assert (
         reported(out, "damaged") == {0: 1, 1: 1, 2: 1} and (out / "left-out.txt").read_text() == ""
     )
-    assert capsys.readouterr().err.count(f"{damaged}: dialogue 1 is damaged: ") == 1
+    notes = re.findall(f"{damaged}: dialogue 1 is damaged: .*; (.*)", capsys.readouterr().err)
+    assert sorted(notes) == ["left out", "left out of the validation"]
 
 
 @pytest.mark.slow

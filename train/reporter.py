@@ -50,7 +50,7 @@ class Reporter:
         self.metrics = Metrics(self.out, first) if self.is_first_process else None
         name = f"stage {self.train.stage}"
         self.line = Line(name, self.steps, first, enabled=self.is_first_process)
-        self.clock, self.tracing, self.damaged = Clock(), False, 0
+        self.clock, self.tracing = Clock(), False
         self.peak_flops = self.train.peak_flops or devices.peak_flops(jax.devices()[0])
 
     def __enter__(self) -> "Reporter":
@@ -132,11 +132,10 @@ class Reporter:
 
     def report_damaged(self) -> int:
         """The number of records that could not be read so far; each is printed once."""
-        reasons = list(self.split.loader.source.damaged.values())
-        for reason in reasons[self.damaged :]:
+        source = self.split.loader.source
+        for reason in source.new_damage():
             self.say(f"{reason}; left out")
-        self.damaged = len(reasons)
-        return self.damaged
+        return len(source.damaged)
 
     def print_table(self, frozen: Params) -> None:
         """Print what the run is about to do; write the list of the examples that are left out."""

@@ -17,7 +17,7 @@ import numpy as np
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 
 from omni2_jax import remote
-from omni2_jax.cli.console import progress_bar
+from omni2_jax.cli.console import progress_bar, say
 from omni2_jax.files import first_line
 from omni2_jax.train.data.dataset import Dataset, RecordError
 from omni2_jax.train.data.loader import EMPTY_ROW
@@ -69,15 +69,23 @@ class StoredArrays:
             )
 
     def read(self, dialogue: int, count: int) -> np.ndarray:
-        """The array [count, width] of a dialogue. Raises RecordError if it is damaged."""
+        """The array [count, width] of a dialogue.
+
+        Raises RecordError if it is damaged, or if there is none because the dialogue was left out.
+        """
         try:
-            record = self.source[self.places[dialogue]]
-            return np.frombuffer(record, self.dtype).reshape(count, self.width)
+            place = self.places[dialogue]
+            record = None if place is None else self.source[place]
+            if record is not None:
+                return np.frombuffer(record, self.dtype).reshape(count, self.width)
         except (ValueError, RuntimeError, IndexError, TypeError) as error:
             raise RecordError(
                 f"{self.path}: the {self.content} of dialogue {dialogue} are damaged: "
                 f"{first_line(error)}"
             ) from None
+        raise RecordError(
+            f"{self.path} has no {self.content} of dialogue {dialogue}: {self.command} left it out"
+        )
 
     @classmethod
     def write(
@@ -102,7 +110,11 @@ class StoredArrays:
     def arrays(
         cls, split: Split, compute: Compute, select: Select
     ) -> Iterator[tuple[int, np.ndarray]]:
-        """Dialogue and array of every example, in the order of the batches."""
+        """Dialogue and array of every example, in the order of the batches.
+
+        Examples whose record is damaged are left out, and each is printed.
+        """
+        source = split.loader.source
         with progress_bar() as bar:
             path = split.examples.data.path
             task = bar.add_task(f"{cls.content} of {path}", total=len(split.batches))
@@ -112,8 +124,12 @@ class StoredArrays:
                     if number == EMPTY_ROW:
                         continue
                     item = split.catalogue.items[number]
+                    if item.dialogue in source.damaged:
+                        continue
                     arrays = {name: value[0, row] for name, value in raw.items()}
                     yield item.dialogue, select(values[row], arrays, item)
+                for reason in source.new_damage():
+                    say(f"{reason}; left out")
                 bar.advance(task)
 
 

@@ -35,13 +35,18 @@ class Validator:
         self.sampler = Sampler.of(stage, start, tokenizer)
 
     def run(self, params: weights.Params, done: int, reporter: Reporter) -> None:
-        """Report the measurements after `done` steps, and the answers to some questions."""
+        """Report the measurements after `done` steps, and the answers to some questions.
+
+        Each damaged record of the validation data is printed once in a run.
+        """
         sums: dict[str, np.ndarray] = {}
         for batch, _ in self.split.loader.start(0):
             values = jax.device_get(self.validate(params, self.frozen, batch))
             for name, value in values.items():
                 # In float64: float32 would lose the small terms of a long sum.
                 sums[name] = sums.get(name, 0) + np.asarray(value, np.float64)
+        for reason in self.split.loader.source.new_damage():
+            reporter.say(f"{reason}; left out of the validation")
         measured = self.stage.report(sums)
         if reporter.metrics:
             reporter.metrics.write(done - 1, measured)

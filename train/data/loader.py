@@ -157,7 +157,7 @@ class Source:
     """For Grain: item i holds the rows of batch i for this process.
 
     An item is {name: array [microbatches, rows, ...]}. rows: the part of a microbatch. `damaged`
-    collects the dialogues that could not be read, with the reason.
+    collects the reasons why items could not be read, by the `dialogue` of the item.
     """
 
     def __init__(
@@ -165,7 +165,8 @@ class Source:
     ):
         self.examples, self.catalogue, self.batches = examples, catalogue, batches
         self.rows = rows
-        self.damaged: dict[str, str] = {}
+        self.damaged: dict[int, str] = {}
+        self.told = 0  # how many of them `new_damage` has returned
         self.lock = threading.Lock()
 
     def __len__(self) -> int:
@@ -195,8 +196,15 @@ class Source:
             if self.examples.train.strict:
                 raise
             with self.lock:
-                self.damaged[f"dialogue {item.dialogue}"] = str(error)
+                self.damaged[item.dialogue] = str(error)
             return self.examples.empty(bucket)
+
+    def new_damage(self) -> list[str]:
+        """The reasons in `damaged` that no earlier call has returned."""
+        with self.lock:
+            reasons = list(self.damaged.values())[self.told :]
+            self.told += len(reasons)
+        return reasons
 
 
 def local_rows(sharding: NamedSharding, count: int) -> slice:
