@@ -1,6 +1,7 @@
 """Checkpoints that are damaged, of an older version, or hold what does not belong there."""
 
 import json
+import math
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,12 +14,15 @@ import pytest
 
 from omni2_jax.checkpoint import checksums, info, parameters, tokenizer, voices
 from omni2_jax.config import Omni2Config
+from omni2_jax.train import hidden_states
 from omni2_jax.train.checkpoints import Checkpoints
 from omni2_jax.train.data.dataset import Dataset
 from omni2_jax.train.data.writer import Shards
 from omni2_jax.train.hidden_states import HiddenStates
+from omni2_jax.train.settings import TrainConfig
 from omni2_jax.train.step import State
 from omni2_jax.train.stored_arrays import identity
+from tests.support.releases import linked
 
 RANDOM = np.random.default_rng(0)
 LEAVES = {
@@ -247,15 +251,48 @@ def test_orbax_writes_the_checksum_codec(tmp_path):
         assert all(checksums.has_checksums(array) for array in tree.values())
 
 
+def written_states(
+    folder: Path, data: Dataset, width: int = 64, **origin: object
+) -> tuple[list[np.ndarray], dict]:
+    """Hidden states in a folder, and the content of its hidden.json."""
+    folder.mkdir(parents=True, exist_ok=True)
+    states = [np.full((3, width), number, np.float32) for number in range(len(data))]
+    shards = Shards(folder, "states", 2**20)
+    places = [shards.add(array.tobytes()) for array in states]
+    shards.close()
+    metadata = {"data": identity(data), "width": width, "dtype": "float32", "places": places}
+    (folder / "hidden.json").write_text(json.dumps(metadata | origin))
+    return states, metadata
+
+
+def test_hidden_states_belong_to_a_checkpoint(checkpoint_dir, talks, tmp_path):
+    """To its adapter, LLM and speech encoder; large arrays of the last two are not read."""
+    other, data = linked(checkpoint_dir, tmp_path / "other"), Dataset(talks)
+    config = Omni2Config.load(other / "config.json")
+    assert config.llm is not None
+    train = TrainConfig("2", checkpoint=str(other), hidden=str(tmp_path / "hidden"))
+    folder, origin = tmp_path / "hidden" / "data", hidden_states.origin(train)
+    written_states(folder, data, config.llm.width, **origin)
+    assert HiddenStates.of(train, config, data, "data")
+    for part in ("speech_lm", "adapter"):
+        leaves = {path: leaf.read() for path, leaf in parameters.stored(other, part).items()}
+        before, shapes = (parameters.fingerprint(other, part, size) for size in (math.inf, 0))
+        shutil.rmtree(other / "params" / part)
+        parameters.save_part(other, part, {path: leaf + 1 for path, leaf in leaves.items()})
+        assert parameters.fingerprint(other, part) != before
+        assert parameters.fingerprint(other, part, 0) == shapes
+        if part == "speech_lm":
+            assert HiddenStates.of(train, config, data, "data")
+    with pytest.raises(ValueError, match=r"or by another adapter, LLM or speech encoder$"):
+        HiddenStates.of(train, config, data, "data")
+    shutil.rmtree(other / "params" / "llm")
+    assert hidden_states.origin(train)["llm"] is None
+
+
 def test_no_flipped_bit_of_hidden_states_changes_them(tmp_path, talks):
     """ArrayRecord has hashes of its own."""
     data = Dataset(talks)
-    states = [np.full((3, 64), number, np.float32) for number in range(len(data))]
-    shards = Shards(tmp_path, "states", 2**20)
-    places = [shards.add(array.tobytes()) for array in states]
-    shards.close()
-    metadata = {"data": identity(data), "width": 64, "dtype": "float32", "places": places}
-    (tmp_path / "hidden.json").write_text(json.dumps(metadata))
+    states, metadata = written_states(tmp_path, data)
 
     def read() -> dict:
         hidden = HiddenStates(tmp_path, data, 64)

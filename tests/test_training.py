@@ -103,7 +103,7 @@ def test_hidden_states_of_other_data(chain, new_checkpoint, tmp_path):
     with pytest.raises(
         ValueError,
         match=r"hidden/data was made from other data than .*, "
-        r"or by an LLM of another width than 32$",
+        r"or by another adapter, LLM or speech encoder$",
     ):
         run(settings, tmp_path / "run")
 

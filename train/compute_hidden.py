@@ -17,7 +17,7 @@ from omni2_jax import files, sharding
 from omni2_jax.devices import Device
 from omni2_jax.train import weights
 from omni2_jax.train.examples import Item, Row
-from omni2_jax.train.hidden_states import HiddenStates
+from omni2_jax.train.hidden_states import HiddenStates, origin
 from omni2_jax.train.loop import Run
 from omni2_jax.train.settings import TrainConfig
 from omni2_jax.train.stages import stage_of
@@ -49,7 +49,8 @@ def compute(train: TrainConfig, out: Path, devices: Sequence[Device] | None = No
                 inputs = {name: batch[name][0] for name in names if name in batch}
                 return np.asarray(read(values, inputs).astype(train.dtype))
 
-            metadata = {"width": run.config.llm.width, "dtype": train.dtype}
+            width = run.config.llm.width
+            metadata = {"width": width, "dtype": train.dtype, **origin(train)}
             for name, split in {"data": run.data, "validation": run.validation}.items():
                 if split is not None:
                     rows = HiddenStates.arrays(split, states, behind_text)

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from omni2_jax import remote
 from omni2_jax.checkpoint.tokenizer import Tokenizer
 from omni2_jax.config import Omni2Config
 from omni2_jax.models.model import Model
@@ -109,10 +108,7 @@ class SpeechToSpeech(UnitWriting):
     ) -> SpeechExamples:
         examples = SpeechExamples(self.train, config, tokenizer, data)
         examples.frames = EncoderFrames.of(self.train, config, data, split)
-        if self.train.hidden:
-            assert config.llm is not None
-            path = remote.as_path(self.train.hidden) / split
-            examples.hidden = HiddenStates(path, data, config.llm.width)
+        examples.hidden = HiddenStates.of(self.train, config, data, split)
         return examples
 
     def writing_loss(self, model: Model, batch: Batch) -> Loss:
