@@ -339,6 +339,19 @@ def test_what_a_stage_needs(plan, config, tokenizer, tmp_path):
         catalogue(examples, [0], (LONG,), strict=False)
 
 
+@pytest.mark.parametrize("stage", ["1b", "2", "flow"])
+def test_units_that_the_checkpoint_does_not_know(config, tokenizer, path, stage):
+    small = config.replace(units=900, flow=dataclasses.replace(config.flow, units=900))
+    train = TrainConfig(stage, buckets=(Bucket(9, 900, 900),))
+    examples = stage_of(train).examples(small, tokenizer, Dataset(path), "data")
+    with pytest.raises(
+        ValueError,
+        match=f"has nothing to train stage {stage} on: 8 x dialogue 0: a reply has units that .*; "
+        r"prepare the data with .* of this checkpoint \(unit \d{4}, expected 0 to 899\)$",
+    ):
+        catalogue(examples, range(len(examples)), train.buckets, strict=False)
+
+
 @pytest.fixture
 def damaged(path, tmp_path) -> Path:
     """The data set with a byte of the question of dialogue 3 changed, and one of dialogue 5."""

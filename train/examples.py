@@ -83,12 +83,13 @@ class Examples(abc.ABC):
     def arrange(self, reply: Turn, text: Sequence[int]) -> Layout:
         """The sequence of the speech LM for a reply with these token ids.
 
-        Raises ValueError if the reply has no units.
+        Raises ValueError if the reply has no units, or some that the speech LM does not know.
         """
         if reply.units is None:
             raise ValueError(
                 "a reply has no units; omni2 prepare --speech-tokenizer makes them from recordings"
             )
+        check_known(reply.units, self.config.units)
         offline = self.train.layout == "offline"
         return arrange(text, reply.units.tolist(), self.config, offline)
 
@@ -111,6 +112,15 @@ class ReplyExamples(Examples):
         """The reply that an item refers to."""
         assert item.turn is not None
         return self.data.dialogue(item.dialogue).turns[item.turn]
+
+
+def check_known(units: np.ndarray, count: int) -> None:
+    """Raise ValueError unless units [U] of a reply are among the `count` units of a checkpoint."""
+    if units.max() >= count:
+        raise ValueError(
+            "a reply has units that the checkpoint does not know; prepare the data with the speech "
+            f"tokenizer of this checkpoint (unit {units.max()}, expected 0 to {count - 1})"
+        )
 
 
 def full(shape: int | tuple[int, ...], value: int) -> np.ndarray:

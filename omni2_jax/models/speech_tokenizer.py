@@ -247,7 +247,7 @@ def load(directory: Path) -> SpeechTokenizer:
 def fingerprint(tokenizer: SpeechTokenizer) -> str:
     """A hash of the parameters, 16 hexadecimal digits.
 
-    Data sets store it, so that units of different tokenizers are not mixed.
+    A data set states it, and `omni2 prepare` does not go on with the work of another tokenizer.
     """
     digest = hashlib.sha256()
     for path, leaf in sorted(parameters.flatten(nnx.to_pure_dict(nnx.state(tokenizer))).items()):

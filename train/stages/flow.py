@@ -19,6 +19,7 @@ from omni2_jax.train.examples import (
     Item,
     ReplyExamples,
     Row,
+    check_known,
     full,
     put,
 )
@@ -38,6 +39,7 @@ class RecordingExamples(ReplyExamples):
                 f"turn {turn} has no recording or no units, which the flow is trained on; "
                 "omni2 prepare --speech-tokenizer makes units of recordings"
             )
+        check_known(reply.units, self.config.flow.units)
         return len(reply.units)
 
     def empty(self, bucket: Bucket) -> Row:
