@@ -16,6 +16,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
+from omni2_jax import sharding
 from omni2_jax.audio import recordings
 from omni2_jax.checkpoint import parameters
 from omni2_jax.configs import stage1a, stage2
@@ -27,11 +28,12 @@ from omni2_jax.train.data.records import encode_clip
 from omni2_jax.train.loop import Run
 from omni2_jax.train.reporter import Reporter
 from omni2_jax.train.settings import Bucket, MeshConfig, OptimizerConfig, TrainConfig
+from omni2_jax.train.stages import stage_of
 from tests.support import xla
 from tests.support.compare import tree_equal
 from tests.support.paths import ROOT
 from tests.support.releases import linked
-from tests.support.runs import reported
+from tests.support.runs import reported, toy_config
 
 
 def run(train: TrainConfig, out: Path) -> Run:
@@ -322,6 +324,27 @@ def test_average_of_the_weights(low_rank, checkpoint_dir):
     for path, value in part(low_rank.out / "final", "adapter").items():
         np.testing.assert_allclose(value, average[path], atol=1e-6)
         assert np.abs(value - saved["params"][f"adapter.{path}"]).max() > 1e-4
+
+
+def test_exported_low_rank_updates(new_checkpoint, talks, tmp_path):
+    """What is computed in bfloat16 and not trained is exported as it is stored, in float32."""
+    stage = stage_of(toy_config(stage1a.config, new_checkpoint, talks, rank=4, dtype="bfloat16"))
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    _, trained, frozen = weights.load(stage, new_checkpoint, mesh)
+    trained = {path: leaf + 0.1 for path, leaf in trained.items()}
+    weights.export(stage, new_checkpoint, trained, frozen, tmp_path / "final")
+    for name in ("adapter", "llm"):
+        after = part(tmp_path / "final", name)
+        for path, leaf in part(new_checkpoint, name).items():
+            stem, tolerance = f"{name}.{path.removesuffix('kernel')}", 0.0
+            if name == "adapter":
+                leaf = leaf + np.float32(0.1)
+            elif f"{stem}low" in trained:
+                pairs = zip(trained[f"{stem}low"], trained[f"{stem}high"], strict=True)
+                leaf = leaf + LORA_SCALE * np.stack([np.tensordot(*pair, 1) for pair in pairs])
+                tolerance = 1e-6
+            np.testing.assert_allclose(after[path], leaf, rtol=0, atol=tolerance)
+            assert after[path].dtype == np.float32
 
 
 def traced_only(objective: step.Objective, shardings) -> Callable:

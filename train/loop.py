@@ -188,11 +188,11 @@ class Run:
             if leads:
                 say(f"stopped at step {done} of {self.steps}; the same command resumes it")
             return
-        params = weights.merged(self.objective.result(state), self.frozen)
-        weights.export(self.stage, self.start, params, final)
+        trained = self.objective.result(state)
+        weights.export(self.stage, self.start, trained, self.frozen, final)
         if leads:
-            trained = ", ".join(self.stage.trained)
-            say(f"done: {final} is a checkpoint with {trained} trained")
+            parts = ", ".join(self.stage.trained)
+            say(f"done: {final} is a checkpoint with {parts} trained")
 
 
 def any_process(flag: bool) -> bool:

@@ -14,12 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 
 from omni2_jax import remote, sharding
 from omni2_jax.checkpoint import parameters
+from omni2_jax.checkpoint.lazy import LazyArray
 from omni2_jax.config import Omni2Config
 from omni2_jax.models.layers import LORA_SCALE
 from omni2_jax.models.model import Model, abstract_state, part_dtype
@@ -131,8 +133,13 @@ def load(stage: "Stage", directory: Path, mesh: Mesh) -> tuple[Weights, Params, 
 
 
 def load_part(stage: "Stage", stored: Weights, directory: Path, part: str) -> Params:
-    """One part of a checkpoint by path; float32 if it is trained or belongs to the decoder."""
-    is_trained = part in stage.trained and not stage.train.rank
+    """One part of a checkpoint by path; float32 if it is trained or belongs to the decoder.
+
+    The LLM under low-rank updates is not trained itself.
+    """
+    is_trained = any(
+        stage.is_trained(path) for path in stored.shapes if path.startswith(f"{part}.")
+    )
     dtype = jnp.float32 if is_trained else part_dtype(part, jnp.dtype(stage.train.dtype))
     shapes, shardings = stored.nested(stored.shapes), stored.nested(stored.shardings)
     loaded = parameters.load_part(directory, part, shapes[part], dtype, shardings[part])
@@ -152,24 +159,44 @@ def initial(weights: Weights, paths: Collection[str], seed: int) -> Params:
     return jax.jit(draw, out_shardings={path: weights.shardings[path] for path in paths})()
 
 
-def merged(trained: Params, frozen: Params) -> Params:
-    """All parameters, with low-rank updates added to their kernels."""
+def merged(trained: Params, frozen: Mapping[str, Any]) -> dict[str, Any]:
+    """All parameters, with low-rank updates added to their kernels, in the kernels' dtype.
+
+    Frozen parameters may be `LazyArray`, and stay it; every process of a run has to call it then.
+    """
     values = frozen | trained
     for path in [path for path in values if path.endswith(".low")]:
         stem = path.removesuffix("low")
         low, high, kernel = values.pop(path), values.pop(f"{stem}high"), values[f"{stem}kernel"]
-        # Layers are stacked on the first axis.
-        update = low.reshape(low.shape[0], -1, low.shape[-1]) @ high.reshape(*high.shape[:2], -1)
-        update = LORA_SCALE * update.reshape(kernel.shape)
-        values[f"{stem}kernel"] = (kernel.astype(jnp.float32) + update).astype(kernel.dtype)
+        if isinstance(kernel, LazyArray):
+            values[f"{stem}kernel"] = updated_when_read(kernel, low, high)
+        else:  # layers are stacked on the first axis
+            values[f"{stem}kernel"] = jax.vmap(updated)(kernel, low, high)
     return values
 
 
-def export(stage: "Stage", start: Path, params: Params, out: Path) -> None:
+def updated(kernel: Any, low: Any, high: Any) -> Any:
+    """The kernel of one layer with its low-rank update, computed in float32."""
+    update = low.reshape(-1, low.shape[-1]) @ high.reshape(high.shape[0], -1)
+    update = LORA_SCALE * update.reshape(kernel.shape)
+    return (kernel.astype(np.float32) + update).astype(kernel.dtype)
+
+
+def updated_when_read(kernel: LazyArray, low: jax.Array, high: jax.Array) -> LazyArray:
+    """Stored kernels [layers, ...] with their updates. One layer at a time is in float32."""
+    updates = [multihost_utils.process_allgather(array, tiled=True) for array in (low, high)]
+
+    def read() -> np.ndarray:
+        return np.stack([updated(*layer) for layer in zip(kernel.read(), *updates, strict=True)])
+
+    return LazyArray(kernel.shape, kernel.dtype, read)
+
+
+def export(stage: "Stage", start: Path, trained: Params, frozen: Params, out: Path) -> None:
     """Write the checkpoint `start` with its trained parts replaced, in the dtypes of `start`.
 
-    params: of all trained parts, from `merged`. Every process of a run calls it. `out` appears
-    whole or not at all. Parts that did not change are hard links where the file system allows it.
+    Every process of a run calls it. `out` appears whole or not at all. Parts that did not change
+    are hard links where the file system allows it.
     """
     # Cloud Storage has no rename: there `out` becomes a checkpoint with its config.json.
     renames = not remote.is_remote(out)
@@ -178,11 +205,17 @@ def export(stage: "Stage", start: Path, params: Params, out: Path) -> None:
         remote.remove(work)
         copy_checkpoint(start, work, without=stage.trained)
     sync("exporting")
+    drawn = stage.drawn(Omni2Config.load(start / "config.json"))
     for part in stage.trained:
-        stored = parameters.metadata(start, part) if part in parameters.parts(start) else {}
-        leaves = without_prefix(params, part)
-        for path in leaves.keys() & stored.keys():
-            leaves[path] = leaves[path].astype(stored[path].dtype)
+        stored = parameters.stored(start, part) if part in parameters.parts(start) else {}
+        stays: dict[str, Any] = without_prefix(frozen, part)
+        if part not in drawn:
+            # As it is stored: in memory it was rounded to the dtype of the computation.
+            stays |= {path: stored[path] for path in stays}
+        leaves = merged(without_prefix(trained, part), stays)
+        for path, leaf in leaves.items():
+            if path in stored and not isinstance(leaf, LazyArray):
+                leaves[path] = leaf.astype(stored[path].dtype)
         parameters.save_part(work, part, leaves)
     sync("exported")
     if jax.process_index() == 0:
