@@ -7,7 +7,7 @@ file, spk2info.pt and the yaml.
 import contextlib
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import rich.progress
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from omni2_jax import files
+from omni2_jax import files, remote
 from omni2_jax.checkpoint import parameters, voices
 from omni2_jax.cli.console import say
 from omni2_jax.config import LANGUAGE_PARTS, DecoderConfig, Omni2Config
@@ -42,14 +42,21 @@ def write(directory: Path, out: Path, progress: rich.progress.Progress) -> None:
     """Write the checkpoint `directory` in the released layout as `out`, whole or not at all.
 
     Raises ConversionError if it holds neither a whole language side nor a decoder, if the released
-    layout cannot hold one of its parts, or if it is damaged; ValueError if `out` cannot be written.
+    layout cannot hold one of its parts, or if it is damaged or in Cloud Storage; ValueError if
+    `out` cannot be written.
     """
+    if remote.is_remote(directory):
+        raise ConversionError(f"{directory} is in Cloud Storage; copy it to this machine first")
     config, present = Omni2Config.load(directory / "config.json"), parameters.parts(directory)
     language = all(part in present for part in LANGUAGE_PARTS)
     if not language and "flow" not in present:
         raise ConversionError(
             f"{directory} holds {', '.join(present) or 'no parameters'}: "
             "neither a whole LLaMA-Omni2 nor its decoder"
+        )
+    if "flow" in present and "vocoder" not in present:
+        raise ConversionError(
+            f"{directory} has a flow and no vocoder; the released layout holds both or neither"
         )
     if language:
         check_families(directory, config)
@@ -169,12 +176,9 @@ def write_omni2(
         writer.add(name, tensor)
     writer.close()
     dtype = writer.dtypes.pop() if len(writer.dtypes) == 1 else "float32"
-    generated = release_json(config, dtype)
-    # The release's own file keeps what we do not need, such as the Whisper file's path.
     original = directory / "assets" / "config.json"
     stated = json_files.read(original) if original.exists() else {}
-    stream_params = {"stream_params": generated["stream_params"]}
-    write_json(out / "config.json", generated | stated | stream_params)
+    write_json(out / "config.json", release_json(config, dtype, stated))
     write_tokenizers(directory, config, out)
     if (directory / "generation_config.json").exists():
         shutil.copyfile(directory / "generation_config.json", out / "generation_config.json")
@@ -193,36 +197,45 @@ def write_tokenizers(directory: Path, config: Omni2Config, out: Path) -> None:
         (out / "tts_tokenizer" / name).write_bytes(content)
 
 
-def release_json(config: Omni2Config, dtype: str) -> dict[str, Any]:
-    """The config.json of a LLaMA-Omni2 release; `config` must have the language side."""
+def release_json(config: Omni2Config, dtype: str, stated: Mapping[str, Any]) -> dict[str, Any]:
+    """The config.json of a LLaMA-Omni2 release; `config` must have the language side.
+
+    stated: the file of the release that the checkpoint was made of, or nothing. It keeps what is
+    not in `config`, such as the Whisper file's path.
+    """
     llm, speech_lm = config.llm, config.speech_lm
     encoder, adapter = config.speech_encoder, config.adapter
     assert llm and speech_lm and encoder and adapter
     eos = config.tokens.text_eos
-    generator = {
-        "architectures": ["Qwen2ForCausalLM"],
-        "model_type": "qwen2",
-        "torch_dtype": dtype,
-        "bos_token_id": config.tokens.unit_eos,
-        "eos_token_id": config.tokens.unit_eos,
-    }
-    return qwen2.write_config(llm) | {
+    default = {
         "architectures": ["Omni2Speech2SQwen2ForCausalLM"],
         "model_type": OMNI2,
         "torch_dtype": dtype,
         "eos_token_id": eos[0] if len(eos) == 1 else list(eos),
         "speech_encoder": "models/speech_encoder/large-v3.pt",
         "speech_encoder_type": "whisper",
+        "speech_projector_type": "linear",
+        "tokenizer_padding_side": "right",
+    }
+    default_generator = {
+        "architectures": ["Qwen2ForCausalLM"],
+        "model_type": "qwen2",
+        "torch_dtype": dtype,
+        "bos_token_id": config.tokens.unit_eos,
+    }
+    generator = default_generator | stated.get("speech_generator", {})
+    dimensions = qwen2.write_config(llm) | {
         "speech_encoder_hidden_size": encoder.width,
         HEADS: encoder.heads,
         "speech_encoder_ds_rate": adapter.stride,
-        "speech_projector_type": "linear",
         "stream_params": f"({config.read},{config.write})",
         "unit_vocab_size": config.units,
         "tokenizer_model_max_length": config.max_prompt,
-        "tokenizer_padding_side": "right",
-        "speech_generator": generator | qwen2.write_config(speech_lm),
+        "speech_generator": generator
+        | qwen2.write_config(speech_lm)
+        | {"eos_token_id": config.tokens.unit_eos},
     }
+    return default | stated | dimensions
 
 
 def write_decoder(

@@ -139,6 +139,18 @@ def test_language_side_comes_back_bit_equal(back):
         assert (back / "LLaMA-Omni2" / file).read_bytes() == (OMNI2 / file).read_bytes()
 
 
+def test_dimensions_are_those_of_the_checkpoint(checkpoint_dir):
+    """The release's own config.json keeps only the rest."""
+    config, original = (
+        Omni2Config.load(checkpoint_dir / "config.json"),
+        json.loads((OMNI2 / "config.json").read_text()),
+    )
+    wrong = {"hidden_size": 1, "unit_vocab_size": 1, "stream_params": "(1,1)"}
+    generator = original["speech_generator"] | {"hidden_size": 1, "eos_token_id": 1}
+    stated = original | wrong | {"speech_generator": generator}
+    assert original.items() <= export.release_json(config, "bfloat16", stated).items()
+
+
 def test_decoder_comes_back(back, checkpoint_dir):
     """flow.pt is bit-equal. In hift.pt the weight itself is the direction of its weight norm; the
     next test converts it again."""

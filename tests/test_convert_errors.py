@@ -3,16 +3,21 @@
 import dataclasses
 import json
 import resource
+import shutil
 import subprocess
 import sys
+from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pytest
+import rich.progress
 import torch
+from etils import epath
 from safetensors.numpy import load_file, save_file
 
 from omni2_jax.checkpoint.lazy import LazyArray
-from omni2_jax.convert import cosyvoice, read, write
+from omni2_jax.convert import cosyvoice, export, read, write
 from omni2_jax.convert.plan import ConversionError, Rule, Table, plan
 from omni2_jax.convert.release import combine
 from tests.support.paths import GOLDENS
@@ -429,6 +434,13 @@ def test_damaged_checkpoint(tmp_path, checkpoint_dir):
         tmp_path / "encoder",
         says=["encoder holds speech_encoder: neither a whole LLaMA-Omni2"],
     )
+    silent = linked(checkpoint_dir, tmp_path / "silent")
+    shutil.rmtree(silent / "params" / "vocoder")
+    assert_refused(tmp_path, "--to-torch", silent, says=["silent has a flow and no vocoder"])
+    with pytest.raises(ValueError, match=r"^gs://bucket/ckpt is in Cloud Storage; copy it"):
+        export.write(
+            cast(Path, epath.Path("gs://bucket/ckpt")), tmp_path / "out", rich.progress.Progress()
+        )
 
 
 def test_exit_code_of_the_command(tmp_path):
