@@ -1,7 +1,7 @@
 """A `Release` -> a checkpoint directory, new or extended."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from omni2_jax import files
@@ -48,11 +48,15 @@ def extend(
     whole = combine([present, release])
     new = {part: params for part, params in whole.params.items() if part not in present.params}
     release = dataclasses.replace(whole, params=new)
+    voice_files = [f"voices/{name}.npy" for name in (*release.voices, *prompts)]
+    paths = [out / name for name in (*release.files, *voice_files)]
+    added = [path for path in paths if not path.exists()]
     try:
         remove_parts(out, release)  # left behind by a conversion that was killed
         write_into(out, release, prompts, written)
     except BaseException:
         remove_parts(out, release)
+        remove_files(added)
         raise
 
 
@@ -71,19 +75,31 @@ def remove_parts(directory: Path, release: Release) -> None:
         (directory / speech_tokenizer.FILE).unlink(missing_ok=True)
 
 
+def remove_files(paths: Sequence[Path]) -> None:
+    """Delete files, those of them that exist, and the folders that are empty then."""
+    for path in paths:
+        path.unlink(missing_ok=True)
+    for folder in {path.parent for path in paths}:
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
+
+
 def write_into(
     directory: Path, release: Release, prompts: Mapping[str, Path], written: Written
 ) -> None:
-    """Write everything of the release into a directory, config.json last. Raises as `write`."""
-    for name, content in release.files.items():
-        (directory / name).parent.mkdir(parents=True, exist_ok=True)
-        with files.atomic_write(directory / name, "wb") as file:
-            file.write(content if isinstance(content, bytes) else content.read_bytes())
+    """Write everything of the release into a directory, config.json last. Raises as `write`.
+
+    No file that is there already is replaced before all prompts have become voices.
+    """
     for part, params in release.params.items():
         parameters.save_part(directory, part, params, written)
     x_vectors = release.voices | {
         name: voices.from_file(directory, release.config, path) for name, path in prompts.items()
     }
+    for name, content in release.files.items():
+        (directory / name).parent.mkdir(parents=True, exist_ok=True)
+        with files.atomic_write(directory / name, "wb") as file:
+            file.write(content if isinstance(content, bytes) else content.read_bytes())
     for name, x_vector in x_vectors.items():
         voices.save(directory, name, x_vector)
     if release.speech_tokenizer:
