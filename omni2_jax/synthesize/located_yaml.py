@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 
 import pydantic
 import yaml
+from yaml.constructor import ConstructorError
 
 from omni2_jax import files
 from omni2_jax.validation import fault
@@ -13,6 +14,16 @@ from omni2_jax.validation import fault
 M = TypeVar("M", bound=pydantic.BaseModel)
 
 MAX_FAULTS = 3  # that one message lists
+
+
+class Loader(yaml.SafeLoader):
+    """PyYAML's loader, in which a value that cannot be has a position, such as 2024-02-30."""
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except ValueError as error:
+            raise ConstructorError(None, None, str(error), node.start_mark) from None
 
 
 class LocatedYaml:
@@ -25,7 +36,7 @@ class LocatedYaml:
     def __init__(self, path: Path):
         self.path = path
         try:
-            loader = yaml.SafeLoader(path.read_text(encoding="utf-8"))
+            loader = Loader(path.read_text(encoding="utf-8"))
             self.root = loader.get_single_node()
             for key in repeated_keys(self.root, set()):
                 raise ValueError(f"{self.at(key.start_mark)}: {key.value!r} comes twice")

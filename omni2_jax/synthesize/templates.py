@@ -48,18 +48,25 @@ def ordinal(number: int) -> str:
 
 
 def plural(noun: str) -> str:
-    """The plural of an English noun."""
-    return ENGLISH.plural_noun(noun)
+    """The plural of an English noun. Raises ValueError as `checked`."""
+    return ENGLISH.plural_noun(checked(noun))
 
 
 def article(noun: str) -> str:
-    """An English noun after "a" or "an"."""
-    return ENGLISH.a(noun)
+    """An English noun after "a" or "an". Raises ValueError as `checked`."""
+    return ENGLISH.a(checked(noun))
 
 
 def spelled(word: str) -> str:
-    """The letters of a word as one says them: "C, A, T"."""
-    return ", ".join(word.upper())
+    """The letters of a word as one says them: "C, A, T". Raises ValueError as `checked`."""
+    return ", ".join(checked(word).upper())
+
+
+def checked(word: Any) -> str:
+    """A word as it is. Raises ValueError if it is a number or an empty text."""
+    if not isinstance(word, str) or not word.strip():
+        raise ValueError(f"expected a word, not {type(word).__name__} '{word}'")
+    return word
 
 
 def in_words(value: Any) -> Any:
