@@ -228,6 +228,9 @@ def test_a_task_is_added(omni2, given, recogniser, tmp_path):
     assert omni2(*given(tasks=("asr-wer",)))[0] == 0
     results = Results.load(tmp_path / "out" / "results.json")
     assert list(results.tasks) == ["spoken-qa", "asr-wer"]
+    assert omni2(*given("--recogniser", "", tasks=("text-qa",)))[0] == 0
+    results = Results.load(tmp_path / "out" / "results.json")
+    assert len(results.tasks) == 3 and results.recogniser == {"kind": "scripted"}
 
 
 def test_other_settings_are_refused(omni2, given, recogniser, tmp_path):

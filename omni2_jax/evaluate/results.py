@@ -97,9 +97,15 @@ def command() -> list[str]:
 
 
 def merged(new: Results, old: Results | None) -> Results:
-    """Results with the tasks that an earlier command measured on the same answers."""
+    """Results with the tasks that an earlier command measured on the same answers.
+
+    Its recogniser and its notes stay, too, if the new command has no recogniser.
+    """
     if old is None or (old.system, old.data) != (new.system, new.data):
         return new
+    if new.recogniser is None:
+        notes = list(dict.fromkeys([*old.notes, *new.notes]))
+        new = dataclasses.replace(new, recogniser=old.recogniser, notes=notes)
     return dataclasses.replace(new, tasks={**old.tasks, **new.tasks})
 
 
