@@ -113,6 +113,7 @@ def test_whole_conversations():
     rows = [row("a", True), row("a", True), row("b", True), row("b", False), row("c", True)]
     found = TextQA(TaskOptions()).summarise([*rows, row("d", True, asked=1)], unanswered=1)
     assert (found["whole"].value, found["whole"].count) == (50, 2)
+    assert "exact" not in found  # no item states a whole reply
     assert round(found["s2t"].value, 1) == 71.4  # 5 of 6 that are scored, and one without an answer
     assert "whole" not in TextQA(TaskOptions()).summarise([row("c", True)], unanswered=0)
 
@@ -128,6 +129,8 @@ def test_recordings_in_parquet(tmp_path):
         parquet.write_table(pyarrow.Table.from_pylist(rows), file)
     found = item_files.read_items(tmp_path / "data", folder=tmp_path / "sounds")
     assert [item.references for item in found] == [("blue",)] * 2
+    found[0].turns[0].write_bytes(bytes(len(content)))  # of another file of items
+    found = item_files.read_items(tmp_path / "data", folder=tmp_path / "sounds")
     assert [item.turns[0].read_bytes() for item in found] == [content] * 2
 
 

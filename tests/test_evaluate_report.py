@@ -121,6 +121,8 @@ def test_bad_results(tmp_path):
     with pytest.raises(ValueError, match=r"holds no results\.json"):
         write_report([tmp_path], tmp_path / "report")
     path = write(tmp_path / "a", "talk", asr_wer=task(wer=1.0)) / "results.json"
+    with pytest.raises(ValueError, match=r"no_run has no metrics\.jsonl"):
+        write_report([tmp_path], tmp_path / "report", [tmp_path / "no_run"])
     for content, words in (("{", "it is not JSON"), ("{}", "label is missing")):
         path.write_text(content)
         with pytest.raises(ValueError) as error:

@@ -187,9 +187,9 @@ def parquet_rows(path: Path, folder: Path | None) -> Iterator[Mapping[str, Any]]
 
 
 def unpack(content: bytes, path: Path) -> Path:
-    """A recording's bytes as a file; one of the same size exists already."""
+    """A recording's bytes as a file; one that has them already is not written again."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    if not path.exists() or path.stat().st_size != len(content):
+    if not path.exists() or path.read_bytes() != content:
         with atomic_write(path, "wb") as file:
             file.write(content)
     return path.absolute()

@@ -132,6 +132,14 @@ def draw_spectrograms(title: str, pictures: Mapping[str, np.ndarray], path: Path
     return path
 
 
+def metrics_of(run: Path) -> Path:
+    """The metrics.jsonl of a training run. Raises ValueError if it has none."""
+    path = run / "metrics.jsonl"
+    if not path.is_file():
+        raise ValueError(f"{run} has no metrics.jsonl: expected a directory of `omni2 train`")
+    return path
+
+
 def curves(path: Path) -> dict[str, tuple[list[int], list[float]]]:
     """The measurements in a metrics.jsonl by name: their steps and values."""
     found: dict[str, tuple[list[int], list[float]]] = {}
@@ -149,12 +157,9 @@ def curves(path: Path) -> dict[str, tuple[list[int], list[float]]]:
 def draw_run(run: Path, path: Path) -> Path:
     """The losses and other measurements of a training run, one panel each.
 
-    Raises ValueError if it has no metrics.jsonl.
+    Raises ValueError as `metrics_of`.
     """
-    file = run / "metrics.jsonl"
-    if not file.is_file():
-        raise ValueError(f"{run} has no metrics.jsonl: expected a directory of `omni2 train`")
-    found = curves(file)
+    found = curves(metrics_of(run))
     columns = 3
     rows = max(1, math.ceil(len(found) / columns))
     figure, axes = plt.subplots(

@@ -40,9 +40,11 @@ def write_report(folders: Sequence[Path], out: Path, runs: Sequence[Path] = ()) 
     """Write OUT/report.md and its plots -> its path. An earlier report in OUT is replaced.
 
     runs: directories of `omni2 train`, the curves of which are drawn. Raises ValueError for folders
-    without results, and for runs without metrics.
+    without results, and for runs without metrics, before anything is written.
     """
     results = read_results(folders)
+    for run in runs:
+        plots.metrics_of(run)
     out.mkdir(parents=True, exist_ok=True)
     tables = paper_tables(results)
     parts = ["# Evaluation", LEGEND if tables else MEASURED_LEGEND]

@@ -14,7 +14,8 @@ class TextQA(Task):
     """Accuracy in percent: a reference occurs in the answer, and the answer is the whole reply.
 
     Both compare words after Whisper's normalisation. `exact` is over the items that state a whole
-    reply. An item without an answer counts as wrong. `whole` is the share of conversations all of
+    reply; it is not given where none of the answered items does. An item without an answer counts
+    as wrong. `whole` is the share of conversations all of
     whose questions are answered rightly, over those of several questions that are all scored.
     """
 
@@ -39,7 +40,8 @@ class TextQA(Task):
         found = {}
         for name in ("s2t", "exact"):
             rows = [row[name] for row in scores if row[name] is not None]
-            if count := len(rows) + unanswered:
+            count = len(rows) + unanswered
+            if rows or (name == "s2t" and count):
                 found[name] = estimates.share(sum(rows), count).scaled(100)
         if whole := conversations(scores):
             found["whole"] = estimates.share(sum(whole), len(whole)).scaled(100)
