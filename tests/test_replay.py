@@ -55,6 +55,14 @@ def test_the_share_of_text(examples, count, spoken, texts):
     assert {-1 - number for number in numbers if number < 0} == set(range(min(count, texts)))
 
 
+def test_names_of_rows(examples):
+    """Messages name a dialogue by its own data set, however often that is repeated."""
+    rows = examples(3)
+    names = [rows.name(index) for index in range(len(rows))]
+    assert names[:4] == ["dialogue 0", "dialogue 1"] * 2
+    assert names[4:] == [f"dialogue {number} of {rows.texts.path}" for number in range(3)]
+
+
 def test_a_text_is_a_row_without_speech(examples):
     rows = examples(1)
     (item,) = rows.items(len(rows) - 1)

@@ -1,5 +1,6 @@
 """Stage "text": packed rows, each dialogue for itself, and the share of right replies."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from omni2_jax.checkpoint.tokenizer import Tokenizer
 from omni2_jax.config import Omni2Config
 from omni2_jax.configs import text
 from omni2_jax.models.model import Model
+from omni2_jax.train.data.loader import catalogue
 from omni2_jax.train.data.texts import Texts
 from omni2_jax.train.examples import PAD
 from omni2_jax.train.loop import Run
@@ -98,6 +100,20 @@ def test_a_row_has_dialogues_as_the_chat_template_spells_them(examples):
         spoken = [tokenizer.decode(reply) for reply in replies if len(reply)]
         assert spoken == [f"{reply}<|im_end|>" for reply in turns[1::2]]
     assert (row["ids"] == PAD).sum() == 160 - sum(row["dialogue"] != PAD)
+
+
+def test_rows_are_named_by_their_dialogues(examples):
+    """Messages do not take the number of a row for that of a dialogue."""
+    lengths = [len(one.ids) for one in examples.written]
+    capacity = min(lengths)
+    short = dataclasses.replace(examples.train, buckets=(Bucket(0, capacity),))
+    alone = WrittenExamples(short, examples.config, examples.tokenizer, examples.data)
+    measured = catalogue(alone, range(len(alone)), short.buckets, strict=False)
+    left_out = {f"dialogue {n}" for n, length in enumerate(lengths) if length > capacity}
+    assert measured.skipped.keys() == left_out != set()
+    assert [examples.name(n) for n, row in enumerate(examples.rows) if len(row) > 1] == [
+        f"dialogues {', '.join(map(str, row))}" for row in examples.rows if len(row) > 1
+    ]
 
 
 def test_a_dialogue_sees_itself_alone(examples):

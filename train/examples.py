@@ -47,6 +47,10 @@ class Examples(abc.ABC):
         """How many indices `items` takes."""
         return len(self.data)
 
+    def name(self, index: int) -> str:
+        """What messages call the examples of `items(index)`."""
+        return f"dialogue {index}"
+
     @abc.abstractmethod
     def items(self, index: int) -> list[Item]:
         """The examples of dialogue `index`.

@@ -77,8 +77,8 @@ def catalogue(
             item_buckets = [bucket_index(item.size, buckets) for item in items]
         except ValueError as error:
             if strict:
-                raise ValueError(f"{examples.data.path}: dialogue {index}: {error}") from None
-            result.skipped[f"dialogue {index}"] = str(error)
+                raise ValueError(f"{examples.data.path}: {examples.name(index)}: {error}") from None
+            result.skipped[examples.name(index)] = str(error)
             continue
         result.items += items
         result.buckets += item_buckets

@@ -60,14 +60,23 @@ class TextExamples(DialogueExamples):
     def __len__(self) -> int:
         return self.copies * len(self.data) + self.num_texts
 
+    def place(self, index: int) -> tuple[Dataset | Texts, int]:
+        """Where `items(index)` finds its dialogue, and the dialogue's number there."""
+        number = index - self.copies * len(self.data)
+        if self.texts is None or number < 0:
+            return self.data, index % len(self.data)
+        return self.texts, number % len(self.texts)
+
+    def name(self, index: int) -> str:
+        place, number = self.place(index)
+        return super().name(number) + ("" if place is self.data else f" of {place.path}")
+
     def items(self, index: int) -> list[Item]:
         """As for all examples; the dialogue of an item that is a text is a negative number."""
-        number = index - self.copies * len(self.data)
-        if number < 0:
-            return super().items(index % len(self.data))
-        assert self.texts is not None
-        number %= len(self.texts)
-        size = len(written(self, self.texts.dialogue(number)).ids)
+        place, number = self.place(index)
+        if place is self.data:
+            return super().items(number)
+        size = len(written(self, place.dialogue(number)).ids)
         return [Item(-1 - number, None, Bucket(0, size, 0))]
 
     def empty(self, bucket: Bucket) -> Row:

@@ -81,6 +81,10 @@ class WrittenExamples(Examples):
     def __len__(self) -> int:
         return len(self.rows)
 
+    def name(self, index: int) -> str:
+        numbers = self.rows[index]
+        return f"dialogue{'s' * (len(numbers) > 1)} {', '.join(map(str, numbers))}"
+
     def items(self, index: int) -> list[Item]:
         size = 0
         for number in self.rows[index]:
