@@ -18,8 +18,8 @@ from typing import Any, cast
 
 from etils import epath
 
-# The file that readers of a checkpoint, a data set or hidden states open first.
-MARKERS = ("config.json", "dataset.json", "hidden.json")
+# The file that readers of a checkpoint, a data set, hidden states or encoder frames open first.
+MARKERS = ("config.json", "dataset.json", "hidden.json", "frames.json")
 
 
 def as_path(text: str | PurePath) -> Path:

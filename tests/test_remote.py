@@ -66,18 +66,19 @@ def test_a_file_appears_when_it_is_complete(bucket):
     assert path.read_text() == "é" and bucket.names("speech/files") == ["speech/files/a.json"]
 
 
-def test_a_directory_has_its_marker_last(bucket):
-    out = remote.as_path("gs://speech/atomic/out")
+@pytest.mark.parametrize("marker", remote.MARKERS)
+def test_a_directory_has_its_marker_last(bucket, marker):
+    out = remote.as_path(f"gs://speech/{marker}/out")
     with pytest.raises(KeyError), files.atomic_directory(out) as work:
-        (work / "config.json").write_text("{}")
+        (work / marker).write_text("{}")
         raise KeyError
-    assert bucket.names("speech/atomic") == []
+    assert bucket.names(f"speech/{marker}") == []
     with files.atomic_directory(out) as work:
-        (work / "config.json").write_text("{}")
+        (work / marker).write_text("{}")
         (work / "z").mkdir()
         (work / "z" / "last").write_text("1")
-    names = ["speech/atomic/out/config.json", "speech/atomic/out/z/last"]
-    assert bucket.names("speech/atomic") == names
+    names = [f"speech/{marker}/out/{marker}", f"speech/{marker}/out/z/last"]
+    assert bucket.names(f"speech/{marker}") == names
     generation = {name: bucket.objects[tuple(name.split("/", 1))][1] for name in names}
     assert max(names, key=generation.__getitem__) == names[0]
     with pytest.raises(ValueError, match="exists already"), files.atomic_directory(out):
