@@ -386,7 +386,7 @@ def test_validation_and_samples(toy, checkpoint_dir, talks, tmp_path, monkeypatc
     """The loss of the validation data, and answers in text and units from a checkpoint without a
     decoder.
     """
-    monkeypatch.setattr(sampler, "UNITS", 30)
+    monkeypatch.setattr(sampler, "FLUSH_UNITS", 30)
     silent = linked(checkpoint_dir, tmp_path / "silent")
     for name in ("flow", "vocoder"):
         shutil.rmtree(silent / "params" / name)

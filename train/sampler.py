@@ -21,7 +21,7 @@ from omni2_jax.train.weights import configure, without_prefix
 if TYPE_CHECKING:
     from omni2_jax.train.stages.base import Stage
 
-UNITS = 500  # at most, after the text of a sample has ended: 20 s
+FLUSH_UNITS = 500  # at most, after the text of a sample has ended: 20 s
 
 
 class Sampler:
@@ -38,7 +38,7 @@ class Sampler:
         self.config = stage.sample_config(configure(stage, directory))
         self.options = Options(
             max_new_tokens=stage.train.max_sample_text,
-            max_flush_units=UNITS,
+            max_flush_units=FLUSH_UNITS,
             seed=stage.train.seed,
         )
         self.model: Omni2 | None = None

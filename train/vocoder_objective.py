@@ -26,12 +26,6 @@ if TYPE_CHECKING:
 Array = jax.Array
 Losses = dict[str, Array]  # by the names of their weights in the settings
 
-# The groups that change in each phase, in the order of their steps.
-PHASES = {
-    "f0": ("f0",),
-    "spectral": ("f0", "vocoder"),
-    "adversarial": ("discriminators", "f0", "vocoder"),
-}
 GENERATOR = ("f0", "vocoder")  # the groups that are exported
 
 

@@ -137,17 +137,13 @@ def example_order(count: int, train: TrainConfig) -> Iterator[int]:
 
 def filled(catalogue: Catalogue, batches: Sequence[Batch]) -> float:
     """The share of the computed positions and tokens that is not padding."""
-
-    def extent(bucket: Bucket) -> int:
-        return bucket.positions + max(bucket.segments, 1) * bucket.tokens
-
     used = sum(
-        extent(catalogue.items[row].size)
+        catalogue.items[row].size.size
         for batch in batches
         for row in batch.rows
         if row != EMPTY_ROW
     )
-    return used / sum(extent(batch.bucket) * len(batch.rows) for batch in batches)
+    return used / sum(batch.bucket.size * len(batch.rows) for batch in batches)
 
 
 # ---- their arrays ----

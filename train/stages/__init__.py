@@ -39,19 +39,7 @@ def faults(train: "TrainConfig") -> list[str]:
         *names, last = STAGES
         return [f"stage is {train.stage!r}, expected {', '.join(names)} or {last}"]
     stage = stage_class(train.stage)
-    shared = (
-        "rank",
-        "replay",
-        "replay_data",
-        "ctc",
-        "layout",
-        "mix",
-        "frames",
-        "hidden",
-        "chunks",
-        "whisper",
-    )
-    users = {setting: [] for setting in shared}
+    users: dict[str, list[str]] = {}  # stages by setting
     for name in STAGES:
         for setting in stage_class(name).settings:
             users.setdefault(setting, []).append(name)
