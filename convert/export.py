@@ -235,7 +235,7 @@ def release_json(config: Omni2Config, dtype: str, stated: Mapping[str, Any]) -> 
         | qwen2.write_config(speech_lm)
         | {"eos_token_id": config.tokens.unit_eos},
     }
-    return default | stated | dimensions
+    return {**default, **stated, **dimensions}
 
 
 def write_decoder(

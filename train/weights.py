@@ -164,7 +164,7 @@ def merged(trained: Params, frozen: Mapping[str, Any]) -> dict[str, Any]:
 
     Frozen parameters may be `LazyArray`, and stay it; every process of a run has to call it then.
     """
-    values = frozen | trained
+    values = {**frozen, **trained}
     for path in [path for path in values if path.endswith(".low")]:
         stem = path.removesuffix("low")
         low, high, kernel = values.pop(path), values.pop(f"{stem}high"), values[f"{stem}kernel"]
