@@ -183,11 +183,14 @@ def updated(kernel: Any, low: Any, high: Any) -> Any:
 
 
 def updated_when_read(kernel: LazyArray, low: jax.Array, high: jax.Array) -> LazyArray:
-    """Stored kernels [layers, ...] with their updates. One layer at a time is in float32."""
+    """Stored kernels [layers, ...] with their updates, computed one layer at a time."""
     updates = [multihost_utils.process_allgather(array, tiled=True) for array in (low, high)]
 
     def read() -> np.ndarray:
-        return np.stack([updated(*layer) for layer in zip(kernel.read(), *updates, strict=True)])
+        values = np.empty(kernel.shape, kernel.dtype)
+        for number, layer in enumerate(zip(kernel.read(), *updates, strict=True)):
+            values[number] = updated(*layer)
+        return values
 
     return LazyArray(kernel.shape, kernel.dtype, read)
 
