@@ -217,13 +217,6 @@ def release_json(config: Omni2Config, dtype: str, stated: Mapping[str, Any]) -> 
         "speech_projector_type": "linear",
         "tokenizer_padding_side": "right",
     }
-    default_generator = {
-        "architectures": ["Qwen2ForCausalLM"],
-        "model_type": "qwen2",
-        "torch_dtype": dtype,
-        "bos_token_id": config.tokens.unit_eos,
-    }
-    generator = default_generator | stated.get("speech_generator", {})
     dimensions = qwen2.write_config(llm) | {
         "speech_encoder_hidden_size": encoder.width,
         HEADS: encoder.heads,
@@ -231,11 +224,27 @@ def release_json(config: Omni2Config, dtype: str, stated: Mapping[str, Any]) -> 
         "stream_params": f"({config.read},{config.write})",
         "unit_vocab_size": config.units,
         "tokenizer_model_max_length": config.max_prompt,
-        "speech_generator": generator
-        | qwen2.write_config(speech_lm)
-        | {"eos_token_id": config.tokens.unit_eos},
+        "speech_generator": generator_json(
+            speech_lm, config.tokens.unit_eos, dtype, stated.get("speech_generator", {})
+        ),
     }
     return {**default, **stated, **dimensions}
+
+
+def generator_json(
+    config: DecoderConfig, eos: int, dtype: str, stated: Mapping[str, Any]
+) -> Mapping[str, Any]:
+    """The speech LM in a release's config.json; what is stated stays if it says the same."""
+    context = "assets/config.json: speech_generator"
+    if stated.get("eos_token_id") == eos and qwen2.read_config(stated, context) == config:
+        return stated
+    default = {
+        "architectures": ["Qwen2ForCausalLM"],
+        "model_type": "qwen2",
+        "torch_dtype": dtype,
+        "bos_token_id": eos,
+    }
+    return {**default, **stated, **qwen2.write_config(config), "eos_token_id": eos}
 
 
 def write_decoder(

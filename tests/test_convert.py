@@ -146,7 +146,7 @@ def test_dimensions_are_those_of_the_checkpoint(checkpoint_dir):
         json.loads((OMNI2 / "config.json").read_text()),
     )
     wrong = {"hidden_size": 1, "unit_vocab_size": 1, "stream_params": "(1,1)"}
-    generator = original["speech_generator"] | {"hidden_size": 1, "eos_token_id": 1}
+    generator = original["speech_generator"] | {"intermediate_size": 1, "vocab_size": 1}
     stated = original | wrong | {"speech_generator": generator}
     assert original.items() <= export.release_json(config, "bfloat16", stated).items()
 
