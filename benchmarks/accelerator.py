@@ -28,7 +28,7 @@ import typer
 from benchmarks.sizes import SIZES
 from omni2_jax import files
 from omni2_jax.checkpoint import parameters
-from omni2_jax.cli.console import run_function, say
+from omni2_jax.console import run_function, say
 from omni2_jax.models.model import abstract_model
 
 # Loops, or loops and branches, as CUDA graphs.

@@ -36,9 +36,9 @@ from benchmarks.hlo import collectives
 from benchmarks.sizes import SIZES, dtype_of
 from benchmarks.targets import GPUS, KNOWN_SLICES, devices
 from omni2_jax import sharding
-from omni2_jax.cli.console import run_function
 from omni2_jax.config import Omni2Config
 from omni2_jax.configs import stage1a, stage2
+from omni2_jax.console import run_function
 from omni2_jax.devices import memory_gib
 from omni2_jax.generate.engine import Programs
 from omni2_jax.generate.engine_config import EngineConfig

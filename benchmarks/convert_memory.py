@@ -24,8 +24,8 @@ import typer
 from benchmarks import sizes
 from benchmarks.sizes import SIZES
 from omni2_jax.checkpoint import parameters, tokenizer
-from omni2_jax.cli.console import run_function
 from omni2_jax.config import LANGUAGE_PARTS, Omni2Config
+from omni2_jax.console import run_function
 from omni2_jax.convert import read, write
 from omni2_jax.convert.export import release_json
 from omni2_jax.convert.plan import indices, source_shapes

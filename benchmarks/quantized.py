@@ -22,8 +22,8 @@ import rich.table
 import typer
 from flax import nnx
 
-from omni2_jax.cli.console import progress_bar, run_function
 from omni2_jax.cli.paths import directory
+from omni2_jax.console import progress_bar, run_function
 from omni2_jax.convert.precision import quantized_parts
 from omni2_jax.generate.omni2 import Omni2, join
 from omni2_jax.generate.options import Options

@@ -32,7 +32,7 @@ import soxr
 import typer
 
 from omni2_jax.audio import recordings
-from omni2_jax.cli.console import progress_bar, run_function
+from omni2_jax.console import progress_bar, run_function
 
 MAX_UNDERRUN = 0.1  # seconds that are not heard as a gap
 HOLDS = 0.99  # the share of continuous answers that a number of clients needs to hold

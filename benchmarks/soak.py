@@ -32,7 +32,7 @@ from benchmarks.serve import (
     take_answer,
     take_event,
 )
-from omni2_jax.cli.console import progress_bar, run_function
+from omni2_jax.console import progress_bar, run_function
 
 CLIENTS = 3
 TURNS = 2  # of a conversation

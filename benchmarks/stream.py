@@ -25,8 +25,8 @@ from benchmarks import device, roofline
 from benchmarks.sizes import SIZES, load
 from benchmarks.stream_bench import Bench, engine_config_for
 from benchmarks.stream_growth import compare
-from omni2_jax.cli.console import run_function
 from omni2_jax.config import UNITS_PER_SECOND
+from omni2_jax.console import run_function
 from omni2_jax.generate import read_write, streaming_step
 from omni2_jax.generate.read_write_state import ReadWriteOutput
 from omni2_jax.generate.streaming_step import DecodeState

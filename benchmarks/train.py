@@ -25,9 +25,9 @@ from benchmarks.sizes import SIZES, for_training
 from omni2_jax import devices, sharding
 from omni2_jax.audio import features
 from omni2_jax.checkpoint.tokenizer import Tokenizer
-from omni2_jax.cli.console import run_function
 from omni2_jax.config import Omni2Config
 from omni2_jax.configs import flow, stage1a, stage1b, stage2
+from omni2_jax.console import run_function
 from omni2_jax.models import layers
 from omni2_jax.train import overrides, step
 from omni2_jax.train.data.dataset import Dataset

@@ -24,8 +24,8 @@ from flax import nnx
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from benchmarks.sizes import load
-from omni2_jax.cli.console import run_function
 from omni2_jax.config import Omni2Config, SpeechEncoderConfig
+from omni2_jax.console import run_function
 from omni2_jax.convert.families import qwen2
 from omni2_jax.generate import read_write
 from omni2_jax.generate.read_write_state import READING, ReadWriteState

@@ -18,8 +18,8 @@ from safetensors.numpy import save_file
 
 from omni2_jax import files, remote
 from omni2_jax.checkpoint import parameters, voices
-from omni2_jax.cli.console import say
 from omni2_jax.config import LANGUAGE_PARTS, DecoderConfig, Omni2Config
+from omni2_jax.console import say
 from omni2_jax.convert import (
     cosyvoice,
     decoder_yaml,

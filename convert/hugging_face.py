@@ -9,8 +9,8 @@ from typing import Any
 
 from omni2_jax.checkpoint import tokenizer
 from omni2_jax.checkpoint.lazy import LazyArray
-from omni2_jax.cli.console import say
 from omni2_jax.config import PARTS, AdapterConfig, Omni2Config, SpeechEncoderConfig
+from omni2_jax.console import say
 from omni2_jax.convert import ctranslate2, families, json_files
 from omni2_jax.convert.families import qwen2
 from omni2_jax.convert.formats import torch_dims

@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import hashlib
 import os
 import shutil
 import tempfile
@@ -134,3 +135,9 @@ def short(value: object) -> str:
     """A value as it is written in Python, for a message: at most its first 40 characters."""
     text = repr(value)
     return text if len(text) <= 40 else f"{text[:40]}..."
+
+
+def sha256(path: Path) -> str:
+    """The checksum of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -5,7 +5,7 @@ import runpy
 from pathlib import Path
 from typing import Any
 
-from omni2_jax.cli.console import missing_extra
+from omni2_jax.console import missing_extra
 
 SHIPPED = Path(__file__).parent / "configs"
 

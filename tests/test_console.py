@@ -7,8 +7,7 @@ import sys
 
 import pytest
 
-from omni2_jax import __version__
-from omni2_jax.cli import console
+from omni2_jax import __version__, console
 from tests.support.commands import is_error_line
 
 HEAVY = ("jax", "flax", "numpy", "transformers", "torch")

@@ -9,7 +9,7 @@ import pytest
 
 from omni2_jax.audio import recordings
 from omni2_jax.evaluate import estimates, word_errors
-from omni2_jax.evaluate.recognisers import (
+from omni2_jax.recognisers import (
     RecogniserOptions,
     WhisperRecogniser,
     open_recogniser,

@@ -11,11 +11,11 @@ import pytest
 
 from omni2_jax.audio import recordings
 from omni2_jax.evaluate import word_errors
-from omni2_jax.evaluate.recognisers import RecogniserOptions, open_recogniser
 from omni2_jax.evaluate.tasks.spoken_qa import occurs
 from omni2_jax.generate.omni2 import Answer, Omni2, join
 from omni2_jax.generate.options import Options
 from omni2_jax.generate.session import Session
+from omni2_jax.recognisers import RecogniserOptions, open_recogniser
 from omni2_jax.synthesize.grammar_file import read_grammar
 from omni2_jax.synthesize.make_dialogues import limited
 from omni2_jax.synthesize.records import TextTurn

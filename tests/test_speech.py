@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import yaml
 
+from omni2_jax import recognisers
 from omni2_jax.audio import recordings
-from omni2_jax.evaluate import recognisers
 from omni2_jax.jobs import Where
 from omni2_jax.synthesize import make_speech
 from omni2_jax.synthesize.engines import EngineError, open_engine

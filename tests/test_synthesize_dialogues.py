@@ -293,7 +293,7 @@ MISUSE = {
 
 @pytest.mark.parametrize(("options", "words"), MISUSE.items())
 def test_misused_options(options, words, tmp_path):
-    from omni2_jax.cli import console
+    from omni2_jax import console
     from omni2_jax.cli.main import app
 
     with pytest.raises(SystemExit) as exit:

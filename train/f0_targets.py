@@ -14,7 +14,7 @@ import rich.progress
 
 from omni2_jax import files
 from omni2_jax.audio import pitch
-from omni2_jax.cli.console import console, say
+from omni2_jax.console import console, say
 from omni2_jax.train.data.dataset import Dataset, RecordError
 
 FILE = "f0.npz"

@@ -21,7 +21,7 @@ from jax.experimental import multihost_utils
 
 from omni2_jax import remote, sharding
 from omni2_jax.checkpoint.tokenizer import Tokenizer
-from omni2_jax.cli.console import say
+from omni2_jax.console import say
 from omni2_jax.devices import Device
 from omni2_jax.train import checkpoints, step, weights
 from omni2_jax.train.checkpoints import Checkpoints

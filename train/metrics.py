@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import rich.progress
 
-from omni2_jax.cli.console import console
+from omni2_jax.console import console
 from omni2_jax.files import atomic_write
 
 

@@ -17,7 +17,7 @@ import rich.table
 import rich.text
 
 from omni2_jax import devices, remote
-from omni2_jax.cli.console import console, say
+from omni2_jax.console import console, say
 from omni2_jax.train import flops
 from omni2_jax.train.data.loader import Batch, filled
 from omni2_jax.train.examples import Row

@@ -8,8 +8,8 @@ from jax.sharding import Mesh
 
 from omni2_jax import sharding
 from omni2_jax.checkpoint.tokenizer import Tokenizer
-from omni2_jax.cli.console import console
 from omni2_jax.config import Omni2Config
+from omni2_jax.console import console
 from omni2_jax.train.data.loader import Batch, Catalogue, Loader, catalogue, schedule
 from omni2_jax.train.examples import Examples
 from omni2_jax.train.stages.base import Stage

@@ -17,7 +17,7 @@ import numpy as np
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 
 from omni2_jax import remote
-from omni2_jax.cli.console import progress_bar, say
+from omni2_jax.console import progress_bar, say
 from omni2_jax.files import first_line
 from omni2_jax.train.data.dataset import Dataset, RecordError
 from omni2_jax.train.data.loader import EMPTY_ROW

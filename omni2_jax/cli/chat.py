@@ -10,11 +10,11 @@ import rich.text
 import typer
 
 from omni2_jax.cli.chat_questions import answer_questions, check_prompts, save_speech
-from omni2_jax.cli.chat_timing import Timing, timed_replies
-from omni2_jax.cli.console import console, say
 from omni2_jax.cli.mesh import Mesh
 from omni2_jax.cli.paths import Checkpoint, chosen
+from omni2_jax.console import console, say
 from omni2_jax.generate.options import LIMITS, Options
+from omni2_jax.generate.timing import Timing, timed_replies
 
 if TYPE_CHECKING:
     from omni2_jax.generate.prompts import Sound

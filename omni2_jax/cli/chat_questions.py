@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import rich.progress
 
-from omni2_jax.cli.console import console, progress_bar, say
+from omni2_jax.console import console, progress_bar, say
 
 if TYPE_CHECKING:
     import numpy as np

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import rich.progress
 import typer
 
-from omni2_jax.cli.console import console, progress_bar, say
 from omni2_jax.cli.paths import directory
+from omni2_jax.console import console, progress_bar, say
 
 if TYPE_CHECKING:
     from omni2_jax.convert.release import Release

@@ -9,7 +9,7 @@ import rich.table
 import rich.text
 import typer
 
-from omni2_jax.cli import console
+from omni2_jax import console
 from omni2_jax.cli.evaluate_report import report
 from omni2_jax.cli.mesh import Mesh
 from omni2_jax.cli.recogniser import LanguageOption, RecogniserModelOption, RecogniserOption
@@ -163,9 +163,9 @@ def evaluate(
         return
     from omni2_jax.checkpoint import embedded
     from omni2_jax.evaluate import measure
-    from omni2_jax.evaluate.recognisers import RecogniserOptions
     from omni2_jax.evaluate.systems import SystemOptions, parse_options
     from omni2_jax.evaluate.tasks import TaskOptions
+    from omni2_jax.recognisers import RecogniserOptions
 
     given = {"--task": task, "--data": data, "--out": out}
     if missing := [name for name, value in given.items() if not value]:

@@ -9,8 +9,8 @@ import rich.table
 import rich.text
 import typer
 
-from omni2_jax.cli.console import progress_bar, say
 from omni2_jax.cli.paths import directory
+from omni2_jax.console import progress_bar, say
 
 
 def info(

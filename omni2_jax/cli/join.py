@@ -6,9 +6,9 @@ from typing import Annotated, Literal
 import rich.progress
 import typer
 
-from omni2_jax.cli.console import console, progress_bar, say
 from omni2_jax.cli.convert import Quantize
 from omni2_jax.cli.paths import directory
+from omni2_jax.console import console, progress_bar, say
 
 
 def join(

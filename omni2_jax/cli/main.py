@@ -10,10 +10,9 @@ from typing import Annotated
 
 import typer
 
-from omni2_jax import __version__
+from omni2_jax import __version__, console
 from omni2_jax.cli import (
     chat,
-    console,
     convert,
     evaluate,
     frames,

@@ -8,7 +8,7 @@ import numpy as np
 
 from omni2_jax.audio.recordings import INPUT_RATE
 from omni2_jax.audio.voice_activity import WINDOW
-from omni2_jax.cli.console import say
+from omni2_jax.console import say
 from omni2_jax.serve.turn_detection import Change, TurnDetection, TurnDetector
 
 SILENCE_MS = 1000  # that ends a question; people think longer than in a conversation

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Annotated
 import rich.progress
 import typer
 
-from omni2_jax.cli.console import console, progress_bar, say
 from omni2_jax.cli.convert import SOURCE, Sources, read
 from omni2_jax.cli.paths import directory
+from omni2_jax.console import console, progress_bar, say
 
 if TYPE_CHECKING:
     from omni2_jax.convert.release import Release

@@ -1,4 +1,4 @@
-"""Options of commands that let a recogniser hear recordings (`omni2_jax.evaluate.recognisers`)."""
+"""Options of commands that let a recogniser hear recordings (`omni2_jax.recognisers`)."""
 
 from typing import Annotated
 

@@ -6,9 +6,9 @@ from typing import Annotated
 import typer
 
 from omni2_jax.cli.chat import DEFAULTS, number
-from omni2_jax.cli.console import console, say
 from omni2_jax.cli.mesh import Mesh
 from omni2_jax.cli.paths import Checkpoint, chosen
+from omni2_jax.console import console, say
 
 MEASURED = "auto"
 
@@ -83,6 +83,8 @@ def serve(
     from omni2_jax.serve.access import LOOPBACK
 
     checkpoint = chosen(checkpoint)
+    from omni2_jax.serve.access import read_keys
+
     keys = read_keys(key_file) if key_file else ()
     if host not in LOOPBACK and not keys:
         raise ValueError(f"--host {host} is open to others: give API keys with --key-file")
@@ -159,14 +161,3 @@ def check_certificate(certificate: Path, private_key: Path) -> None:
             f"{certificate} and {private_key} are no certificate and its key (PEM): "
             f"{error.strerror or error}"
         ) from None
-
-
-def read_keys(path: Path) -> tuple[str, ...]:
-    """The API keys of a file, one a line. Raises ValueError if there is none."""
-    try:
-        keys = tuple(line.strip() for line in path.read_text().splitlines() if line.strip())
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
-    if not keys:
-        raise ValueError(f"{path} holds no key")
-    return keys

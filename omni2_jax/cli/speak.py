@@ -7,8 +7,8 @@ from typing import Annotated
 import typer
 
 from omni2_jax.cli.chat import DEFAULTS, UnitTemperature, number
-from omni2_jax.cli.console import console, progress_bar, say
 from omni2_jax.cli.paths import Checkpoint, chosen
+from omni2_jax.console import console, progress_bar, say
 
 
 def speak(

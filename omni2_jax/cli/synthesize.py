@@ -1,6 +1,6 @@
 """`omni2 synthesize`: makes dialogues and their speech to train on."""
 
-from omni2_jax.cli import console
+from omni2_jax import console
 from omni2_jax.cli.synthesize_dialogues import dialogues
 from omni2_jax.cli.synthesize_speech import speech
 

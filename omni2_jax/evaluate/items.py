@@ -134,12 +134,6 @@ def digest(item: Item) -> str:
     return content.hexdigest()
 
 
-def sha256(path: Path) -> str:
-    """The checksum of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 # ---- rows of files ----
 
 

@@ -6,15 +6,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from omni2_jax import remote
-from omni2_jax.cli.console import say
+from omni2_jax.console import say
 from omni2_jax.evaluate.items import Item, read_items
 from omni2_jax.evaluate.noise import in_noise
-from omni2_jax.evaluate.recognisers import Recogniser, RecogniserOptions, open_recogniser
 from omni2_jax.evaluate.report import published
 from omni2_jax.evaluate.results import Results
 from omni2_jax.evaluate.run import Evaluation
 from omni2_jax.evaluate.systems import System, SystemOptions, open_system
 from omni2_jax.evaluate.tasks import Task, TaskOptions, open_task
+from omni2_jax.recognisers import Recogniser, RecogniserOptions, open_recogniser
 
 COPIES = "copy-synthesis"
 

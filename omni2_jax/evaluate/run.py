@@ -23,14 +23,14 @@ import soundfile
 
 from omni2_jax import jobs
 from omni2_jax.audio import recordings
-from omni2_jax.cli.console import say
+from omni2_jax.console import say
 from omni2_jax.evaluate import results
 from omni2_jax.evaluate.items import Item, digest, groups
-from omni2_jax.evaluate.recognisers import Recogniser
 from omni2_jax.evaluate.results import Results, TaskResult
 from omni2_jax.evaluate.systems import SpokenAnswer, System
 from omni2_jax.evaluate.tasks import Heard, Scores, Task
 from omni2_jax.files import atomic_write
+from omni2_jax.recognisers import Recogniser
 
 TRIED = 3  # questions that a recogniser is tried with before anything else is done
 

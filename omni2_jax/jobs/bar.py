@@ -6,7 +6,7 @@ from types import TracebackType
 
 import rich.progress
 
-from omni2_jax.cli.console import console, progress_bar, say
+from omni2_jax.console import console, progress_bar, say
 from omni2_jax.jobs.where import Shard
 
 LOG_SECONDS = 60  # between two lines where no bar can be shown: in the log of a batch system

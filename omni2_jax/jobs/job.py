@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from omni2_jax.cli.console import say
+from omni2_jax.console import say
 from omni2_jax.jobs import loop, pools
 from omni2_jax.jobs.bar import Bar
 from omni2_jax.jobs.journal import Journal, shards_in

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from omni2_jax import files
-from omni2_jax.cli.console import say
+from omni2_jax.console import say
 from omni2_jax.jobs.bar import Bar
 from omni2_jax.jobs.journal import Journal, Outcome
 from omni2_jax.jobs.pools import Pool, Refused, Result

@@ -18,7 +18,7 @@ import ray
 import rich.text
 from ray.exceptions import RayError, RayTaskError
 
-from omni2_jax.cli.console import say
+from omni2_jax.console import say
 from omni2_jax.files import first_line
 from omni2_jax.jobs.pools import Make, Pool, Refused, Result, Work, call, stopped
 

@@ -1,6 +1,7 @@
 """Who may use the server: API keys, and the origins of web pages."""
 
 import hmac
+from pathlib import Path
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
@@ -81,3 +82,14 @@ class Access:
             return
         error = {"message": message, "type": "invalid_request_error", "code": None, "param": None}
         await JSONResponse({"error": error}, status)(scope, receive, send)
+
+
+def read_keys(path: Path) -> tuple[str, ...]:
+    """The API keys of a file, one a line. Raises ValueError if there is none."""
+    try:
+        keys = tuple(line.strip() for line in path.read_text().splitlines() if line.strip())
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
+    if not keys:
+        raise ValueError(f"{path} holds no key")
+    return keys

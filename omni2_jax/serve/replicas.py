@@ -14,10 +14,10 @@ from ray import serve
 from starlette.applications import Starlette
 
 from omni2_jax.checkpoint import embedded
-from omni2_jax.cli.serve import read_keys
 from omni2_jax.generate.omni2 import describe
 from omni2_jax.generate.options import Options
 from omni2_jax.serve import memory
+from omni2_jax.serve.access import read_keys
 from omni2_jax.serve.app import create_app
 from omni2_jax.serve.limits import Limits
 from omni2_jax.serve.server import Server

@@ -111,8 +111,8 @@ class Server:
         `recognisers.open_recogniser`. voices: see `Voices`. mesh: see `Omni2.load`.
         Raises ValueError for a checkpoint, a recogniser or a folder of voices that cannot be used.
         """
-        from omni2_jax.evaluate.recognisers import open_recogniser
         from omni2_jax.generate.omni2 import Omni2
+        from omni2_jax.recognisers import open_recogniser
 
         transcriber = open_recogniser(recogniser) if recogniser else None
         model = Omni2.load(checkpoint, decoder=decoder, mesh=mesh)

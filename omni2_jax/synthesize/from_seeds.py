@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from omni2_jax import files
-from omni2_jax.cli.console import say
+from omni2_jax.console import say
 from omni2_jax.endpoints import Client, Endpoint
 from omni2_jax.jobs import Item, Job, Results, Where
 from omni2_jax.synthesize.dialogue_writer import DialogueWriter, WriterSettings

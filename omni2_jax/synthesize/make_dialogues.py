@@ -9,7 +9,7 @@ import rich.progress
 import rich.table
 
 from omni2_jax import files
-from omni2_jax.cli.console import console, progress_bar, say
+from omni2_jax.console import console, progress_bar, say
 from omni2_jax.synthesize.grammar import Grammar
 from omni2_jax.synthesize.grammar_file import read_grammar
 from omni2_jax.synthesize.records import SPLITS, TextDialogue

@@ -30,7 +30,7 @@ from typing import Any
 import rich.table
 
 from omni2_jax import files
-from omni2_jax.cli.console import console, say
+from omni2_jax.console import console, say
 from omni2_jax.jobs import Item, Job, Results, Where
 from omni2_jax.synthesize.engines import open_engine
 from omni2_jax.synthesize.records import TextDialogue, read_dialogues

@@ -52,7 +52,7 @@ class Speaker:
         self.reply_voice = voices.reply_voice()
         self.recogniser = None
         if options.recogniser is not None:
-            from omni2_jax.evaluate import recognisers
+            from omni2_jax import recognisers
 
             hearing = recognisers.RecogniserOptions(
                 language=options.language, model=options.recogniser_model

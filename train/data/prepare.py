@@ -25,7 +25,7 @@ import rich.text
 
 from omni2_jax import files, jobs, remote
 from omni2_jax.audio import recordings
-from omni2_jax.cli.console import console, progress_bar
+from omni2_jax.console import console, progress_bar
 from omni2_jax.models.speech_tokenizer import fingerprint
 from omni2_jax.models.speech_tokenizer import load as load_speech_tokenizer
 from omni2_jax.train.data import sources

@@ -13,8 +13,8 @@ import numpy as np
 import rich.progress
 
 from omni2_jax.checkpoint.tokenizer import Tokenizer
-from omni2_jax.cli.console import console
 from omni2_jax.config import Omni2Config
+from omni2_jax.console import console
 from omni2_jax.models.model import Model
 from omni2_jax.sharding import constrain
 from omni2_jax.train.data.dataset import Dataset

@@ -9,10 +9,10 @@ from typing import Any
 
 from omni2_jax import jobs
 from omni2_jax.audio import recordings
-from omni2_jax.cli.chat_timing import Timing, timed_replies
 from omni2_jax.evaluate.items import Item
 from omni2_jax.evaluate.systems import SystemOptions
 from omni2_jax.evaluate.systems.base import SpokenAnswer
+from omni2_jax.generate.timing import Timing, timed_replies
 
 
 class CheckpointSystem:

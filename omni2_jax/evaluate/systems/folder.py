@@ -19,8 +19,9 @@ import soundfile
 
 from omni2_jax import jobs
 from omni2_jax.audio import recordings
-from omni2_jax.evaluate.items import AUDIO_KEYS, ID_KEYS, Item, sha256
+from omni2_jax.evaluate.items import AUDIO_KEYS, ID_KEYS, Item
 from omni2_jax.evaluate.systems.base import SpokenAnswer
+from omni2_jax.files import sha256
 from omni2_jax.train.data.sources import SourceError, json_lines
 
 TEXT_KEYS = ("prediction", "response", "text", "content")

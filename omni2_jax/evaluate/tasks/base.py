@@ -14,7 +14,7 @@ import numpy as np
 
 from omni2_jax.evaluate.estimates import Estimate
 from omni2_jax.evaluate.items import Item
-from omni2_jax.evaluate.recognisers import Recogniser
+from omni2_jax.recognisers import Recogniser
 
 Scores = Mapping[str, Any]  # of one answer, JSON-able
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from omni2_jax import jobs
 from omni2_jax.audio import features, pitch, recordings
-from omni2_jax.cli.console import say
+from omni2_jax.console import say
 from omni2_jax.evaluate import copies, estimates, word_errors
 from omni2_jax.evaluate.copies import UNIT_SAMPLES, Copy, CopyMaker
 from omni2_jax.evaluate.estimates import Estimate

@@ -1,4 +1,4 @@
-"""What all command lines share: the console, the progress bar, and how a failed command ends."""
+"""What all commands share: the console, the progress bar, and how a failed command ends."""
 
 import os
 import sys

@@ -16,8 +16,7 @@ import numpy as np
 from omni2_jax import hub
 from omni2_jax.audio import recordings
 from omni2_jax.endpoints import Client, Endpoint
-from omni2_jax.evaluate.items import sha256
-from omni2_jax.files import first_line
+from omni2_jax.files import first_line, sha256
 
 # A transcript repeats itself if zlib makes it smaller by more than this factor, which is Whisper's.
 LOOP_COMPRESSION = 2.4
