@@ -27,7 +27,7 @@ from omni2_jax.console import progress_bar, run_function
 from omni2_jax.convert.precision import quantized_parts
 from omni2_jax.generate.omni2 import Omni2, join
 from omni2_jax.generate.options import Options
-from omni2_jax.generate.prompts import load_clips
+from omni2_jax.generate.prompts import load_segments
 from omni2_jax.generate.questions import read_questions
 
 Array = jax.Array
@@ -94,7 +94,7 @@ class Reader:
     def log_probabilities(self, sound: Path, tokens: Sequence[int]) -> np.ndarray:
         """[N, V] at the N tokens of an answer to a recording, each after those before it."""
         model = self.model
-        clips = load_clips(sound, GREEDY.long_turns, model.config.segment_samples)
+        clips = load_segments(sound, GREEDY.long_turns, model.config.segment_samples)
         features = jnp.concatenate(model.encode(clips))[None]
         ids = [*model.tokenizer.prompt([len(clips)]), *tokens]
         places = np.arange(-(-len(ids) // BUCKET) * BUCKET)

@@ -20,8 +20,8 @@ from omni2_jax.config import (
 )
 from omni2_jax.configs import omni2_0_5b, omni2_1_5b, omni2_3b, omni2_7b, omni2_14b, omni2_32b
 from omni2_jax.convert.precision import LARGEST, QUANTIZED, with_int8
+from omni2_jax.models.forms import for_serving
 from omni2_jax.models.model import abstract_model, part_dtype
-from omni2_jax.models.serving import for_serving
 from omni2_jax.train.stages.base import Stage
 from omni2_jax.train.weights import Params, Weights, split_params, stage_weights
 

@@ -8,7 +8,7 @@ from flax import nnx
 
 from omni2_jax.audio import features, recordings
 from omni2_jax.generate.omni2 import Omni2
-from omni2_jax.generate.prompts import load_clips
+from omni2_jax.generate.prompts import load_segments
 from tests.support.conversations import CASES, GREEDY, clip
 
 # Bounds of the mean and of the maximum of |bfloat16 - float32|, in units of the standard deviation
@@ -30,7 +30,7 @@ def half(checkpoint_dir) -> Omni2:
 
 def teacher_forced(model: Omni2) -> dict[str, np.ndarray]:
     """The numbers of one turn whose answer is given: case A's text, then 40 units."""
-    (samples,) = load_clips(clip("speech_a"), "refuse", recordings.TURN_SAMPLES)
+    (samples,) = load_segments(clip("speech_a"), "refuse", recordings.TURN_SAMPLES)
     padded, _ = recordings.pad([samples], recordings.TURN_SAMPLES)
     prompt = model.tokenizer.prompt([1])
     text = model.tokenizer.text.encode(CASES["A"]["text"].strip(), add_special_tokens=False)

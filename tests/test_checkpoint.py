@@ -15,10 +15,10 @@ import pytest
 from omni2_jax.checkpoint import checksums, info, parameters, tokenizer, voices
 from omni2_jax.config import Omni2Config
 from omni2_jax.train import hidden_states
-from omni2_jax.train.checkpoints import Checkpoints
 from omni2_jax.train.data.dataset import Dataset
 from omni2_jax.train.data.writer import Shards
 from omni2_jax.train.hidden_states import HiddenStates
+from omni2_jax.train.saved_states import SavedStates
 from omni2_jax.train.settings import TrainConfig
 from omni2_jax.train.step import State
 from omni2_jax.train.stored_arrays import identity
@@ -105,18 +105,18 @@ def test_no_flipped_bit_of_a_run_state_changes_it(tmp_path):
         opt={"mu": jax.device_put(LEAVES["half"], whole)},
         ema=None,
     )
-    checkpoints = Checkpoints(tmp_path, keep=1)
-    checkpoints.save(state, 7)
-    checkpoints.manager.wait_until_finished()
+    states = SavedStates(tmp_path, keep=1)
+    states.save(state, 7)
+    states.manager.wait_until_finished()
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), state)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
 
     def read() -> dict:
-        return vars(checkpoints.restore(7, shapes, shardings))
+        return vars(states.restore(7, shapes, shardings))
 
     assert all(map(np.array_equal, jax.tree.leaves(read()), jax.tree.leaves(vars(state))))
     refused, silent = undetected(tmp_path / "steps" / "7", read, 8)
-    checkpoints.manager.close()
+    states.manager.close()
     assert refused > 20 and silent == []
 
 

@@ -18,9 +18,9 @@ from omni2_jax.models import kv_cache
 from omni2_jax.models.flow import estimator
 from omni2_jax.models.flow.mask import Chunks
 from omni2_jax.models.flow.streaming import FlowState, StreamPlan, flow_step
+from omni2_jax.models.forms import STACKED, for_serving, form_of
 from omni2_jax.models.layers import Conv1d
 from omni2_jax.models.model import abstract_model, abstract_state
-from omni2_jax.models.serving import STACKED, for_serving, form_of
 from omni2_jax.sharding import make_mesh
 
 CONFIG = sizes.TINY.replace(

@@ -14,8 +14,8 @@ from omni2_jax.config import Omni2Config
 from omni2_jax.convert import precision
 from omni2_jax.convert.join import Source, join
 from omni2_jax.convert.write import write
+from omni2_jax.models.forms import Form, for_serving, form_of
 from omni2_jax.models.layers import Linear
-from omni2_jax.models.serving import Form, for_serving, form_of
 from tests.support.commands import is_error_line
 from tests.support.conversations import GREEDY, clip
 

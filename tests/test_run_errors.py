@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from omni2_jax.cli.main import main
-from omni2_jax.train import checkpoints, loop
+from omni2_jax.train import loop, saved_states
 from omni2_jax.train.data.records import Dialogue, Turn
 from omni2_jax.train.data.writer import Writer
 from omni2_jax.train.loop import Run
@@ -144,10 +144,10 @@ def test_bad_out(refused, arguments, error_line, toy, tmp_path):
     for out in (tmp_path / "other", tmp_path / "other" / "file"):
         assert refused(out) == f"{out} exists and is not a run; give a new directory"
     out = tmp_path / "busy"
-    with checkpoints.locked(out):
+    with saved_states.locked(out):
         assert refused(out) == f"{out} is in use by another omni2 train"
     out = tmp_path / "run"
-    checkpoints.write_metadata(out, Run(toy(), out, jax.devices()[:1]).metadata)
+    saved_states.write_metadata(out, Run(toy(), out, jax.devices()[:1]).metadata)
     again = "give another --out, or the same settings"
     assert (
         refused(out, optimizer=OptimizerConfig(peak=1e-3))

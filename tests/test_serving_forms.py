@@ -14,7 +14,7 @@ from omni2_jax.configs import stage1a
 from omni2_jax.convert import read, write
 from omni2_jax.generate.omni2 import Omni2
 from omni2_jax.models import kv_cache
-from omni2_jax.models.serving import form_of
+from omni2_jax.models.forms import form_of
 from omni2_jax.train.loop import Run
 from omni2_jax.train.settings import Bucket
 from tests.support.compare import assert_wav

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from omni2_jax.train import checkpoints, config_files, overrides
+from omni2_jax.train import config_files, overrides, saved_states
 from omni2_jax.train.settings import (
     MUTABLE_SETTINGS,
     Bucket,
@@ -254,7 +254,7 @@ def run(out: Path, *changes: str) -> dict:
 
 @pytest.fixture
 def started(tmp_path) -> Path:
-    checkpoints.write_metadata(tmp_path / "run", run(tmp_path))
+    saved_states.write_metadata(tmp_path / "run", run(tmp_path))
     return tmp_path / "run"
 
 
@@ -314,7 +314,7 @@ def test_what_may_differ(started, key):
     changes = OTHER[key].split(" ") if OTHER[key].startswith("stage=") else [OTHER[key]]
     now = run(started, *changes)
     if key in MUTABLE_SETTINGS:
-        checkpoints.check_metadata(started, now)
+        saved_states.check_metadata(started, now)
     else:
         named = ", ".join(change.partition("=")[0] for change in changes)
         names = [change.partition("=")[0] for change in changes]
@@ -324,32 +324,32 @@ def test_what_may_differ(started, key):
             match=rf"^{started} holds a run with another {named}; "
             "give another --out, or the same settings$",
         ):
-            checkpoints.check_metadata(started, now)
+            saved_states.check_metadata(started, now)
 
 
 def test_other_data_of_the_same_name(started):
     with pytest.raises(ValueError, match="another examples, steps;"):
-        checkpoints.check_metadata(started, run(started) | {"examples": 4, "steps": 10})
+        saved_states.check_metadata(started, run(started) | {"examples": 4, "steps": 10})
 
 
 def test_what_is_no_run(started, tmp_path):
-    checkpoints.check_metadata(started, run(started))
-    checkpoints.check_metadata(tmp_path / "new", run(started))
+    saved_states.check_metadata(started, run(started))
+    saved_states.check_metadata(tmp_path / "new", run(started))
     (tmp_path / "cut").mkdir()
     (tmp_path / "cut" / ".run.json.7.partial").write_text("{")  # killed within its first moment
-    with checkpoints.locked(tmp_path / "cut"):
+    with saved_states.locked(tmp_path / "cut"):
         pass
-    checkpoints.check_metadata(tmp_path / "cut", run(started))
+    saved_states.check_metadata(tmp_path / "cut", run(started))
     (tmp_path / "file").write_text("mine")
     for directory in (tmp_path, tmp_path / "file"):
         with pytest.raises(
             ValueError, match=f"^{directory} exists and is not a run; give a new directory$"
         ):
-            checkpoints.check_metadata(directory, run(started))
+            saved_states.check_metadata(directory, run(started))
     for content in ("{", "[]", json.dumps(3)):
         (started / "run.json").write_text(content)
         with pytest.raises(ValueError, match=r"run.json does not describe a run"):
-            checkpoints.check_metadata(started, run(started))
+            saved_states.check_metadata(started, run(started))
 
 
 def test_a_run_of_an_older_version(started):
@@ -360,7 +360,7 @@ def test_a_run_of_an_older_version(started):
     (started / "run.json").write_text(json.dumps(content))
     names = "optimiser is now optimizer, loss_chunk is now loss_block"
     with pytest.raises(ValueError) as error:
-        checkpoints.check_metadata(started, run(started))
+        saved_states.check_metadata(started, run(started))
     assert str(error.value) == (
         f"{started}/run.json was written by an older version, whose settings had other names "
         f"({names}); start a new run with another --out"

@@ -9,8 +9,8 @@ from omni2_jax.audio import features
 from omni2_jax.generate.omni2 import Omni2
 from omni2_jax.generate.prompts import prompt_ids
 from omni2_jax.generate.questions import read_questions
+from omni2_jax.models.forms import STACKED
 from omni2_jax.models.model import SPEECH
-from omni2_jax.models.serving import STACKED
 from tests.support.conversations import clip
 
 

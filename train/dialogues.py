@@ -104,14 +104,14 @@ class DialogueExamples(Examples):
 
     @functools.cached_property
     def first_prompt(self):
-        """Clips of the first question -> ids. Cached: the tokenizer takes most of the time."""
+        """The number of segments of the first question -> ids. Cached: the tokenizer is slow."""
         assert self.tokenizer is not None
         tokenizer = self.tokenizer
         return functools.cache(lambda segments: tokenizer.prompt([segments]))
 
     @functools.cached_property
     def next_prompt(self):
-        """Clips of a later question -> ids between the replies. Cached like `first_prompt`."""
+        """The number of segments of a later question -> ids between the replies. Cached, too."""
         assert self.tokenizer is not None
         return functools.cache(functools.partial(self.tokenizer.continuation, ended=True))
 

@@ -23,10 +23,10 @@ from omni2_jax import remote, sharding
 from omni2_jax.checkpoint.tokenizer import Tokenizer
 from omni2_jax.console import say
 from omni2_jax.devices import Device
-from omni2_jax.train import checkpoints, step, weights
-from omni2_jax.train.checkpoints import Checkpoints
+from omni2_jax.train import saved_states, step, weights
 from omni2_jax.train.dialogues import speech_positions
 from omni2_jax.train.reporter import Reporter, StepResult
+from omni2_jax.train.saved_states import SavedStates
 from omni2_jax.train.settings import TrainConfig
 from omni2_jax.train.split import Split, open_split
 from omni2_jax.train.stages import stage_of
@@ -71,7 +71,7 @@ class Run:
             "examples": len(self.data.catalogue.items),
             "steps": self.steps,
         }
-        checkpoints.check_metadata(out, self.metadata)
+        saved_states.check_metadata(out, self.metadata)
         self.stop_signal = threading.Event()
 
     def open(self, train: TrainConfig, path: str, name: str) -> Split:
@@ -88,10 +88,10 @@ class Run:
             self.weights, trained, self.frozen = weights.load(self.stage, self.start, self.mesh)
             self.objective = self.stage.objective(self.weights, self.steps)
             if jax.process_index() == 0:
-                stack.enter_context(checkpoints.locked(self.out))
-                checkpoints.write_metadata(self.out, self.metadata)
+                stack.enter_context(saved_states.locked(self.out))
+                saved_states.write_metadata(self.out, self.metadata)
             weights.sync("run.json")
-            with Checkpoints(self.out, self.train.keep) as saved:
+            with SavedStates(self.out, self.train.keep) as saved:
                 shardings = self.objective.shardings(trained, self.mesh)
                 state, first = self.first_state(trained, shardings, saved)
                 del trained  # they are in the state, and it is donated to every step
@@ -101,7 +101,7 @@ class Run:
             self.finish(state, done)
             return done == self.steps
 
-    def first_state(self, trained: weights.Params, shardings: Any, saved: Checkpoints):
+    def first_state(self, trained: weights.Params, shardings: Any, saved: SavedStates):
         """The last saved state or a new one, and its step. Empties `trained`, to free memory."""
         begin = jax.jit(self.objective.initial, out_shardings=shardings, donate_argnums=0)
         if not saved.latest:
@@ -110,7 +110,7 @@ class Run:
         trained.clear()
         return saved.restore(saved.latest, shapes, shardings), saved.latest
 
-    def steps_from(self, first: int, state: Any, saved: Checkpoints) -> tuple[Any, int]:
+    def steps_from(self, first: int, state: Any, saved: SavedStates) -> tuple[Any, int]:
         """Train until the last step or a signal; return the state and the number of steps done.
 
         Both are saved. A signal is not kept waiting by a validation: the resumed run does it first.

@@ -14,8 +14,8 @@ from omni2_jax.checkpoint import parameters, voices
 from omni2_jax.checkpoint.tokenizer import Tokenizer
 from omni2_jax.config import LANGUAGE_PARTS
 from omni2_jax.generate.omni2 import Answer, Omni2, Options
+from omni2_jax.models.forms import for_serving
 from omni2_jax.models.model import abstract_model, part_dtype
-from omni2_jax.models.serving import for_serving
 from omni2_jax.train.weights import configure, without_prefix
 
 if TYPE_CHECKING:

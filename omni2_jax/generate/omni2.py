@@ -36,15 +36,15 @@ from omni2_jax.generate.prompts import (
     Conversation,
     Sound,
     forced_ids,
-    load_clips,
+    load_segments,
     prompt_ids,
     split,
     turns_of,
 )
 from omni2_jax.generate.read_write_state import Request
 from omni2_jax.generate.session import Reply, Session
+from omni2_jax.models.forms import Form, for_serving
 from omni2_jax.models.model import language_dtype
-from omni2_jax.models.serving import Form, for_serving
 
 TEXT_PARTS = ("speech_encoder", "adapter", "llm")  # what answers in text need
 TEMPLATE = 128  # positions that the chat template adds to a turn at most
@@ -117,7 +117,7 @@ class Omni2:
         (`sharding.make_mesh`), by default one. If several processes hold these devices, all of them
         must make the same calls in the same order; all get the same answers.
         form: how the model lies in memory; by default what is best for the devices
-        (`models.serving`).
+        (`models.forms`).
         read, write: R and W of the read/write rule; by default the checkpoint's, with which the
         speech LM was trained.
         speech: False answers in text alone; neither speech LM nor decoder is loaded.
@@ -156,16 +156,16 @@ class Omni2:
 
         Nothing is computed on the devices. Raises ValueError for bad audio.
         """
-        clips = load_clips(sound, long_turns, self.config.segment_samples)
-        if self.config.no_speech_reply and not has_speech(clips):
+        segments = load_segments(sound, long_turns, self.config.segment_samples)
+        if self.config.no_speech_reply and not has_speech(segments):
             return []
-        return clips
+        return segments
 
-    def encode(self, clips: Sequence[np.ndarray]) -> list[jax.Array]:
+    def encode(self, segments: Sequence[np.ndarray]) -> list[jax.Array]:
         """Segments, samples [N] at 16 kHz of at most the window -> the features [F, D] of each."""
-        if not clips:
+        if not segments:
             return []
-        padded, _ = recordings.pad(clips, self.config.segment_samples)
+        padded, _ = recordings.pad(segments, self.config.segment_samples)
         return [self._encode(self.params, segment[None]) for segment in padded]
 
     def voice(self, name: str | None) -> jax.Array | None:
@@ -296,9 +296,11 @@ class Omni2:
 
         def submit(ids: np.ndarray, conversation: Conversation) -> ResponseStream:
             window, say = self.config.segment_samples, self.config.no_speech_reply
-            turns = [load_clips(turn, long_turns, window) for turn in turns_of(conversation)[::2]]
-            segments = self.encode([clip for clips in turns for clip in clips])
-            pieces = split(ids, segments, engine.engine_config.prefill_size)
+            turns = [
+                load_segments(turn, long_turns, window) for turn in turns_of(conversation)[::2]
+            ]
+            features = self.encode([segment for turn in turns for segment in turn])
+            pieces = split(ids, features, engine.engine_config.prefill_size)
             forced = request
             if say and not has_speech(turns[-1]):
                 forced = request.saying(forced_ids(self.tokenizer, say))

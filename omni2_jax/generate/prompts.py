@@ -34,7 +34,7 @@ def turns_of(conversation: Conversation) -> list[Sound | str]:
     return turns
 
 
-def load_clips(sound: Sound, long_turns: str, window: int) -> list[np.ndarray]:
+def load_segments(sound: Sound, long_turns: str, window: int) -> list[np.ndarray]:
     """A sound as segments of at most `window` samples, [N] at 16 kHz.
 
     long_turns: "refuse", "truncate" or "split" a longer one. Raises ValueError for bad audio.
@@ -61,7 +61,7 @@ def prompt_ids(
             parts.append(turn)
         else:
             splits = long_turns == "split"
-            parts.append(len(load_clips(turn, long_turns, window)) if splits else 1)
+            parts.append(len(load_segments(turn, long_turns, window)) if splits else 1)
     ids = tokenizer.prompt(parts)
     if len(ids) > limit:
         raise ValueError(

@@ -7,7 +7,7 @@ attends to indices 0 to p: rows of different lengths need no padding on the left
 a row is all that has to be known of it.
 
 There are two forms, for layers that run in a scan and for layers that are listed
-(`models.serving`). Both are pytrees with the same methods; `empty_cache` makes the right one.
+(`models.forms`). Both are pytrees with the same methods; `empty_cache` makes the right one.
 """
 
 import functools

@@ -17,8 +17,8 @@ from omni2_jax.config import DECODER_PARTS, Omni2Config
 from omni2_jax.models.adapter import Adapter
 from omni2_jax.models.decoder import Decoder
 from omni2_jax.models.flow.matching import Flow
+from omni2_jax.models.forms import STACKED
 from omni2_jax.models.fusion import GateFusion
-from omni2_jax.models.serving import STACKED
 from omni2_jax.models.speaker import Speaker
 from omni2_jax.models.speech_encoder import SpeechEncoder
 from omni2_jax.models.vocoder import build as build_vocoder
@@ -57,7 +57,7 @@ class Model(nnx.Module):
         self.vocoder = c.vocoder and build_vocoder(c.vocoder, rngs)
         self.speaker = c.speaker and Speaker(c.speaker, rngs)
 
-        self.form = STACKED  # as it is read from a checkpoint; `serving.arrange` changes it
+        self.form = STACKED  # as it is read from a checkpoint; `forms.arrange` changes it
 
     def encode_speech(self, mel: Array) -> Array:
         """Log-mel of segments [B, 2T, M] -> speech features [B, F, D]: 300 of 30 s."""
@@ -94,7 +94,7 @@ def language_dtype(params: Mapping[str, Any]) -> jnp.dtype:
 def part_dtype(part: str, language: jnp.dtype | type) -> jnp.dtype:
     """The dtype of a part's parameters: `language`, but float32 for flow, vocoder and speaker.
 
-    The flow's solver and the vocoder's phase need float32. For a GPU, `serving.for_serving` then
+    The flow's solver and the vocoder's phase need float32. For a GPU, `forms.for_serving` then
     makes the matrices of the flow's estimator bfloat16.
     """
     return jnp.dtype(jnp.float32 if part in DECODER_PARTS else language)

@@ -55,7 +55,7 @@ class CheckpointSystem:
         """Raise ValueError for an unknown voice, bad audio and conversations that are too long."""
         from omni2_jax.checkpoint import voices
         from omni2_jax.generate.omni2 import describe
-        from omni2_jax.generate.prompts import load_clips, prompt_ids
+        from omni2_jax.generate.prompts import load_segments, prompt_ids
 
         speech = self.options.speech
         config, tokenizer, _ = describe(self.directory, decoder=speech, speech=speech)
@@ -65,7 +65,7 @@ class CheckpointSystem:
         for item in items:
             try:
                 for sound in item.turns[::2]:
-                    load_clips(sound, long_turns, config.segment_samples)
+                    load_segments(sound, long_turns, config.segment_samples)
                 ids = prompt_ids(tokenizer, item.turns, long_turns, config.max_prompt)
             except ValueError as error:
                 raise ValueError(f"{item.context}: {error}") from None

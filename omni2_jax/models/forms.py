@@ -21,7 +21,7 @@ import jax
 from flax import nnx
 
 from omni2_jax import sharding
-from omni2_jax.models.flow.estimator import Attention, Block, Stage
+from omni2_jax.models.flow import estimator
 from omni2_jax.models.fusing import Fusing
 from omni2_jax.models.layers import Conv1d, Embedding, Linear, is_unrolled, unstack
 
@@ -90,7 +90,7 @@ def arrange(model: "Model", form: Form, donate: bool = False) -> "Model":
         for module in modules:
             if isinstance(module, Fusing):
                 module.fuse(donate)
-            if isinstance(module, Stage):
+            if isinstance(module, estimator.Stage):
                 module.join_skip(donate)
     model.form = form
     for decoder in (model.llm, model.speech_lm):
@@ -104,7 +104,7 @@ def arrange(model: "Model", form: Form, donate: bool = False) -> "Model":
             decoder.layers = unstack(decoder.layers, donate)
     if flow is not None and form.by_head:
         for _, module in nnx.iter_modules(flow.estimator):
-            if isinstance(module, Attention):
+            if isinstance(module, estimator.Attention):
                 module.by_head = True
     if form.convs_transposed:
         for part in (flow, model.vocoder):
@@ -113,16 +113,15 @@ def arrange(model: "Model", form: Form, donate: bool = False) -> "Model":
                     module.transpose(donate)
     if flow is not None and form.flow_matmuls != "float32":
         for _, module in nnx.iter_modules(flow.estimator):
-            if isinstance(module, Block):
+            if isinstance(module, estimator.Block):
                 module.multiply_in(form.flow_matmuls, donate)
     if form.unrolled and flow is not None:
         flow.estimator.middle = unstack(flow.estimator.middle, donate)
     if form.blocks and flow is not None:
         flow.encoder.blocks = unstack(flow.encoder.blocks, donate)
         flow.encoder.up_blocks = unstack(flow.encoder.up_blocks, donate)
-        estimator = flow.estimator
-        assert is_unrolled(estimator.middle), "blocks are listed in stages that are listed"
-        for stage in (estimator.down, *estimator.middle, estimator.up):
+        assert is_unrolled(flow.estimator.middle), "blocks are listed in stages that are listed"
+        for stage in (flow.estimator.down, *flow.estimator.middle, flow.estimator.up):
             stage.blocks = unstack(stage.blocks, donate)
     return model
 

@@ -77,7 +77,7 @@ def write_metadata(run: Path, metadata: dict) -> None:
         file.write(json.dumps(metadata, indent=1) + "\n")
 
 
-class Checkpoints:
+class SavedStates:
     """The saved states of a run. When this context ends, all of them are on the disk.
 
     Orbax writes in the background and renames a state when it is complete, so an interrupted one is
@@ -93,7 +93,7 @@ class Checkpoints:
             self.directory, item_handlers=checksums.tree_handler(), options=options
         )
 
-    def __enter__(self) -> "Checkpoints":
+    def __enter__(self) -> "SavedStates":
         return self
 
     def __exit__(self, *_: object) -> None:
