@@ -44,7 +44,7 @@ from omni2_jax.generate.engine import Programs
 from omni2_jax.generate.engine_config import EngineConfig
 from omni2_jax.generate.options import Options
 from omni2_jax.generate.read_write_state import Request
-from omni2_jax.models import serving
+from omni2_jax.models import forms
 from omni2_jax.models.model import Model, abstract_state
 from omni2_jax.train import flops, overrides, step
 from omni2_jax.train.settings import TrainConfig
@@ -102,7 +102,8 @@ def training(train: TrainConfig, config: Omni2Config, mesh: Mesh) -> Job:
     shardings = objective.shardings(trained, mesh)
     state = with_shardings(jax.eval_shape(objective.initial, trained), shardings)
     rows = NamedSharding(mesh, PartitionSpec(None, sharding.RULES["batch"]))
-    empty = stage.example_type(train, config, None, None).empty(bucket)
+    data: Any = None  # an empty row has nothing of it
+    empty = stage.example_type(train, config, None, data).empty(bucket)
     cut = (train.microbatches, train.batch // train.microbatches)
     batch = {
         name: jax.ShapeDtypeStruct((*cut, *value.shape), value.dtype, sharding=rows)
@@ -132,8 +133,8 @@ def streaming(
     live: positions in the language models' caches, of which a step reads the keys and values.
     """
     config = config.replace(speaker=None)
-    form = serving.form_of(mesh.devices.flat[0].platform, mesh)
-    graph, state = abstract_state(config, lambda *given: serving.arrange(Model(*given), form))
+    form = forms.form_of(mesh.devices.flat[0].platform, mesh)
+    graph, state = abstract_state(config, lambda *given: forms.arrange(Model(*given), form))
 
     def with_dtype(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         if leaf.dtype != jnp.float32:

@@ -62,7 +62,7 @@ def write_release(directory: Path, config: Omni2Config) -> None:
         target.mkdir(exist_ok=True)
         for name in filter(lambda name: (source / name).exists(), tokenizer.FILES):
             shutil.copyfile(source / name, target / name)
-    (directory / "config.json").write_text(json.dumps(release_json(config, "bfloat16")))
+    (directory / "config.json").write_text(json.dumps(release_json(config, "bfloat16", {})))
     entries, sizes, end = {}, [], 0
     for names, shape in tensors(config):
         sizes.append((len(names), math.prod(shape)))

@@ -93,14 +93,16 @@ def busy(events: Iterable[tuple[str, float, float]], seconds: float, most: int =
     for start, stop in spans:
         covered += max(stop - max(start, end), 0)
         end = max(end, stop)
-    times, counts = collections.Counter(), collections.Counter()
+    times: dict[str, float] = collections.defaultdict(float)  # nanoseconds
+    counts = collections.Counter()
     for name, _, duration in events:
         base = name.rstrip("0123456789").rstrip("_.")
         times[base] += duration
         counts[base] += 1
+    longest = sorted(times, key=lambda name: -times[name])[:most]
     return {
         "seconds": seconds,
         "busy": covered / 1e9 / seconds,
         "kernels": len(spans),
-        "largest": [[name, ns / 1e9, counts[name]] for name, ns in times.most_common(most)],
+        "largest": [[name, times[name] / 1e9, counts[name]] for name in longest],
     }

@@ -114,7 +114,7 @@ class Computation:
     def parameters(self) -> list[Instruction]:
         """In the order of their numbers."""
         found = [one for one in self.instructions.values() if one.op == "parameter"]
-        return sorted(found, key=lambda one: int(re.search(r"parameter\((\d+)\)", one.line)[1]))
+        return sorted(found, key=lambda one: int(one.line.split("parameter(")[1].split(")")[0]))
 
     def source(self, name: str) -> Instruction:
         """The instruction behind a name, through bitcasts."""

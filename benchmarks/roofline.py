@@ -127,11 +127,11 @@ def usual_windows(plan: StreamPlan) -> dict[int, float]:
     for step in range(1, steps + 1):
         ready = step * plan.write - plan.lookahead
         while done < ready:
-            end = plan.chunks.end(start)
+            end = int(plan.chunks.end(start))
             done = min(ready, end)
             passes[next(width for width in plan.window_buckets if width >= done - start)] += 1
             start = end if done == end else start
-    return {width: count / steps for width, count in passes.items()}
+    return {int(width): float(count / steps) for width, count in passes.items()}
 
 
 def vocoder(config: Omni2Config, params: dict, engine_config: EngineConfig) -> Work:

@@ -14,6 +14,7 @@ import jax
 from jax.experimental import topologies
 
 from omni2_jax import files
+from omni2_jax.devices import Device
 
 # Names of slices that were tried.
 KNOWN_SLICES = (
@@ -48,7 +49,7 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 """
 
 
-def devices(topology: str) -> Sequence[jax.Device]:
+def devices(topology: str) -> Sequence[Device]:
     """The devices of a TPU slice, as "v5e:4x4", or of a machine with GPUs, as "h100x8".
 
     Raises ValueError if there is no such topology, or if its compiler is not installed.
@@ -71,7 +72,7 @@ def devices(topology: str) -> Sequence[jax.Device]:
         ) from None
 
 
-def gpus(topology: str) -> Sequence[jax.Device]:
+def gpus(topology: str) -> Sequence[Device]:
     """The devices of a machine with GPUs, by its name in GPUS; raises as `devices` does."""
     if topology not in GPUS:
         raise ValueError(
@@ -84,7 +85,8 @@ def gpus(topology: str) -> Sequence[jax.Device]:
         )
     # XLA assembles kernels with ptxas, which lies in a package and not on the PATH.
     packages = importlib.util.find_spec("nvidia")
-    programs = [str(Path(place) / "cu13" / "bin") for place in packages.submodule_search_locations]
+    places = (packages and packages.submodule_search_locations) or ()
+    programs = [str(Path(place) / "cu13" / "bin") for place in places]
     os.environ["PATH"] = os.pathsep.join([*programs, os.environ["PATH"]])
     from jaxlib import xla_client
 

@@ -234,7 +234,10 @@ def release_json(config: Omni2Config, dtype: str, stated: Mapping[str, Any]) -> 
 def generator_json(
     config: DecoderConfig, eos: int, dtype: str, stated: Mapping[str, Any]
 ) -> Mapping[str, Any]:
-    """The speech LM in a release's config.json; what is stated stays if it says the same."""
+    """The speech LM in a release's config.json.
+
+    stated: the entry of the release itself. It is kept as it is if its dimensions are `config`.
+    """
     context = "assets/config.json: speech_generator"
     if stated.get("eos_token_id") == eos and qwen2.read_config(stated, context) == config:
         return stated

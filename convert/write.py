@@ -36,7 +36,8 @@ def extend(
 ) -> None:
     """Add parts that the checkpoint `out` lacks, and voices.
 
-    Its config.json is replaced last: if anything fails before, the checkpoint is what it was.
+    Its config.json is replaced last. If anything fails before, no new file stays; a voice or a file
+    that was to be replaced may be the new one already.
     Raises ValueError if it has one of the parts already, cannot be written, or if a prompt is not
     usable.
     """

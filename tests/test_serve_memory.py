@@ -13,6 +13,7 @@ import pytest
 from omni2_jax.serve import memory
 from omni2_jax.serve.app import create_app
 from omni2_jax.serve.conversation import Conversation, Item
+from omni2_jax.serve.events import EventError
 from omni2_jax.serve.limits import Limits
 
 GLIBC = "libc.so.6" in (ctypes.util.find_library("c") or "")
@@ -58,6 +59,12 @@ def test_features_that_no_prompt_holds():
         conversation.add(Item(f"question {number}", "user", [np.zeros((3, 2))], is_audio=True))
         conversation.add(Item(f"answer {number}", "assistant", [f"{number}"], answer=[number]))
     conversation.add(Item("last", "user", [np.zeros((3, 2)), "and a text"]))
+    other = Conversation(Limits())
+    for number in range(3):
+        other.add(Item(f"{number}", "user", [np.zeros((3, 2))], is_audio=True))
+    other.forget_features(2)
+    with pytest.raises(EventError, match="longer than a conversation may be"):
+        other.question(None)
     resumed = []
     session = SimpleNamespace(turns=[], resume=resumed.extend)
     conversation.forget_features(3)

@@ -11,7 +11,7 @@ import soundfile
 from omni2_jax.audio.recordings import INPUT_RATE, load_turn
 from omni2_jax.audio.voice_activity import WINDOW
 from omni2_jax.serve.audio import Decoder
-from omni2_jax.serve.events import ServerVad
+from omni2_jax.serve.events import EventError, ServerVad
 from omni2_jax.serve.listener import Listener
 from omni2_jax.serve.turn_detection import Change, TurnDetection, TurnDetector
 from tests.support.paths import EXAMPLES
@@ -58,9 +58,11 @@ def test_settings_of_turn_detection():
     assert changes(script, prefix_padding_ms=0)[0] == ("started", 40 * WINDOW)
     assert changes(script, threshold=0.95) == []
     silence = SimpleNamespace(process_samples=lambda window: 0.0)
-    low = TurnDetector(TurnDetection(threshold=0.1))
-    low.speaking, low.vad = True, silence
-    assert [one.change for one in low.feed(np.zeros(16 * WINDOW, np.float32))][-1] is Change.STOPPED
+    for threshold in (0.0, 0.1):
+        low = TurnDetector(TurnDetection(threshold=threshold))
+        low.speaking, low.vad = True, silence
+        found = [one.change for one in low.feed(np.zeros(16 * WINDOW, np.float32))]
+        assert found[-1] is Change.STOPPED
     # Once it has begun, speech ends below the threshold less 0.15 only.
     assert changes("s" + "h" * 40) == changes("s") and changes("h" * 40) == []
 
@@ -174,6 +176,11 @@ def test_a_turn_of_push_to_talk_has_all_of_its_samples(kind):
             pass
         listener.clear()
         assert await committed(250) == 250 * MS
+        with pytest.raises(EventError, match="at least 100 ms"):
+            await committed(50)
+        with pytest.raises(EventError, match="the most"):
+            await committed(40_000)
+        assert len(listener.commit()[0]) == 30_000 * MS
 
     asyncio.run(run())
 

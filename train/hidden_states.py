@@ -9,8 +9,9 @@ from omni2_jax.train.data.dataset import Dataset
 from omni2_jax.train.settings import TrainConfig
 from omni2_jax.train.stored_arrays import StoredArrays
 
-# A 7B model has 15 GB of matrices, and each run would read them. Training changes its norms and
-# biases as well, which are smaller than this; low-rank updates, which do not, come with an adapter.
+# A 7B model has 15 GB of matrices, and each run would read them. Training changes the norms and
+# biases as well, which are smaller than this. Low-rank updates leave them as they are, but their
+# stage trains the adapter, too.
 SMALL_BYTES = 4 * 2**20
 
 
@@ -37,8 +38,8 @@ class HiddenStates(StoredArrays):
 
 
 def origin(train: TrainConfig) -> dict[str, object]:
-    """What hidden states depend on beside the data: parameters, of the two large parts the small
-    arrays. None for a part that the checkpoint lacks."""
+    """What hidden states depend on beside the data: a hash of the adapter, and of the small arrays
+    of LLM and speech encoder. None for a part that the checkpoint lacks."""
     directory = remote.as_path(train.checkpoint)
     limits = {"adapter": math.inf, "llm": SMALL_BYTES, "speech_encoder": SMALL_BYTES}
     present = parameters.parts(directory)

@@ -113,7 +113,7 @@ class Run:
     def steps_from(self, first: int, state: Any, saved: SavedStates) -> tuple[Any, int]:
         """Train until the last step or a signal; return the state and the number of steps done.
 
-        Both are saved. A signal is not kept waiting by a validation: the resumed run does it first.
+        Both are saved. After a signal nothing is validated: the resumed run validates first.
         """
         train, pending, done = self.train, None, first
         reporter = Reporter(self.stage, self.out, self.data, self.weights, first)

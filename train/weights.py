@@ -162,7 +162,8 @@ def initial(weights: Weights, paths: Collection[str], seed: int) -> Params:
 def merged(trained: Params, frozen: Mapping[str, Any]) -> dict[str, Any]:
     """All parameters, with low-rank updates added to their kernels, in the kernels' dtype.
 
-    Frozen parameters may be `LazyArray`, and stay it; every process of a run has to call it then.
+    Frozen parameters may be of type `LazyArray`, and so are they in the result; every process of a
+    run has to call it then.
     """
     values = {**frozen, **trained}
     for path in [path for path in values if path.endswith(".low")]:
@@ -187,8 +188,8 @@ def updated_when_read(kernel: LazyArray, low: jax.Array, high: jax.Array) -> Laz
     updates = [multihost_utils.process_allgather(array, tiled=True) for array in (low, high)]
 
     def read() -> np.ndarray:
-        values = np.empty(kernel.shape, kernel.dtype)
-        for number, layer in enumerate(zip(kernel.read(), *updates, strict=True)):
+        values = np.require(kernel.read(), requirements="W")  # no second copy
+        for number, layer in enumerate(zip(values, *updates, strict=True)):
             values[number] = updated(*layer)
         return values
 

@@ -80,11 +80,9 @@ def serve(
 
     import uvicorn
 
-    from omni2_jax.serve.access import LOOPBACK
+    from omni2_jax.serve.access import LOOPBACK, read_keys
 
     checkpoint = chosen(checkpoint)
-    from omni2_jax.serve.access import read_keys
-
     keys = read_keys(key_file) if key_file else ()
     if host not in LOOPBACK and not keys:
         raise ValueError(f"--host {host} is open to others: give API keys with --key-file")

@@ -64,6 +64,8 @@ def step_seconds(engine: Engine) -> float:
     voice = jnp.ones(config.flow.speaker) if config.flow else None
     streams = [engine.submit([piece], request, voice) for _ in range(engine.engine_config.slots)]
     engine.step()
+    for error in filter(None, (stream.error for stream in streams)):
+        raise error
     times = []
     for _ in range(STEPS):
         start = time.perf_counter()

@@ -25,6 +25,7 @@ from omni2_jax.serve.server import Server
 from omni2_jax.serve.worker import Answer
 
 MAX_PARTS = 16  # of a message
+SYSTEM = ("system", "developer")
 
 
 class InputAudio(BaseModel):
@@ -109,19 +110,13 @@ async def prepare(server: Server, completion: Completion) -> tuple[Session, Ques
             f"{server.limits.characters}",
             param="messages",
         )
-    recordings = sum(message.num_recordings for message in completion.messages)
-    if recordings > server.worker.max_segments:
-        raise EventError(
-            f"the messages have {recordings} recordings; a conversation of this server holds at "
-            f"most {server.worker.max_segments}",
-            param="messages",
-        )
+    messages = newest(completion.messages, server.worker.max_segments)
     session = await server.worker.run(server.session, completion.audio.voice)
     instructions, turns = [], []
     question: list | None = None
-    for message in completion.messages:
+    for message in messages:
         parts = await parts_of(server, message)
-        if message.role in ("system", "developer"):
+        if message.role in SYSTEM:
             instructions += parts
         elif message.role == "user":
             question = [*(question or ()), *parts]
@@ -139,6 +134,26 @@ async def prepare(server: Server, completion: Completion) -> tuple[Session, Ques
     session.turns = turns
     session.request = await server.worker.run(server.model.request, options)
     return session, question
+
+
+def newest(messages: list[Message], recordings: int) -> list[Message]:
+    """The messages without those before the newest `recordings` recordings, which no prompt holds.
+
+    Those of the system stay. Raises EventError if the question alone has more recordings.
+    """
+    kept: list[Message] = []
+    is_question = True  # whether no answer has come yet, from the end on
+    for message in reversed(messages):
+        recordings -= message.num_recordings
+        is_question = is_question and message.role != "assistant"
+        if is_question and recordings < 0:
+            raise EventError("the question has too many recordings", param="messages")
+        if recordings >= 0 or message.role in SYSTEM:
+            kept.insert(0, message)
+    first = next((m for m in kept if m.role not in SYSTEM), None)
+    if first is not None and first.role == "assistant" and len(kept) < len(messages):
+        kept.remove(first)  # the answer to what was left out
+    return kept
 
 
 async def parts_of(server: Server, message: Message) -> list:

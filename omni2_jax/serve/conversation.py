@@ -136,35 +136,47 @@ class Conversation:
     def forget_features(self, segments: int) -> None:
         """Drop speech features that are older than the newest `segments`.
 
-        No prompt can hold them any more, and each takes some megabytes.
+        No prompt can hold them any more, and each takes some megabytes. A turn that is being heard
+        counts as one segment.
         """
         for item in reversed(self.items):
-            features = [part for part in item.parts if not isinstance(part, str)]
-            segments -= len(features)
+            features = sum(not isinstance(part, str) for part in item.parts)
+            features += item.hearing is not None
+            segments -= features
             if features and segments < 0:
-                item.parts, item.is_forgotten = [], True
+                if item.hearing:
+                    item.hearing.cancel()
+                item.parts, item.hearing, item.is_forgotten = [], None, True
 
     def question(self, session: Session) -> list[str | jax.Array]:
         """Make `session` hold all turns before the last question -> that question.
 
-        Raises EventError if there is nothing to answer.
+        Raises EventError if there is nothing to answer, or if the question was too long to be kept.
         """
         turns: list[Turn] = []
+        is_cut = False  # whether a part of the question was forgotten
         question: list[str | jax.Array] | None = None
         for item in self.items:
             if item.role == "system":
                 continue
             if item.is_forgotten:
-                turns, question = [], None
+                turns, question, is_cut = [], None, True
             elif item.role == "user":
                 question = [*(question or ()), *item.parts]
             elif item.status == "failed":
                 continue
+            elif is_cut:  # the answer to what was forgotten
+                question, is_cut = None, False
             elif question is not None:
                 turns.append(Turn(question, self.answer_tokens(item, session)))
                 question = None
             elif turns:  # two answers in a row
                 turns[-1].answer = [*turns[-1].answer, *self.answer_tokens(item, session)]
+        if is_cut:
+            raise EventError(
+                "the user's turns since the last answer are longer than a conversation may be",
+                "question_too_long",
+            )
         # A question without parts is one in which no speech was heard.
         if question is None or not (question or session.tokenizer.config.no_speech_reply):
             raise EventError(

@@ -51,6 +51,13 @@ class Listener:
         """Expect audio in this format from now on."""
         self.format, self.decoder = audio_format, Decoder(audio_format)
 
+    def flush(self) -> np.ndarray:
+        """The samples that the decoder holds back; the next audio is not joined to them."""
+        samples, odd_byte = self.decoder(b"", last=True), self.decoder.odd_byte
+        self.use_format(self.format)
+        self.decoder.odd_byte = odd_byte
+        return samples
+
     def detect_turns(self, vad: ServerVad | None) -> None:
         """Look for turns with these settings from now on; None: the client says where they end."""
         self.forget()
@@ -73,7 +80,7 @@ class Listener:
     def clear(self) -> None:
         """Forget all samples."""
         self.forget()
-        self.use_format(self.format)  # the decoder holds back some samples
+        self.flush()
         self.drop_before(self.end)
         if self.detector:
             self.detector.restart(self.end)
@@ -137,8 +144,9 @@ class Listener:
         Without `stop`, raises EventError if the turn is shorter than MIN_TURN_SECONDS.
         """
         if stop is None:
-            self.buffer = np.concatenate([self.buffer, self.decoder(b"", last=True)])
-            self.use_format(self.format)
+            if self.detector is None:  # otherwise the microphone goes on
+                most = self.start - self.buffer_start + self.max_samples
+                self.buffer = np.concatenate([self.buffer, self.flush()])[:most]
             stop = self.end
             if stop - self.start < MIN_TURN_SECONDS * INPUT_RATE:
                 raise EventError(

@@ -98,14 +98,18 @@ class Realtime(Connection):
 
         The events of a client that sends turns faster than they can be heard wait.
         """
-        while len(self.hearings) > self.limits.hearings:
-            await asyncio.wait(self.hearings, return_when=asyncio.FIRST_COMPLETED)
+        await self.wait_for_hearings()
         event_id = None
         try:
             event, event_id = events.parse(text)
             await self.handlers[type(event)](event)
         except ValueError as error:
             self.report(error, event_id)
+
+    async def wait_for_hearings(self) -> None:
+        """Wait until the encoder has few enough turns of this client before it."""
+        while len(self.hearings) > self.limits.hearings:
+            await asyncio.wait(self.hearings, return_when=asyncio.FIRST_COMPLETED)
 
     def report(self, error: ValueError, event_id: str | None) -> None:
         """Send the fault of an event as an `error` event."""
@@ -201,6 +205,7 @@ class Realtime(Connection):
             if detection.change is Change.STARTED:
                 self.begin_turn(detection.sample)
                 continue
+            await self.wait_for_hearings()  # one event may have many turns
             try:
                 self.end_turn(detection.sample)
             except EventError as error:  # of a full conversation; the audio goes on
@@ -250,7 +255,12 @@ class Realtime(Connection):
         """Add a spoken turn to the conversation. hearing: computes its features."""
         item = Item(self.turn_id or new_id("item"), "user", [], is_audio=True, hearing=hearing)
         self.turn_id = None
-        previous = self.conversation.add(item)
+        try:
+            previous = self.conversation.add(item)
+        except EventError:
+            hearing.cancel()
+            raise
+        self.conversation.forget_features(self.worker.max_segments)
         place = {"previous_item_id": previous}
         self.send("input_audio_buffer.committed", item_id=item.id, **place)
         self.send("conversation.item.added", item=item.describe(), **place)

@@ -77,7 +77,7 @@ class Server:
     ):
         """model: an Omni2. name: what /v1/models calls it.
 
-        recogniser: transcribes what users say (`transcribe(samples, rate)`), if that is wanted.
+        recogniser: a `recognisers.Recogniser` of what users say, if that is wanted.
         voices: where voices are kept that clients add; see `Voices`, also for the errors.
         """
         self.model, self.limits, self.name, self.recogniser = model, limits, name, recogniser

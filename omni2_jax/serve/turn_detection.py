@@ -15,7 +15,7 @@ from omni2_jax.audio.voice_activity import WINDOW
 
 # Once speech has begun, it only ends below the threshold less this, as in Silero's own iterator.
 HYSTERESIS = 0.15
-LEAST_THRESHOLD = 0.01  # below which it ends, however low the client's threshold is
+LEAST_THRESHOLD = 0.01  # lower ones would never be passed by silence
 # Speech that has paused for so long may have ended; the encoder starts on it.
 PAUSE_SECONDS = 0.096
 
@@ -84,7 +84,8 @@ class TurnDetector:
 
     def step(self, probability: float) -> Iterator[Detection]:
         """The changes in one window, which begins at `position`."""
-        threshold, end = self.settings.threshold, self.position + WINDOW
+        threshold = max(self.settings.threshold, LEAST_THRESHOLD)
+        end = self.position + WINDOW
         if not self.speaking:
             if probability >= threshold:
                 self.speaking = True

@@ -43,7 +43,7 @@ class Chunks:
                 f"{self}: expected size >= 1, left >= 0 or None, and shift from 0 to size - 1"
             )
 
-    def end(self, unit: Array) -> Array:
+    def end(self, unit: Array | int) -> Array | int:
         """The first unit after the chunk that contains `unit` (any shape)."""
         return ((unit + self.shift) // self.size + 1) * self.size - self.shift
 
