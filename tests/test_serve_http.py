@@ -12,6 +12,8 @@ import openai
 import pytest
 import soundfile
 
+from omni2_jax.serve.chat_completions import Message, newest
+from omni2_jax.serve.events import EventError
 from omni2_jax.serve.limits import Limits
 from omni2_jax.serve.server import Server
 from tests.support.conversations import GREEDY, answer, clip
@@ -245,6 +247,20 @@ BAD = {
         "voice",
     ),
 }
+
+
+def test_a_history_of_many_recordings():
+    """Older turns are left out with their answers; what the system says stays."""
+    roles = ["system", "user", "assistant", "user", "assistant", "user"]
+    recording = {"content": [{"type": "input_audio"}]}
+    messages = [
+        Message(role=role, **(recording if role == "user" else {"content": str(number)}))
+        for number, role in enumerate(roles)
+    ]
+    for most, kept in {3: range(6), 2: (0, 3, 4, 5), 1: (0, 5)}.items():
+        assert newest(messages, most) == [messages[number] for number in kept]
+    with pytest.raises(EventError, match="the question has too many recordings"):
+        newest(messages, 0)
 
 
 @pytest.mark.parametrize("name", BAD)
