@@ -59,18 +59,40 @@ def test_features_that_no_prompt_holds():
         conversation.add(Item(f"question {number}", "user", [np.zeros((3, 2))], is_audio=True))
         conversation.add(Item(f"answer {number}", "assistant", [f"{number}"], answer=[number]))
     conversation.add(Item("last", "user", [np.zeros((3, 2)), "and a text"]))
-    other = Conversation(Limits())
-    for number in range(3):
-        other.add(Item(f"{number}", "user", [np.zeros((3, 2))], is_audio=True))
-    other.forget_features(2)
-    with pytest.raises(EventError, match="longer than a conversation may be"):
-        other.question(None)
     resumed = []
     session = SimpleNamespace(turns=[], resume=resumed.extend)
     conversation.forget_features(3)
     assert [item.is_forgotten for item in conversation.items[::2]] == 3 * [True] + 3 * [False]
     assert len(conversation.question(session)) == 2
     assert [turn.answer for turn in resumed] == [[3], [4]]
+
+
+def test_a_question_that_is_longer_than_what_is_kept():
+    """It is refused; the model does not answer its end alone."""
+    conversation = Conversation(Limits())
+    for number in range(3):
+        conversation.add(Item(f"{number}", "user", [np.zeros((3, 2))], is_audio=True))
+    conversation.forget_features(2)
+    with pytest.raises(EventError, match="longer than a conversation may be"):
+        conversation.question(None)
+
+
+def test_a_turn_that_is_being_heard_is_not_forgotten():
+    """A response may wait for its features; when they are there and too old, they go."""
+
+    async def run():
+        conversation = Conversation(Limits())
+        heard = asyncio.get_running_loop().create_future()
+        for hearing in (heard, asyncio.get_running_loop().create_future()):
+            conversation.add(Item(f"{id(hearing)}", "user", [], is_audio=True, hearing=hearing))
+        first, second = conversation.items
+        conversation.forget_features(1)
+        assert first.hearing is heard and not heard.cancelled()
+        heard.set_result([np.zeros((3, 2))])
+        conversation.forget_features(1)
+        assert first.is_forgotten and first.hearing is None and second.hearing
+
+    asyncio.run(run())
 
 
 def test_what_is_loaded_is_not_looked_at_again():

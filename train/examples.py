@@ -48,7 +48,7 @@ class Examples(abc.ABC):
         return len(self.data)
 
     def name(self, index: int) -> str:
-        """What messages call the examples of `items(index)`."""
+        """How messages name the examples of `items(index)`."""
         return f"dialogue {index}"
 
     @abc.abstractmethod

@@ -162,8 +162,8 @@ def initial(weights: Weights, paths: Collection[str], seed: int) -> Params:
 def merged(trained: Params, frozen: Mapping[str, Any]) -> dict[str, Any]:
     """All parameters, with low-rank updates added to their kernels, in the kernels' dtype.
 
-    Frozen parameters may be of type `LazyArray`, and so are they in the result; every process of a
-    run has to call it then.
+    Frozen parameters may be of type `LazyArray`; the result then has them as `LazyArray`, too, and
+    every process of a run has to call this function.
     """
     values = {**frozen, **trained}
     for path in [path for path in values if path.endswith(".low")]:

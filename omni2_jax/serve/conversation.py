@@ -136,16 +136,16 @@ class Conversation:
     def forget_features(self, segments: int) -> None:
         """Drop speech features that are older than the newest `segments`.
 
-        No prompt can hold them any more, and each takes some megabytes. A turn that is being heard
-        counts as one segment.
+        No prompt can hold them any more, and each takes some megabytes. A turn whose features no
+        response has asked for counts as one segment. One that is being heard stays: a response may
+        wait for it, and `Limits.hearings` bounds their number.
         """
         for item in reversed(self.items):
             features = sum(not isinstance(part, str) for part in item.parts)
             features += item.hearing is not None
             segments -= features
-            if features and segments < 0:
-                if item.hearing:
-                    item.hearing.cancel()
+            is_heard = item.hearing is None or item.hearing.done()
+            if features and segments < 0 and is_heard:
                 item.parts, item.hearing, item.is_forgotten = [], None, True
 
     def question(self, session: Session) -> list[str | jax.Array]:

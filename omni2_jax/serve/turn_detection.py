@@ -15,7 +15,7 @@ from omni2_jax.audio.voice_activity import WINDOW
 
 # Once speech has begun, it only ends below the threshold less this, as in Silero's own iterator.
 HYSTERESIS = 0.15
-LEAST_THRESHOLD = 0.01  # lower ones would never be passed by silence
+LEAST_THRESHOLD = 0.01  # with a lower one, silence might never be noticed
 # Speech that has paused for so long may have ended; the encoder starts on it.
 PAUSE_SECONDS = 0.096
 

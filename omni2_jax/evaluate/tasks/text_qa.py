@@ -15,8 +15,8 @@ class TextQA(Task):
 
     Both compare words after Whisper's normalisation. `exact` is over the items that state a whole
     reply; it is not given where none of the answered items does. An item without an answer counts
-    as wrong. `whole` is the share of conversations all of
-    whose questions are answered rightly, over those of several questions that are all scored.
+    as wrong. `whole` is the share of conversations in which every answer is right, over those of
+    several questions that are all scored.
     """
 
     needs_references = True
