@@ -266,9 +266,6 @@ def table_of(rows: list[dict]) -> rich.table.Table:
 
 def plot(rows: list[dict], path: Path) -> None:
     """Time to first packet and continuity against the number of clients."""
-    import matplotlib
-
-    matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, 3, figsize=(12, 3.5), layout="constrained")
@@ -317,6 +314,10 @@ def main(
     sounds = [base64_of(path) for path in questions]
     for path in filter(None, (json_lines, plot_file)):
         recordings.check_writable(path)
+    if plot_file:
+        import matplotlib  # if it is missing, say so before the long measurement
+
+        matplotlib.use("Agg")  # no display
     with contextlib.ExitStack() as stack:
         if checkpoint:
             url = stack.enter_context(server_of(checkpoint, max(levels), server)).url
