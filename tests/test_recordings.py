@@ -134,6 +134,20 @@ def test_bad_content(tmp_path, name):
     assert str(path) in str(error.value) and "\n" not in str(error.value)
 
 
+def test_an_mp3_where_one_is_wanted(tmp_path):
+    """It has the samples of the wav, nearly; one that cannot be read gets one line."""
+    path, random = tmp_path / "x", np.random.default_rng(2)
+    wave = np.cumsum(random.normal(size=16000)) / 300
+    path.write_bytes(encoded(wave, 16000, "MP3", "MPEG_LAYER_III"))
+    samples = recordings.load(path, seconds=1.5, mp3=True)
+    assert len(samples) == 16000 and np.corrcoef(samples, wave)[0, 1] > 0.99
+    with pytest.raises(ValueError, match=r"x is 1\.00 s long; at most 0\.5 s fit"):
+        recordings.load(path, seconds=0.5, mp3=True)
+    path.write_bytes(path.read_bytes()[:99])
+    with pytest.raises(ValueError, match=r"not audio that can be read \(wav, flac, ogg or mp3\)"):
+        recordings.load(path, mp3=True)
+
+
 def test_a_long_file_is_not_decoded(tmp_path):
     """An hour of silence: refused from its header, or cut after 30 s, in little memory."""
     path = tmp_path / "hour.flac"

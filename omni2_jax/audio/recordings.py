@@ -38,8 +38,9 @@ MARGIN = 1
 PIPED = 0x7FFF0000  # a wav that was written to a pipe claims this many bytes or more
 UNKNOWN = 2**62  # libsndfile reports a larger length for a file that does not state it
 
-NO_AUDIO = "is not audio that can be read (wav, flac or ogg)"
-# libsndfile decodes a damaged or shortened MP3 without an error, and prints to stderr.
+NO_AUDIO = "is not audio that can be read"
+# libsndfile decodes a damaged or shortened MP3 without an error, and prints to stderr. Where an MP3
+# does not state its length, it is estimated from the bit rate of its first frame.
 MP3 = "is an MP3, whose damage would not be noticed: convert it to wav, flac or ogg"
 
 
@@ -65,18 +66,20 @@ def load(
     rate: int = INPUT_RATE,
     seconds: float = MAX_SECONDS,
     over: str = "refuse",
+    mp3: bool = False,
 ) -> np.ndarray:
     """Read a wav, flac or ogg file of any rate and channel count: float32 [N] at `rate` Hz.
 
     Channels are averaged. seconds: the length allowed. over: "refuse" a longer file, or "truncate"
-    it, which decodes no more than is kept.
+    it, which decodes no more than is kept. mp3: read an MP3, too; what is damaged or missing in it
+    is not noticed, unless nothing can be read.
 
     Raises ValueError, one line naming the file, if it is missing, not a regular file, unreadable,
-    not audio, an MP3, cut short, empty, too long, of a rate outside MIN_RATE to MAX_RATE, or if a
-    sample is not finite or beyond MAX_MAGNITUDE.
+    not audio, an MP3 (but see `mp3`), cut short, empty, too long, of a rate outside MIN_RATE to
+    MAX_RATE, or if a sample is not finite or beyond MAX_MAGNITUDE.
     """
     limit = round(seconds * rate)
-    with open_audio(path) as file:
+    with open_audio(path, mp3) as file:
         check_header(file, path, seconds if over == "refuse" else None)
         samples = decode(file, path, rate, math.ceil((seconds + MARGIN) * file.samplerate))
     if len(samples) > limit and over == "refuse":
@@ -99,32 +102,36 @@ def load_turn(
 
 
 @contextlib.contextmanager
-def open_audio(path: Source) -> Iterator[soundfile.SoundFile]:
-    """An open sound file. Raises ValueError naming it, also for what fails in the block."""
+def open_audio(path: Source, mp3: bool = False) -> Iterator[soundfile.SoundFile]:
+    """An open sound file. Raises ValueError naming it, also for what fails in the block.
+
+    mp3: whether it may be an MP3.
+    """
+    no_audio = f"{path} {NO_AUDIO} ({'wav, flac, ogg or mp3' if mp3 else 'wav, flac or ogg'})"
     try:
         with open_binary(path) as (file, size):
             if not size:
-                raise ValueError(f"{path} {NO_AUDIO}: it is empty")
+                raise ValueError(f"{no_audio}: it is empty")
             head = file.read(12)
             claimed = 8 + int.from_bytes(head[4:8], "little")
             if head.startswith(b"RIFF") and size < claimed < PIPED:
                 raise ValueError(
                     f"{path} is cut short: its header claims {claimed} bytes, it has {size}"
                 )
-            if is_mp3(file, head):
+            if not mp3 and is_mp3(file, head):
                 raise ValueError(f"{path} {MP3}")
             file.seek(0)
             # By the file's number libsndfile reads it itself; threads need not wait for Python.
             source = file if isinstance(file, io.BytesIO) else file.fileno()
             with soundfile.SoundFile(source, closefd=False) as sound:
-                if sound.format == "MP3" or sound.subtype.startswith("MPEG"):
+                if not mp3 and (sound.format == "MP3" or sound.subtype.startswith("MPEG")):
                     raise ValueError(f"{path} {MP3}")
                 yield sound
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror or error}") from None
     except soundfile.SoundFileError as error:
         reason = " ".join(str(getattr(error, "error_string", error)).split())
-        raise ValueError(f"{path} {NO_AUDIO}: {reason}") from None
+        raise ValueError(f"{no_audio}: {reason}") from None
 
 
 @contextlib.contextmanager
