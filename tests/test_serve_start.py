@@ -52,8 +52,10 @@ def test_open_to_others_without_keys(refused, tmp_path):
     for host in ("0.0.0.0", "::"):
         assert "give API keys with --key-file" in refused("--host", host)
     (tmp_path / "keys").write_text("\n \n")
+    (tmp_path / "foreign").write_text("secret\nschlüssel\n", encoding="utf-8")
     for path, words in {
         tmp_path / "keys": "holds no key",
+        tmp_path / "foreign": "the key of line 2 has characters that are not ASCII",
         tmp_path / "none": "No such file",
         tmp_path: "Is a directory",
     }.items():

@@ -5,9 +5,10 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
-from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 from starlette.websockets import WebSocketClose
+
+from omni2_jax.serve.errors import failure
 
 # Paths that need a key. The page is open: it can do nothing without the API; and load balancers
 # ask /healthz without a key.
@@ -80,16 +81,23 @@ class Access:
         if scope["type"] == "websocket":
             await WebSocketClose(POLICY_VIOLATION, message)(scope, receive, send)
             return
-        error = {"message": message, "type": "invalid_request_error", "code": None, "param": None}
-        await JSONResponse({"error": error}, status)(scope, receive, send)
+        await failure(message, status)(scope, receive, send)
 
 
 def read_keys(path: Path) -> tuple[str, ...]:
-    """The API keys of a file, one a line. Raises ValueError if there is none."""
+    """The API keys of a file, one a line.
+
+    Raises ValueError if there is none, or one of other characters than those of ASCII that print:
+    clients send it in a header, which cannot hold others.
+    """
     try:
-        keys = tuple(line.strip() for line in path.read_text().splitlines() if line.strip())
+        lines = [line.strip() for line in path.read_text().splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
+    for number, line in enumerate(lines, start=1):
+        if not (line.isascii() and line.isprintable()):
+            raise ValueError(f"{path}: the key of line {number} has characters that are not ASCII")
+    keys = tuple(filter(None, lines))
     if not keys:
         raise ValueError(f"{path} holds no key")
     return keys

@@ -4,20 +4,40 @@ import asyncio
 import json
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ValidationError, model_validator
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from omni2_jax.generate.engine import QueueFullError
 from omni2_jax.generate.session import Reply, Session
+from omni2_jax.serve.errors import failure
 from omni2_jax.serve.events import EventError
 from omni2_jax.serve.server import FullError, Server
 from omni2_jax.serve.worker import Answer, StoppedError
 
-Body = TypeVar("Body", bound=BaseModel)
+
+class Fields(BaseModel):
+    """The fields of a request that this server knows; others are ignored.
+
+    A field that is null counts as absent: clients send null for what their users leave open.
+    """
+
+    @model_validator(mode="before")
+    @classmethod
+    def without_nulls(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        return {name: value for name, value in values.items() if value is not None}
+
+
+Body = TypeVar("Body", bound=Fields)
+
+
+class TooLargeError(ValueError):
+    """A request has more bytes than the server reads."""
 
 
 class Endpoint:
@@ -55,6 +75,8 @@ class Endpoint:
             return refusal(self.server, error)
         except StoppedError as error:
             return failure(str(error), 503, "server_stopping")
+        except TooLargeError as error:
+            return failure(str(error), 413, "request_too_large")
         except EventError as error:
             return failure(str(error), 400, error.code, param=error.param)
         except ValueError as error:
@@ -64,19 +86,6 @@ class Endpoint:
             return failure(self.server.public_message(error), 500)
 
 
-def failure(
-    message: str,
-    status: int,
-    code: str | None = None,
-    headers: dict | None = None,
-    param: str | None = None,
-) -> JSONResponse:
-    """An error in the form of OpenAI's API. param: the field of the request that is at fault."""
-    kind = "invalid_request_error" if status < 500 else "server_error"
-    error = {"message": message, "type": kind, "param": param, "code": code}
-    return JSONResponse({"error": error}, status, headers)
-
-
 def refusal(server: Server, error: Exception) -> JSONResponse:
     """The error of a full server, with the time to wait."""
     retry = {"Retry-After": str(server.limits.retry_seconds)}
@@ -84,17 +93,20 @@ def refusal(server: Server, error: Exception) -> JSONResponse:
 
 
 async def body_of(request: Request, limit: int) -> AsyncGenerator[bytes, None]:
-    """The body of a request as it comes. Raises EventError behind its first `limit` bytes."""
+    """The body of a request as it comes. Raises TooLargeError behind its first `limit` bytes."""
     size = 0
     async for data in request.stream():
         size += len(data)
         if size > limit:
-            raise EventError(f"the request has more than {limit} bytes")
+            raise TooLargeError(f"the request has more than {limit} bytes")
         yield data
 
 
 async def read_json(server: Server, request: Request, kind: type[Body]) -> Body:
-    """The body of a request as an object. Raises EventError if it is too long or malformed."""
+    """The body of a request as an object.
+
+    Raises TooLargeError if it is too long, and EventError if it is malformed.
+    """
     body = [data async for data in body_of(request, server.limits.body_bytes)]
     try:
         return kind.model_validate_json(b"".join(body))
