@@ -11,6 +11,7 @@ from pathlib import Path
 import uvicorn
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
@@ -22,6 +23,7 @@ from starlette.websockets import WebSocket
 from omni2_jax.serve import audio_api, chat_completions, memory
 from omni2_jax.serve.access import Access
 from omni2_jax.serve.connection import say_farewell
+from omni2_jax.serve.errors import failure
 from omni2_jax.serve.http import Endpoint
 from omni2_jax.serve.realtime import Realtime
 from omni2_jax.serve.server import FullError, Server
@@ -53,14 +55,23 @@ def create_app(
     async def realtime(websocket: WebSocket) -> None:
         await serve_realtime(server, websocket)
 
+    def entry() -> dict:
+        return {"id": server.name, "object": "model", "owned_by": "omni2-jax", "created": started}
+
     async def models(request: Request) -> Response:
-        entry = {
-            "id": server.name,
-            "object": "model",
-            "owned_by": "omni2-jax",
-            "created": started,
-        }
-        return JSONResponse({"object": "list", "data": [entry]})
+        return JSONResponse({"object": "list", "data": [entry()]})
+
+    async def model(request: Request) -> Response:
+        name = request.path_params["name"]
+        if name != server.name:
+            return failure(f"there is no model {name!r}", 404, "model_not_found", param="model")
+        return JSONResponse(entry())
+
+    async def misled(request: Request, error: Exception) -> Response:
+        """The error object for a path or a method that the API does not have."""
+        assert isinstance(error, HTTPException)
+        message = f"{error.detail}: {request.method} {request.url.path}"
+        return failure(message, error.status_code, headers=error.headers)
 
     async def voices(request: Request) -> Response:
         return await audio_api.list_voices(server, request)
@@ -72,15 +83,22 @@ def create_app(
     async def metrics(request: Request) -> Response:
         return Response(generate_latest(server.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
+    api = Starlette(
+        routes=[
+            WebSocketRoute("/realtime", realtime),
+            Route("/chat/completions", endpoint(chat_completions.complete), methods=["POST"]),
+            Route("/audio/speech", endpoint(audio_api.speak), methods=["POST"]),
+            Route("/audio/voices", voices),
+            Route("/audio/voices", endpoint(audio_api.add_voice), methods=["POST"]),
+            Route("/audio/voices/{name}", endpoint(audio_api.delete_voice), methods=["DELETE"]),
+            Route("/models", models),
+            Route("/models/{name}", model),
+        ],
+        exception_handlers={HTTPException: misled},
+    )
     return Starlette(
         routes=[
-            WebSocketRoute("/v1/realtime", realtime),
-            Route("/v1/chat/completions", endpoint(chat_completions.complete), methods=["POST"]),
-            Route("/v1/audio/speech", endpoint(audio_api.speak), methods=["POST"]),
-            Route("/v1/audio/voices", voices),
-            Route("/v1/audio/voices", endpoint(audio_api.add_voice), methods=["POST"]),
-            Route("/v1/audio/voices/{name}", endpoint(audio_api.delete_voice), methods=["DELETE"]),
-            Route("/v1/models", models),
+            Mount("/v1", api),
             Route("/healthz", health),
             Route("/metrics", metrics),
             Mount("/", StaticFiles(directory=PAGE, html=True)),
