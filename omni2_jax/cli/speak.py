@@ -31,7 +31,7 @@ def speak(
 ) -> None:
     """Say a text in the model's voice: its LLM is made to answer with it."""
     from omni2_jax.audio import recordings
-    from omni2_jax.generate.omni2 import Omni2, describe
+    from omni2_jax.generate.omni2 import SAID_NOTHING, Omni2, describe
     from omni2_jax.generate.options import Options
     from omni2_jax.generate.prompts import forced_ids
 
@@ -53,6 +53,6 @@ def speak(
                 seconds = num_samples / recordings.OUTPUT_RATE
                 progress.update(said, advance=len(reply.text), seconds=seconds)
         if not num_samples:
-            raise ValueError("the model said nothing: its speech LM wrote no unit")
+            raise ValueError(SAID_NOTHING)
     if str(out) != "-":
         say(f"{num_samples / recordings.OUTPUT_RATE:.2f} s of speech -> {out}")

@@ -51,6 +51,7 @@ TEMPLATE = 128  # positions that the chat template adds to a turn at most
 BUCKET = 256  # buffer sizes are multiples of this, so that few sizes are ever compiled
 # What a text that is to be said is the answer to.
 REPEAT = "Please repeat this: {}"
+SAID_NOTHING = "the model said nothing: its speech LM wrote no unit"
 DEFAULT_SLOTS = 8  # conversations that `Omni2.streams` answers at the same time at most
 
 

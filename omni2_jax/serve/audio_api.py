@@ -9,23 +9,24 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Annotated, Literal
 
 import numpy as np
-from pydantic import BaseModel, Field
+from pydantic import Field
 from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from omni2_jax.generate.omni2 import REPEAT
+from omni2_jax.generate.omni2 import REPEAT, SAID_NOTHING
 from omni2_jax.generate.prompts import forced_ids
 from omni2_jax.generate.session import Reply
 from omni2_jax.serve.audio import CONTAINERS, Encoder, encode_file
+from omni2_jax.serve.errors import failure
 from omni2_jax.serve.events import MAX_ID, EventError, Voice
 from omni2_jax.serve.http import (
     AnswerStream,
+    Fields,
     body_of,
     counted,
     failed_event,
-    failure,
     read_json,
     sse,
     whole,
@@ -33,11 +34,10 @@ from omni2_jax.serve.http import (
 from omni2_jax.serve.server import Server
 
 PCM = "audio/pcm;rate=24000"
+EVENTS = "text/event-stream"
 
 
-class Speech(BaseModel):
-    """The fields of a request that this server knows; others are ignored."""
-
+class Speech(Fields):
     input: str = Field(min_length=1, max_length=4096)
     voice: Annotated[str, Field(max_length=MAX_ID)] | Voice | None = None
     response_format: Literal["mp3", "opus", "flac", "wav", "pcm"] = "mp3"
@@ -46,12 +46,13 @@ class Speech(BaseModel):
 
 
 async def speak(server: Server, request: Request) -> Response:
-    """A text as speech. "pcm" is sent while it is generated, other formats when they are whole."""
+    """A text as speech. "pcm" is sent while it is generated, other formats when they are whole.
+
+    stream_format "sse": as events, of which another format than pcm needs one for all of its audio.
+    """
     speech = await read_json(server, request, Speech)
     if not server.speaks:
         raise EventError("this model answers in text only")
-    if speech.stream_format == "sse" and speech.response_format != "pcm":
-        raise EventError("stream_format sse needs response_format pcm", param="response_format")
     session = await server.worker.run(server.session, speech.voice)
     limit = server.worker.options.max_new_tokens
     tokens = len(forced_ids(session.tokenizer, speech.input))
@@ -63,41 +64,74 @@ async def speak(server: Server, request: Request) -> Response:
         )
     question = [REPEAT.format(speech.input)]
     answer = await server.worker.answer(session, question, speech.input)
-    if speech.stream_format == "sse":
-        events = stream_events(server, counted(server, answer))
-        return AnswerStream(server, session, events, "text/event-stream")
+    is_sse = speech.stream_format == "sse"
     if speech.response_format == "pcm":
         replies = counted(server, answer)
-        first = await anext(replies)  # an answer that fails at once gets an error object
-        return AnswerStream(server, session, stream_pcm(first, replies), PCM)
+        # An answer that fails before its first sample gets an error object.
+        beginning = await until_sound(replies)
+        if not beginning:
+            return failure(SAID_NOTHING, 500)
+        if is_sse:
+            events = stream_events(server, beginning, replies, tokens)
+            return AnswerStream(server, session, events, EVENTS)
+        return AnswerStream(server, session, stream_pcm(beginning, replies), PCM)
     parts = await whole(server, request, session, answer)
     samples = np.concatenate([reply.samples for reply in parts])
+    if not samples.size:
+        return failure(SAID_NOTHING, 500)
     data = await asyncio.to_thread(encode_file, samples, speech.response_format)
+    if is_sse:
+        return Response(delta_event(data) + done_event(tokens, parts), media_type=EVENTS)
     return Response(data, media_type=CONTAINERS[speech.response_format][2])
 
 
-async def stream_pcm(first: Reply, replies: AsyncIterator[Reply]) -> AsyncGenerator[bytes, None]:
+async def until_sound(replies: AsyncIterator[Reply]) -> list[Reply]:
+    """The replies up to the first one with samples; [] if none has any."""
+    beginning = []
+    async for reply in replies:
+        beginning.append(reply)
+        if reply.samples.size:
+            return beginning
+    return []
+
+
+async def stream_pcm(
+    beginning: list[Reply], replies: AsyncIterator[Reply]
+) -> AsyncGenerator[bytes, None]:
     """The samples as bytes. A failure ends the connection before the end of the body."""
     encoder = Encoder("audio/pcm")
-    yield encoder(first.samples)
+    yield encoder(beginning[-1].samples)
     async for reply in replies:
         yield encoder(reply.samples)
 
 
-async def stream_events(server: Server, replies: AsyncIterator[Reply]) -> AsyncGenerator[str, None]:
-    """The samples as server-sent events."""
-    encoder, text, audio = Encoder("audio/pcm"), 0, 0
+async def stream_events(
+    server: Server, beginning: list[Reply], replies: AsyncIterator[Reply], tokens: int
+) -> AsyncGenerator[str, None]:
+    """The samples as server-sent events. tokens: of the text."""
+    encoder, said = Encoder("audio/pcm"), list(beginning)
+    yield delta_event(encoder(beginning[-1].samples))
     try:
         async for reply in replies:
-            text, audio = text + len(reply.text_tokens), audio + len(reply.units)
+            said.append(reply)
             if reply.samples.size:
-                data = base64.b64encode(encoder(reply.samples)).decode()
-                yield sse({"type": "speech.audio.delta", "audio": data})
+                yield delta_event(encoder(reply.samples))
     except Exception as error:
         yield failed_event(server, error)
         return
-    usage = {"input_tokens": text, "output_tokens": audio, "total_tokens": text + audio}
-    yield sse({"type": "speech.audio.done", "usage": usage})
+    yield done_event(tokens, said)
+
+
+def delta_event(data: bytes) -> str:
+    """The server-sent event of some audio."""
+    return sse({"type": "speech.audio.delta", "audio": base64.b64encode(data).decode()})
+
+
+def done_event(tokens: int, replies: list[Reply]) -> str:
+    """The server-sent event that ends the speech. tokens: of the text."""
+    units = sum(len(reply.units) for reply in replies)
+    usage = {"input_tokens": tokens, "output_tokens": units, "total_tokens": tokens + units}
+    return sse({"type": "speech.audio.done", "usage": usage})
 
 
 async def list_voices(server: Server, request: Request) -> Response:
