@@ -89,14 +89,12 @@ def encode_file(samples: np.ndarray, name: str) -> bytes:
 
 
 @contextlib.contextmanager
-def private_file(data: bytes, name: str = "") -> Iterator[str]:
+def private_file(data: bytes) -> Iterator[str]:
     """The path of a temporary file with a client's bytes, which only this user can read.
 
-    name: the format that the client states. The message of a ValueError in the block does not
-    tell the path.
+    The message of a ValueError in the block does not tell the path.
     """
-    suffix = f".{name}" if name.isalnum() else ""
-    with tempfile.NamedTemporaryFile(suffix=suffix) as file:
+    with tempfile.NamedTemporaryFile() as file:
         file.write(data)
         file.flush()
         try:
@@ -105,13 +103,13 @@ def private_file(data: bytes, name: str = "") -> Iterator[str]:
             raise ValueError(str(error).replace(file.name, "the audio")) from None
 
 
-def decode_file(data: bytes, name: str) -> np.ndarray:
-    """Samples [N] at 16 kHz of a sound file. Raises ValueError if it cannot be decoded.
+def decode_file(data: bytes, seconds: float) -> np.ndarray:
+    """Samples [N] at 16 kHz of a sound file: wav, mp3, flac or ogg, whatever the client calls it.
 
-    name: its format, as the client states it.
+    Raises ValueError if it cannot be decoded or is longer than so many seconds.
     """
-    with private_file(data, name) as path:
-        return np.concatenate(recordings.load_turn(path, "refuse"))
+    with private_file(data) as path:
+        return recordings.load(path, seconds=seconds, mp3=True)
 
 
 def read_raw(data: bytes, encoding: str, rate: int) -> np.ndarray:

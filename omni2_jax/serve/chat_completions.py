@@ -6,21 +6,31 @@ spoken; with `stream` it comes as server-sent events while it is generated.
 
 import asyncio
 import base64
+import dataclasses
 import time
 from collections.abc import AsyncGenerator
 from typing import Annotated, Literal
 
 import numpy as np
-from pydantic import BaseModel, Field
+from pydantic import Field
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from omni2_jax.generate.session import Question, Reply, Session, Turn
+from omni2_jax.generate.options import Options
+from omni2_jax.generate.session import Question, Reply, Session
 from omni2_jax.serve.answering import options_of
 from omni2_jax.serve.audio import Encoder, decode_base64, decode_file, encode_file
-from omni2_jax.serve.conversation import new_id
+from omni2_jax.serve.conversation import Conversation, Item, new_id
 from omni2_jax.serve.events import MAX_ID, MAX_TEXT, EventError, Voice
-from omni2_jax.serve.http import AnswerStream, counted, failed_event, read_json, sse, whole
+from omni2_jax.serve.http import (
+    AnswerStream,
+    Fields,
+    counted,
+    failed_event,
+    read_json,
+    sse,
+    whole,
+)
 from omni2_jax.serve.server import Server
 from omni2_jax.serve.worker import Answer
 
@@ -28,22 +38,21 @@ MAX_PARTS = 16  # of a message
 SYSTEM = ("system", "developer")
 
 
-class InputAudio(BaseModel):
-    data: str
-    format: str = Field(default="wav", max_length=16)
+class InputAudio(Fields):
+    data: str  # base64 of a sound file, which tells its format itself
 
 
-class Part(BaseModel):
+class Part(Fields):
     type: Literal["text", "input_audio"]
     text: str = Field(default="", max_length=MAX_TEXT)
     input_audio: InputAudio | None = None
 
 
-class AudioReference(BaseModel):
+class AudioReference(Fields):
     id: str = Field(max_length=MAX_ID)
 
 
-class Message(BaseModel):
+class Message(Fields):
     role: Literal["system", "developer", "user", "assistant"]
     content: (
         Annotated[str, Field(max_length=MAX_TEXT)]
@@ -64,19 +73,26 @@ class Message(BaseModel):
         return sum(part.type == "input_audio" for part in parts)
 
 
-class AudioOutput(BaseModel):
+class AudioOutput(Fields):
     voice: Annotated[str, Field(max_length=MAX_ID)] | Voice | None = None
     format: Literal["wav", "flac", "mp3", "opus", "pcm16"] = "wav"
 
 
-class Completion(BaseModel):
-    """The fields of a request that this server knows; others are ignored."""
+class StreamOptions(Fields):
+    include_usage: bool = False
 
+
+class Completion(Fields):
     messages: list[Message] = Field(min_length=1, max_length=256)
-    modalities: list[Literal["text", "audio"]] = ["text"]
+    modalities: list[Literal["text", "audio"]] = Field(default=["text"])
     audio: AudioOutput = AudioOutput()
     stream: bool = False
+    stream_options: StreamOptions = StreamOptions()
     temperature: float | None = Field(default=None, ge=0, le=2)
+    top_p: float | None = Field(default=None, ge=0, le=1)
+    seed: int | None = None
+    n: int = Field(default=1, ge=1, le=1)
+    stop: str | list[str] = ""
     max_completion_tokens: int | None = Field(default=None, ge=1)
     max_tokens: int | None = Field(default=None, ge=1)
 
@@ -92,6 +108,8 @@ async def complete(server: Server, request: Request) -> Response:
         raise EventError("this model answers in text only", param="modalities")
     if completion.is_spoken and completion.stream and completion.audio.format != "pcm16":
         raise EventError("a streamed answer has audio.format pcm16", param="audio.format")
+    if completion.stop:
+        raise EventError("this server does not end answers at texts of the client", param="stop")
     session, question = await prepare(server, completion)
     answer = await server.worker.answer(session, question)
     if completion.stream:
@@ -110,30 +128,27 @@ async def prepare(server: Server, completion: Completion) -> tuple[Session, Ques
             f"{server.limits.characters}",
             param="messages",
         )
-    messages = newest(completion.messages, server.worker.max_segments)
     session = await server.worker.run(server.session, completion.audio.voice)
-    instructions, turns = [], []
-    question: list | None = None
-    for message in messages:
-        parts = await parts_of(server, message)
-        if message.role in SYSTEM:
-            instructions += parts
-        elif message.role == "user":
-            question = [*(question or ()), *parts]
-        else:
-            if question is None:
-                raise EventError("an assistant's message must follow one of the user")
-            turns.append(Turn(question, session.tokenizer.answer("".join(parts))))
-            question = None
-    # A question without parts is one in which no speech was heard.
-    if question is None or not (question or server.model.config.no_speech_reply):
-        raise EventError("the last message must be the user's")
-    limit = completion.max_completion_tokens or completion.max_tokens
-    options = options_of(server.worker.options, limit, completion.temperature, completion.is_spoken)
-    session.instructions = "\n".join(instructions) or None
-    session.turns = turns
+    conversation = Conversation(server.limits)
+    for message in newest(completion.messages, server.worker.max_segments):
+        role = "system" if message.role in SYSTEM else message.role
+        item = Item(new_id("item"), role, await parts_of(server, message))
+        conversation.items.append(item)
+    session.instructions = conversation.instructions(None)
+    question = conversation.question(session)
+    options = choose_options(server.worker.options, completion)
     session.request = await server.worker.run(server.model.request, options)
     return session, question
+
+
+def choose_options(base: Options, completion: Completion) -> Options:
+    """The options of an answer: those of the request, and the server's where it states none."""
+    limit = completion.max_completion_tokens or completion.max_tokens
+    options = options_of(base, limit, completion.temperature, completion.is_spoken)
+    top_p = options.top_p if completion.top_p is None else completion.top_p
+    # The API's seeds have 64 bits and a sign, those of the model 32 bits.
+    seed = options.seed if completion.seed is None else completion.seed % 2**32
+    return dataclasses.replace(options, top_p=top_p, seed=seed)
 
 
 def newest(messages: list[Message], recordings: int) -> list[Message]:
@@ -150,9 +165,6 @@ def newest(messages: list[Message], recordings: int) -> list[Message]:
             raise EventError("the question has too many recordings", param="messages")
         if recordings >= 0 or message.role in SYSTEM:
             kept.insert(0, message)
-    first = next((m for m in kept if m.role not in SYSTEM), None)
-    if first is not None and first.role == "assistant" and len(kept) < len(messages):
-        kept.remove(first)  # the answer to what was left out
     return kept
 
 
@@ -169,8 +181,11 @@ async def parts_of(server: Server, message: Message) -> list:
             continue
         if part.input_audio is None or message.role != "user":
             raise EventError("input_audio has `data` and is a part of the user's messages")
-        data = decode_base64(part.input_audio.data)
-        samples = await asyncio.to_thread(decode_file, data, part.input_audio.format)
+        try:
+            data = decode_base64(part.input_audio.data)
+            samples = await asyncio.to_thread(decode_file, data, server.limits.turn_seconds)
+        except ValueError as error:
+            raise EventError(server.public_message(error), param="messages") from None
         parts += await server.worker.hear(samples)
     return parts
 
@@ -189,31 +204,30 @@ async def whole_response(
         audio = {"id": answer_id, "expires_at": server.answers.expiry()}
         audio |= {"data": base64.b64encode(data).decode(), "transcript": text}
         message |= {"content": None, "audio": audio}
-    reason = finish_reason(session, [token for reply in replies for token in reply.text_tokens])
+    reason = await asyncio.to_thread(finish_reason, session, completion.is_spoken)
     choice = {"index": 0, "message": message, "finish_reason": reason, "logprobs": None}
-    return JSONResponse(
-        head(server, "chat.completion") | {"choices": [choice], "usage": usage(session, replies)}
-    )
+    fields = {"choices": [choice], "usage": usage(session, completion.is_spoken, replies)}
+    return JSONResponse(head(server, "chat.completion") | fields)
 
 
 async def stream_events(
     server: Server, completion: Completion, session: Session, answer: Answer
 ) -> AsyncGenerator[str, None]:
-    """The answer as server-sent events, one for each reply."""
+    """The answer as server-sent events: one for each reply, and those that end it."""
     start = head(server, "chat.completion.chunk")
+    if completion.stream_options.include_usage:
+        start["usage"] = None  # until the last chunk
 
     def event(delta: dict, reason: str | None = None) -> str:
         choice = {"index": 0, "delta": delta, "finish_reason": reason}
         return sse(start | {"choices": [choice]})
 
-    tokens: list[int] = []
-    text = ""
+    replies: list[Reply] = []
     encoder, answer_id = Encoder("audio/pcm"), new_id("audio")
     yield event({"role": "assistant", "content": ""})
     try:
         async for reply in counted(server, answer):
-            tokens += reply.text_tokens
-            text += reply.text
+            replies.append(reply)
             if not completion.is_spoken:
                 yield event({"content": reply.text})
                 continue
@@ -223,14 +237,27 @@ async def stream_events(
         yield failed_event(server, error)
         return
     if completion.is_spoken:
-        server.answers.add(text, answer_id)
-    yield event({}, finish_reason(session, tokens))
+        server.answers.add("".join(reply.text for reply in replies), answer_id)
+        yield event({"audio": {"id": answer_id, "expires_at": server.answers.expiry()}})
+    reason = await asyncio.to_thread(finish_reason, session, completion.is_spoken)
+    yield event({}, reason)
+    if completion.stream_options.include_usage:
+        total = usage(session, completion.is_spoken, replies)
+        yield sse(start | {"choices": [], "usage": total})
     yield "data: [DONE]\n\n"
 
 
-def finish_reason(session: Session, tokens: list[int]) -> str:
-    """Why an answer ended, by its text tokens: "stop", or "length" at the limit of tokens."""
-    return "stop" if tokens and tokens[-1] in session.eos else "length"
+def finish_reason(session: Session, is_spoken: bool) -> str:
+    """Why the session's last answer ended: "length" if its text or its speech was cut, or "stop".
+
+    This waits for the device.
+    """
+    if not session.has_ended(session.turns[-1]):
+        return "length"
+    if not is_spoken or session.prefix is None:
+        return "stop"
+    end = session.tokenizer.config.tokens.unit_eos
+    return "stop" if int(session.prefix.last_speech_token[0]) == end else "length"
 
 
 def encode(samples: np.ndarray, name: str) -> bytes:
@@ -244,13 +271,18 @@ def head(server: Server, kind: str) -> dict:
     return {"id": new_id("chatcmpl"), "object": kind, "created": created, "model": server.name}
 
 
-def usage(session: Session, replies: list[Reply]) -> dict:
-    text = sum(len(reply.text_tokens) for reply in replies)
-    audio = sum(len(reply.units) for reply in replies)
-    prompt = max(0, session.length - text)
+def usage(session: Session, is_spoken: bool, replies: list[Reply]) -> dict:
+    """The tokens of an answer; its units count if it is spoken."""
+    tokens = sum(len(reply.text_tokens) for reply in replies)
+    prompt = max(0, session.length - tokens)
+    details = {}
+    if is_spoken:
+        audio = sum(len(reply.units) for reply in replies)
+        tokens += audio
+        details["completion_tokens_details"] = {"audio_tokens": audio}
     return {
         "prompt_tokens": prompt,
-        "completion_tokens": text + audio,
-        "total_tokens": prompt + text + audio,
-        "completion_tokens_details": {"audio_tokens": audio},
+        "completion_tokens": tokens,
+        "total_tokens": prompt + tokens,
+        **details,
     }
