@@ -2,9 +2,10 @@
 
 For each number c of clients, c WebSockets speak OpenAI's Realtime API. A client asks a recording,
 takes the answer, waits for a time that is exponentially distributed (so that questions arrive as a
-Poisson process), and asks again. The terms are those of `vllm bench serve --omni`:
+Poisson process), and asks again. With `--vad` it speaks in real time, with silence behind it, and
+the server finds the end of the question. The terms are those of `vllm bench serve --omni`:
 
-audio_ttfp      from the end of the question to the first packet of audio
+audio_ttfp      from the end of the question (with --vad: `speech_stopped`) to the first packet
 audio_rtf       seconds to the last packet, by the seconds of audio
 audio_underrun  the longest that a player had to wait, which began with the first packet
 continuity      the share of answers whose underrun is at most 100 ms
@@ -13,6 +14,7 @@ continuity      the share of answers whose underrun is at most 100 ms
 import asyncio
 import base64
 import contextlib
+import itertools
 import json
 import re
 import shlex
@@ -36,6 +38,7 @@ from omni2_jax.console import progress_bar, run_function
 
 MAX_UNDERRUN = 0.1  # seconds that are not heard as a gap
 HOLDS = 0.99  # the share of continuous answers that a number of clients needs to hold
+PIECE = 0.04  # seconds of sound in an event of a client that speaks in real time
 SETTLE_SECONDS = 0.5  # in which the server notices that the clients before have gone
 BYTES = 2 * recordings.OUTPUT_RATE  # a second of audio
 console = rich.console.Console()
@@ -113,32 +116,39 @@ class Level:
 
 
 async def converse(
-    url: str, question: str, turns: int, pauses: Iterator[float], note: Callable[[], None]
+    url: str,
+    question: str,
+    turns: int,
+    pauses: Iterator[float],
+    note: Callable[[], None],
+    vad: bool = False,
 ) -> list[Answer]:
     """One client: `turns` questions, each after a pause. `note` is called after each answer.
 
-    Raises RefusedError, and RuntimeError if an answer fails.
+    vad: whether it speaks in real time and the server finds the end of the question. Raises
+    RefusedError, and RuntimeError if an answer fails.
     """
     answers = []
-    async with connected(url) as socket:
+    async with connected(url, vad) as socket:
         for _ in range(turns):
             await asyncio.sleep(next(pauses))
-            await ask(socket, question)
+            await (say if vad else ask)(socket, question)
             answers.append(await take_answer(socket))
             note()
     return answers
 
 
 @contextlib.asynccontextmanager
-async def connected(url: str):
-    """A WebSocket without turn detection. Raises RefusedError."""
+async def connected(url: str, vad: bool = False):
+    """A WebSocket with or without turn detection. Raises RefusedError."""
     import websockets
 
     async with websockets.connect(url, max_size=None) as socket:
         first = json.loads(await socket.recv())
         if first["type"] == "error":
             raise RefusedError(first["error"]["message"])
-        session = {"type": "realtime", "audio": {"input": {"turn_detection": None}}}
+        detection = {"type": "server_vad"} if vad else None
+        session = {"type": "realtime", "audio": {"input": {"turn_detection": detection}}}
         await socket.send(json.dumps({"type": "session.update", "session": session}))
         yield socket
 
@@ -152,6 +162,26 @@ async def ask(socket, question: str) -> None:
     )
     for event in events:
         await socket.send(json.dumps(event))
+
+
+async def say(socket, question: str) -> None:
+    """Speak a question in real time and then silence, until the server notices its end."""
+
+    async def speak() -> None:
+        sound, size = base64.b64decode(question), int(PIECE * BYTES)
+        start = time.perf_counter()
+        for count in itertools.count():
+            await asyncio.sleep(start + count * PIECE - time.perf_counter())
+            piece = sound[count * size : (count + 1) * size].ljust(size, b"\0")
+            event = {"type": "input_audio_buffer.append", "audio": base64.b64encode(piece).decode()}
+            await socket.send(json.dumps(event))
+
+    speaking = asyncio.create_task(speak())
+    try:
+        while (await take_event(socket))["type"] != "input_audio_buffer.speech_stopped":
+            pass
+    finally:
+        speaking.cancel()
 
 
 async def take_event(socket) -> dict:
@@ -177,8 +207,10 @@ async def take_answer(socket) -> Answer:
     return Answer(packets, text, audio)
 
 
-async def measure(url: str, clients: int, questions: list[str], turns: int, pause: float) -> Level:
-    """Let so many clients ask `turns` questions each."""
+async def measure(
+    url: str, clients: int, questions: list[str], turns: int, pause: float, vad: bool = False
+) -> Level:
+    """Let so many clients ask `turns` questions each. pause: mean seconds before each of them."""
     random = np.random.default_rng(clients)
 
     def pauses() -> Iterator[float]:
@@ -196,6 +228,7 @@ async def measure(url: str, clients: int, questions: list[str], turns: int, paus
                     turns,
                     pauses(),
                     lambda: bar.advance(task),
+                    vad,
                 )
                 for index in range(clients)
             ),
@@ -302,6 +335,9 @@ def main(
     pause: Annotated[
         float, typer.Option(min=0.0, help="Mean seconds between an answer and the next question.")
     ] = 2.0,
+    vad: Annotated[
+        bool, typer.Option("--vad", help="Speak in real time; the server finds a question's end.")
+    ] = False,
     json_lines: Annotated[
         Path | None, typer.Option("--json", help="Write the summaries, and every answer.")
     ] = None,
@@ -322,11 +358,11 @@ def main(
         if checkpoint:
             url = stack.enter_context(server_of(checkpoint, max(levels), server)).url
         assert url
-        asyncio.run(measure(url, 1, sounds, 1, 0.0))  # whatever is slow the first time
+        asyncio.run(measure(url, 1, sounds, 1, 0.0, vad))  # whatever is slow the first time
         measured = []
         for count in levels:
             time.sleep(SETTLE_SECONDS)
-            measured.append(asyncio.run(measure(url, count, sounds, turns, pause)))
+            measured.append(asyncio.run(measure(url, count, sounds, turns, pause, vad)))
     rows = [level.summary() for level in measured]
     console.print(table_of(rows))
     holding = [level.clients for level in measured if level.holds]

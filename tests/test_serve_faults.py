@@ -5,6 +5,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import json
+import logging
 import random
 import threading
 from types import SimpleNamespace
@@ -216,7 +217,7 @@ def test_a_client_that_reads_nothing(address, server, alone):
 
 
 @pytest.mark.slow
-def test_numbers_that_are_not_finite(address, server, monkeypatch):
+def test_numbers_that_are_not_finite(address, server, monkeypatch, caplog):
     """One answer fails, with a line that names no path; the next one of the session does not.
 
     Nor does the one beside it, to a longer question.
@@ -249,9 +250,33 @@ def test_numbers_that_are_not_finite(address, server, monkeypatch):
     _, expected = talk(address, conversation)
     undisturbed = talk(address, question("synth_c"))
     (failed, later), beside = asyncio.run(both())
+    (record,) = [record for record in caplog.records if record.name == "omni2_jax.serve"]
+    line = logging.Formatter().format(record)
+    assert "GenerationError" in line and "worker." in line
+    assert "\n" not in line and "/" not in line  # neither a traceback nor a path
     assert failed.status == "failed" and beside == undisturbed
     assert failed.status_details.error.message.endswith("the model's numbers were not finite")
     assert later == expected
+
+
+def test_an_encoder_that_fails_once(address, server, monkeypatch, alone):
+    """The turn that it did not hear goes; the next one of the conversation is answered."""
+
+    def broken(segments):
+        raise RuntimeError("out of memory")
+
+    async def conversation(link):
+        await link.session.update(session=MANUAL)
+        await until(link, "session.updated")
+        with monkeypatch.context() as patch:
+            patch.setattr(server.model, "encode", broken)
+            failed = await ask(link, pcm(clip("short_d")))
+        return failed, await ask(link, pcm(clip("short_d")))
+
+    failed, later = talk(address, conversation)
+    assert failed[-1].response.status == "failed"
+    assert "conversation.item.deleted" in [event.type for event in failed]
+    assert answer_of(later) == alone
 
 
 @pytest.mark.slow
@@ -304,6 +329,24 @@ def test_clients_beyond_the_maximum_are_counted(address, tmp_path, capsys):
     assert "largest number of clients that holds" in capsys.readouterr().out
 
 
+def test_a_client_that_speaks_in_real_time(address, tmp_path):
+    """`benchmarks.serve --vad`: the server finds the question's end, and is measured from there."""
+    rows, url = tmp_path / "rows.jsonl", f"ws://{address}/v1/realtime?model=omni2"
+    benchmark.main(
+        [clip("speech_a")],
+        url,
+        None,
+        [1],
+        turns=1,
+        pause=0.0,
+        vad=True,
+        json_lines=rows,
+        plot_file=None,
+    )
+    level, turn = [json.loads(line) for line in rows.read_text().splitlines()]
+    assert level["completed"] == 1 and 0 < turn["audio_ttfp"] < turn["audio_rtf"] * 60
+
+
 @pytest.mark.slow
 def test_a_client_that_asks_too_much(address, server, alone):
     """More speech than a turn may have, more text than a conversation, more than can be heard."""
@@ -317,7 +360,8 @@ def test_a_client_that_asks_too_much(address, server, alone):
         await link.session.update(session=MANUAL)
         await until(link, "session.updated")
         items = [message(type="input_audio", audio=base64_of(bytes(31 * SECOND)))]
-        items += 5 * [message(type="input_text", text="x" * 16_000)]
+        long = message(type="input_text", text="x" * 16_000)
+        items += [long | {"content": 5 * long["content"]}]
         for item in items:
             await link.conversation.item.create(item=item)
         events = [(await until(link, "error"))[-1], (await until(link, "error"))[-1]]
@@ -335,7 +379,7 @@ def test_a_client_that_asks_too_much(address, server, alone):
 
     errors, beside = asyncio.run(both())
     assert "31.0 s, a turn at most 30 s" in errors[0].message
-    assert errors[1].code == "too_many_characters"
+    assert errors[1].code == "conversation_full"
     assert beside == alone
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import ctypes.util
+import dataclasses
 import gc
 import random
 from pathlib import Path
@@ -63,7 +64,7 @@ def test_features_that_no_prompt_holds():
     session = SimpleNamespace(turns=[], resume=resumed.extend)
     conversation.forget_features(3)
     assert [item.is_forgotten for item in conversation.items[::2]] == 3 * [True] + 3 * [False]
-    assert len(conversation.question(session)) == 2
+    assert len(conversation.question(session, conversation.items)) == 2
     assert [turn.answer for turn in resumed] == [[3], [4]]
 
 
@@ -99,3 +100,23 @@ def test_what_is_loaded_is_not_looked_at_again():
     frozen, loaded = gc.get_freeze_count(), [[number] for number in range(20_000)]
     memory.settle()
     assert gc.get_freeze_count() >= frozen + len(loaded)
+
+
+def test_a_full_conversation_drops_its_oldest_items():
+    """But not what the system wrote, nor an answer in progress, nor the item to come after."""
+    conversation = Conversation(dataclasses.replace(Limits(), items=4, characters=10))
+    items = [
+        Item("rules", "system", ["r"], written=1),
+        Item("old", "user", ["o"], written=1),
+        Item("answer", "assistant", [], status="in_progress"),
+        Item("new", "user", ["n"], written=1),
+    ]
+    for item in items:
+        assert conversation.add(item)[1] == []
+    previous, removed = conversation.add(Item("second", "user", ["s"], written=1), "old")
+    assert (previous, [item.id for item in removed]) == ("old", ["new"])
+    previous, removed = conversation.add(Item("long", "user", ["l"], written=7))
+    assert (previous, [item.id for item in removed]) == ("answer", ["old"])
+    with pytest.raises(EventError, match="at most 4 items and 10 characters"):
+        conversation.add(Item("longer", "user", ["l"], written=10))
+    assert [item.id for item in conversation.items] == ["rules", "second", "answer", "long"]

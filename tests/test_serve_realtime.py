@@ -76,6 +76,13 @@ def test_push_to_talk(address, model):
         "conversation.item.done",
         "response.done",
     ]
+    # A part is announced by an event of its own; clients append it to the item's content.
+    for kind, is_over in {
+        "response.output_item.added": False,
+        "response.output_item.done": True,
+    }.items():
+        (event,) = [e for e in events if e.type == kind]
+        assert bool(event.item.content) == is_over
     (done,) = [e for e in events if e.type == "response.output_audio_transcript.done"]
     deltas = [e.delta for e in events if e.type == "response.output_audio_transcript.delta"]
     assert "".join(deltas) == done.transcript != ""
@@ -205,7 +212,59 @@ def test_text_turns_and_cancel(address):
     events, cancelled = talk(address, conversation)
     (text,) = [event.text for event in events if event.type == "response.output_text.done"]
     assert text and not audio_of(events)
+    usage = events[-1].response.usage
+    assert usage.output_token_details.audio_tokens == 0
+    assert usage.output_tokens == usage.output_token_details.text_tokens > 0
     assert cancelled[-1].response.status == "cancelled"
+
+
+def test_a_turn_behind_a_response(address, model, server):
+    """What the user says after `response.create` is a question of its own, even if that waits."""
+
+    async def conversation(link):
+        await link.session.update(session=MANUAL)
+        await until(link, "session.updated")
+        sound = base64_of(pcm(clip("short_d")))
+        await link.input_audio_buffer.append(audio=sound)
+        await link.input_audio_buffer.commit()
+        await link.response.create()
+        await link.input_audio_buffer.append(audio=sound)
+        await link.input_audio_buffer.commit()
+        first = await until(link, "response.done")
+        await link.response.create()
+        second = await until(link, "response.done")
+        (connection,) = server.connections
+        return first, second, [item.role for item in connection.conversation.items]
+
+    first, second, roles = talk(address, conversation)
+    assert roles == ["user", "assistant", "user", "assistant"]
+    (content,) = first[-1].response.output[0].content
+    assert content.transcript == answer(model, clip("short_d"), OPTIONS).text
+    assert second[-1].response.status in ("completed", "incomplete")
+
+
+def test_a_conversation_that_is_full(address, server, monkeypatch):
+    """Its oldest items go, and the client is told; what the system has written stays."""
+    monkeypatch.setattr(server, "limits", dataclasses.replace(server.limits, items=4))
+
+    async def conversation(link):
+        system = {"type": "message", "role": "system", "content": [text_of("Rhyme.")]}
+        await link.conversation.item.create(item=system)
+        ids, deleted = [], []
+        for text in ("What is the sea?", "And the moon?", "And the wind?"):
+            await link.conversation.item.create(item=message(text))
+            # Clients that are made for the API may write null for a default.
+            await link.send_raw(json.dumps({"type": "response.create", "response": None}))
+            for event in await until(link, "response.done"):
+                if event.type == "conversation.item.added":
+                    ids.append(event.item.id)
+                elif event.type == "conversation.item.deleted":
+                    deleted.append(event.item_id)
+        (connection,) = server.connections
+        return ids, deleted, [item.id for item in connection.conversation.items]
+
+    ids, deleted, held = talk(address, conversation)
+    assert len(ids) == 7 and deleted == ids[1:4] and held == [ids[0], *ids[4:]]
 
 
 @pytest.mark.slow
@@ -242,7 +301,13 @@ def test_settings(address, server):
         )
         (updated,) = await until(link, "session.updated")
         (connection,) = server.connections
-        session, found = connection.session, []
+        session, found, detector = connection.session, [], connection.listener.detector
+        for kind in ("semantic_vad", "server_vad"):  # neither forgets what the user is just saying
+            changes = {"turn_detection": {"type": kind, "interrupt_response": False}}
+            await link.session.update(session={"type": "realtime", "audio": {"input": changes}})
+            (changed,) = await until(link, "session.updated")
+            assert changed.session.audio.input.turn_detection.type == kind
+            assert connection.listener.detector is detector is not None
         system = {"type": "message", "role": "system", "content": [text_of("Rhyme.")]}
         await link.conversation.item.create(item=system)
         for changes in ({}, {"instructions": "Sing.", "temperature": 0, "max_output_tokens": 2}):
@@ -433,7 +498,20 @@ FAULTS = {
     "nothing to answer": ('{"type": "response.cancel"}', "response_cancel_not_active"),
     "no such item": (
         '{"type": "conversation.item.delete", "item_id": "../../etc/passwd"}',
-        "item_not_found",
+        "item_delete_invalid_item_id",
+    ),
+    "no such item to retrieve": (
+        '{"type": "conversation.item.retrieve", "item_id": "q"}',
+        "item_retrieve_invalid_item_id",
+    ),
+    "no such item before": (
+        '{"type": "conversation.item.create", "previous_item_id": "q", "item": {"type": "message", '
+        '"role": "user", "content": [{"type": "input_text", "text": "And?"}]}}',
+        "item_create_invalid_item_id",
+    ),
+    "a response to something else": (
+        '{"type": "response.create", "response": {"input": [{"type": "message"}]}}',
+        "invalid_value",
     ),
     "audio of another rate": (
         '{"type": "session.update", "session": {"audio": {"input": {"format": '
@@ -447,7 +525,7 @@ FAULTS = {
     "beyond the audio": (
         '{"type": "conversation.item.truncate", "item_id": "q", "content_index": 0, '
         '"audio_end_ms": 5}',
-        "item_not_found",
+        "item_truncate_invalid_item_id",
     ),
 }
 
@@ -462,6 +540,8 @@ def test_faulty_events(address):
             answers[name] = await link.recv()
         await link.session.update(session=MANUAL)
         await until(link, "session.updated")
+        await link.send_raw('{"type": "session.destroy", "event_id": "mine"}')
+        assert (await link.recv()).error.event_id == "mine"
         return answers
 
     answers = talk(address, conversation)

@@ -23,6 +23,7 @@ class Response:
     """A response that is being generated, or has ended."""
 
     item: Item
+    asked: list[Item]  # the conversation that it answers; items that are added later are not
     modality: str  # "audio" or "text"
     encoder: Encoder
     metadata: dict[str, str] | None
@@ -48,15 +49,12 @@ class Response:
                 }
         usage, is_over = None, self.status != "in_progress"
         if is_over:
-            output = self.tokens_sent + self.item.num_units
+            units = self.item.num_units if self.modality == "audio" else 0
             usage = {
-                "total_tokens": self.input_tokens + output,
+                "total_tokens": self.input_tokens + self.tokens_sent + units,
                 "input_tokens": self.input_tokens,
-                "output_tokens": output,
-                "output_token_details": {
-                    "text_tokens": self.tokens_sent,
-                    "audio_tokens": self.item.num_units,
-                },
+                "output_tokens": self.tokens_sent + units,
+                "output_token_details": {"text_tokens": self.tokens_sent, "audio_tokens": units},
             }
         return {
             "id": self.id,
@@ -119,10 +117,10 @@ async def respond(
 async def generate(realtime: "Realtime", response: Response, patch: ResponsePatch) -> None:
     """Run the model and send what it says, until it ends or the response is cancelled."""
     send, item, place = realtime.send, response.item, response.place()
-    question = await realtime.question(patch, response)
+    question, last = await realtime.question(patch, response)
     if response.reason:  # the user may have gone on talking: the next answer is to both turns
         return
-    previous = realtime.conversation.add(item)
+    previous = realtime.add_item(item, last)
     response.has_item = True
     item_fields = {"response_id": response.id, "output_index": 0, "item": item.describe()}
     send("response.output_item.added", **item_fields)
@@ -172,7 +170,7 @@ def finish(realtime: "Realtime", response: Response) -> None:
     text = item.text
     if item in realtime.conversation.items:
         if response.modality == "audio":
-            if item.num_samples and not response.reason:
+            if item.num_samples and response.status != "cancelled":
                 rest = response.encoder(NO_SAMPLES, last=True)
                 if rest:
                     send_audio(realtime, response, rest)

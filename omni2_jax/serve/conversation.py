@@ -63,6 +63,8 @@ class Item:
         return "".join(part for part in self.parts if isinstance(part, str))
 
     def content(self) -> list[dict]:
+        if self.status == "in_progress" and not self.parts:
+            return []  # clients add the part when `response.content_part.added` comes
         if self.is_audio:
             kind = "output_audio" if self.role == "assistant" else "input_audio"
             return [{"type": kind, "transcript": self.text or self.transcript}]
@@ -96,42 +98,59 @@ class Conversation:
         self.limits = limits
         self.items: list[Item] = []
 
-    def find(self, item_id: str) -> Item:
-        """The item of an id. Raises EventError if there is none."""
+    def find(self, item_id: str, use: str, param: str = "item_id") -> Item:
+        """The item of an id. Raises EventError, whose code names the use, if there is none."""
         for item in self.items:
             if item.id == item_id:
                 return item
-        raise EventError(f"there is no item {item_id!r}", "item_not_found", "item_id")
+        raise EventError(f"there is no item {item_id!r}", f"item_{use}_invalid_item_id", param)
 
-    def add(self, item: Item, previous: str | None = None) -> str | None:
-        """Insert an item behind the item `previous` -> the id of the item before it.
+    def add(self, item: Item, previous: str | None = None) -> tuple[str | None, list[Item]]:
+        """Insert an item behind the item `previous` -> the id of the item before it, those removed.
 
-        previous: "root" is the beginning, None the end. Raises EventError for an unknown one, an id
-        that exists, and a conversation of too many items or too much text.
+        previous: "root" is the beginning, None the end. The oldest items are removed from a
+        conversation that is full. Raises EventError, and changes nothing, for an unknown
+        `previous`, an id that exists, and a conversation that is too full for the item.
         """
-        limits = self.limits
-        if len(self.items) >= limits.items:
-            raise EventError(f"a conversation has at most {limits.items} items", "too_many_items")
-        if sum(other.written for other in [*self.items, item]) > limits.characters:
-            raise EventError(
-                f"a client may write at most {limits.characters} characters of a conversation; "
-                "delete items",
-                "too_many_characters",
-            )
         if any(other.id == item.id for other in self.items):
             raise EventError(f"there is an item {item.id!r} already", param="item.id")
-        if previous is None:
-            index = len(self.items)
-        elif previous == "root":
+        is_end = previous in (None, "root")
+        before = None if is_end else self.find(previous, "create", "previous_item_id")
+        removed = self.superfluous(item, before)
+        self.items = [other for other in self.items if other not in removed]
+        if previous == "root":
             index = 0
         else:
-            index = self.items.index(self.find(previous)) + 1
+            index = self.items.index(before) + 1 if before else len(self.items)
         self.items.insert(index, item)
-        return self.items[index - 1].id if index else None
+        return self.items[index - 1].id if index else None, removed
+
+    def superfluous(self, item: Item, before: Item | None) -> list[Item]:
+        """The oldest items, which must go so that `item` can come behind `before`.
+
+        Messages of the system stay, and so does what is being generated. Raises EventError if that
+        alone is too much.
+        """
+        limits, removed = self.limits, []
+        count = len(self.items) + 1
+        written = item.written + sum(other.written for other in self.items)
+        for other in self.items:
+            if count <= limits.items and written <= limits.characters:
+                break
+            if other.role != "system" and other.status != "in_progress" and other is not before:
+                removed.append(other)
+                count, written = count - 1, written - other.written
+        if count > limits.items or written > limits.characters:
+            raise EventError(
+                f"a conversation has at most {limits.items} items and {limits.characters} "
+                "characters that the client has written",
+                "conversation_full",
+            )
+        return removed
 
     def delete(self, item_id: str) -> None:
         """Remove an item. Raises EventError if there is none of this id."""
-        self.items.remove(self.find(item_id))
+        self.items.remove(self.find(item_id, "delete"))
 
     def forget_features(self, segments: int) -> None:
         """Drop speech features that are older than the newest `segments`.
@@ -148,15 +167,16 @@ class Conversation:
             if features and segments < 0 and is_heard:
                 item.parts, item.hearing, item.is_forgotten = [], None, True
 
-    def question(self, session: Session) -> list[str | jax.Array]:
-        """Make `session` hold all turns before the last question -> that question.
+    def question(self, session: Session, items: list[Item]) -> list[str | jax.Array]:
+        """Make `session` hold all turns of `items` before the last question -> that question.
 
-        Raises EventError if there is nothing to answer, or if the question was too long to be kept.
+        items: those of this conversation that are to be answered. Raises EventError if there is
+        nothing to answer, or if the question was too long to be kept.
         """
         turns: list[Turn] = []
         is_cut = False  # whether a part of the question was forgotten
         question: list[str | jax.Array] | None = None
-        for item in self.items:
+        for item in items:
             if item.role == "system":
                 continue
             if item.is_forgotten:

@@ -28,6 +28,12 @@ class Format(BaseModel):
         return self
 
 
+def describe_format(name: str) -> dict[str, Any]:
+    """A format of FORMATS as the API writes it, which gives a rate for PCM only."""
+    rate, encoding = FORMATS[name]
+    return {"type": name} | ({"rate": rate} if encoding.startswith("PCM") else {})
+
+
 class ServerVad(BaseModel):
     # This server has no semantic detector: it listens for silence in both cases.
     type: Literal["server_vad", "semantic_vad"] = "server_vad"
@@ -36,6 +42,20 @@ class ServerVad(BaseModel):
     silence_duration_ms: int = Field(default=500, ge=100, le=10_000)
     create_response: bool = True
     interrupt_response: bool = True
+
+    @model_validator(mode="before")
+    @classmethod
+    def leave_out_nulls(cls, fields: Any) -> Any:
+        """Clients write null for a default."""
+        if not isinstance(fields, dict):
+            return fields
+        return {name: value for name, value in fields.items() if value is not None}
+
+
+def detect_alike(a: ServerVad | None, b: ServerVad | None) -> bool:
+    """Whether two settings find the same turns; what happens at their ends may differ."""
+    actions = {"type", "create_response", "interrupt_response"}
+    return (a and a.model_dump(exclude=actions)) == (b and b.model_dump(exclude=actions))
 
 
 class Transcription(BaseModel):
@@ -103,6 +123,7 @@ class ResponsePatch(BaseModel):
     """The fields of a `response.create`, which hold for this response only."""
 
     conversation: Literal["auto"] | None = None
+    input: list[Any] | None = None
     instructions: str | None = Field(default=None, max_length=MAX_INSTRUCTIONS)
     output_modalities: Modalities | None = None
     audio: Audio | None = None
@@ -158,7 +179,7 @@ class ItemTruncate(Event):
 
 class ResponseCreate(Event):
     type: Literal["response.create"]
-    response: ResponsePatch = ResponsePatch()
+    response: ResponsePatch | None = None
 
 
 class ResponseCancel(Event):
@@ -190,23 +211,33 @@ class EventError(ValueError):
         self.code, self.param = code, param
 
 
-def parse(text: str | bytes) -> tuple[Any, str | None]:
-    """A client's message -> (its event, its event_id). Raises EventError with a clear line."""
+def read(text: str | bytes) -> dict:
+    """The JSON object that a client has sent. Raises EventError if it is none."""
     try:
         message = json.loads(text)
     except (ValueError, RecursionError):
         raise EventError("the event is not JSON", "invalid_json") from None
     if not isinstance(message, dict):
         raise EventError("the event is not a JSON object", "invalid_json")
+    return message
+
+
+def id_of(message: dict) -> str | None:
+    """The `event_id` that a client has given to a message, which errors refer to."""
+    event_id = message.get("event_id")
+    return event_id if isinstance(event_id, str) and len(event_id) <= MAX_ID else None
+
+
+def parse(message: dict) -> Any:
+    """The event of a client's message. Raises EventError with a clear line."""
     if isinstance(message.get("session"), dict):
         message = message | {"session": from_beta(message["session"])}
     if isinstance(message.get("response"), dict):
         message = message | {"response": from_beta(message["response"])}
     try:
-        event = CLIENT_EVENT.validate_python(message)
+        return CLIENT_EVENT.validate_python(message)
     except ValidationError as error:
         raise describe(error, message) from None
-    return event, event.event_id
 
 
 def describe(error: ValidationError, message: dict) -> EventError:

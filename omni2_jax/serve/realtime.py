@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from starlette.websockets import WebSocket
 
-from omni2_jax.audio.recordings import INPUT_RATE
+from omni2_jax.audio.recordings import INPUT_RATE, OUTPUT_RATE
 from omni2_jax.serve import answering, events, transcription
 from omni2_jax.serve.answering import Response
 from omni2_jax.serve.audio import Decoder, Encoder, decode_base64
@@ -74,8 +74,10 @@ class Realtime(Connection):
     async def run(self) -> None:
         """Serve the connection until the client leaves or a limit is passed."""
         self.server.connections.add(self)
+        session = None
         try:
-            self.session = await self.worker.run(self.server.session, self.settings["voice"])
+            session = await self.worker.run(self.server.session, self.settings["voice"])
+            self.session = session
             self.voice = self.session.voice  # of responses that name none
             self.listener.detect_turns(self.settings["turn_detection"])
             self.send("session.created", session=self.describe())
@@ -92,6 +94,8 @@ class Realtime(Connection):
             self.server.connections.discard(self)
             self.stop_response("client_cancelled")
             await self.close()
+            if session:  # an answer that was about to begin has begun by now
+                self.server.start_task(self.worker.interrupt(session))
 
     async def receive(self, text: str | bytes) -> None:
         """Carry out one event. A fault of the event is answered by an `error` event.
@@ -101,9 +105,16 @@ class Realtime(Connection):
         await self.wait_for_hearings()
         event_id = None
         try:
-            event, event_id = events.parse(text)
+            message = events.read(text)
+            event_id = events.id_of(message)
+            event = events.parse(message)
             await self.handlers[type(event)](event)
         except ValueError as error:
+            self.report(error, event_id)
+        except StoppedError:
+            raise
+        except Exception as error:  # a fault of the server; the connection goes on
+            self.server.log_failure(error)
             self.report(error, event_id)
 
     async def wait_for_hearings(self) -> None:
@@ -111,11 +122,12 @@ class Realtime(Connection):
         while len(self.hearings) > self.limits.hearings:
             await asyncio.wait(self.hearings, return_when=asyncio.FIRST_COMPLETED)
 
-    def report(self, error: ValueError, event_id: str | None) -> None:
-        """Send the fault of an event as an `error` event."""
+    def report(self, error: Exception, event_id: str | None) -> None:
+        """Send the failure of an event as an `error` event."""
         self.server.metrics.errors.inc()
         if not isinstance(error, EventError):
-            error = EventError(self.server.public_message(error))
+            code = "invalid_value" if isinstance(error, ValueError) else "server_error"
+            error = EventError(self.server.public_message(error), code)
         self.send_error(error, event_id)
 
     @property
@@ -141,13 +153,13 @@ class Realtime(Connection):
             "tool_choice": "none",
             "audio": {
                 "input": {
-                    "format": {"type": settings["input_format"]},
+                    "format": events.describe_format(settings["input_format"]),
                     "turn_detection": detection.model_dump() if detection else None,
                     # Some clients refuse a model that is null.
                     "transcription": transcription and transcription.model_dump(exclude_none=True),
                 },
                 "output": {
-                    "format": {"type": settings["output_format"]},
+                    "format": events.describe_format(settings["output_format"]),
                     "voice": settings["voice"],
                 },
             },
@@ -183,9 +195,9 @@ class Realtime(Connection):
             self.voice = await self.worker.run(x_vector, settings["voice"])
         if settings["input_format"] != self.settings["input_format"]:
             self.listener.use_format(settings["input_format"])
-        is_new_detection = settings["turn_detection"] != self.settings["turn_detection"]
+        detections = settings["turn_detection"], self.settings["turn_detection"]
         self.settings = settings
-        if is_new_detection:
+        if not events.detect_alike(*detections):
             self.turn_id = None
             self.listener.detect_turns(settings["turn_detection"])
         self.send("session.updated", session=self.describe())
@@ -256,11 +268,10 @@ class Realtime(Connection):
         item = Item(self.turn_id or new_id("item"), "user", [], is_audio=True, hearing=hearing)
         self.turn_id = None
         try:
-            previous = self.conversation.add(item)
+            previous = self.add_item(item)
         except EventError:
             hearing.cancel()
             raise
-        self.conversation.forget_features(self.worker.max_segments)
         place = {"previous_item_id": previous}
         self.send("input_audio_buffer.committed", item_id=item.id, **place)
         self.send("conversation.item.added", item=item.describe(), **place)
@@ -279,9 +290,20 @@ class Realtime(Connection):
     async def create_item(self, event: events.ItemCreate) -> None:
         """Insert a message that the client has written or recorded."""
         item = self.item_of(event.item)
-        previous = self.conversation.add(item, event.previous_item_id)
+        previous = self.add_item(item, event.previous_item_id)
         self.send("conversation.item.added", previous_item_id=previous, item=item.describe())
         self.send("conversation.item.done", previous_item_id=previous, item=item.describe())
+
+    def add_item(self, item: Item, previous: str | None = None) -> str | None:
+        """Add an item to the conversation -> the id of the one before it. Raises EventError.
+
+        The client is told which old items had to go.
+        """
+        before, removed = self.conversation.add(item, previous)
+        self.conversation.forget_features(self.worker.max_segments)
+        for old in removed:
+            self.send("conversation.item.deleted", item_id=old.id)
+        return before
 
     def item_of(self, message: events.Item) -> Item:
         """A client's message as an item; speech in it is encoded from now on."""
@@ -317,12 +339,12 @@ class Realtime(Connection):
 
     async def retrieve_item(self, event: events.ItemRetrieve) -> None:
         """Send an item as the server knows it."""
-        item = self.conversation.find(event.item_id)
+        item = self.conversation.find(event.item_id, "retrieve")
         self.send("conversation.item.retrieved", item=item.describe())
 
     async def truncate_item(self, event: events.ItemTruncate) -> None:
         """Forget the end of an answer, which the user did not hear."""
-        item = self.conversation.find(event.item_id)
+        item = self.conversation.find(event.item_id, "truncate")
         if item.role != "assistant" or not item.is_audio:
             raise EventError("only a spoken answer can be truncated", param="item_id")
         if (response := self.responses.get(item.id)) and response.task:
@@ -336,7 +358,9 @@ class Realtime(Connection):
             await self.worker.run(self.session.truncate, tokens)
         item.answer = item.answer[:tokens]
         item.parts = [self.session.tokenizer.decode(item.answer)]
-        item.num_samples = min(item.num_samples, event.audio_end_ms * 24)
+        samples = min(item.num_samples, event.audio_end_ms * OUTPUT_RATE // 1000)
+        item.num_units = item.num_units * samples // max(1, item.num_samples)
+        item.num_samples = samples
         fields = {"item_id": item.id, "content_index": 0, "audio_end_ms": event.audio_end_ms}
         self.send("conversation.item.truncated", **fields)
 
@@ -350,12 +374,14 @@ class Realtime(Connection):
 
     async def create_response(self, event: events.ResponseCreate) -> None:
         """Answer the conversation. Raises EventError while another response is in progress."""
+        if event.response and event.response.input:
+            raise EventError("a response answers the conversation", param="response.input")
         if self.active_response or len(self.responses) >= MAX_RESPONSES:
             raise EventError(
                 "the conversation has a response in progress; cancel it first",
                 "conversation_already_has_active_response",
             )
-        self.begin_response(event.response)
+        self.begin_response(event.response or events.ResponsePatch())
 
     def begin_response(self, patch: events.ResponsePatch) -> None:
         """Answer the conversation as soon as the responses that are being stopped have ended."""
@@ -364,21 +390,31 @@ class Realtime(Connection):
         output = patch.audio and patch.audio.output
         chosen = output and output.format and output.format.type
         encoder = Encoder(chosen or self.settings["output_format"])
-        response = Response(item, modality, encoder, patch.metadata, time.monotonic())
+        asked = list(self.conversation.items)
+        response = Response(item, asked, modality, encoder, patch.metadata, time.monotonic())
         stopping = [other.task for other in self.responses.values() if other.task]
         self.responses[item.id] = response
         response.task = self.start_task(answering.respond(self, response, patch, stopping))
         response.task.add_done_callback(lambda _: self.responses.pop(item.id))
 
-    async def question(self, patch: events.ResponsePatch, response: Response) -> list:
-        """Prepare the session for a response -> the question that it answers."""
-        for item in list(self.conversation.items):
+    async def question(
+        self, patch: events.ResponsePatch, response: Response
+    ) -> tuple[list, str | None]:
+        """Prepare the session for a response -> the question, and the id of the item before it.
+
+        The id is that of the newest item which the response answers, None if there is none any
+        more.
+        """
+        for item in response.asked:
             if item.hearing:
                 try:
                     item.parts = await item.hearing
-                except ValueError as error:
-                    self.conversation.delete(item.id)
-                    self.send("conversation.item.deleted", item_id=item.id)
+                except Exception as error:
+                    if item in self.conversation.items:  # nothing can be done with it
+                        self.conversation.delete(item.id)
+                        self.send("conversation.item.deleted", item_id=item.id)
+                    if not isinstance(error, ValueError):
+                        raise
                     raise EventError(f"the user's audio cannot be used: {error}") from None
                 item.hearing = None
         self.conversation.forget_features(self.worker.max_segments)
@@ -394,6 +430,8 @@ class Realtime(Connection):
         output = patch.audio and patch.audio.output
         name = self.server.voices.find(output.voice) if output and output.voice else None
 
+        items = [item for item in response.asked if item in self.conversation.items]
+
         def prepare() -> list:
             session = self.session
             session.voice = self.server.voices.x_vector(name) if name else self.voice
@@ -402,9 +440,11 @@ class Realtime(Connection):
             if message != session.instructions:
                 session.instructions = message
                 session.resume(session.turns)
-            return self.conversation.question(session)
+            return self.conversation.question(session, items)
 
-        return await self.worker.run(prepare)
+        question = await self.worker.run(prepare)
+        left = [item.id for item in items if item in self.conversation.items]
+        return question, left[-1] if left else None
 
     async def cancel_response(self, event: events.ResponseCancel) -> None:
         """Stop the response that is being generated."""

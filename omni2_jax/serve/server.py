@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import logging
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -185,9 +186,10 @@ class Server:
             self.log_failure(task.exception())
 
     def log_failure(self, error: BaseException | None) -> None:
-        """Log a failure with its traceback; clients get `public_message`."""
-        if not isinstance(error, StoppedError | QueueFullError):
-            log.error("a response failed", exc_info=error)
+        """Log a failure in one line, without paths; clients get `public_message`."""
+        if error and not isinstance(error, StoppedError | QueueFullError):
+            kind, message = type(error).__name__, self.public_message(error)
+            log.error("a response failed: %s: %s (%s)", kind, message, places_of(error))
 
     def public_message(self, error: BaseException) -> str:
         """What a client may know of an error: never a path or a traceback."""
@@ -199,3 +201,9 @@ class Server:
             text = str(error)
             return text if "/" not in text and "\\" not in text else "the request cannot be used"
         return "the server failed to answer"
+
+
+def places_of(error: BaseException) -> str:
+    """Where an error came from, the innermost call first: "engine.step:212 < worker.work:170"."""
+    frames = reversed(traceback.extract_tb(error.__traceback__)[-6:])
+    return " < ".join(f"{Path(f.filename).stem}.{f.name}:{f.lineno}" for f in frames)

@@ -188,7 +188,7 @@ class Worker:
             self.run_commands()
             if self.heavy:
                 self.heavy.popleft()()
-            if self.stopping and not (self.answers or self.heavy):
+            if self.stopping and not (self.answers or self.heavy) and self.commands.empty():
                 return
             if self.engine.waiting or self.engine.dispatched or not self.engine.is_idle:
                 self.engine.step(PIECES)

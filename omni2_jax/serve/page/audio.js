@@ -2,6 +2,8 @@
 
 export const RATE = 24000;
 export const PEAK = 960; // samples of each bar of a waveform
+const CUTOFF = 10000; // Hz; the model hears up to 8000
+const BUTTERWORTH = [-5.7, -3, 5.7]; // Q in dB of the filters that make up one of order 6
 
 export function toBase64(samples) {
   const bytes = new Uint8Array(samples.length * 2);
@@ -28,26 +30,35 @@ export function peaksOf(samples) {
 }
 
 // Calls onBlock(samples) for every 40 ms that the microphone records, until `close`.
+//
+// Its audio context has the device's own rate, which Firefox demands of a microphone's; the worklet
+// resamples. Before it, filters take out what 24 kHz cannot carry.
 export class Microphone {
   isOn = false;
 
   // onLost: called when the device is unplugged or the user takes the permission back.
-  async open(context, onBlock, onLost) {
+  async open(onBlock, onLost) {
     const constraints = { channelCount: 1, echoCancellation: true, noiseSuppression: true };
     this.stream = await navigator.mediaDevices.getUserMedia({ audio: constraints });
-    await context.audioWorklet.addModule("microphone_worklet.js");
-    this.source = context.createMediaStreamSource(this.stream);
-    this.node = new AudioWorkletNode(context, "microphone");
-    this.node.port.onmessage = (event) => onBlock(event.data);
-    this.source.connect(this.node);
+    this.context = new AudioContext();
+    await this.context.audioWorklet.addModule("microphone_worklet.js");
+    const node = new AudioWorkletNode(this.context, "microphone", { processorOptions: { rate: RATE } });
+    node.port.onmessage = (event) => onBlock(event.data);
+    this.source = this.context.createMediaStreamSource(this.stream);
+    let last = this.source;
+    for (const Q of this.context.sampleRate > RATE ? BUTTERWORTH : []) {
+      last = last.connect(new BiquadFilterNode(this.context, { type: "lowpass", frequency: CUTOFF, Q }));
+    }
+    last.connect(node);
     this.stream.getAudioTracks()[0].onended = onLost;
     this.isOn = true;
   }
 
   close() {
     this.isOn = false;
-    this.source?.disconnect();
     this.stream?.getTracks().forEach((track) => track.stop());
+    this.context?.close();
+    this.stream = this.context = null;
   }
 }
 

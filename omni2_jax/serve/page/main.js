@@ -77,7 +77,8 @@ function showStatus() {
 // Stop the answer: nothing more is played, and the model forgets what was not heard.
 function interrupt() {
   const isAnswering = responses.size > 0;
-  if (isAnswering) realtime.send("response.cancel");
+  // With its id: the server may have stopped it already, and have begun the next one.
+  if (isAnswering) realtime.send("response.cancel", { response_id: [...responses].at(-1) });
   if (answer && isSpoken && (isAnswering || player?.isPlaying)) {
     answer.heard = player?.playedMilliseconds ?? 0;
     const place = { item_id: answer.item, content_index: 0, audio_end_ms: answer.heard };
@@ -100,6 +101,8 @@ function mute() {
   showStatus();
 }
 
+// Errors of what the page asked for a moment too late: the answer has ended, or was forgotten.
+const LATE = new Set(["response_cancel_not_active", "item_retrieve_invalid_item_id"]);
 const CAUSES = {
   NotAllowedError: "the browser does not allow it",
   NotFoundError: "there is none",
@@ -117,8 +120,9 @@ async function unmute() {
   isOpening = true;
   try {
     await context.resume();
-    await microphone.open(context, hear, mute);
+    await microphone.open(hear, mute);
   } catch (error) {
+    microphone.close();
     notice(`The microphone cannot be used: ${CAUSES[error.name] ?? error.name}. You can still write.`);
     return;
   } finally {
@@ -205,7 +209,10 @@ realtime.on("closed", ({ wasOpen }) => {
   answer = null;
   player?.restart();
   element("status").dataset.offline = realtime.isPaused ? "paused" : "not connected; trying again";
-  if (realtime.isPaused) notice("You have been away for long. Talk or write to go on.");
+  if (realtime.isPaused) {
+    if (microphone.isOn) mute();
+    notice("You have been away for long. Talk or write to go on.");
+  }
   showStatus();
   if (!wasOpen) explainRefusal();
 });
@@ -255,6 +262,10 @@ realtime.on("conversation.item.input_audio_transcription.completed", ({ item_id,
   turns.show(turn, transcript);
   turns.setBusy(turn, false);
 });
+realtime.on("conversation.item.input_audio_transcription.failed", ({ item_id }) => {
+  const turn = turns.find(item_id);
+  if (turn) turns.setBusy(turn, false);
+});
 for (const kind of ["output_audio_transcript", "output_text"]) {
   realtime.on(`response.${kind}.delta`, ({ item_id, delta }) => {
     const turn = turns.find(item_id);
@@ -292,8 +303,7 @@ realtime.on("conversation.item.retrieved", ({ item }) => {
   if (turn) turns.show(turn, item.content[0].transcript ?? "");
 });
 realtime.on("error", ({ error }) => {
-  // The answer may have ended by itself a moment before it was stopped.
-  if (error.code !== "response_cancel_not_active") notice(error.message);
+  if (!LATE.has(error.code)) notice(error.message);
 });
 
 element("microphone").onclick = () => (microphone.isOn ? mute() : unmute());

@@ -1,20 +1,34 @@
 // Runs in the audio thread: hands the microphone's samples on in blocks of 40 ms.
 
-const BLOCK = 960; // samples at 24 kHz
-
 class Microphone extends AudioWorkletProcessor {
-  block = new Float32Array(BLOCK);
-  length = 0;
+  length = 0; // of the block that is being filled
+  position = 0; // of the next sample to hand on, in samples of the device behind `previous`
+  previous = 0; // the device's last sample
 
+  constructor({ processorOptions: { rate } }) {
+    super();
+    this.step = sampleRate / rate;
+    this.block = new Float32Array(0.04 * rate);
+  }
+
+  // Resamples by drawing a line from each sample of the device to the next one.
   process([[channel]]) {
     for (const sample of channel ?? []) {
-      this.block[this.length++] = sample;
-      if (this.length === BLOCK) {
-        this.port.postMessage(this.block);
-        this.length = 0;
+      for (; this.position < 1; this.position += this.step) {
+        this.add(this.previous + this.position * (sample - this.previous));
       }
+      this.position -= 1;
+      this.previous = sample;
     }
     return true;
+  }
+
+  add(sample) {
+    this.block[this.length++] = sample;
+    if (this.length === this.block.length) {
+      this.port.postMessage(this.block);
+      this.length = 0;
+    }
   }
 }
 
