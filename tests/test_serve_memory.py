@@ -75,7 +75,7 @@ def test_a_question_that_is_longer_than_what_is_kept():
         conversation.add(Item(f"{number}", "user", [np.zeros((3, 2))], is_audio=True))
     conversation.forget_features(2)
     with pytest.raises(EventError, match="longer than a conversation may be"):
-        conversation.question(None)
+        conversation.question(None, conversation.items)
 
 
 def test_a_turn_that_is_being_heard_is_not_forgotten():
