@@ -14,10 +14,12 @@ import numpy as np
 import openai
 import pytest
 import soundfile
-from starlette.responses import StreamingResponse
+from starlette.responses import PlainTextResponse, StreamingResponse
+from starlette.testclient import TestClient
 
 from omni2_jax.generate.read_write_state import Request
 from omni2_jax.generate.session import Reply
+from omni2_jax.serve.access import Access
 from omni2_jax.serve.audio_api import Speech
 from omni2_jax.serve.chat_completions import Completion, Message, finish_reason, newest
 from omni2_jax.serve.events import EventError
@@ -501,6 +503,18 @@ def test_bad_requests(client, name):
     if "the messages have" in expected or "the audio" in expected or "30 s" in expected:
         assert (error.value.code, error.value.param) == ("invalid_value", "messages")
     assert expected in message and "\n" not in message and "/tmp" not in message
+
+
+def test_keys_behind_a_prefix():
+    """As where Ray Serve has a route prefix: the application's paths are what comes after it."""
+
+    async def application(scope, receive, send):
+        await PlainTextResponse("in")(scope, receive, send)
+
+    client = TestClient(Access(application, ("secret",), ()), root_path="/omni")
+    assert client.get("/omni/v1/models").status_code == 401
+    assert client.get("/omni/v1/models", headers={"Authorization": "Bearer secret"}).text == "in"
+    assert client.get("/omni/healthz").text == "in"
 
 
 def test_keys_and_origins(server):

@@ -36,16 +36,13 @@ def refused(omni2, checkpoint_dir, tmp_path):
     return refused
 
 
-def test_a_port_that_is_taken(refused):
+def test_a_port_that_is_taken(refused, tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         assert f"cannot listen on 127.0.0.1:{port}" in refused("--port", port)
-    assert "cannot listen on nowhere.invalid:0" in refused("--host", "nowhere.invalid", *keys())
-
-
-def keys() -> tuple[str, Path]:
-    """Options for a file with a key: any text will do."""
-    return "--key-file", Path(__file__)
+    (tmp_path / "keys").write_text(KEY)
+    elsewhere = ("--host", "nowhere.invalid", "--key-file", tmp_path / "keys")
+    assert "cannot listen on nowhere.invalid:0" in refused(*elsewhere)
 
 
 def test_open_to_others_without_keys(refused, tmp_path):
@@ -55,7 +52,7 @@ def test_open_to_others_without_keys(refused, tmp_path):
     (tmp_path / "foreign").write_text("secret\nschlüssel\n", encoding="utf-8")
     for path, words in {
         tmp_path / "keys": "holds no key",
-        tmp_path / "foreign": "the key of line 2 has characters that are not ASCII",
+        tmp_path / "foreign": "the key of line 2 has characters other than A-Z a-z 0-9 . _ ~ -",
         tmp_path / "none": "No such file",
         tmp_path: "Is a directory",
     }.items():

@@ -1,6 +1,7 @@
 """Who may use the server: API keys, and the origins of web pages."""
 
 import hmac
+import re
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -46,7 +47,9 @@ class Access:
             await self.app(scope, receive, send)
             return
         headers = Headers(scope=scope)
-        is_guarded = scope["path"].startswith(GUARDED)
+        # Behind a prefix, as that of a route of Ray Serve, the application looks at the rest.
+        path = scope["path"].removeprefix(scope.get("root_path", ""))
+        is_guarded = path.startswith(GUARDED)
         if not self.is_allowed_origin(headers):
             await self.refuse(scope, receive, send, 403, "this origin may not use the server")
         elif is_guarded and not self.has_key(headers):
@@ -87,16 +90,18 @@ class Access:
 def read_keys(path: Path) -> tuple[str, ...]:
     """The API keys of a file, one a line.
 
-    Raises ValueError if there is none, or one of other characters than those of ASCII that print:
-    clients send it in a header, which cannot hold others.
+    Raises ValueError if there is none, or one of other characters than a client can send in every
+    way: in a header, as the name of a WebSocket's protocol, and behind the # of the page's address.
     """
     try:
         lines = [line.strip() for line in path.read_text().splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
     for number, line in enumerate(lines, start=1):
-        if not (line.isascii() and line.isprintable()):
-            raise ValueError(f"{path}: the key of line {number} has characters that are not ASCII")
+        if not re.fullmatch(r"[A-Za-z0-9._~-]*", line):
+            raise ValueError(
+                f"{path}: the key of line {number} has characters other than A-Z a-z 0-9 . _ ~ -"
+            )
     keys = tuple(filter(None, lines))
     if not keys:
         raise ValueError(f"{path} holds no key")

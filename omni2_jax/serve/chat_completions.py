@@ -135,7 +135,7 @@ async def prepare(server: Server, completion: Completion) -> tuple[Session, Ques
         item = Item(new_id("item"), role, await parts_of(server, message))
         conversation.items.append(item)
     session.instructions = conversation.instructions(None)
-    question = conversation.question(session)
+    question = conversation.question(session, conversation.items)
     options = choose_options(server.worker.options, completion)
     session.request = await server.worker.run(server.model.request, options)
     return session, question
