@@ -1,14 +1,16 @@
 """`python -m benchmarks.soak`: a server under mixed load for long; what it holds must not grow.
 
-Three clients at a time: they talk, interrupt an answer and ask again, go away in the middle, send
-nonsense, or have a text spoken. Every answer that nobody interrupted must be what the same client
-gets when nobody else is there. The server's memory, threads and open files are read from /proc
-(Linux), and its log must hold no traceback.
+Three clients at a time: they talk by push-to-talk, talk as a microphone does and let the server
+hear the end of their turn, ask over HTTP for a stream, interrupt an answer and ask again, go away
+in the middle, send nonsense, or have a text spoken. Every answer that nobody interrupted must be
+what the same client gets when nobody else is there. The server's memory, threads and open files are
+read from /proc (Linux), and its log must hold no traceback.
 """
 
 import asyncio
 import base64
 import collections
+import io
 import itertools
 import json
 import random
@@ -17,8 +19,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
+import numpy as np
 import rich.console
 import rich.table
+import soundfile
 import typer
 
 from benchmarks.serve import (
@@ -36,6 +40,10 @@ from omni2_jax.console import progress_bar, run_function
 
 CLIENTS = 3
 TURNS = 2  # of a conversation
+TEXT = "Good evening."  # to be spoken
+PACKET = 4_800  # bytes of a microphone, 0.1 s
+MAX_PAUSE = 3.0  # seconds until the server must have heard that a question has ended
+KINDS = ("talk", "listen", "complete", "interrupt", "vanish", "babble", "speak")
 SAMPLES = 20  # how often the server is looked at
 # What may be added after the first quarter, when caches and pools have their sizes.
 ALLOWED = {"memory_mb": 64.0, "threads": 4.0, "files": 8.0}
@@ -99,14 +107,81 @@ async def babble(url: str, chance: random.Random) -> None:
                 raise RuntimeError(f"a faulty event was answered by {event['type']}")
 
 
-async def speak(url: str) -> bytes:
-    """Have a text spoken. Raises an error of openai's client if it fails."""
+async def listen(url: str, question: str) -> tuple[str, bytes]:
+    """Say a question as fast as people do, then be silent -> the text and audio of the answer.
+
+    Raises RuntimeError if the server does not hear the question's end.
+    """
+    sound = base64.b64decode(question)
+    packets = [sound[start : start + PACKET] for start in range(0, len(sound), PACKET)]
+    packets[-1] = packets[-1].ljust(PACKET, b"\0")
+    detection = {"audio": {"input": {"turn_detection": {"type": "server_vad"}}}}
+    async with connected(url) as socket:
+        session = {"type": "realtime", **detection}
+        await socket.send(json.dumps({"type": "session.update", "session": session}))
+
+        async def say() -> None:
+            """Without an end: a microphone sends silence, too."""
+            start = time.monotonic()
+            for number, packet in enumerate(
+                itertools.chain(packets, itertools.repeat(bytes(PACKET)))
+            ):
+                data = base64.b64encode(packet).decode()
+                await socket.send(json.dumps({"type": "input_audio_buffer.append", "audio": data}))
+                await asyncio.sleep(start + (number + 1) * PACKET / BYTES - time.monotonic())
+
+        microphone = asyncio.create_task(say())
+        try:
+            async with asyncio.timeout(len(sound) / BYTES + MAX_PAUSE):
+                while (await take_event(socket))["type"] != "input_audio_buffer.committed":
+                    pass
+            answer = await take_answer(socket)
+        finally:
+            microphone.cancel()
+    return answer.text, answer.audio
+
+
+def client_of(url: str):
+    """OpenAI's own client, for what is asked over HTTP."""
     import openai
 
     address = url.removeprefix("ws://").split("/")[0]
-    async with openai.AsyncOpenAI(api_key="x", base_url=f"http://{address}/v1") as client:
+    return openai.AsyncOpenAI(api_key="x", base_url=f"http://{address}/v1")
+
+
+async def complete(url: str, question: str) -> tuple[str, bytes]:
+    """Ask for a chat completion, piece by piece -> the text and the audio of the answer.
+
+    Raises an error of openai's client if it fails.
+    """
+    data = io.BytesIO()
+    samples = np.frombuffer(base64.b64decode(question), "<i2")
+    soundfile.write(data, samples, BYTES // 2, format="WAV")
+    part = {"data": base64.b64encode(data.getvalue()).decode(), "format": "wav"}
+    content = [{"type": "input_audio", "input_audio": part}]
+    text, audio = "", b""
+    async with client_of(url) as client:
+        stream = await client.chat.completions.create(
+            model="omni2",
+            messages=[{"role": "user", "content": content}],  # pyright: ignore
+            modalities=["text", "audio"],
+            audio={"voice": "alloy", "format": "pcm16"},
+            stream=True,
+        )
+        async for chunk in stream:
+            if piece := getattr(chunk.choices[0].delta, "audio", None):
+                text += getattr(piece, "transcript", None) or ""
+                audio += base64.b64decode(getattr(piece, "data", None) or "")
+    if not audio:
+        raise RuntimeError("a chat completion has no audio")
+    return text, audio
+
+
+async def speak(url: str) -> bytes:
+    """Have a text spoken. Raises an error of openai's client if it fails."""
+    async with client_of(url) as client:
         speech = await client.audio.speech.create(
-            model="omni2", voice="alloy", input="Good evening.", response_format="wav"
+            model="omni2", voice="alloy", input=TEXT, response_format="wav"
         )
         return speech.read()
 
@@ -123,8 +198,9 @@ class Load:
 
     async def client(self, kind: str, chance: random.Random) -> object:
         """One client -> what it got, where that does not depend on chance."""
-        if kind == "talk":
-            return await talk(self.url, self.question)
+        asking = {"talk": talk, "listen": listen, "complete": complete}
+        if kind in asking:
+            return await asking[kind](self.url, self.question)
         if kind == "speak":
             return await speak(self.url)
         if kind == "babble":
@@ -134,14 +210,14 @@ class Load:
 
     async def measure_alone(self) -> None:
         """Note what clients get when nobody else is there."""
-        for kind in ("talk", "speak"):
+        for kind in ("talk", "listen", "complete", "speak"):
             self.alone[kind] = await self.client(kind, random.Random())
 
     async def run(self, seed: int) -> None:
         """One client after the other. Raises RuntimeError if one gets what it should not."""
         chance = random.Random(seed)
         while time.monotonic() < self.end:
-            kind = chance.choice(["talk", "interrupt", "vanish", "babble", "speak"])
+            kind = chance.choice(KINDS)
             try:
                 got = await self.client(kind, chance)
             except RefusedError:  # somebody who has vanished was not missed yet
@@ -180,8 +256,16 @@ async def soak(url: str, pid: int, question: str, seconds: float):
     return watching.result(), load.counts
 
 
+def check(rows: list[dict[str, float]]) -> None:
+    """Raises ValueError if the server holds more at the end than after the first quarter."""
+    for name, allowed in ALLOWED.items():
+        grown = rows[-1][name] - rows[SAMPLES // 4 - 1][name]
+        if grown > allowed:
+            raise ValueError(f"{name} grew by {grown:.0f}, at most {allowed:.0f} is allowed")
+
+
 def main(
-    question: Annotated[Path, typer.Argument(help="A recording to ask.")],
+    question: Annotated[Path, typer.Argument(help="A recording to ask, without pauses.")],
     checkpoint: Annotated[
         Path, typer.Option(help="A checkpoint, which `omni2 serve` is started with.")
     ],
@@ -202,10 +286,7 @@ def main(
         table.add_row(f"quarter {quarter}", *(f"{value:.0f}" for value in row.values()))
     console.print(table)
     console.print(", ".join(f"{count} x {kind}" for kind, count in sorted(counts.items())))
-    for name, allowed in ALLOWED.items():
-        grown = rows[-1][name] - rows[SAMPLES // 4 - 1][name]
-        if grown > allowed:
-            raise ValueError(f"{name} grew by {grown:.0f}, at most {allowed:.0f} is allowed")
+    check(rows)
     if "Traceback" in log:
         console.print(log, markup=False)
         raise ValueError("the server's log has a traceback")
