@@ -1,6 +1,8 @@
 """Who may use the server: API keys, and the origins of web pages."""
 
 import hmac
+import ipaddress
+import logging
 import re
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -16,8 +18,11 @@ from omni2_jax.serve.errors import failure
 GUARDED = ("/v1/", "/metrics")
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 UNKNOWN_NAME = "the server does not answer to this name: add it with --origin, or use API keys"
+OPEN_TO_OTHERS = "without API keys, the server answers this machine only (give it a key file)"
 POLICY_VIOLATION = 1008  # WebSocket close code
 KEY_PROTOCOL = "openai-insecure-api-key."  # how a browser, which cannot set headers, sends a key
+
+log = logging.getLogger("omni2_jax.serve")
 
 
 def host_of(address: str) -> str:
@@ -28,11 +33,20 @@ def host_of(address: str) -> str:
         return ""
 
 
+def is_loopback(scope: Scope) -> bool:
+    """Whether a request came in at an address that only this machine reaches."""
+    try:
+        return ipaddress.ip_address((scope.get("server") or ("",))[0]).is_loopback
+    except ValueError:
+        return False
+
+
 class Access:
     """ASGI middleware that refuses requests without a key, and pages of foreign origins.
 
-    keys: () needs no key; the server must then be asked by a name of this machine or of `origins`:
-    a web page whose own name leads to this machine (DNS rebinding) has no foreign origin.
+    keys: () needs no key; the server must then be asked at a loopback address, whatever it listens
+    on, and by a name of this machine or of `origins`: a web page whose own name leads to this
+    machine (DNS rebinding) has no foreign origin.
     origins: those of pages that may use the server, as "https://example.org"; pages that the server
     itself has sent always may.
     """
@@ -41,6 +55,7 @@ class Access:
         self.app, self.origins = app, origins
         self.hosts = {*LOOPBACK, *(host_of(origin.partition("://")[2]) for origin in origins)}
         self.keys = tuple(key.encode() for key in keys)
+        self.has_warned = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] not in ("http", "websocket"):
@@ -54,6 +69,9 @@ class Access:
             await self.refuse(scope, receive, send, 403, "this origin may not use the server")
         elif is_guarded and not self.has_key(headers):
             await self.refuse(scope, receive, send, 401, "an API key is missing or wrong")
+        elif is_guarded and not self.keys and not is_loopback(scope):
+            self.warn()
+            await self.refuse(scope, receive, send, 403, OPEN_TO_OTHERS)
         elif is_guarded and not self.keys and host_of(headers.get("host", "")) not in self.hosts:
             await self.refuse(scope, receive, send, 403, UNKNOWN_NAME)
         else:
@@ -76,6 +94,12 @@ class Access:
                 given = name.strip().removeprefix(KEY_PROTOCOL)
         matches = [hmac.compare_digest(given.encode(), key) for key in self.keys]
         return any(matches)
+
+    def warn(self) -> None:
+        """Tell the operator, once, why clients are refused."""
+        if not self.has_warned:
+            log.warning("a request from outside was refused: %s", OPEN_TO_OTHERS)
+        self.has_warned = True
 
     async def refuse(
         self, scope: Scope, receive: Receive, send: Send, status: int, message: str
