@@ -19,6 +19,7 @@ from starlette.testclient import TestClient
 
 from omni2_jax.generate.read_write_state import Request
 from omni2_jax.generate.session import Reply
+from omni2_jax.models import speaker
 from omni2_jax.serve.access import Access
 from omni2_jax.serve.audio_api import Speech
 from omni2_jax.serve.chat_completions import Completion, Message, finish_reason, newest
@@ -430,6 +431,24 @@ def test_voices(client, server, address):
         with pytest.raises(openai.NotFoundError):
             client.audio.voices.delete(name)
     assert not list(folder.iterdir())
+
+
+@pytest.mark.slow
+def test_recordings_of_any_length(server, goldens):
+    """Each has the x-vector of the released encoder, and one program serves them all."""
+    released, programs = np.load(goldens / "cosy2_decoder" / "campplus.npz"), set()
+    for name in ("speech_a", "short_d", "synth_c"):
+        x_vector = server.voices.embed(clip(name).read_bytes())
+        np.testing.assert_allclose(x_vector, released[f"{name}_torch"], rtol=0, atol=1e-4)
+        programs.add(speaker._embed._cache_size())
+    assert len(programs) == 1
+
+
+def test_recordings_that_are_too_short(server):
+    data = io.BytesIO()
+    soundfile.write(data, np.full(700, 0.1), 16_000, format="WAV")
+    with pytest.raises(ValueError, match="700 samples is too short; at least 720"):
+        server.voices.embed(data.getvalue())
 
 
 BAD = {

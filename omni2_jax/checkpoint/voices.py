@@ -16,6 +16,10 @@ from omni2_jax.config import Omni2Config, SpeakerConfig
 from omni2_jax.files import atomic_write, first_line
 from omni2_jax.models.speaker import embed
 
+# Seconds that a recording is padded to, up to the most that counts. What is padded changes nothing,
+# and each length compiles a program.
+LENGTHS = (5, 15, 30)
+
 
 def names(directory: Path) -> list[str]:
     """The voices that a checkpoint holds."""
@@ -72,7 +76,10 @@ def from_file(directory: Path, config: Omni2Config, path: Path) -> np.ndarray:
         )
     (wav,) = recordings.load_turn(path, "truncate")
     graph, params = parameters.load(directory, config.only("speaker"), jnp.float32)
-    return np.asarray(embed(nnx.merge(graph, params).speaker, jnp.asarray(wav)[None])[0])
+    speaker, length = nnx.merge(graph, params).speaker, len(wav)
+    padded = next(n for n in (s * recordings.INPUT_RATE for s in LENGTHS) if n >= length)
+    wav = np.pad(wav, (0, padded - length))
+    return np.asarray(embed(speaker, jnp.asarray(wav)[None], jnp.array([length]))[0])
 
 
 def load(path: Path, config: Omni2Config) -> np.ndarray:

@@ -204,14 +204,14 @@ def embed(speaker: Speaker, wav: Array, lengths: Array | None = None) -> Array:
     """x-vectors [B, E] of voice prompts [B, N] at 16 kHz in [-1, 1].
 
     lengths: [B] in samples, if they differ. Reference: the released front end's
-    `_extract_spk_embedding`. Raises ValueError if N is under 720 samples (45 ms).
+    `_extract_spk_embedding`. Raises ValueError if one has under 720 samples (45 ms).
     """
-    if features.fbank_frames(wav.shape[1]) < 3:
-        raise ValueError(
-            f"a voice prompt of {wav.shape[1]} samples is too short;"
-            " at least 720 (45 ms) are needed"
-        )
     lengths = jnp.full(wav.shape[:1], wav.shape[1]) if lengths is None else lengths
+    shortest = int(lengths.min())
+    if features.fbank_frames(shortest) < 3:
+        raise ValueError(
+            f"a voice prompt of {shortest} samples is too short; at least 720 (45 ms) are needed"
+        )
     return _embed(*nnx.split(speaker), wav, lengths)
 
 
