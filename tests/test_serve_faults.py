@@ -6,24 +6,30 @@ import contextlib
 import dataclasses
 import json
 import logging
+import os
 import random
+import re
 import threading
+import time
 from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import pytest
 import websockets
+from starlette.responses import JSONResponse
 
 from benchmarks import serve as benchmark
+from benchmarks import soak
 from omni2_jax.audio.recordings import INPUT_RATE
 from omni2_jax.generate.engine_config import EngineConfig
 from omni2_jax.serve import capacity
+from omni2_jax.serve.access import Access
 from omni2_jax.serve.limits import Limits
 from omni2_jax.serve.server import Server
 from tests.support.conversations import GREEDY, clip
 from tests.support.realtime import MANUAL, SECOND, ask, audio_of, converse, talk, until
-from tests.support.server import base64_of, eventually, pcm, running
+from tests.support.server import base64_of, eventually, get, pcm, running
 
 OPTIONS = dataclasses.replace(GREEDY, max_new_tokens=6, max_flush_units=10)
 LIMITS = Limits(sessions=3, context=1000, unsent_bytes=2**20)
@@ -345,6 +351,138 @@ def test_a_client_that_speaks_in_real_time(address, tmp_path):
     )
     level, turn = [json.loads(line) for line in rows.read_text().splitlines()]
     assert level["completed"] == 1 and 0 < turn["audio_ttfp"] < turn["audio_rtf"] * 60
+
+
+@pytest.mark.slow
+def test_a_mix_of_clients(address, monkeypatch):
+    """`benchmarks.soak` for some seconds: nothing grows, answers are those of a client alone."""
+    monkeypatch.setattr(soak, "CLIENTS", 2)
+    monkeypatch.setattr(soak, "TEXT", "Hi.")  # this server says 6 tokens at most
+    url = f"ws://{address}/v1/realtime?model=omni2"
+    sound = soak.base64_of(clip("speech_a"))
+    rows, counts = asyncio.run(soak.soak(url, os.getpid(), sound, 15))
+    soak.check(rows)
+    assert len(counts) >= 3 and sum(counts.values()) >= 4, counts
+    for name, allowed in soak.ALLOWED.items():
+        grown = [*rows[:-1], rows[-1] | {name: rows[-1][name] + 2 * allowed}]
+        with pytest.raises(ValueError, match=f"{name} grew by"):
+            soak.check(grown)
+
+
+@pytest.mark.slow
+def test_a_mix_of_clients_notices_another_answer(address, monkeypatch):
+    """The soak fails as soon as a client gets something else than alone."""
+    url = f"ws://{address}/v1/realtime?model=omni2"
+    load = soak.Load(url, soak.base64_of(clip("speech_a")), time.monotonic() + 60)
+    load.alone = dict.fromkeys(("talk", "listen", "complete"), "another")
+    monkeypatch.setattr(soak, "KINDS", tuple(load.alone))
+    with pytest.raises(RuntimeError, match="an answer differs from the same one alone"):
+        asyncio.run(load.run(0))
+
+
+def metrics(address: str) -> dict[str, float]:
+    """What the server counts, by name and label."""
+    lines = get(f"http://{address}/metrics")[1].splitlines()
+    pairs = (line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
+    return {name: float(value) for name, value in pairs}
+
+
+def test_what_the_server_counts(address, server, alone, monkeypatch):
+    """Connections, responses, first audio, faulty events, and those who are refused."""
+    before = metrics(address)
+
+    async def conversation(link):
+        await link.send_raw("nothing")
+        await until(link, "error")
+        await question("short_d")(link)
+        connected = metrics(address)["omni2_sessions"]
+        with monkeypatch.context() as patch:
+            patch.setattr(server, "limits", dataclasses.replace(LIMITS, sessions=1))
+            return connected, await refused(address)
+
+    connected, (error, seconds, code) = talk(address, conversation)
+    assert (error["code"], error["retry_after_seconds"], code) == ("server_full", 5, 1013)
+    assert seconds < 2 and "all sessions of this server (1) are in use" in error["message"]
+    eventually(lambda: server.clients == 0)
+    counted = {name: value - before.get(name, 0) for name, value in metrics(address).items()}
+    responses = {
+        name: value for name, value in counted.items() if re.match("omni2_responses_total", name)
+    }
+    assert connected == 1 and sum(responses.values()) == 1 and counted["omni2_sessions"] == 0
+    for name in ("refused_total", "event_errors_total", "first_audio_seconds_count"):
+        assert counted[f"omni2_{name}"] == 1, name
+    assert counted["omni2_first_audio_seconds_sum"] > 0
+
+
+async def refused(address: str) -> tuple[dict, float, int]:
+    """A client too many: its error, after how many seconds it is closed, and with which code."""
+    start = time.monotonic()
+    async with websockets.connect(f"ws://{address}/v1/realtime?model=omni2") as link:
+        event = json.loads(await link.recv())
+        with pytest.raises(websockets.ConnectionClosed) as closed:
+            await link.recv()
+    assert event["type"] == "error" and closed.value.rcvd
+    return event["error"], time.monotonic() - start, closed.value.rcvd.code
+
+
+def test_pages_of_others(address):
+    """A WebSocket of a foreign page, or asked by a name that is not this machine's, is refused."""
+    host, port = address.split(":")
+    cases = {
+        ("localhost", None): None,
+        ("localhost", f"http://localhost:{port}"): None,
+        ("localhost", "https://b.example"): 403,
+        ("b.example", None): 403,
+        ("b.example", f"http://b.example:{port}"): 403,
+    }
+
+    async def first(name, origin) -> str:
+        url = f"ws://{name}:{port}/v1/realtime?model=omni2"
+        async with websockets.connect(url, origin=origin, host=host, port=int(port)) as link:
+            return json.loads(await link.recv())["type"]
+
+    for (name, origin), status in cases.items():
+        if status is None:
+            assert asyncio.run(first(name, origin)) == "session.created"
+        else:
+            with pytest.raises(websockets.InvalidStatus) as refusal:
+                asyncio.run(first(name, origin))
+            assert refusal.value.response.status_code == status
+
+
+def test_from_outside_without_keys():
+    """Refused wherever the server listens, as others may start it; not with a key, and not here."""
+    statuses, sent = {}, []
+
+    async def app(scope, receive, send):
+        await JSONResponse({})(scope, receive, send)
+
+    async def send(message):
+        sent.append(message)
+
+    for keys in ((), ("a",)):
+        access = Access(app, keys, ("https://a.example",))
+        for host in ("127.0.0.1", "::1", "192.0.2.1", "2001:db8::1", None):
+            headers = [(b"host", b"a.example"), (b"authorization", b"Bearer a")]
+            scope = {"type": "http", "path": "/v1/models", "headers": headers}
+            scope["server"] = host and (host, 80)
+            asyncio.run(access(scope, None, send))
+            statuses[keys, host] = sent[-2]["status"]
+    assert {where for where, status in statuses.items() if status == 403} == {
+        ((), "192.0.2.1"),
+        ((), "2001:db8::1"),
+        ((), None),
+    }
+
+
+def test_health_of_a_server_whose_model_has_ended(model, warm_engine):
+    server = Server(model, OPTIONS, LIMITS)
+    server.worker.start()
+    with running(server) as address:
+        assert get(f"http://{address}/healthz") == (200, '{"status":"ok"}')
+        server.worker.stop(20)
+        server.worker.stopping = False  # as if the thread had ended by itself
+        assert get(f"http://{address}/healthz") == (503, '{"status":"stopping"}')
 
 
 @pytest.mark.slow

@@ -84,6 +84,9 @@ def test_the_wheel_holds_one_package_with_every_module(installed):
     assert names == {"omni2_jax", "bin"}
     assert modules(installed / "omni2_jax") == modules(ROOT / "omni2_jax")
     assert (installed / "omni2_jax" / "py.typed").is_file()
+    page = Path("omni2_jax", "serve", "page")
+    names = {path.name for path in (ROOT / page).iterdir()}
+    assert "index.html" in names and names == {path.name for path in (installed / page).iterdir()}
 
 
 @pytest.mark.slow
