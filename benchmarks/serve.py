@@ -39,6 +39,7 @@ from omni2_jax.console import progress_bar, run_function
 MAX_UNDERRUN = 0.1  # seconds that are not heard as a gap
 HOLDS = 0.99  # the share of continuous answers that a number of clients needs to hold
 PIECE = 0.04  # seconds of sound in an event of a client that speaks in real time
+NOTICE_SECONDS = 10.0  # in which the server must notice that a question is over
 SETTLE_SECONDS = 0.5  # in which the server notices that the clients before have gone
 BYTES = 2 * recordings.OUTPUT_RATE  # a second of audio
 console = rich.console.Console()
@@ -165,7 +166,10 @@ async def ask(socket, question: str) -> None:
 
 
 async def say(socket, question: str) -> None:
-    """Speak a question in real time and then silence, until the server notices its end."""
+    """Speak a question in real time and then silence, until the server notices its end.
+
+    Raises TimeoutError if it does not.
+    """
 
     async def speak() -> None:
         sound, size = base64.b64decode(question), int(PIECE * BYTES)
@@ -178,8 +182,9 @@ async def say(socket, question: str) -> None:
 
     speaking = asyncio.create_task(speak())
     try:
-        while (await take_event(socket))["type"] != "input_audio_buffer.speech_stopped":
-            pass
+        async with asyncio.timeout(len(question) / BYTES + NOTICE_SECONDS):
+            while (await take_event(socket))["type"] != "input_audio_buffer.speech_stopped":
+                pass
     finally:
         speaking.cancel()
 

@@ -14,7 +14,7 @@ from omni2_jax.audio import recordings
 from omni2_jax.checkpoint import parameters
 from omni2_jax.config import Omni2Config, SpeakerConfig
 from omni2_jax.files import atomic_write, first_line
-from omni2_jax.models.speaker import embed
+from omni2_jax.models.speaker import check_length, embed
 
 # Seconds that a recording is padded to, up to the most that counts. What is padded changes nothing,
 # and each length compiles a program.
@@ -77,6 +77,7 @@ def from_file(directory: Path, config: Omni2Config, path: Path) -> np.ndarray:
     (wav,) = recordings.load_turn(path, "truncate")
     graph, params = parameters.load(directory, config.only("speaker"), jnp.float32)
     speaker, length = nnx.merge(graph, params).speaker, len(wav)
+    check_length(length)
     padded = next(n for n in (s * recordings.INPUT_RATE for s in LENGTHS) if n >= length)
     wav = np.pad(wav, (0, padded - length))
     return np.asarray(embed(speaker, jnp.asarray(wav)[None], jnp.array([length]))[0])

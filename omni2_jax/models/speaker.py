@@ -200,18 +200,22 @@ def statistics(x: Array, mask: Array) -> Array:
     return jnp.concatenate([mean, jnp.sqrt(variance)], -1)
 
 
+def check_length(samples: int) -> None:
+    """Raise ValueError if a voice prompt of so many samples at 16 kHz is too short."""
+    if features.fbank_frames(samples) < 3:
+        raise ValueError(
+            f"a voice prompt of {samples} samples is too short; at least 720 (45 ms) are needed"
+        )
+
+
 def embed(speaker: Speaker, wav: Array, lengths: Array | None = None) -> Array:
     """x-vectors [B, E] of voice prompts [B, N] at 16 kHz in [-1, 1].
 
     lengths: [B] in samples, if they differ. Reference: the released front end's
-    `_extract_spk_embedding`. Raises ValueError if one has under 720 samples (45 ms).
+    `_extract_spk_embedding`. Raises ValueError if N is under 720 samples (45 ms).
     """
+    check_length(wav.shape[1])
     lengths = jnp.full(wav.shape[:1], wav.shape[1]) if lengths is None else lengths
-    shortest = int(lengths.min())
-    if features.fbank_frames(shortest) < 3:
-        raise ValueError(
-            f"a voice prompt of {shortest} samples is too short; at least 720 (45 ms) are needed"
-        )
     return _embed(*nnx.split(speaker), wav, lengths)
 
 

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from omni2_jax.serve.realtime import Realtime
 
 log = logging.getLogger("omni2_jax.serve")
+FAILED = "a request failed"  # how the log's line of a failure begins
 
 
 class FullError(RuntimeError):
@@ -189,7 +190,7 @@ class Server:
         """Log a failure in one line, without paths; clients get `public_message`."""
         if error and not isinstance(error, StoppedError | QueueFullError):
             kind, message = type(error).__name__, self.public_message(error)
-            log.error("a response failed: %s: %s (%s)", kind, message, places_of(error))
+            log.error("%s: %s: %s (%s)", FAILED, kind, message, places_of(error))
 
     def public_message(self, error: BaseException) -> str:
         """What a client may know of an error: never a path or a traceback."""
