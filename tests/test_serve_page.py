@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import itertools
 import re
 import shutil
 from types import SimpleNamespace
@@ -22,6 +23,14 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium")
 
 OPTIONS = dataclasses.replace(GREEDY, max_new_tokens=24, max_flush_units=30)
 MINUTE = 60_000  # milliseconds, for everything that is waited for: machines of tests are slow
+# Notes every text that the newest answer has shown.
+TEXTS = """window.texts = [];
+addEventListener("DOMContentLoaded", () => {
+  new MutationObserver(() => {
+    const [text] = [...document.querySelectorAll(".turn.assistant .words")].slice(-1);
+    if (text?.textContent && text.textContent !== texts.at(-1)) texts.push(text.textContent);
+  }).observe(document.body, { subtree: true, childList: true, characterData: true });
+});"""
 LOUDSPEAKER = ROOT / "tests" / "support" / "loudspeaker.js"
 
 
@@ -70,6 +79,7 @@ def opened(browser, server):
         context = browser.new_context(permissions=permissions, **settings)
         context.set_default_timeout(MINUTE)
         context.add_init_script(path=LOUDSPEAKER)
+        context.add_init_script(TEXTS)
         contexts.append(context)
         page = context.new_page()
         page.on("pageerror", lambda error: errors.append(str(error)))
@@ -157,6 +167,9 @@ def test_conversation(opened, server):
 
         text, sound = downloads(page, 2)
         said = first.locator(".words").text_content()
+        begun, *texts = page.evaluate("texts")  # which grows while it is spoken
+        assert begun == "…" and len(texts) > 2 and texts[-1] == said
+        assert all(later.startswith(earlier) for earlier, later in itertools.pairwise(texts))
         assert text.path().read_text() == f"user: What is the sky?\nassistant: {said}"
         samples, rate = soundfile.read(io.BytesIO(sound.path().read_bytes()))
         assert rate == 24_000 and len(samples) > rate / 2 and np.abs(samples).max() > 0.01
