@@ -20,10 +20,9 @@ from omni2_jax.generate.prompts import forced_ids
 from omni2_jax.generate.session import Reply
 from omni2_jax.serve.audio import CONTAINERS, Encoder, encode_file
 from omni2_jax.serve.errors import failure
-from omni2_jax.serve.events import MAX_ID, EventError, Voice
+from omni2_jax.serve.events import MAX_ID, EventError, Fields, Voice
 from omni2_jax.serve.http import (
     AnswerStream,
-    Fields,
     body_of,
     counted,
     failed_event,

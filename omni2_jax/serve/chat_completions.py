@@ -21,10 +21,9 @@ from omni2_jax.generate.session import Question, Reply, Session
 from omni2_jax.serve.answering import options_of
 from omni2_jax.serve.audio import Encoder, decode_base64, decode_file, encode_file
 from omni2_jax.serve.conversation import Conversation, Item, new_id
-from omni2_jax.serve.events import MAX_ID, MAX_TEXT, EventError, Voice
+from omni2_jax.serve.events import MAX_ID, MAX_TEXT, EventError, Fields, Voice
 from omni2_jax.serve.http import (
     AnswerStream,
-    Fields,
     counted,
     failed_event,
     read_json,

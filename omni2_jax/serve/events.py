@@ -16,6 +16,20 @@ MAX_TEXT = 16_384  # characters of a text turn
 MAX_ID = 256  # characters of an id
 
 
+class Fields(BaseModel):
+    """The fields of an object that this server knows; others are ignored.
+
+    A field that is null counts as absent: clients send null for what their users leave open.
+    """
+
+    @model_validator(mode="before")
+    @classmethod
+    def without_nulls(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        return {name: value for name, value in values.items() if value is not None}
+
+
 class Format(BaseModel):
     type: Literal["audio/pcm", "audio/pcmu", "audio/pcma"] = "audio/pcm"
     rate: int | None = None
@@ -34,7 +48,7 @@ def describe_format(name: str) -> dict[str, Any]:
     return {"type": name} | ({"rate": rate} if encoding.startswith("PCM") else {})
 
 
-class ServerVad(BaseModel):
+class ServerVad(Fields):
     # This server has no semantic detector: it listens for silence in both cases.
     type: Literal["server_vad", "semantic_vad"] = "server_vad"
     threshold: float = Field(default=0.5, ge=0, le=1)
@@ -42,14 +56,6 @@ class ServerVad(BaseModel):
     silence_duration_ms: int = Field(default=500, ge=100, le=10_000)
     create_response: bool = True
     interrupt_response: bool = True
-
-    @model_validator(mode="before")
-    @classmethod
-    def leave_out_nulls(cls, fields: Any) -> Any:
-        """Clients write null for a default."""
-        if not isinstance(fields, dict):
-            return fields
-        return {name: value for name, value in fields.items() if value is not None}
 
 
 def detect_alike(a: ServerVad | None, b: ServerVad | None) -> bool:

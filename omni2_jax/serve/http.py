@@ -4,9 +4,9 @@ import asyncio
 import json
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
-from typing import Any, TypeVar
+from typing import TypeVar
 
-from pydantic import BaseModel, ValidationError, model_validator
+from pydantic import ValidationError
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
@@ -14,24 +14,9 @@ from starlette.types import Receive, Scope, Send
 from omni2_jax.generate.engine import QueueFullError
 from omni2_jax.generate.session import Reply, Session
 from omni2_jax.serve.errors import failure
-from omni2_jax.serve.events import EventError
+from omni2_jax.serve.events import EventError, Fields
 from omni2_jax.serve.server import FullError, Server
 from omni2_jax.serve.worker import Answer, StoppedError
-
-
-class Fields(BaseModel):
-    """The fields of a request that this server knows; others are ignored.
-
-    A field that is null counts as absent: clients send null for what their users leave open.
-    """
-
-    @model_validator(mode="before")
-    @classmethod
-    def without_nulls(cls, values: Any) -> Any:
-        if not isinstance(values, dict):
-            return values
-        return {name: value for name, value in values.items() if value is not None}
-
 
 Body = TypeVar("Body", bound=Fields)
 
