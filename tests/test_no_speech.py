@@ -87,11 +87,11 @@ def test_only_silence_is_answered_otherwise(attentive, text_model, text_engine):
 def test_a_served_conversation_has_a_question_without_parts(attentive, text_model):
     conversation = Conversation(Limits())
     with pytest.raises(EventError, match="does not end with the user's turn"):
-        conversation.question(attentive.session(options=QUICK, turns=1))
+        conversation.question(attentive.session(options=QUICK, turns=1), conversation.items)
     conversation.add(Item("a", "user", [], is_audio=True))
     session = attentive.session(options=QUICK, turns=1)
-    assert conversation.question(session) == []
+    assert conversation.question(session, conversation.items) == []
     conversation.add(Item("b", "assistant", [REPLY]))
     conversation.add(Item("c", "user", ["Hello?"]))
-    assert conversation.question(session) == ["Hello?"]
+    assert conversation.question(session, conversation.items) == ["Hello?"]
     assert [turn.question for turn in session.turns] == [[]]
