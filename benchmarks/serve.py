@@ -310,7 +310,7 @@ def plot(rows: list[dict], path: Path) -> None:
     clients = [row["clients"] for row in rows]
     for name, label in {"median_audio_ttfp_ms": "median", "p95_audio_ttfp_ms": "p95"}.items():
         axes[0].plot(clients, [row[name] for row in rows], marker="o", label=label)
-    axes[0].set(ylabel="time to first packet, ms", ylim=0)
+    axes[0].set(ylabel="time to first packet, ms", ylim=(0, None))
     axes[0].legend()
     axes[1].plot(clients, [row["mean_audio_rtf"] for row in rows], marker="o")
     axes[1].axhline(1, color="gray", linestyle=":")
@@ -318,7 +318,10 @@ def plot(rows: list[dict], path: Path) -> None:
     axes[2].plot(clients, [100 * row["continuity"] for row in rows], marker="o")
     axes[2].set(ylabel="answers without a gap, %", ylim=(0, 105))
     for axis in axes:
-        axis.set(xlabel="clients", xticks=clients)
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(clients, labels=[str(count) for count in clients])
+        axis.minorticks_off()
+        axis.set(xlabel="clients")
     figure.savefig(path, dpi=120)
 
 
