@@ -171,8 +171,9 @@ async def say(socket, question: str) -> None:
     Raises TimeoutError if it does not.
     """
 
+    sound, size = base64.b64decode(question), int(PIECE * BYTES)
+
     async def speak() -> None:
-        sound, size = base64.b64decode(question), int(PIECE * BYTES)
         start = time.perf_counter()
         for count in itertools.count():
             await asyncio.sleep(start + count * PIECE - time.perf_counter())
@@ -182,7 +183,7 @@ async def say(socket, question: str) -> None:
 
     speaking = asyncio.create_task(speak())
     try:
-        async with asyncio.timeout(len(question) / BYTES + NOTICE_SECONDS):
+        async with asyncio.timeout(len(sound) / BYTES + NOTICE_SECONDS):
             while (await take_event(socket))["type"] != "input_audio_buffer.speech_stopped":
                 pass
     finally:

@@ -114,8 +114,9 @@ class Conversation:
         """
         if any(other.id == item.id for other in self.items):
             raise EventError(f"there is an item {item.id!r} already", param="item.id")
-        is_end = previous in (None, "root")
-        before = None if is_end else self.find(previous, "create", "previous_item_id")
+        before = None
+        if previous not in (None, "root"):
+            before = self.find(previous, "create", "previous_item_id")
         removed = self.superfluous(item, before)
         self.items = [other for other in self.items if other not in removed]
         if previous == "root":
@@ -126,10 +127,10 @@ class Conversation:
         return self.items[index - 1].id if index else None, removed
 
     def superfluous(self, item: Item, before: Item | None) -> list[Item]:
-        """The oldest items, which must go so that `item` can come behind `before`.
+        """The oldest items, as many as must be removed to make room for `item`.
 
-        Messages of the system stay, and so does what is being generated. Raises EventError if that
-        alone is too much.
+        Messages of the system stay, as does an answer that is being generated, and `before`, behind
+        which `item` is inserted. Raises EventError if there is no room beside these.
         """
         limits, removed = self.limits, []
         count = len(self.items) + 1

@@ -400,10 +400,10 @@ class Realtime(Connection):
     async def question(
         self, patch: events.ResponsePatch, response: Response
     ) -> tuple[list, str | None]:
-        """Prepare the session for a response -> the question, and the id of the item before it.
+        """Prepare the session for a response -> the question, and where its answer belongs.
 
-        The id is that of the newest item which the response answers, None if there is none any
-        more.
+        It belongs behind the newest item that the response answers. Returned is the id of that
+        item, or None if the client has deleted all of them.
         """
         for item in response.asked:
             if item.hearing:
