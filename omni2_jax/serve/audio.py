@@ -9,10 +9,10 @@ from collections.abc import Iterator
 
 import numpy as np
 import soundfile
-import soxr
 
 from omni2_jax.audio import recordings
 from omni2_jax.audio.recordings import INPUT_RATE, OUTPUT_RATE
+from omni2_jax.audio.resampler import Resampler
 
 # The API's names: sample rate and the name of the encoding in libsndfile.
 FORMATS = {
@@ -47,7 +47,7 @@ class Decoder:
         if name not in FORMATS:
             raise ValueError(f"audio format {name!r}, expected one of {', '.join(FORMATS)}")
         self.rate, self.encoding = FORMATS[name]
-        self.resampler = soxr.ResampleStream(self.rate, INPUT_RATE, 1, dtype="float32")
+        self.resampler = Resampler(self.rate, INPUT_RATE)
         self.odd_byte = b""  # half of a 16-bit sample, whose other half comes with the next bytes
 
     def __call__(self, data: bytes, last: bool = False) -> np.ndarray:
@@ -57,7 +57,7 @@ class Decoder:
         if self.encoding == "PCM_16" and len(data) % 2:
             data, self.odd_byte = data[:-1], data[-1:]
         samples = read_raw(data, self.encoding, self.rate)
-        return self.resampler.resample_chunk(samples, last=last)
+        return self.resampler(samples, last=last)
 
 
 class Encoder:
@@ -70,12 +70,12 @@ class Encoder:
         if name not in FORMATS:
             raise ValueError(f"audio format {name!r}, expected one of {', '.join(FORMATS)}")
         self.rate, self.encoding = FORMATS[name]
-        self.resampler = soxr.ResampleStream(OUTPUT_RATE, self.rate, 1, dtype="float32")
+        self.resampler = Resampler(OUTPUT_RATE, self.rate)
 
     def __call__(self, samples: np.ndarray, last: bool = False) -> bytes:
         """The bytes of samples [N]; the resampler keeps a few until `last`."""
         if self.rate != OUTPUT_RATE:
-            samples = self.resampler.resample_chunk(samples.astype(np.float32), last=last)
+            samples = self.resampler(samples.astype(np.float32), last=last)
         return write_raw(samples, self.encoding, self.rate)
 
 

@@ -29,7 +29,7 @@ export function peaksOf(samples) {
   return peaks;
 }
 
-// Calls onBlock(samples) for every 40 ms that the microphone records, until `close`.
+// Calls onBlock(samples) for every 16 ms that the microphone records, until `close`.
 //
 // Its audio context has the device's own rate, which Firefox demands of a microphone's; the worklet
 // resamples. Before it, filters take out what 24 kHz cannot carry.
