@@ -180,7 +180,7 @@ def test_two_sessions_share_an_engine(text_model, text_engine, session):
 
 
 def test_too_long_a_conversation(text_model, session):
-    """Four turns do not fit: the fourth is refused and changes nothing, or the first is dropped."""
+    """Four spoken turns do not fit: the fourth is refused and changes nothing."""
     for wav in (A, B, C):
         said(session.respond(wav))
     length, turns = session.length, list(session.turns)
@@ -190,15 +190,34 @@ def test_too_long_a_conversation(text_model, session):
     ):
         next(session.respond(A))
     assert session.length == length and session.turns == turns
-
-    session.overflow = "drop"
-    answer = said(session.respond(A))
-    assert session.turns[:-1] == turns[1:]
-    rest = text_model.session(options=QUICK, turns=1)
-    rest.turns = turns[1:]
-    assert equal(said(rest.respond(A)), answer)
     with pytest.raises(ValueError, match="expected 'error' or 'drop'"):
         text_model.session(options=QUICK, turns=1, overflow="forget")
+
+
+def talk_until_full(session: Session) -> None:
+    """Until "What else?" does not fit behind the turns in the cache."""
+    for wav in (A, B, C):
+        said(session.respond(wav))
+    limit = session.engine.engine_config.llm_capacity - QUICK.max_new_tokens
+    question = len(session.tokenizer.continuation(["What else?"], True))
+    while session.length + question <= limit:
+        said(session.reply("What else?"))
+
+
+def test_oldest_turns_are_dropped(text_model, session):
+    """The rest takes half of the cache, and later turns go on behind it."""
+    session.overflow = "drop"
+    talk_until_full(session)
+    turns = list(session.turns)
+    answer = said(session.reply("What else?"))
+    kept = session.turns[:-1]
+    assert kept and kept == turns[-len(kept) :]
+    assert session.length <= 1280 // 2
+    rest = text_model.session(options=QUICK, turns=1)
+    rest.turns = list(kept)
+    assert equal(said(rest.reply("What else?")), answer)
+    said(session.reply("What else?"))
+    assert session.turns[: len(kept)] == kept
 
 
 def test_turn_that_alone_is_too_long(text_model):
@@ -244,15 +263,14 @@ def test_full_queue_loses_nothing(text_model, session, text_engine, monkeypatch)
     busy = Session(
         text_model.hear, text_engine, text_model.tokenizer, text_model.request(QUICK), None, "drop"
     )
-    for wav in (A, B, C):
-        said(busy.respond(wav))
+    talk_until_full(busy)
     monkeypatch.setattr(text_engine, "queue", 0)
     with pytest.raises(QueueFullError):
-        next(busy.respond(A))  # which would have dropped the first turn
+        next(busy.reply("What else?"))  # which would have dropped the oldest turns
     monkeypatch.undo()
-    answer = said(busy.respond(A))
+    answer = said(busy.reply("What else?"))
     session.turns = busy.turns[:-1]
-    assert len(busy.turns) == 3 and equal(said(session.respond(A)), answer)
+    assert session.turns and equal(said(session.reply("What else?")), answer)
 
 
 def test_a_newcomer_waits_for_the_step_of_those_who_speak(text_model, text_engine):

@@ -66,7 +66,8 @@ class Session:
 
         request: the settings of every turn. voice: x-vector [192]; None without a decoder.
         overflow: if the conversation does not fit the LLM's cache any more, "error" refuses the
-        turn, "drop" drops the oldest turns. Raises ValueError for another value.
+        turn, "drop" drops the oldest turns, until the rest takes half of the cache. Raises
+        ValueError for another value.
         instructions: the system message; None is the chat template's own.
         """
         if overflow not in ("error", "drop"):
@@ -181,8 +182,8 @@ class Session:
 
         max_text: text tokens of its answer at most.
         If the turn does not fit behind the prefix, the prompt is that of the whole conversation
-        (overflow "drop": of the newest turns that fit), and the prefix is None. Raises ValueError
-        if that does not fit either.
+        (overflow "drop": of its newest turns), and the prefix is None. Raises ValueError if that
+        does not fit either.
         """
         limit = self.engine.engine_config.llm_capacity - max_text
         if self.prefix is not None:
@@ -190,7 +191,10 @@ class Session:
             if self.length + len(ids) <= limit:
                 return self.split(ids, [question]), self.prefix
         if self.overflow == "drop":
-            turns, ids = self.newest_dialogue(question, limit)
+            # Only half of what fits, if the turns were in the cache: later turns then find room
+            # behind them. Otherwise each would have to compute the conversation anew.
+            room = limit if self.prefix is None else limit // 2
+            turns, ids = self.newest_dialogue(question, room)
         else:
             turns, ids = self.turns, self.dialogue(self.turns, question)
         if len(ids) <= limit:
