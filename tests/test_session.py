@@ -315,6 +315,36 @@ def test_interruption_while_waiting(text_model, text_engine, monkeypatch):
     )
 
 
+@pytest.mark.parametrize("computed", [0, 1])
+def test_turns_in_the_cache_outlive_an_interruption_while_waiting(
+    text_model, text_engine, monkeypatch, computed
+):
+    """Even if some pieces of the prompt were computed. The next turn asks both questions."""
+    request = text_model.request(QUICK)
+    session = Session(text_model.hear, text_engine, text_model.tokenizer, request, None)
+    said(session.respond(A))
+    length = session.length
+    speaker = text_engine.submit(pieces(text_model, "A"), request, None)
+    text_engine.step()
+    session.reply([*text_model.hear(C), *text_model.hear(B)])
+    (newcomer,) = text_engine.waiting
+    text_engine.step(computed)
+    assert newcomer.num_prefilled == computed and newcomer.slot is None
+    session.interrupt()
+    assert session.length == length and len(session.turns) == 2 and not text_engine.waiting
+    expected = from_scratch(text_model, session)
+    taken, submit = [], text_engine.submit
+
+    def record(pieces, *arguments, **settings):
+        taken.extend(pieces)
+        return submit(pieces, *arguments, **settings)
+
+    monkeypatch.setattr(text_engine, "submit", record)
+    assert equal(said(session.reply("And now?")), said(expected.reply("And now?")))
+    assert sum(len(piece.ids) for piece in taken) + length < session.length
+    assert list(speaker)
+
+
 def test_text_turns_and_instructions(text_model):
     """Texts may stand beside spoken turns, and the system message is the session's.
 

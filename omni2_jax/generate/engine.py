@@ -353,14 +353,28 @@ class Engine:
             if stream.slot is None:
                 if stream in self.waiting:
                     self.waiting.remove(stream)
-                # The turn was never prefilled into it, so the conversation cannot go on from it.
-                stream.prefix = None
+                    self.take_back_prompt(stream)
             elif not stream.done:
                 self.free(stream, stream.num_delivered)
             elif stream.prefix is not None:
-                length = jnp.array([stream.num_delivered], jnp.int32)
-                stream.prefix = dataclasses.replace(stream.prefix, llm_length=length)
+                stream.prefix = shortened(stream.prefix, stream.num_delivered)
             stream.done = True
+
+    def take_back_prompt(self, stream: ResponseStream) -> None:
+        """Give a stream that has waited the prefix that it came with; None if it had none."""
+        stream.num_delivered -= sum(len(piece.ids) for piece in stream.pieces)
+        if not stream.num_delivered:
+            stream.prefix = None
+        elif stream.prefix is not None:
+            stream.prefix = shortened(stream.prefix, stream.num_delivered)
+
+
+def shortened(prefix: ReadWriteState, length: int) -> ReadWriteState:
+    """The first `length` LLM positions of a prefix."""
+    # Placed as the programs place it: otherwise `prefill` would be compiled once more.
+    placement = prefix.llm_length.sharding
+    new_length = jax.device_put(np.array([length], np.int32), placement)
+    return dataclasses.replace(prefix, llm_length=new_length)
 
 
 def failure(stream: ResponseStream, output: StepOutput) -> GenerationError | None:

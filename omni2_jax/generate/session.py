@@ -9,7 +9,6 @@ The LLM's cache is kept from turn to turn, so that a new turn only computes its 
 forget the end of the last answer, which the user did not hear.
 """
 
-import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -18,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from omni2_jax.checkpoint.tokenizer import Tokenizer, parse_units
-from omni2_jax.generate.engine import Engine, PromptPiece, ResponseStream
+from omni2_jax.generate.engine import Engine, PromptPiece, ResponseStream, shortened
 from omni2_jax.generate.prompts import Sound, forced_ids, split
 from omni2_jax.generate.read_write_state import ReadWriteState, Request
 
@@ -79,6 +78,7 @@ class Session:
         self.turns: list[Turn] = []
         self.prefix: ReadWriteState | None = None
         self.length = 0  # LLM positions of the prefix
+        self.num_cached = 0  # turns that the prefix holds
         self.stream: ResponseStream | None = None  # the answer that is being generated
 
     def respond(self, sound: Sound) -> Iterator[Reply]:
@@ -148,6 +148,8 @@ class Session:
             self.turns.pop()
         self.prefix = stream.prefix
         self.length = stream.num_delivered if stream.prefix is not None else 0
+        if stream.slot is not None:  # otherwise its prompt was taken back
+            self.num_cached = len(self.turns)
 
     def resume(self, turns: Sequence[Turn]) -> None:
         """Go on from other turns than those of this session; the next turn computes all of them.
@@ -170,10 +172,7 @@ class Session:
         del answer[tokens:]
         if self.prefix is not None:
             self.length -= removed
-            # Placed as the engine places it: otherwise `prefill` would be compiled once more.
-            placement = self.prefix.llm_length.sharding
-            length = jax.device_put(np.array([self.length], np.int32), placement)
-            self.prefix = dataclasses.replace(self.prefix, llm_length=length)
+            self.prefix = shortened(self.prefix, self.length)
 
     def prompt(
         self, question: Question, max_text: int
@@ -187,9 +186,9 @@ class Session:
         """
         limit = self.engine.engine_config.llm_capacity - max_text
         if self.prefix is not None:
-            ids = self.tokenizer.continuation(content(question), self.has_ended(self.turns[-1]))
+            ids, questions = self.continuation(question)
             if self.length + len(ids) <= limit:
-                return self.split(ids, [question]), self.prefix
+                return self.split(ids, questions), self.prefix
         if self.overflow == "drop":
             # Only half of what fits, if the turns were in the cache: later turns then find room
             # behind them. Otherwise each would have to compute the conversation anew.
@@ -218,6 +217,18 @@ class Session:
     def has_ended(self, turn: Turn) -> bool:
         """Whether an answer has its end token; it has none if it was cut short."""
         return bool(turn.answer) and turn.answer[-1] in self.eos
+
+    def continuation(self, question: Question) -> tuple[list[int], list[Question]]:
+        """What follows the prefix in the prompt of a new turn, and the questions in it.
+
+        These are those of turns that were interrupted before they had a slot, and the new one.
+        """
+        last, *others = self.turns[self.num_cached - 1 :]
+        questions = [*(turn.question for turn in others), question]
+        ids = self.tokenizer.continuation(content(questions[0]), self.has_ended(last))
+        for turn, following in zip(others, questions[1:], strict=True):
+            ids += self.exchange(turn, following)
+        return ids, questions
 
     def newest_dialogue(self, question: Question, limit: int) -> tuple[list[Turn], list[int]]:
         """As many of the newest turns as fit into `limit` positions, and their `dialogue`.
