@@ -3,7 +3,7 @@
 import math
 
 import numpy as np
-from scipy.signal import firwin, upfirdn
+from scipy.signal import upfirdn
 
 # The filter's length on either side of a sample, in samples of the lower rate. It passes 91 % of
 # the frequencies that the lower rate can carry, and takes 96 dB from those that it cannot.
@@ -25,10 +25,10 @@ class Resampler:
         self.up, self.down = target // common, source // common
         # A multiple of `down`, so that the first output sample is at the time of the first input.
         self.reach = self.down * math.ceil(REACH * common / lower)
-        taps = 2 * self.reach * self.up + 1
-        band = CUTOFF * lower / 2
-        weights = firwin(taps, band, window=("kaiser", KAISER), fs=source * self.up)
-        self.filter = (self.up * weights).astype(np.float32)
+        half = self.reach * self.up
+        cycles = CUTOFF * lower / (source * self.up) * np.arange(-half, half + 1)
+        weights = np.sinc(cycles) * np.kaiser(2 * half + 1, KAISER)
+        self.filter = (self.up * weights / weights.sum()).astype(np.float32)
         # Those still needed: `reach` samples before the next output sample, and all behind them.
         self.samples = np.zeros(self.reach, np.float32)
 
