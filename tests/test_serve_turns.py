@@ -2,6 +2,7 @@
 
 import asyncio
 import io
+import threading
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,7 +11,7 @@ import soundfile
 
 from omni2_jax.audio.recordings import INPUT_RATE, load_turn
 from omni2_jax.audio.voice_activity import WINDOW
-from omni2_jax.serve.audio import Decoder
+from omni2_jax.serve.audio import LONG, Decoder, decode
 from omni2_jax.serve.events import EventError, ServerVad
 from omni2_jax.serve.listener import Listener
 from omni2_jax.serve.turn_detection import Change, TurnDetection, TurnDetector
@@ -109,7 +110,7 @@ async def listened(script: str, seconds: float = 30.0, together: int = 1):
     """
     hearings, found = Hearings(), []
     listener = Listener(hearings.start, seconds, "audio/pcm")
-    listener.decoder = lambda data: np.zeros(len(data) * WINDOW, np.float32)  # type: ignore
+    listener.decoder = lambda data, last: np.zeros(len(data) * WINDOW, np.float32)  # type: ignore
     listener.detect_turns(ServerVad())
     assert listener.detector
     values = iter(script)
@@ -202,6 +203,20 @@ def test_a_turn_has_an_end_and_silence_is_forgotten():
         assert len(listener.buffer) <= 300 * MS + WINDOW and listener.end == 1000 * WINDOW
 
     asyncio.run(run())
+
+
+def test_long_audio_is_decoded_beside_other_clients():
+    """In another thread than that of the event loop, which sends what others hear."""
+    threads = []
+
+    def decoder(data: bytes, last: bool) -> np.ndarray:
+        threads.append(threading.current_thread())
+        return np.zeros(len(data), np.float32)
+
+    for length in (LONG - 1, LONG):
+        assert len(asyncio.run(decode(decoder, bytes(length)))) == length  # type: ignore
+    here = threading.current_thread()
+    assert [thread is here for thread in threads] == [True, False]
 
 
 @pytest.mark.parametrize(("kind", "encoding"), [("audio/pcmu", "ULAW"), ("audio/pcma", "ALAW")])

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Callable
 import numpy as np
 
 from omni2_jax.audio.recordings import INPUT_RATE
-from omni2_jax.serve.audio import Decoder
+from omni2_jax.serve.audio import Decoder, decode
 from omni2_jax.serve.events import EventError, ServerVad
 from omni2_jax.serve.turn_detection import Change, Detection, TurnDetection, TurnDetector
 
@@ -91,7 +91,7 @@ class Listener:
         The caller takes a turn that has ended with `commit` before it asks for the next change.
         Without turn detection, raises EventError if the turn becomes too long.
         """
-        samples = self.decoder(data)
+        samples = await decode(self.decoder, data)
         if self.detector is None:
             self.buffer = np.concatenate([self.buffer, samples])
             self.check_length()

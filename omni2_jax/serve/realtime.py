@@ -15,7 +15,7 @@ from starlette.websockets import WebSocket
 from omni2_jax.audio.recordings import INPUT_RATE, OUTPUT_RATE
 from omni2_jax.serve import answering, events, transcription
 from omni2_jax.serve.answering import Response
-from omni2_jax.serve.audio import Decoder, Encoder, decode_base64
+from omni2_jax.serve.audio import Decoder, Encoder, decode, decode_base64
 from omni2_jax.serve.connection import Connection
 from omni2_jax.serve.conversation import Conversation, Item, new_id
 from omni2_jax.serve.events import EventError
@@ -289,7 +289,7 @@ class Realtime(Connection):
 
     async def create_item(self, event: events.ItemCreate) -> None:
         """Insert a message that the client has written or recorded."""
-        item = self.item_of(event.item)
+        item = await self.item_of(event.item)
         previous = self.add_item(item, event.previous_item_id)
         self.send("conversation.item.added", previous_item_id=previous, item=item.describe())
         self.send("conversation.item.done", previous_item_id=previous, item=item.describe())
@@ -305,7 +305,7 @@ class Realtime(Connection):
             self.send("conversation.item.deleted", item_id=old.id)
         return before
 
-    def item_of(self, message: events.Item) -> Item:
+    async def item_of(self, message: events.Item) -> Item:
         """A client's message as an item; speech in it is encoded from now on."""
         item = Item(message.id or new_id("item"), message.role, [])
         for content in message.content:
@@ -316,7 +316,7 @@ class Realtime(Connection):
                         param="item.content",
                     )
                 decoder = Decoder(self.settings["input_format"])
-                samples = decoder(decode_base64(content.audio), last=True)
+                samples = await decode(decoder, decode_base64(content.audio), last=True)
                 seconds = len(samples) / INPUT_RATE
                 if seconds > self.limits.turn_seconds:
                     raise EventError(
