@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from omni2_jax.generate.session import Turn
 from omni2_jax.serve import memory
 from omni2_jax.serve.app import create_app
 from omni2_jax.serve.conversation import Conversation, Item
@@ -66,6 +67,28 @@ def test_features_that_no_prompt_holds():
     assert [item.is_forgotten for item in conversation.items[::2]] == 3 * [True] + 3 * [False]
     assert len(conversation.question(session, conversation.items)) == 2
     assert [turn.answer for turn in resumed] == [[3], [4]]
+
+
+def test_a_session_may_know_more_than_the_conversation():
+    """Its cache is kept, unless an answer of the forgotten turns is another one."""
+    features = [np.zeros((3, 2)) for _ in range(4)]
+    conversation = Conversation(Limits())
+    for number in range(3):
+        question = Item(f"question {number}", "user", [features[number]], is_audio=True)
+        conversation.add(question)
+        conversation.add(Item(f"answer {number}", "assistant", [f"{number}"], answer=[number]))
+    conversation.add(Item("last", "user", [features[3]], is_audio=True))
+    conversation.forget_features(2)
+    resumed = []
+    turns = [Turn([features[number]], [number]) for number in range(3)]
+    for held in (turns, turns[1:], turns[2:]):
+        session = SimpleNamespace(turns=held, resume=resumed.append)
+        assert conversation.question(session, conversation.items) == [features[3]]
+        assert not resumed
+    conversation.delete("answer 0")
+    session = SimpleNamespace(turns=turns, resume=resumed.append)
+    conversation.question(session, conversation.items)
+    assert resumed == [turns[2:]]
 
 
 def test_a_question_that_is_longer_than_what_is_kept():

@@ -220,6 +220,25 @@ def test_oldest_turns_are_dropped(text_model, session):
     assert session.turns[: len(kept)] == kept
 
 
+def test_the_newest_turn_is_kept_if_it_fits(session):
+    """Although it and the question take more than half of the cache."""
+    session.overflow = "drop"
+    for wav in (A, B, C):
+        said(session.respond(wav))
+    newest = session.turns[-1]
+    said(session.respond(A))
+    assert session.turns[:-1] == [newest] and session.length > 1280 // 2
+
+
+def test_a_full_conversation_from_elsewhere(session):
+    """Half of it is dropped at once, not only as much as must be."""
+    session.overflow = "drop"
+    turns = [Turn(["What else?"], [5, 6, 7]) for _ in range(200)]
+    session.resume(turns)
+    said(session.reply("And now?"))
+    assert 0 < len(session.turns) - 1 < 200 and 1280 // 4 < session.length <= 1280 // 2
+
+
 def test_turn_that_alone_is_too_long(text_model):
     session = text_model.session(
         options=dataclasses.replace(GREEDY, long_turns="split"), turns=1, overflow="drop"

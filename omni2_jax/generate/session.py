@@ -190,19 +190,24 @@ class Session:
             if self.length + len(ids) <= limit:
                 return self.split(ids, questions), self.prefix
         if self.overflow == "drop":
-            # Only half of what fits, if the turns were in the cache: later turns then find room
-            # behind them. Otherwise each would have to compute the conversation anew.
-            room = limit if self.prefix is None else limit // 2
-            turns, ids = self.newest_dialogue(question, room)
+            turns, ids = self.newest_dialogue(question, limit, limit)
+            if len(turns) < len(self.turns):
+                # Later turns find room behind half of what fits. Otherwise each of them would have
+                # to compute the conversation anew.
+                turns, ids = self.newest_dialogue(question, limit // 2, limit)
+            what, hint = "turn", ""
         else:
             turns, ids = self.turns, self.dialogue(self.turns, question)
+            what, hint = (
+                "conversation",
+                ("; start a new conversation, or use overflow='drop' to drop the oldest turns"),
+            )
         if len(ids) <= limit:
             self.resume(turns)
             return self.split(ids, [*(turn.question for turn in turns), question]), None
         raise ValueError(
-            f"the conversation takes {len(ids)} positions and its answer up to {max_text} more, "
-            f"but the LLM's cache has {self.engine.engine_config.llm_capacity}; start a new "
-            "conversation, or use overflow='drop' to drop the oldest turns"
+            f"the {what} takes {len(ids)} positions and its answer up to {max_text} more, "
+            f"but the LLM's cache has {self.engine.engine_config.llm_capacity}{hint}"
         )
 
     def split(self, ids: list[int], questions: Sequence[Question]) -> list[PromptPiece]:
@@ -230,17 +235,20 @@ class Session:
             ids += self.exchange(turn, following)
         return ids, questions
 
-    def newest_dialogue(self, question: Question, limit: int) -> tuple[list[Turn], list[int]]:
-        """As many of the newest turns as fit into `limit` positions, and their `dialogue`.
+    def newest_dialogue(
+        self, question: Question, room: int, limit: int
+    ) -> tuple[list[Turn], list[int]]:
+        """As many of the newest turns as fit into `room` positions, and their `dialogue`.
 
-        What does not fit is not tokenized; this takes no longer for a longer conversation.
+        The newest one is also taken if it fits into `limit`. What does not fit is not tokenized;
+        this takes no longer for a longer conversation.
         """
         turns: list[Turn] = []
         ids, following, later = self.dialogue([], question), question, []
         for turn in reversed(self.turns):
             later = self.exchange(turn, following) + later
             longer = self.dialogue([], turn.question) + later
-            if len(longer) > limit:
+            if len(longer) > (room if turns else limit):
                 break
             turns, ids, following = [turn, *turns], longer, turn.question
         return turns, ids

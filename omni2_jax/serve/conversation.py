@@ -7,6 +7,7 @@ turns that it holds.
 """
 
 import asyncio
+import itertools
 import math
 import secrets
 from dataclasses import dataclass, field
@@ -14,13 +15,14 @@ from dataclasses import dataclass, field
 import jax
 
 from omni2_jax.audio.recordings import OUTPUT_RATE
-from omni2_jax.generate.session import Session, Turn
+from omni2_jax.generate.session import Question, Session, Turn
 from omni2_jax.serve.events import EventError
 from omni2_jax.serve.limits import Limits
 
 # Units that speech takes for a text token, where an answer was interrupted and its own rate is not
 # known: English at 150 words a minute, 0.75 words a token, 25 units a second.
 UNITS_PER_TOKEN = 7.5
+FORGOTTEN = "\0forgotten"  # stands for features that were dropped; compared by identity
 
 
 def new_id(prefix: str) -> str:
@@ -169,31 +171,30 @@ class Conversation:
                 item.parts, item.hearing, item.is_forgotten = [], None, True
 
     def question(self, session: Session, items: list[Item]) -> list[str | jax.Array]:
-        """Make `session` hold all turns of `items` before the last question -> that question.
+        """Make `session` hold the turns of `items` before the last question -> that question.
+
+        Its cache is kept if it holds these turns, or the newest of them. Otherwise it gets those
+        whose features are not forgotten.
 
         items: those of this conversation that are to be answered. Raises EventError if there is
         nothing to answer, or if the question was too long to be kept.
         """
         turns: list[Turn] = []
-        is_cut = False  # whether a part of the question was forgotten
         question: list[str | jax.Array] | None = None
         for item in items:
             if item.role == "system":
                 continue
-            if item.is_forgotten:
-                turns, question, is_cut = [], None, True
-            elif item.role == "user":
-                question = [*(question or ()), *item.parts]
+            if item.role == "user":
+                parts = [FORGOTTEN] if item.is_forgotten else item.parts
+                question = [*(question or ()), *parts]
             elif item.status == "failed":
                 continue
-            elif is_cut:  # the answer to what was forgotten
-                question, is_cut = None, False
             elif question is not None:
                 turns.append(Turn(question, self.answer_tokens(item, session)))
                 question = None
             elif turns:  # two answers in a row
                 turns[-1].answer = [*turns[-1].answer, *self.answer_tokens(item, session)]
-        if is_cut:
+        if question and is_forgotten(question):
             raise EventError(
                 "the user's turns since the last answer are longer than a conversation may be",
                 "question_too_long",
@@ -206,7 +207,18 @@ class Conversation:
         # The session may have dropped its oldest turns.
         held = len(session.turns)
         if bool(held) != bool(turns) or not same_turns(turns[len(turns) - held :], session.turns):
-            session.resume(turns)
+            known = itertools.takewhile(lambda turn: not is_forgotten(turn.question), turns[::-1])
+            session.resume(list(known)[::-1])
+        return question
+
+    def unanswered(self, items: list[Item]) -> list[Item]:
+        """The user's messages among `items` that make up their last question."""
+        question: list[Item] = []
+        for item in items:
+            if item.role == "user":
+                question.append(item)
+            elif item.role == "assistant" and item.status != "failed":
+                question = []
         return question
 
     def answer_tokens(self, item: Item, session: Session) -> list[int]:
@@ -224,6 +236,11 @@ class Conversation:
         return "\n".join(texts) or None
 
 
+def is_forgotten(question: Question) -> bool:
+    """Whether a part of it was forgotten."""
+    return any(part is FORGOTTEN for part in question)
+
+
 def same_turns(turns: list[Turn], others: list[Turn]) -> bool:
     """Whether two lists of turns have the same features, texts and answers."""
     return len(turns) == len(others) and all(
@@ -233,6 +250,9 @@ def same_turns(turns: list[Turn], others: list[Turn]) -> bool:
 
 
 def same_question(a, b) -> bool:
+    """Whether they have the same parts. What was forgotten of `a` may be anything in `b`."""
+    if is_forgotten(a):
+        return True
     return len(a) == len(b) and all(
         x is y or (isinstance(x, str) and x == y) for x, y in zip(a, b, strict=True)
     )
