@@ -223,7 +223,7 @@ def test_a_client_that_reads_nothing(address, server, alone):
 
 
 @pytest.mark.slow
-def test_numbers_that_are_not_finite(address, server, monkeypatch, caplog):
+def test_numbers_that_are_not_finite(address, server, monkeypatch, caplog, alone):
     """One answer fails, with a line that names no path; the next one of the session does not.
 
     Nor does the one beside it, to a longer question.
@@ -235,34 +235,33 @@ def test_numbers_that_are_not_finite(address, server, monkeypatch, caplog):
             return encode(segments)
         return [jnp.asarray(features).at[7, 3].set(jnp.nan) for features in encode(segments)]
 
-    async def conversation(link, encode=encode):
-        """A question, which is deleted, and another one -> the first response, the last answer."""
+    async def conversation(link):
+        """A question that fails and a healthy one -> events of the first, the second answer."""
         await link.session.update(session=MANUAL)
         await until(link, "session.updated")
         with monkeypatch.context() as patch:
-            patch.setattr(server.model, "encode", encode)
+            patch.setattr(server.model, "encode", broken)
             events = await ask(link, pcm(clip("short_d")))
-        (user,) = [e.item_id for e in events if e.type == "input_audio_buffer.committed"]
-        await link.conversation.item.delete(item_id=user)
-        await until(link, "conversation.item.deleted")
-        return events[-1].response, answer_of(await ask(link, pcm(clip("short_d"))))
+        return events, answer_of(await ask(link, pcm(clip("short_d"))))
 
     async def both():
         return await asyncio.gather(
-            converse(address, lambda link: conversation(link, broken)),
+            converse(address, conversation),
             converse(address, question("synth_c")),
         )
 
-    _, expected = talk(address, conversation)
     undisturbed = talk(address, question("synth_c"))
-    (failed, later), beside = asyncio.run(both())
+    (events, later), beside = asyncio.run(both())
     (record,) = [record for record in caplog.records if record.name == "omni2_jax.serve"]
     line = logging.Formatter().format(record)
     assert "GenerationError" in line and "worker." in line
     assert "\n" not in line and "/" not in line  # neither a traceback nor a path
+    failed = events[-1].response
     assert failed.status == "failed" and beside == undisturbed
     assert failed.status_details.error.message.endswith("the model's numbers were not finite")
-    assert later == expected
+    # The question is gone: it would make every later answer fail.
+    assert "conversation.item.deleted" in [event.type for event in events]
+    assert later == alone
 
 
 def test_an_encoder_that_fails_once(address, server, monkeypatch, alone):

@@ -462,13 +462,15 @@ def test_a_session_that_cannot_begin(address, server, monkeypatch):
 
 
 def test_what_can_be_stopped(address):
-    """A cancel that names another response stops nothing; an answer that failed is incomplete."""
+    """A cancel that names another response stops nothing; an answer that failed is incomplete.
+
+    Its question, which is too long, is gone.
+    """
 
     async def conversation(link):
         await link.conversation.item.create(item={"id": "long", **message("word " * 3000)})
         await link.response.create()
         failed = await until(link, "response.done")
-        await link.conversation.item.delete(item_id="long")
         await link.session.update(session=MANUAL)
         await link.conversation.item.create(item=message("What is the sea?"))
         await link.response.create(response={"output_modalities": ["text"]})
@@ -482,6 +484,7 @@ def test_what_can_be_stopped(address):
         e.item for e in failed if e.type == "conversation.item.done" and e.item.role == "assistant"
     ]
     assert failed[-1].response.status == "failed" and item.status == "incomplete"
+    assert "long" in [e.item_id for e in failed if e.type == "conversation.item.deleted"]
     (error,) = [event.error for event in events if event.type == "error"]
     assert error.code == "response_cancel_not_active"
     assert events[-1].response.status in ("completed", "incomplete")

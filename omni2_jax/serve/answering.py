@@ -7,6 +7,7 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from omni2_jax.generate.engine import GenerationError
 from omni2_jax.generate.options import Options
 from omni2_jax.generate.session import Reply
 from omni2_jax.serve.audio import Encoder
@@ -102,16 +103,25 @@ async def respond(
     send("response.created", response=response.describe())
     try:
         await generate(realtime, response, patch)
-    except EventError as error:
-        response.status, response.error = "failed", str(error)
     except Exception as error:
-        realtime.server.log_failure(error)
+        if not isinstance(error, EventError):
+            realtime.server.log_failure(error)
         response.status, response.error = "failed", realtime.server.public_message(error)
+        if is_of_question(error):
+            for item in realtime.conversation.unanswered(response.asked):
+                realtime.forget(item)
     else:
         response.status = "cancelled" if response.reason else "completed"
         if response.status == "completed" and not realtime.has_ended(response.item.answer):
             response.status, response.reason = "incomplete", "max_output_tokens"
     finish(realtime, response)
+
+
+def is_of_question(error: Exception) -> bool:
+    """Whether the question is at fault: every later answer would fail if it stayed."""
+    if isinstance(error, EventError):
+        return error.code == "question_too_long"
+    return isinstance(error, ValueError | GenerationError)
 
 
 async def generate(realtime: "Realtime", response: Response, patch: ResponsePatch) -> None:

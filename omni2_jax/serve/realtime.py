@@ -305,6 +305,12 @@ class Realtime(Connection):
             self.send("conversation.item.deleted", item_id=old.id)
         return before
 
+    def forget(self, item: Item) -> None:
+        """Remove an item that cannot be answered, if the client has not done so."""
+        if item in self.conversation.items:
+            self.conversation.delete(item.id)
+            self.send("conversation.item.deleted", item_id=item.id)
+
     async def item_of(self, message: events.Item) -> Item:
         """A client's message as an item; speech in it is encoded from now on."""
         item = Item(message.id or new_id("item"), message.role, [])
@@ -410,9 +416,7 @@ class Realtime(Connection):
                 try:
                     item.parts = await item.hearing
                 except Exception as error:
-                    if item in self.conversation.items:  # nothing can be done with it
-                        self.conversation.delete(item.id)
-                        self.send("conversation.item.deleted", item_id=item.id)
+                    self.forget(item)
                     if not isinstance(error, ValueError):
                         raise
                     raise EventError(f"the user's audio cannot be used: {error}") from None
@@ -430,7 +434,8 @@ class Realtime(Connection):
         output = patch.audio and patch.audio.output
         name = self.server.voices.find(output.voice) if output and output.voice else None
 
-        items = [item for item in response.asked if item in self.conversation.items]
+        present = set(map(id, self.conversation.items))
+        items = [item for item in response.asked if id(item) in present]
 
         def prepare() -> list:
             session = self.session

@@ -205,7 +205,7 @@ async function explainRefusal() {
 realtime.on("closed", ({ wasOpen }) => {
   isReady = isUserSpeaking = false;
   responses.clear();
-  turns.list.forEach((turn) => turns.setBusy(turn, false));
+  turns.list.filter((turn) => turn.isBusy).forEach((turn) => turns.setBusy(turn, false));
   answer = null;
   player?.restart();
   element("status").dataset.offline = realtime.isPaused ? "paused" : "not connected; trying again";
