@@ -198,10 +198,8 @@ class Session:
             what, hint = "turn", ""
         else:
             turns, ids = self.turns, self.dialogue(self.turns, question)
-            what, hint = (
-                "conversation",
-                ("; start a new conversation, or use overflow='drop' to drop the oldest turns"),
-            )
+            what = "conversation"
+            hint = "; start a new conversation, or use overflow='drop' to drop the oldest turns"
         if len(ids) <= limit:
             self.resume(turns)
             return self.split(ids, [*(turn.question for turn in turns), question]), None
