@@ -27,6 +27,7 @@ from omni2_jax.serve import capacity
 from omni2_jax.serve.access import Access
 from omni2_jax.serve.limits import Limits
 from omni2_jax.serve.server import Server
+from tests.support import http_api
 from tests.support.conversations import GREEDY, clip
 from tests.support.realtime import MANUAL, SECOND, ask, audio_of, converse, talk, until
 from tests.support.server import base64_of, eventually, get, pcm, running
@@ -43,10 +44,7 @@ def server(model, warm_engine):
     assert server.worker.stop(20)
 
 
-@pytest.fixture(scope="module")
-def address(server):
-    with running(server) as address:
-        yield address
+address = http_api.address  # of the server above
 
 
 def question(name: str):

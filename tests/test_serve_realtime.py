@@ -16,11 +16,12 @@ from omni2_jax.audio.recordings import INPUT_RATE
 from omni2_jax.serve.events import EventError
 from omni2_jax.serve.limits import Limits
 from omni2_jax.serve.server import Server
-from tests.support.conversations import GREEDY, answer, clip
+from tests.support import http_api
+from tests.support.conversations import answer, clip
 from tests.support.realtime import MANUAL, SECOND, ask, audio_of, talk, until
-from tests.support.server import base64_of, pcm, running
+from tests.support.server import base64_of, pcm
 
-OPTIONS = dataclasses.replace(GREEDY, max_new_tokens=12, max_flush_units=15)
+OPTIONS = http_api.OPTIONS
 
 
 @pytest.fixture(scope="module")
@@ -32,10 +33,7 @@ def server(model, warm_engine):
     assert server.worker.stop(20)
 
 
-@pytest.fixture(scope="module")
-def address(server):
-    with running(server) as address:
-        yield address
+address = http_api.address  # of the server above
 
 
 def kinds(events) -> list[str]:

@@ -4,6 +4,8 @@ A test file assigns them to names of its own, because ruff takes fixtures that a
 for unused ones that the arguments of the tests hide:
 
     server, address, client = http_api.server, http_api.address, http_api.client
+
+`address` is that of the test file's `server`, which may be one of its own.
 """
 
 import dataclasses
