@@ -2,6 +2,9 @@
 
 import copy
 import dataclasses
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -95,3 +98,21 @@ def test_a_served_conversation_has_a_question_without_parts(attentive, text_mode
     conversation.add(Item("c", "user", ["Hello?"]))
     assert conversation.question(session, conversation.items) == ["Hello?"]
     assert [turn.question for turn in session.turns] == [[]]
+
+
+THREADS = """
+import os
+from omni2_jax.audio.voice_activity import WINDOW, new_detector
+before = len(os.listdir("/proc/self/task"))
+new_detector().process_samples(WINDOW * [0.0])
+print(len(os.listdir("/proc/self/task")) - before, os.environ["OMP_THREAD_LIMIT"])
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts threads in /proc")
+def test_the_detector_starts_no_threads():
+    """Its own four would wait for each other beside the model. Other libraries keep their limit."""
+    environment = os.environ | {"OMP_THREAD_LIMIT": "7"}
+    command = [sys.executable, "-c", THREADS]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert run.stdout.split() == ["0", "7"]

@@ -4,6 +4,7 @@ import asyncio
 import io
 import threading
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,12 +26,16 @@ def windows(milliseconds: int) -> int:
     return -(-milliseconds * MS // WINDOW)
 
 
+def heard(script: str) -> Any:
+    """Stands for a detector that hears speech (s), hardly speech (h) or silence (.) in windows."""
+    chances = iter([{"s": 0.9, "h": 0.4, ".": 0.1}[kind] for kind in script])
+    return SimpleNamespace(process_samples=lambda window: next(chances), reset=lambda: None)
+
+
 def changes(script: str, **settings) -> list[tuple[str, int]]:
-    """What is noticed where each window is speech (s), hardly speech (h) or silence (.)."""
+    """What is noticed of windows as in `heard`; those in between are silent."""
     detector = TurnDetector(TurnDetection(**settings))
-    values = iter(script)
-    chance = {"s": 0.9, "h": 0.4, ".": 0.1}
-    detector.vad = SimpleNamespace(process_samples=lambda window: chance[next(values)])
+    detector.vad, detector.between = heard(script), heard("." * len(script))
     found = detector.feed(np.zeros(len(script) * WINDOW, np.float32))
     return [(one.change.value, one.sample) for one in found]
 
@@ -58,17 +63,36 @@ def test_settings_of_turn_detection():
     assert kinds == ["started", "paused", "stopped"]
     assert changes(script, prefix_padding_ms=0)[0] == ("started", 40 * WINDOW)
     assert changes(script, threshold=0.95) == []
-    silence = SimpleNamespace(process_samples=lambda window: 0.0)
     for threshold in (0.0, 0.1):
         low = TurnDetector(TurnDetection(threshold=threshold))
-        low.speaking, low.vad = True, silence
+        low.speaking = True
         found = [one.change for one in low.feed(np.zeros(16 * WINDOW, np.float32))]
         assert found[-1] is Change.STOPPED
     # Once it has begun, speech ends below the threshold less 0.15 only.
     assert changes("s" + "h" * 40) == changes("s") and changes("h" * 40) == []
 
 
-@pytest.mark.parametrize("name", ["sum", "question"])
+def test_speech_is_noticed_between_two_windows():
+    """The second detector's windows begin in the middle of the first one's."""
+    for split in (1, 3, WINDOW, 40 * WINDOW):
+        detector = TurnDetector(TurnDetection(prefix_padding_ms=0))
+        # Between windows 10 and 11 the second detector is sure; from then on it is not asked.
+        detector.vad = heard("." * 11 + "s" * 9 + "." * 16)
+        detector.between = heard("." * 10 + "s")
+        sound = np.zeros(36 * WINDOW, np.float32)
+        found = [
+            (one.change, one.sample)
+            for start in range(0, len(sound), split)
+            for one in detector.feed(sound[start : start + split])
+        ]
+        assert found == [
+            (Change.STARTED, 10 * WINDOW + WINDOW // 2),
+            (Change.PAUSED, 20 * WINDOW + 96 * MS),
+            (Change.STOPPED, 20 * WINDOW + 96 * MS),
+        ]
+
+
+@pytest.mark.parametrize("name", ["sum", "question", "hobby", "followup"])
 def test_speech_is_noticed_within_100_ms(name):
     """From the first loud sample to the block that tells of it: barge-in waits for it.
 
@@ -89,6 +113,17 @@ def test_speech_is_noticed_within_100_ms(name):
                 break
         assert found[0].change is Change.STARTED
         assert onset < start + block <= onset + 24 * 100
+
+
+@pytest.mark.parametrize("name", ["sum", "question", "hobby", "followup"])
+def test_silence_after_a_turn_is_no_turn(name):
+    (speech,) = load_turn(EXAMPLES / f"{name}.wav")
+    noise = np.random.default_rng(0).normal(0, 1e-3, (2, 2 * INPUT_RATE)).astype(np.float32)
+    for padding in range(0, WINDOW, 64):
+        detector = TurnDetector(TurnDetection())
+        found = list(detector.feed(np.concatenate([noise[0][padding:], speech, noise[1]])))
+        edges = [one.change for one in found if one.change in (Change.STARTED, Change.STOPPED)]
+        assert edges == [Change.STARTED, Change.STOPPED]
 
 
 class Hearings:
@@ -113,11 +148,7 @@ async def listened(script: str, seconds: float = 30.0, together: int = 1):
     listener.decoder = lambda data, last: np.zeros(len(data) * WINDOW, np.float32)  # type: ignore
     listener.detect_turns(ServerVad())
     assert listener.detector
-    values = iter(script)
-    chance = {"s": 0.9, ".": 0.1}
-    listener.detector.vad = SimpleNamespace(
-        process_samples=lambda window: chance[next(values)], reset=lambda: None
-    )
+    listener.detector.vad, listener.detector.between = heard(script), heard("." * len(script))
     for start in range(0, len(script), together):
         async for detection in listener.append(bytes(len(script[start:][:together]))):
             commit = (

