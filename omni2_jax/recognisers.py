@@ -29,9 +29,10 @@ class Recogniser(Protocol):
 
     workers: int
 
-    def transcribe(self, samples: np.ndarray, rate: int) -> str:
+    def transcribe(self, samples: np.ndarray, rate: int, language: str | None = None) -> str:
         """The text of samples [N] in [-1, 1] at `rate` Hz; empty if nothing is heard.
 
+        language: what is spoken, as "en"; None: the language that the recogniser was opened with.
         Raises ValueError if the recogniser fails.
         """
         ...
@@ -81,14 +82,14 @@ class WhisperRecogniser:
         except (RuntimeError, ValueError, OSError) as error:
             raise ValueError(f"cannot load {self.source}: {first_line(error)}") from None
 
-    def transcribe(self, samples: np.ndarray, rate: int) -> str:
+    def transcribe(self, samples: np.ndarray, rate: int, language: str | None = None) -> str:
         heard = recordings.resample(samples, rate, recordings.INPUT_RATE)
         if not heard.size:
             return ""
         decode = functools.partial(
             self.model.transcribe,
             np.ascontiguousarray(heard, np.float32),
-            language=self.language,
+            language=language or self.language,
             beam_size=self.beam_size,
             temperature=0.0,
             condition_on_previous_text=False,
@@ -135,10 +136,11 @@ class EndpointRecogniser:
         self.client, self.language = Client(endpoint), language
         self.client.check()
 
-    def transcribe(self, samples: np.ndarray, rate: int) -> str:
+    def transcribe(self, samples: np.ndarray, rate: int, language: str | None = None) -> str:
         if not samples.size:
             return ""
-        return self.client.transcribe(recordings.wav_bytes(samples, rate), language=self.language)
+        wav = recordings.wav_bytes(samples, rate)
+        return self.client.transcribe(wav, language=language or self.language)
 
     def describe(self) -> dict[str, Any]:
         endpoint = self.client.endpoint

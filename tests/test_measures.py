@@ -77,6 +77,7 @@ class LoopingWhisper:
         self.text = text
 
     def transcribe(self, samples: np.ndarray, no_repeat_ngram_size: int = 0, **settings):
+        self.language = settings["language"]
         text = "Hey hey hey." if no_repeat_ngram_size == 4 else self.text
         ratio = len(text.encode()) / len(zlib.compress(text.encode()))
         return iter([SimpleNamespace(text=text, compression_ratio=ratio)]), None
@@ -88,9 +89,11 @@ def test_a_recogniser_that_repeats_itself():
     recogniser.language, recogniser.beam_size = "en", 5
     recogniser.model = LoopingWhisper(" hey" * 200)
     assert recogniser.transcribe(np.ones(16000), 16000) == "Hey hey hey."
+    assert recogniser.model.language == "en"
     counting = "Ten, eleven, twelve, thirteen, fourteen, fifteen, sixteen, seventeen, eighteen."
     recogniser.model = LoopingWhisper(counting)
-    assert recogniser.transcribe(np.ones(16000), 16000) == counting
+    assert recogniser.transcribe(np.ones(16000), 16000, "de") == counting
+    assert recogniser.model.language == "de"
 
 
 def test_no_whisper(tmp_path):

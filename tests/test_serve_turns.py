@@ -115,13 +115,25 @@ def test_speech_is_noticed_within_100_ms(name):
         assert onset < start + block <= onset + 24 * 100
 
 
+def noise(samples: int) -> np.ndarray:
+    return np.random.default_rng(0).normal(0, 1e-3, samples)
+
+
+def hum(samples: int) -> np.ndarray:
+    """Of a motor, as loud as the voice's quiet parts, fading in for a second."""
+    seconds = np.arange(samples) / INPUT_RATE
+    waves = sum(np.sin(2 * np.pi * 120 * k * seconds + 0.3 * k) / k for k in range(1, 5))
+    return 0.035 * waves * np.minimum(seconds, 1.0)
+
+
+@pytest.mark.parametrize("room", [noise, hum])
 @pytest.mark.parametrize("name", ["sum", "question", "hobby", "followup"])
-def test_silence_after_a_turn_is_no_turn(name):
+def test_the_room_after_a_turn_is_no_turn(name, room):
     (speech,) = load_turn(EXAMPLES / f"{name}.wav")
-    noise = np.random.default_rng(0).normal(0, 1e-3, (2, 2 * INPUT_RATE)).astype(np.float32)
-    for padding in range(0, WINDOW, 64):
+    for lead in range(2 * INPUT_RATE, 2 * INPUT_RATE + WINDOW, 64):
+        sound = np.pad(speech, (lead, 3 * INPUT_RATE))
         detector = TurnDetector(TurnDetection())
-        found = list(detector.feed(np.concatenate([noise[0][padding:], speech, noise[1]])))
+        found = detector.feed((sound + room(len(sound))).astype(np.float32))
         edges = [one.change for one in found if one.change in (Change.STARTED, Change.STOPPED)]
         assert edges == [Change.STARTED, Change.STOPPED]
 
@@ -192,6 +204,22 @@ def test_the_size_of_events_changes_no_turn(together, seconds):
             assert [len(samples) for samples in ours[1:2]] == [len(one) for one in theirs[1:2]]
 
     asyncio.run(run())
+
+
+def test_detectors_are_handed_on():
+    """Making them takes the time of all clients: once for each connection at the same time."""
+    listeners = [Listener(Hearings().start, 30.0, "audio/pcm") for _ in range(3)]
+    first, second, third = listeners
+    first.detect_turns(ServerVad())
+    kept = first.detectors or ()
+    first.detect_turns(None)
+    first.detect_turns(ServerVad(threshold=0.7))
+    assert first.detectors is kept
+    second.detect_turns(ServerVad())
+    assert not set(map(id, kept)) & set(map(id, second.detectors or ()))
+    first.close()
+    third.detect_turns(ServerVad())
+    assert third.detectors is kept and first.detector is None
 
 
 @pytest.mark.parametrize("kind", ["audio/pcm", "audio/pcmu"])

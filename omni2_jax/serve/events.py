@@ -66,7 +66,7 @@ def detect_alike(a: ServerVad | None, b: ServerVad | None) -> bool:
 
 class Transcription(BaseModel):
     model: str | None = None
-    language: str | None = None
+    language: Annotated[str, Field(pattern="^[a-z]{2,3}$")] | None = None  # ISO 639
 
 
 class AudioInput(BaseModel):

@@ -11,11 +11,18 @@ import numpy as np
 from omni2_jax.audio.recordings import INPUT_RATE
 from omni2_jax.serve.audio import Decoder, decode
 from omni2_jax.serve.events import EventError, ServerVad
-from omni2_jax.serve.turn_detection import Change, Detection, TurnDetection, TurnDetector
+from omni2_jax.serve.turn_detection import (
+    SPARE,
+    Change,
+    Detection,
+    Detectors,
+    TurnDetection,
+    TurnDetector,
+    take_detectors,
+)
 
 MIN_TURN_SECONDS = 0.1  # what a commit needs, as in OpenAI's API
-SLICE = INPUT_RATE  # samples that are searched for turns at a time
-SHORT = INPUT_RATE // 10  # samples that the detector takes about 2 ms for
+SLICE = INPUT_RATE // 10  # samples that are searched for turns at a time, in about 2 ms
 NO_SAMPLES = np.zeros(0, np.float32)
 
 
@@ -32,6 +39,7 @@ class Listener:
         self.start_hearing = start_hearing
         self.max_samples = int(seconds * INPUT_RATE)
         self.use_format(audio_format)
+        self.detectors: Detectors | None = None  # kept when the settings of turn detection change
         self.detector: TurnDetector | None = None
         self.buffer, self.buffer_start = NO_SAMPLES, 0
         self.turn_start: int | None = None  # the sample that the user began to speak at
@@ -64,8 +72,11 @@ class Listener:
         self.forget()
         self.detector = None
         if vad:
+            self.detectors = self.detectors or take_detectors()
             fields = set(TurnDetection.__dataclass_fields__)
-            self.detector = TurnDetector(TurnDetection(**vad.model_dump(include=fields)))
+            self.detector = TurnDetector(
+                TurnDetection(**vad.model_dump(include=fields)), self.detectors
+            )
             self.detector.restart(self.end)
 
     def forget(self) -> None:
@@ -86,6 +97,12 @@ class Listener:
         if self.detector:
             self.detector.restart(self.end)
 
+    def close(self) -> None:
+        """Hand the detectors on to another connection."""
+        if self.detectors:
+            SPARE.append(self.detectors)
+        self.detector = self.detectors = None
+
     async def append(self, data: bytes) -> AsyncIterator[Detection]:
         """Take audio in, and yield the beginnings and ends of turns in it, in their order.
 
@@ -102,9 +119,7 @@ class Listener:
             size = SLICE if self.turn_start is None else min(SLICE, self.last_end - self.end)
             part, samples = samples[:size], samples[size:]
             self.buffer = np.concatenate([self.buffer, part])
-            changes = detector.feed(part)
-            is_short = len(part) <= SHORT
-            for detection in list(changes) if is_short else await asyncio.to_thread(list, changes):
+            for detection in list(detector.feed(part)):
                 if self.note(detection):
                     yield detection
             if self.turn_start is None:
@@ -113,6 +128,8 @@ class Listener:
             elif self.end >= self.last_end:
                 detector.restart(self.end)
                 yield Detection(Change.STOPPED, self.last_end)
+            if samples.size:
+                await asyncio.sleep(0)  # other clients' turn
 
     @property
     def last_end(self) -> int:

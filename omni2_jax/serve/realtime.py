@@ -94,6 +94,7 @@ class Realtime(Connection):
             self.server.connections.discard(self)
             self.stop_response("client_cancelled")
             await self.close()
+            self.listener.close()
             if session:  # an answer that was about to begin has begun by now
                 self.server.start_task(self.worker.interrupt(session))
 
@@ -222,12 +223,16 @@ class Realtime(Connection):
                 self.end_turn(detection.sample)
             except EventError as error:  # of a full conversation; the audio goes on
                 self.report(error, event.event_id)
-        if self.turn_id and self.settings["transcription"] and not self.server.is_transcribing:
+        wanted = self.settings["transcription"]
+        if self.turn_id and wanted and not self.server.is_transcribing:
             start, end = self.listener.start, self.listener.end
             if self.growing.needs(end - start):
                 self.server.is_transcribing = True
                 samples = self.listener.cut(start, end)
-                self.server.start_task(transcription.of_beginning(self, self.growing, samples))
+                transcript = transcription.of_beginning(
+                    self, self.growing, samples, wanted.language
+                )
+                self.server.start_task(transcript)
 
     def begin_turn(self, sample: int) -> None:
         """The user has begun to speak: this interrupts the response, if that is wanted."""
@@ -276,8 +281,8 @@ class Realtime(Connection):
         self.send("input_audio_buffer.committed", item_id=item.id, **place)
         self.send("conversation.item.added", item=item.describe(), **place)
         self.send("conversation.item.done", item=item.describe(), **place)
-        if self.settings["transcription"]:
-            self.start_task(transcription.of_turn(self, item, samples))
+        if wanted := self.settings["transcription"]:
+            self.start_task(transcription.of_turn(self, item, samples, wanted.language))
 
     async def clear_audio(self, event: events.BufferClear) -> None:
         """Forget all audio that is not part of an item."""

@@ -130,11 +130,11 @@ class Server:
         """
         return self.worker.session(self.voices.x_vector(self.voices.find(voice)))
 
-    async def transcribe(self, samples: np.ndarray) -> str:
-        """What the recogniser understands of samples [N] at 16 kHz."""
+    async def transcribe(self, samples: np.ndarray, language: str | None) -> str:
+        """What the recogniser understands of samples [N] at 16 kHz. language: None is its own."""
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(
-            self.transcribers, self.recogniser.transcribe, samples, INPUT_RATE
+            self.transcribers, self.recogniser.transcribe, samples, INPUT_RATE, language
         )
 
     @contextlib.contextmanager

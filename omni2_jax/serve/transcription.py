@@ -49,13 +49,15 @@ class GrowingTranscript:
         return " " * bool(known) + " ".join(words[known:agreed])
 
 
-async def of_beginning(link: "Realtime", growing: GrowingTranscript, samples: np.ndarray) -> None:
+async def of_beginning(
+    link: "Realtime", growing: GrowingTranscript, samples: np.ndarray, language: str | None
+) -> None:
     """Send what is certain of a turn that is being spoken; samples [N] are its beginning.
 
     This is done for one turn of the server at a time: others do without in the meantime.
     """
     try:
-        text = await link.server.transcribe(samples)
+        text = await link.server.transcribe(samples, language)
     finally:
         link.server.is_transcribing = False
     delta = growing.add(text)
@@ -63,7 +65,7 @@ async def of_beginning(link: "Realtime", growing: GrowingTranscript, samples: np
         link.send(f"{EVENT}.delta", item_id=growing.item_id, content_index=0, delta=delta)
 
 
-async def of_turn(link: "Realtime", item: Item, samples: np.ndarray) -> None:
+async def of_turn(link: "Realtime", item: Item, samples: np.ndarray, language: str | None) -> None:
     """Send what the recogniser understands of a whole turn, samples [N]."""
     place = {"item_id": item.id, "content_index": 0}
 
@@ -76,7 +78,7 @@ async def of_turn(link: "Realtime", item: Item, samples: np.ndarray) -> None:
         return
     link.transcriptions += 1
     try:
-        text = await link.server.transcribe(samples)
+        text = await link.server.transcribe(samples, language)
     except Exception as error:
         link.server.log_failure(error)
         fail("the recogniser failed")

