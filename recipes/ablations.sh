@@ -12,7 +12,7 @@
 #   SOURCE     dialogues: a .jsonl, one dialogue a line, as `omni2 prepare` reads it
 #   TOKENIZER  checkpoint of the speech tokenizer; not needed where replies bring units
 #   QUESTIONS  files of questions, see `omni2 evaluate --help`
-#   MEASURE    options of `omni2 evaluate`: tasks, recogniser, judge
+#   MEASURE    options of `omni2 evaluate`: tasks, recogniser (asr-wer and S2S need one), judge
 #   TABLES     which tables, "2 3 4 5"
 #   SHARES     which smaller data sets of table 5, in per cent of the dialogues, "75 50 25"
 #   READ WRITE R and W of table 4; every pair is measured
@@ -26,13 +26,14 @@
 #
 # A run whose result exists is left out, and a run that was cut off is resumed: after an
 # interruption start the script again. All variants share stages as far as they can: table 2 adds
-# two runs of stage 2 to the whole model's three runs, table 3 four, table 5 three for each data set.
+# two runs of stage 2 to the whole model's three runs, table 3 four, table 4 one (two without table
+# 3), table 5 three for each data set.
 set -euo pipefail
 
 start=${START:?the checkpoint that training starts from}
 source=${SOURCE:?a .jsonl of spoken dialogues}
 questions=${QUESTIONS:?files of questions to evaluate on}
-measure=${MEASURE:---task asr-wer --task naturalness}
+measure=${MEASURE:?options of omni2 evaluate: tasks, and the recogniser that asr-wer needs}
 tables=" ${TABLES:-2 3 4 5} "
 shares=${SHARES:-75 50 25}
 read=${READ:-1,2,3,4,5}

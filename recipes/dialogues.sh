@@ -7,7 +7,7 @@
 #   pip install 'omni2-jax[convert,train,synthesize,evaluate]'
 #   apt-get install espeak-ng flite            # two programs that speak
 #   bash recipes/dialogues.sh [DIRECTORY]      # default: ./dialogues-recipe
-#   OMNI2_WHISPER=whisper-tiny.en bash recipes/dialogues.sh     # measures the spoken answers, too
+#   OMNI2_WHISPER=Systran/faster-whisper-tiny.en bash recipes/dialogues.sh     # measures the spoken answers, too
 #
 # A step whose result exists is left out, and every command goes on where it was cut off.
 set -euo pipefail

@@ -8,7 +8,7 @@
 #   apt-get install espeak-ng flite
 #   pip install piper-tts                    # a separate program, which speaks the replies
 #   export PIPER_VOICE=.../en_US-joe-medium.onnx             # joe's voice is CC0
-#   export OMNI2_WHISPER=whisper-tiny.en     # a faster-whisper model: the encoder, and the judge
+#   export OMNI2_WHISPER=Systran/faster-whisper-tiny.en  # or its directory: the encoder, and the judge
 #   export VOICE=.../voice-recipe/runs/flow/final   # its decoder; default: the voice in examples/joe
 #   bash recipes/nano.sh [DIRECTORY]         # default: ./nano-recipe
 #

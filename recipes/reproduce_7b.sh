@@ -6,8 +6,9 @@
 #
 # Settings (batch, rates, epochs) are those of the paper, section 4.1, in configs/stage*.py. A step
 # whose result exists is left out, and a run that was cut off is resumed, so the script can be
-# started again after any interruption. Stage 1a is the largest: about 12 bytes for each of 7.6
-# billion parameters, divided over the fsdp axis, plus activations (benchmarks/AOT.md).
+# started again after any interruption. Stage 1a is the largest: about 16 bytes for each of 7.6
+# billion parameters (weight, two moments, gradient, in float32), divided over the fsdp axis, plus
+# activations (benchmarks/AOT.md).
 #
 # Several processes: convert and prepare once, on one of them, then start each training command in
 # all processes, with a directory that all of them see (or, on TPU pods without one, a bucket):

@@ -6,7 +6,7 @@
 #   pip install 'omni2-jax[train,synthesize,evaluate]'
 #   pip install piper-tts                    # a separate program; any other that writes wavs will do
 #   export PIPER_VOICE=.../en_US-joe-medium.onnx             # the voice to learn; joe's is CC0
-#   export OMNI2_WHISPER=whisper-tiny.en     # a faster-whisper model: it judges what can be understood
+#   export OMNI2_WHISPER=Systran/faster-whisper-tiny.en  # or its directory: judges what can be understood
 #   bash recipes/voice.sh [DIRECTORY]        # default: ./voice-recipe
 #
 # A step whose result exists is left out, and every command goes on where it was cut off: after an

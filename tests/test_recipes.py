@@ -59,6 +59,7 @@ def ablations(recipe, tmp_path):
             "START": "start",
             "SOURCE": str(EXAMPLES / "training" / "data.jsonl"),
             "QUESTIONS": "llama-questions.jsonl other.jsonl",
+            "MEASURE": "--task asr-wer --recogniser whisper",
             "WORK": str(tmp_path / "work"),
         }
         return recipe("ablations.sh", **{**given, **variables})

@@ -1,4 +1,4 @@
-"""Options that name a directory: a local one, or gs://BUCKET/DIRECTORY."""
+"""Options that name a directory, a local one or gs://BUCKET/DIRECTORY, or a local file."""
 
 from pathlib import Path
 from typing import Annotated
@@ -14,6 +14,13 @@ def directory(text: str) -> Path:
         return remote.as_path(text)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
+
+
+def local_file(text: str) -> Path:
+    """The file that an option names. Raises BadParameter for a URL, a path to pathlib."""
+    if "://" in text:
+        raise typer.BadParameter(f"{text}: expected a local file")
+    return Path(text)
 
 
 Checkpoint = Annotated[

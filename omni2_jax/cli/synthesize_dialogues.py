@@ -5,12 +5,16 @@ from typing import Annotated, Literal
 
 import typer
 
+from omni2_jax.cli.paths import local_file
 from omni2_jax.cli.where import RayOption, ShardOption, WorkersOption
 
 
 def dialogues(
     out: Annotated[
-        Path | None, typer.Option(help="The .jsonl file to write; with --sentences, a text file.")
+        Path | None,
+        typer.Option(
+            parser=local_file, help="The .jsonl file to write; with --sentences, a text file."
+        ),
     ] = None,
     count: Annotated[
         int | None,
@@ -107,6 +111,10 @@ def dialogues(
 
         if endpoint or model:
             raise typer.BadParameter("--endpoint and --model are for --seeds; a grammar needs none")
+        if workers or ray or shard:
+            raise typer.BadParameter(
+                "--workers, --ray and --shard are for --seeds; a grammar's file is written at once"
+            )
         if count is None:
             raise typer.BadParameter("say with --count how many dialogues the grammar is to make")
         if sentences is not None:
