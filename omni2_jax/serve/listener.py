@@ -12,12 +12,12 @@ from omni2_jax.audio.recordings import INPUT_RATE
 from omni2_jax.serve.audio import Decoder, decode
 from omni2_jax.serve.events import EventError, ServerVad
 from omni2_jax.serve.turn_detection import (
-    SPARE,
     Change,
     Detection,
     Detectors,
     TurnDetection,
     TurnDetector,
+    give_back,
     take_detectors,
 )
 
@@ -98,9 +98,9 @@ class Listener:
             self.detector.restart(self.end)
 
     def close(self) -> None:
-        """Hand the detectors on to another connection."""
+        """Stop looking for turns; the detectors are for the next connection."""
         if self.detectors:
-            SPARE.append(self.detectors)
+            give_back(self.detectors)
         self.detector = self.detectors = None
 
     async def append(self, data: bytes) -> AsyncIterator[Detection]:

