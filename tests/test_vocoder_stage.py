@@ -204,3 +204,8 @@ def test_bad_input(settings, tmp_path, checkpoint_dir):
     assert "microbatches is 3, expected 1 for stage vocoder" in (
         refused(settings, tmp_path / "run", microbatches=3)
     )
+    segment = dataclasses.replace(settings.vocoder, segment=4)
+    assert (
+        "vocoder.segment is 4, expected at least 5: the longest spectrum is of 2048 samples"
+        in refused(settings, tmp_path / "run", vocoder=segment)
+    )

@@ -18,7 +18,7 @@ from omni2_jax.config import FRAMES_PER_UNIT, Omni2Config
 from omni2_jax.models.layers import inside
 from omni2_jax.models.vocoder import build as build_vocoder
 from omni2_jax.models.vocoder.hift import Hift, draw
-from omni2_jax.train import f0_targets
+from omni2_jax.train import f0_targets, spectral
 from omni2_jax.train.data.records import Turn
 from omni2_jax.train.discriminators import Discriminators
 from omni2_jax.train.examples import Item, ReplyExamples, Row, put
@@ -108,9 +108,17 @@ class VocoderStage(Stage):
 
     @classmethod
     def faults(cls, train: TrainConfig) -> list[str]:
+        faults, settings = [], train.vocoder
         if train.microbatches > 1:
-            return [f"microbatches is {train.microbatches}, expected 1 for stage vocoder"]
-        return []
+            faults += [f"microbatches is {train.microbatches}, expected 1 for stage vocoder"]
+        judged = () if settings.gan_from is None else settings.resolutions
+        longest = max(*spectral.RESOLUTIONS, features.SPEECH_FFT, *judged)
+        if settings.segment * SPEECH_HOP < longest:
+            faults += [
+                f"vocoder.segment is {settings.segment}, expected at least "
+                f"{-(-longest // SPEECH_HOP)}: the longest spectrum is of {longest} samples"
+            ]
+        return faults
 
     @property
     def private(self) -> tuple[str, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]
