@@ -6,20 +6,21 @@ figures (`figures.md`) with them, so that being cut off loses nothing. A measure
 that the time runs out for, is noted; one that has its figures already is not repeated, so the same
 command goes on where it stopped.
 
-Most of the time goes into compiling, which uses the processor. So the processes of a group load and
-compile at the same time. When all of them are ready, each measures while the others wait.
+Most of the time goes into compiling, which uses the processor. So several processes load and
+compile at the same time. As soon as one is ready it measures, and the others are paused meanwhile.
 """
 
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -40,10 +41,11 @@ CACHED = {
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
 }
-# The processes of a group share a GPU's memory, and none of them takes all of it; a TPU belongs to
-# one process.
+# Processes share a GPU's memory: each takes what it needs, and one by itself nearly all of it. JAX
+# would take three quarters at once, and no more. A TPU belongs to one process.
 GIGABYTES = 70  # of a device that has 80
-SHARED = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+SHARED = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95"}
+SETTLE = 0.1  # seconds from pausing other processes to measuring
 
 
 @dataclass(frozen=True)
@@ -90,12 +92,29 @@ def measurements(
         training(small, "2"),
         training(small, "1a", ", without cuDNN", "--no-cudnn", gpu=True),
         one(small, ", loops as CUDA graphs", gpu=True, environment=LOOPS),
-        one(small, ", loops and branches as CUDA graphs", gpu=True, environment=BRANCHES),
+        *(
+            one(size, ", loops and branches as CUDA graphs", gpu=True, environment=BRANCHES)
+            for size in sizes
+        ),
         one(small, ", by parts", "--parts"),
         *(speakers(small, count) for count in slots[1:]),
         *(speakers(size, slots[0]) for size in sizes[1:]),
     ]
     return [one for one in planned if gpu or not one.gpu]
+
+
+def chosen(planned: Sequence[Measurement], parts: Sequence[str] | None) -> list[Measurement]:
+    """Those the names of which contain one of `parts`, in the order of `parts`; None: all.
+
+    Raises ValueError for a part that is in no name.
+    """
+    found = list(planned) if parts is None else []
+    for part in parts or ():
+        if not (named := [one for one in planned if part in one.name]):
+            names = "; ".join(one.name for one in planned)
+            raise ValueError(f"no measurement has {part!r} in its name; they are: {names}")
+        found += [one for one in named if one not in found]
+    return found
 
 
 def gigabytes_to_serve(size: str, slots: int) -> float:
@@ -109,19 +128,17 @@ def gigabytes_to_serve(size: str, slots: int) -> float:
 
 
 class Process:
-    """A measurement that runs.
+    """A measurement that runs. Its figures will lie in `out`, and its output is beside them."""
 
-    path: where its figures will lie; its output is beside it. settings: more of its environment.
-    """
-
-    def __init__(self, measurement: Measurement, path: Path, **settings: str):
-        self.path, self.start = path, time.monotonic()
-        self.ready = path.with_suffix(".ready")
+    def __init__(self, measurement: Measurement, out: Path):
+        self.measurement, self.start = measurement, time.monotonic()
+        self.path = out / (re.sub("[^a-z0-9.]+", "-", measurement.name) + ".json")
+        self.ready = self.path.with_suffix(".ready")
         for left_over in (self.path, self.ready):
             left_over.unlink(missing_ok=True)
-        environment = os.environ | CACHED | settings | dict(measurement.environment)
-        files = ("--json", str(path), "--ready", str(self.ready))
-        with open(path.with_suffix(".log"), "w") as log:
+        environment = os.environ | CACHED | SHARED | dict(measurement.environment)
+        files = ("--json", str(self.path), "--ready", str(self.ready))
+        with open(self.path.with_suffix(".log"), "w") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", *measurement.arguments, *files],
                 stdin=subprocess.PIPE,
@@ -131,12 +148,14 @@ class Process:
                 start_new_session=True,
             )
 
-    def prepare(self, deadline: float) -> None:
-        """Wait until it is ready to measure, or ends, or the time (`time.monotonic`) is over."""
-        while self.process.poll() is None and not self.ready.exists():
-            if time.monotonic() > deadline:
-                return self.end()
-            time.sleep(0.1)
+    def prepares(self) -> bool:
+        """Whether it still loads and compiles, and has not ended."""
+        return self.process.poll() is None and not self.ready.exists()
+
+    def send(self, what: signal.Signals) -> None:
+        """Send a signal to it and to all that it started."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, what)
 
     def figures(self, deadline: float) -> dict:
         """Let it measure, until the deadline at most -> its figures, or {"failed": why}."""
@@ -145,7 +164,7 @@ class Process:
             self.process.communicate(b"go\n", timeout=max(deadline - time.monotonic(), 0))
         except subprocess.TimeoutExpired:
             pass
-        finally:  # Ctrl-C, too, must leave nothing running on the device
+        finally:  # Ctrl-C, too
             self.end()
         took = {"took_s": time.monotonic() - self.start}
         if self.process.returncode == 0:
@@ -160,24 +179,9 @@ class Process:
 
     def end(self) -> None:
         """Kill it, with all that it started."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
+        self.send(signal.SIGKILL)
         self.process.wait()
         self.ready.unlink(missing_ok=True)
-
-
-def groups_of(planned: Sequence[Measurement], together: int) -> list[list[Measurement]]:
-    """Measurements that prepare at the same time, in their order: so many at most, and no more than
-    fit the memory."""
-    groups: list[list[Measurement]] = []
-    for measurement in planned:
-        last = groups[-1] if groups else []
-        needed = sum(one.gigabytes for one in [*last, measurement])
-        if last and len(last) < together and needed <= GIGABYTES:
-            last.append(measurement)
-        else:
-            groups.append([measurement])
-    return groups
 
 
 def figures_of(name: str, result: Mapping) -> Iterator[tuple[str, str, str]]:
@@ -233,43 +237,67 @@ def write(out: Path, results: Mapping[str, Mapping]) -> None:
 def measure(
     planned: Sequence[Measurement], out: Path, seconds: float, together: int = 1
 ) -> dict[str, dict]:
-    """Run measurements in their order until the time is over -> {name: figures}.
+    """Run measurements until the time is over -> {name: figures}.
 
-    Those of an earlier call that are in `out` already are kept. together: how many prepare at the
-    same time; one of them that fails, for lack of memory perhaps, is tried again by itself.
+    Those of an earlier call that are in `out` already are kept. They begin in their order, and so
+    many at most prepare together. One that fails beside others, for lack of memory perhaps, is
+    tried again by itself.
     """
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str((out / "compiled").absolute()))
     deadline, path = time.monotonic() + seconds, out / "results.json"
     results = json.loads(path.read_text()) if path.exists() else {}
     waiting = [one for one in planned if "failed" in results.get(one.name, {"failed": ""})]
-    groups = groups_of(waiting, together)
-    for group in groups:
-        names = "; ".join(measurement.name for measurement in group)
-        left = deadline - time.monotonic()
-        if left < SHORTEST:
-            say(f"{left:.0f} s are left; not begun: {names}")
-            continue
-        say(f"preparing ({left:.0f} s left): {names}")
-        shared = SHARED if len(group) > 1 else {}
-        started: list[Process] = []
-        try:
-            for measurement in group:
-                number = planned.index(measurement) + 1
-                started.append(Process(measurement, out / f"{number}.json", **shared))
-            for process in started:  # the time for measuring what is ready by then stays
-                process.prepare(max(deadline - SHORTEST * len(group), deadline - left / 2))
-            for measurement, process in zip(group, started, strict=True):
-                say(f"{measurement.name} ({deadline - time.monotonic():.0f} s left)")
-                results[measurement.name] = process.figures(deadline)
-                write(out, results)
-                for _, what, figure in figures_of(measurement.name, results[measurement.name]):
-                    say(f"    {what}: {figure}")
-        finally:
-            for process in started:
-                process.end()
-        if len(group) > 1:
-            groups += [[one] for one in group if "failed" in results[one.name]]
+    running: list[Process] = []
+    shared: set[str] = set()  # the names of those that ran beside others
+    try:
+        while waiting or running:
+            left = deadline - time.monotonic()
+            while waiting and left >= SHORTEST and fits(waiting[0], running, together):
+                say(f"preparing {waiting[0].name} ({left:.0f} s left)")
+                running.append(Process(waiting.pop(0), out))
+                if len(running) > 1:
+                    shared |= {process.measurement.name for process in running}
+            if not running:
+                say(f"{left:.0f} s are left; not begun: {'; '.join(one.name for one in waiting)}")
+                break
+            ready = next((process for process in running if not process.prepares()), None)
+            if ready is None and left > 0:
+                time.sleep(0.1)
+                continue
+            # What still compiles when the time is over has failed, one after the other.
+            process = ready or running[0]
+            running.remove(process)
+            measurement = process.measurement
+            result = results[measurement.name] = undisturbed(process, running, deadline)
+            write(out, results)
+            for _, what, figure in figures_of(measurement.name, result):
+                say(f"    {what}: {figure}")
+            if "failed" in result and measurement.name in shared and time.monotonic() < deadline:
+                shared.remove(measurement.name)
+                waiting.append(replace(measurement, gigabytes=GIGABYTES))
+    finally:  # Ctrl-C, too, must leave nothing running on the device
+        for process in running:
+            process.end()
     return results
+
+
+def fits(measurement: Measurement, running: Sequence[Process], together: int) -> bool:
+    """Whether a measurement can prepare beside those that run."""
+    needed = measurement.gigabytes + sum(one.measurement.gigabytes for one in running)
+    return not running or (len(running) < together and needed <= GIGABYTES)
+
+
+def undisturbed(process: Process, others: Sequence[Process], deadline: float) -> dict:
+    """The figures of a process, measured while the others are paused."""
+    say(f"{process.measurement.name} ({deadline - time.monotonic():.0f} s left)")
+    for other in others:
+        other.send(signal.SIGSTOP)
+    time.sleep(SETTLE if others else 0)
+    try:
+        return process.figures(deadline)
+    finally:
+        for other in others:
+            other.send(signal.SIGCONT)
 
 
 def main(
@@ -292,14 +320,18 @@ def main(
             "processor cores on a GPU, 1 elsewhere]",
         ),
     ] = None,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(help="Only measurements the names of which contain this (repeatable)."),
+    ] = None,
 ) -> None:
     """Measure serving and training on this machine's accelerator, the most telling first."""
     sizes = size or ["0.5b", "7b"]
     if unknown := set(sizes) - SIZES.keys():
         raise ValueError(f"there is no size {', '.join(unknown)}; it is one of {', '.join(SIZES)}")
-    out.mkdir(parents=True, exist_ok=True)
     gpu = shutil.which("nvidia-smi") is not None
-    planned = measurements(sizes, slots or [64, 256], steps, gpu)
+    planned = chosen(measurements(sizes, slots or [64, 256], steps, gpu), only)
+    out.mkdir(parents=True, exist_ok=True)
     together = together or (max((os.cpu_count() or 1) // 3, 1) if gpu else 1)
     measure(planned, out, 60 * minutes, together)
     say(f"the figures are in {out / 'figures.md'}")

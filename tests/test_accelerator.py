@@ -9,7 +9,15 @@ import jax.numpy as jnp
 import pytest
 
 from benchmarks import sizes
-from benchmarks.accelerator import Measurement, figures_of, groups_of, measure, measurements
+from benchmarks.accelerator import (
+    Measurement,
+    Process,
+    chosen,
+    figures_of,
+    fits,
+    measure,
+    measurements,
+)
 from benchmarks.device import busy
 from omni2_jax.checkpoint import parameters
 
@@ -33,6 +41,10 @@ import json, pathlib, sys, time
 what, path, ready = sys.argv[1], sys.argv[3], pathlib.Path(sys.argv[5])
 if what == "never":
     time.sleep(600)
+while what == "slow" and not (ready.parent / "journal").read_text().endswith("measured\\n"):
+    with open(ready.parent / "journal", "a") as journal:
+        print("compiles", file=journal)
+    time.sleep(0.01)
 if what == "large" and not (tried := ready.parent / "tried").exists():
     tried.touch()
     sys.exit("error: out of memory")
@@ -47,6 +59,10 @@ if what == "hang":
     time.sleep(600)
 if what == "fail":
     sys.exit("error: out of memory")
+if what == "long":
+    time.sleep(1)
+    with open(ready.parent / "journal", "a") as journal:
+        print("measured", file=journal)
 json.dump({SERVING!r}, open(path, "w"))
 """
 
@@ -87,10 +103,15 @@ def test_the_time_runs_out(plan, tmp_path, monkeypatch):
     assert found["hang"]["device"] == "NVIDIA H100"  # what it had measured by then is kept
 
 
-def test_all_of_a_group_are_ready_before_one_measures(plan, tmp_path):
-    found = measure([*plan[:1], Measurement("two", ("stand_in", "ok"))], tmp_path, 60, together=2)
-    assert found["one"]["rtf"] == found["two"]["rtf"] == 0.05
-    assert (tmp_path / "journal").read_text().split() == ["ready"] * 2 + ["measures"] * 2
+def test_what_is_ready_measures_while_the_others_are_paused(tmp_path, plan):
+    (tmp_path / "journal").touch()
+    long = Measurement("long", ("stand_in", "long"))
+    found = measure([long, Measurement("slow", ("stand_in", "slow"))], tmp_path, 60, together=2)
+    assert found["long"]["rtf"] == found["slow"]["rtf"] == 0.05
+    lines = (tmp_path / "journal").read_text().split()
+    first, last = lines.index("measures"), lines.index("measured")
+    assert "compiles" not in lines[first:last]
+    assert lines[last:] and lines[-2:] == ["ready", "measures"]
 
 
 def test_one_that_fails_beside_others_is_tried_alone(plan, tmp_path):
@@ -107,23 +128,36 @@ def test_what_is_ready_in_time_is_measured(plan, tmp_path, monkeypatch):
     assert found["never"]["failed"] == "the time ran out while it was compiling"
 
 
-def test_groups():
-    def run(name, gigabytes=10):
+def test_what_prepares_together(tmp_path, monkeypatch):
+    monkeypatch.setattr(subprocess, "Popen", lambda *args, **kwargs: None)
+
+    def named(name, gigabytes=10.0):
         return Measurement(name, (), gigabytes=gigabytes)
 
-    planned = [run("a"), run("b"), run("c"), run("d", 65), run("e"), run("f", 80), run("g")]
-    names = [[one.name for one in group] for group in groups_of(planned, 2)]
-    assert names == [["a", "b"], ["c"], ["d"], ["e"], ["f"], ["g"]]
+    running = [Process(named("a"), tmp_path), Process(named("b", 30), tmp_path)]
+    assert fits(named("c"), running, 3) and not fits(named("c"), running, 2)
+    assert fits(named("c", 30), running, 3) and not fits(named("c", 31), running, 3)
+    assert fits(named("as large as the device", 80), [], 3)
 
 
-def test_memory_of_groups():
-    planned = measurements(["0.5b", "7b"], [64, 256], 20)
-    memory = {one.name: one.gigabytes for one in planned}
+def test_memory_to_serve():
+    memory = {one.name: one.gigabytes for one in measurements(["0.5b", "7b"], [64, 256], 20)}
     assert 5 < memory["one speaker, 0.5b"] < 15 and 30 < memory["one speaker, 7b"] < 45
     assert memory["64 speakers, 0.5b"] == pytest.approx(memory["one speaker, 0.5b"] + 63 * 0.25)
-    names = [[one.name for one in group] for group in groups_of(planned, 5)]
-    assert names[0] == ["one speaker, 0.5b", "one speaker, 7b", "64 speakers, 0.5b"]
-    assert ["256 speakers, 0.5b"] in names
+
+
+def test_only_some():
+    planned = measurements(["0.5b", "7b"], [64, 256], 20)
+    names = [one.name for one in chosen(planned, ["256", "CUDA graphs", "loops as"])]
+    assert names == [
+        "256 speakers, 0.5b",
+        "one speaker, 0.5b, loops as CUDA graphs",
+        "one speaker, 0.5b, loops and branches as CUDA graphs",
+        "one speaker, 7b, loops and branches as CUDA graphs",
+    ]
+    assert chosen(planned, None) == planned
+    with pytest.raises(ValueError, match="no measurement has '32 sp' in its name; they are: one"):
+        chosen(planned, ["256", "32 sp"])
 
 
 def test_the_most_telling_come_first():
@@ -134,6 +168,7 @@ def test_the_most_telling_come_first():
     assert set(names) - set(elsewhere) == {
         "one speaker, 0.5b, loops as CUDA graphs",
         "one speaker, 0.5b, loops and branches as CUDA graphs",
+        "one speaker, 7b, loops and branches as CUDA graphs",
         "stage 1a, 0.5b, without cuDNN",
     }
 
