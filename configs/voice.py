@@ -28,6 +28,7 @@ flow = FlowConfig(
 )
 vocoder = HiftConfig(
     channels=128,
+    random_phases=False,
     f0_channels=96,
     resblock_kernels=(3, 7),
     resblock_dilations=((1, 3), (1, 3)),

@@ -2,10 +2,10 @@
 
 omni2 train --config voice_vocoder --set checkpoint=voice --set data=recordings --out runs/vocoder
 
-The F0 predictor first, then 0.4 s of four recordings a step by their spectra, with a learning rate
-that falls to its least; from step 24,000 on with discriminators as well, at a lower rate: at the
-high one their gradients make the spectra worse. On one core a step takes 0.1 s, with discriminators
-0.3 s, with the settings for glibc in recipes/environment.sh.
+The F0 predictor first, then 0.4 s of four recordings a step by their spectra and the phases of
+their harmonics, with a learning rate that falls to its least. On one core a step takes 0.14 s, with
+the settings for glibc in recipes/environment.sh. Discriminators (`--set vocoder.gan_from=STEP`, see
+vocoder.py) have not made this vocoder better, see examples/joe/README.md.
 """
 
 from omni2_jax.train.settings import Bucket, OptimizerConfig, TrainConfig, VocoderTraining
@@ -13,17 +13,11 @@ from omni2_jax.train.settings import Bucket, OptimizerConfig, TrainConfig, Vocod
 config = TrainConfig(
     stage="vocoder",
     batch=4,
-    steps=34_000,
+    steps=16_000,
     optimizer=OptimizerConfig(peak=2e-3, final=0.02, warmup=0.005, beta1=0.8, ema=0.999),
     buckets=(Bucket(0, 0, 128),),  # recordings of 5 s at most
     vocoder=VocoderTraining(
-        segment=20,
-        f0_steps=1_500,
-        gan_from=24_000,
-        f0_peak=2e-3,
-        discriminator_peak=2e-4,
-        gan_peak=2e-4,
-        width=12,
+        segment=20, harmonic_phases=20.0, f0_steps=1_500, f0_peak=2e-3, width=12
     ),
     dtype="float32",
     workers=2,

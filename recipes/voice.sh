@@ -55,7 +55,7 @@ done
 # 4. The vocoder (mel frames to samples), then the flow (units to mel frames).
 [ -e runs/vocoder/final ] || omni2 train --config voice_vocoder --set checkpoint=runs/units/final \
     --set data=units-train --set validation=units-test \
-    "${small[@]}" ${SMALL:+--set vocoder.f0_steps=1 --set vocoder.gan_from=2} --out runs/vocoder
+    "${small[@]}" ${SMALL:+--set vocoder.f0_steps=1} --out runs/vocoder
 [ -e runs/flow/final ] || omni2 train --config voice_flow --set checkpoint=runs/vocoder/final \
     --set data=units-train --set validation=units-test \
     "${small[@]}" ${SMALL:+--set mu_steps=2} --out runs/flow

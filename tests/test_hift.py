@@ -1,5 +1,6 @@
 """HiFT against the released generator; batches, padding and conversion change nothing."""
 
+import dataclasses
 import json
 
 import jax
@@ -132,6 +133,8 @@ def test_draws_belong_to_their_row():
         and len(np.unique(phase[:, 1:])) == phase[:, 1:].size
     )
     assert abs(noise.mean()) < 0.02 and abs(noise.std() - 1) < 0.02
+    fixed_phase, same_noise = draw(dataclasses.replace(TINY, random_phases=False), keys, 960)
+    assert not np.any(fixed_phase) and np.array_equal(noise, same_noise)
 
 
 @pytest.mark.parametrize("speed", [0.7, 1.0, 1.3])

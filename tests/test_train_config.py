@@ -127,6 +127,7 @@ FAULTS = {
     "mix=sum": "mix is for stage 2; stage 1b does not use it",
     "vocoder.segment=9": "vocoder is for stage vocoder; stage 1b does not use it",
     "vocoder.gan_from=-1": "vocoder: gan_from is -1, less than f0_steps, 0",
+    "vocoder.harmonic_phases=-1": "vocoder: harmonic_phases is -1.0, expected at least 0",
     "vocoder.gan_peak=0": "vocoder: gan_peak is 0.0, expected more than 0",
     "vocoder.mel=-1": "vocoder: mel is -1.0, expected at least 0",
     "vocoder.resolutions=500": "vocoder: resolutions holds 500, expected a power of two",

@@ -61,6 +61,7 @@ def settings(start, talks) -> TrainConfig:
         buckets=(Bucket(0, 0, 64),),
         vocoder=VocoderTraining(
             segment=15,
+            harmonic_phases=20.0,
             f0_steps=F0_STEPS,
             gan_from=GAN_FROM,
             f0_peak=5e-3,
@@ -90,6 +91,8 @@ def test_every_loss_falls(trained):
     mels = list(reported(trained, "mel_loss").values())
     assert list(reported(trained, "mel_loss")) == list(range(F0_STEPS, STEPS))
     assert np.mean(mels[-10:]) < np.mean(mels[:5]) / 2
+    phases = list(reported(trained, "harmonic_phases_loss").values())
+    assert np.mean(phases[-10:]) < 0.9 * np.mean(phases[:10])
     validated = list(reported(trained, "validation_loss").values())
     assert validated[-1] < validated[0] / 2
     judged = list(reported(trained, "discriminator_loss").values())

@@ -125,9 +125,9 @@ class MeshConfig:
 class VocoderTraining:
     """The phases and the losses of stage "vocoder".
 
-    First the F0 predictor alone, then the vocoder by its spectra, in the end against discriminators
-    as well. The weights of the losses are the reference's (CosyVoice2's hifigan.py), whose feature
-    loss counts twice; it has no `stft`.
+    First the F0 predictor alone, then the vocoder by its spectra and phases, in the end against
+    discriminators as well. The weights of the losses are the reference's (CosyVoice2's hifigan.py),
+    whose feature loss counts twice; it has no `stft` and no `harmonic_phases`.
     """
 
     segment: int = 50  # mel frames of a recording that a step vocodes: 1 s
@@ -135,6 +135,7 @@ class VocoderTraining:
     gan_from: int | None = None  # the first step with discriminators; None: they do not exist
     mel: float = 45.0
     stft: float = 22.5
+    harmonic_phases: float = 0.0  # best for a vocoder whose random_phases are off
     f0: float = 1.0
     adversarial: float = 1.0
     features: float = 4.0
@@ -153,8 +154,8 @@ class VocoderTraining:
     )
 
     def __post_init__(self):
-        smallest = {"segment": 1, "f0_steps": 0, "mel": 0, "stft": 0, "f0": 0, "adversarial": 0}
-        smallest |= {"features": 0, "relativistic": 0, "width": 1}
+        smallest = {"segment": 1, "f0_steps": 0, "mel": 0, "stft": 0, "harmonic_phases": 0}
+        smallest |= {"f0": 0, "adversarial": 0, "features": 0, "relativistic": 0, "width": 1}
         faults = [
             f"{name} is {getattr(self, name)}, expected at least {low}"
             for name, low in smallest.items()

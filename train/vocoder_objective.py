@@ -14,7 +14,7 @@ import optax
 from jax.sharding import Mesh
 
 from omni2_jax import sharding
-from omni2_jax.train import discriminators, spectral
+from omni2_jax.train import discriminators, harmonic_phases, spectral
 from omni2_jax.train.optimizer import decayed
 from omni2_jax.train.settings import OptimizerConfig
 from omni2_jax.train.step import Metrics, Objective, Sums, optimizer_shardings
@@ -101,7 +101,7 @@ class VocoderObjective(Objective):
             mask=decayed,
         )
         self.clip, self.optimizer = optax.clip_by_global_norm(config.clip), adamw
-        self.mels = weights.config.vocoder.mels
+        self.vocoder_config = weights.config.vocoder
 
     # The state
 
@@ -157,7 +157,7 @@ class VocoderObjective(Objective):
         key = jax.random.fold_in(jax.random.key(self.train.seed), state.step)
         piece_key, source_key = jax.random.split(key)
         microbatch = jax.tree.map(lambda value: value[0], batch)
-        pieces = self.stage.pieces(self.mels, microbatch, piece_key)
+        pieces = self.stage.pieces(self.vocoder_config.mels, microbatch, piece_key)
         params, opt, metrics = dict(state.params), dict(state.opt), {}
 
         def update(name: str, grads: Params) -> None:
@@ -235,6 +235,7 @@ class VocoderObjective(Objective):
     ) -> tuple[Losses, Array, Array]:
         """Losses of generated samples and their F0 -> (losses, gradients to samples and to F0)."""
         recorded, rows = pieces.samples, pieces.rows
+        voiced_f0 = jnp.where(f0 > self.vocoder_config.voiced_threshold, f0, 0)
 
         def loss(samples: Array, f0: Array) -> tuple[Array, Losses]:
             losses = {
@@ -242,6 +243,10 @@ class VocoderObjective(Objective):
                 "stft": spectral.stft_loss(samples, recorded, rows),
                 "f0": spectral.row_mean(jnp.abs(f0 - pieces.f0), rows),
             }
+            if self.settings.harmonic_phases:
+                losses["harmonic_phases"] = harmonic_phases.loss(
+                    samples, recorded, voiced_f0, pieces.f0, rows
+                )
             return self.weighted(losses), losses
 
         (_, losses), grads = jax.value_and_grad(loss, (0, 1), has_aux=True)(samples, f0)

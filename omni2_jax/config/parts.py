@@ -139,6 +139,9 @@ class HiftConfig:
     sample_rate: Literal[24000] = 24000  # the rate of all audio that is written
     sine_amplitude: Fraction = 0.1
     noise_deviation: Fraction = 0.003
+    # Whether each harmonic of the source begins at a random phase of its own, as in the released
+    # weights. Without, a vocoder learns the phases of a voice more easily.
+    random_phases: bool = True
     voiced_threshold: Annotated[float, Field(ge=0, le=1e4, allow_inf_nan=False)] = 10.0  # Hz
     upsample: Sizes = (8, 5, 3)
     upsample_kernels: Sizes = (16, 11, 7)

@@ -320,14 +320,15 @@ class Hift(nnx.Module):
 def draw(config: HiftConfig, keys: Array, samples: int) -> tuple[Array, Array]:
     """The source's random numbers, one key a row: phases [B, H] and N(0, 1) noise [B, samples, H].
 
-    The fundamental's phase is 0. A row depends on its own key only, and the noise of fewer samples
-    is a prefix of that of more.
+    The fundamental's phase is 0, and so are the others' if the config's random_phases are off. A
+    row depends on its own key only, and the noise of fewer samples is a prefix of that of more.
     """
 
     def row(key):
         phase_key, noise_key = jax.random.split(key)
+        spread = jnp.pi if config.random_phases else 0.0
         phase = (
-            jax.random.uniform(phase_key, (config.harmonics + 1,), minval=-jnp.pi, maxval=jnp.pi)
+            jax.random.uniform(phase_key, (config.harmonics + 1,), minval=-spread, maxval=spread)
             .at[0]
             .set(0)
         )
