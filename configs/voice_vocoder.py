@@ -13,7 +13,7 @@ from omni2_jax.train.settings import Bucket, OptimizerConfig, TrainConfig, Vocod
 config = TrainConfig(
     stage="vocoder",
     batch=4,
-    steps=16_000,
+    steps=34_000,
     optimizer=OptimizerConfig(peak=2e-3, final=0.02, warmup=0.005, beta1=0.8, ema=0.999),
     buckets=(Bucket(0, 0, 128),),  # recordings of 5 s at most
     vocoder=VocoderTraining(
