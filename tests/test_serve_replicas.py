@@ -47,7 +47,9 @@ def address(checkpoint_dir):
 
 def processes() -> list[int]:
     """The process ids of the replicas."""
-    titles = {child.pid: " ".join(child.cmdline()) for child in psutil.process_iter()}
+    # Of a process that has ended and is not waited for, or is another user's, there is no title.
+    found = psutil.process_iter(["cmdline"])
+    titles = {child.pid: " ".join(child.info["cmdline"] or ()) for child in found}
     return [pid for pid, title in titles.items() if title.startswith("ray::ServeReplica")]
 
 
