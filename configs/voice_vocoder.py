@@ -17,7 +17,11 @@ config = TrainConfig(
     optimizer=OptimizerConfig(peak=2e-3, final=0.02, warmup=0.005, beta1=0.8, ema=0.999),
     buckets=(Bucket(0, 0, 128),),  # recordings of 5 s at most
     vocoder=VocoderTraining(
-        segment=20, harmonic_phases=20.0, f0_steps=1_500, f0_peak=2e-3, width=12
+        segment=20,
+        harmonic_phases=20.0,
+        f0_steps=1_500,
+        f0_peak=2e-3,
+        width=12,  # of discriminators, where gan_from is set
     ),
     dtype="float32",
     workers=2,

@@ -1,9 +1,9 @@
 """How the phases of a voice's harmonics differ from a recording's.
 
 The losses of spectral.py compare magnitudes. A vocoder that learns by them alone gives the
-harmonics phases of its own, which one hears (examples/joe/README.md has figures). Samples cannot be
-compared one by one instead: a mel does not say where in a period it begins. So the harmonics of a
-frame are compared up to a delay, the one that fits best.
+harmonics phases of its own, and sounds less natural (examples/joe/README.md has figures of DNSMOS).
+A loss cannot compare samples one by one instead, because a mel does not say where in a period it
+begins. So this loss compares the harmonics of each frame after the delay that fits best.
 
 B rows, T mel frames, H harmonics (the fundamental first).
 """

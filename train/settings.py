@@ -135,7 +135,7 @@ class VocoderTraining:
     gan_from: int | None = None  # the first step with discriminators; None: they do not exist
     mel: float = 45.0
     stft: float = 22.5
-    harmonic_phases: float = 0.0  # best for a vocoder whose random_phases are off
+    harmonic_phases: float = 0.0  # works best if the vocoder's random_phases are off
     f0: float = 1.0
     adversarial: float = 1.0
     features: float = 4.0

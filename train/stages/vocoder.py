@@ -1,4 +1,4 @@
-"""Stage "vocoder": HiFT on recordings, by their spectra and then against discriminators.
+"""Stage "vocoder": HiFT on recordings, by their spectra and phases, then against discriminators.
 
 A step vocodes a random piece of each recording from the mel of the recording itself. Its phases and
 losses are the settings `VocoderTraining`; what a step does is in vocoder_objective.py.
