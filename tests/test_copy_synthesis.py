@@ -124,6 +124,8 @@ def test_paths_of_a_checkpoint(checkpoint_dir, tmp_path):
     with pytest.raises(ValueError, match="can copy nothing: it needs a vocoder, or"):
         copies.paths(nothing)
     seven = SpeechTokenizerConfig(mels=80, width=32, layers=1, heads=2, digits=7)
+    with pytest.raises(ValueError, match="silent has no vocoder"):
+        CopyMaker(silent, vocoder_only=True)
     with pytest.raises(ValueError, match="makes 2187 units, its flow reads 6561"):
         copies.paths(whole(checkpoint_dir, tmp_path / "seven", seven))
 

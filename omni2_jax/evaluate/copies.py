@@ -71,12 +71,17 @@ class CopyMaker:
     """Makes copies with a checkpoint. voice: the flow's, a stored one's name or a prompt's file.
 
     Without it the first stored voice is taken, else that of each recording itself, by the speaker
-    encoder; a flow of one voice needs none. Raises ValueError as `paths`, for a damaged file, and
-    if there is no voice.
+    encoder; a flow of one voice needs none. vocoder_only: make no copies by the flow, even if there
+    is one. Raises ValueError as `paths`, with `vocoder_only` if there is no vocoder, for a damaged
+    file, and if there is no voice.
     """
 
-    def __init__(self, directory: Path, voice: str | None = None):
+    def __init__(self, directory: Path, voice: str | None = None, vocoder_only: bool = False):
         self.paths = [path for path, lacking in paths(directory).items() if not lacking]
+        if vocoder_only:
+            if "vocoder" not in self.paths:
+                raise ValueError(f"{directory} has no vocoder")
+            self.paths = ["vocoder"]
         stored = parameters.parts(directory)
         config = Omni2Config.load(directory / "config.json")
         self.config = config.only(*(p for p in ("flow", "vocoder", "speaker") if p in stored))
