@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# The paper's tables 2, 3 and 4 repeated on Nano, the model that the package carries: gate fusion
-# and what it is compared with; how the speech LM is trained before stage 2; R and W.
+# The paper's tables 2 to 5 repeated on Nano, the model that the package carries: gate fusion and
+# what it is compared with; how the speech LM is trained before stage 2; R and W; the number of
+# dialogues and of turns, of stage 2 alone.
 #
 #   the programs and the first two variables of recipes/nano.sh
 #   bash recipes/nano_ablations.sh [DIRECTORY]         # default: ./nano-ablations
@@ -43,18 +44,17 @@ measure="--recogniser ${OMNI2_WHISPER:?} --limit ${LIMIT:-60} --dataset held-out
 export MEASURE="--task spoken-qa --task asr-wer $measure"
 export QUESTIONS=$work/speech/test.jsonl
 
-# stages DIRECTORY NAME=CHECKPOINT...: the stages of its whole model that are not trained there.
+# stages DIRECTORY NAME=CHECKPOINT...: the stages of a whole model that are not trained there.
 stages() {
-    local full=$1/full stage
-    mkdir -p "$full"
+    local stage
     for stage in "${@:2}"; do
-        mkdir -p "$full/${stage%%=*}"
-        ln -sfn "${stage#*=}" "$full/${stage%%=*}/final"
+        mkdir -p "$1/${stage%%=*}"
+        ln -sfn "${stage#*=}" "$1/${stage%%=*}/final"
     done
 }
 
 # 4. Table 2 from Nano's own stage 1b: 10,000 steps of 32 rows, of 12,710 different sentences.
-stages fusion "1a=$work/heard" "1b=$work/nano"
+stages fusion/full "1a=$work/heard" "1b=$work/nano"
 TABLES=2 WORK=$work/fusion LABEL=nano SEEDS=${SEEDS:-0 1 2} bash "$repository/recipes/ablations.sh"
 
 # 5. Table 4: R and W of its whole model, the paper's pairs.
@@ -65,12 +65,23 @@ for pair in 1-5 2-10 3-10 3-15 4-15 5-20; do
 done
 
 # 6. Table 3, every stage 1b equally short, and the offline line of table 4.
-stages before "1a=$work/heard"
+stages before/full "1a=$work/heard"
 for name in data hidden; do
     [ -e before/full/$name ] || ln -s "../../fusion/full/$name" "before/full/$name"
 done
 TABLES="3 4" READ=3 WRITE=10 WORK=$work/before LABEL="nano, short 1b" \
     bash "$repository/recipes/ablations.sh"
 
-omni2 evaluate report fusion/evaluation before/evaluation --out report
+# 7. Table 5, stage 2 alone: fewer dialogues, or the first turn of each, in one epoch. The first
+# stages are Nano's, which have read all sentences.
+stages amount/full "1a=$work/heard" "1b=$work/nano" "2=$work/fusion/full/2/final"
+ln -sfn "../../fusion/full/data" amount/full/data
+for name in share-75 share-50 share-25 single; do
+    stages amount/$name "1a=$work/heard" "1b=$work/nano"
+done
+one_epoch="--set steps=none --set epochs=1 --set validate_every=33"
+TABLES=5 WORK=$work/amount LABEL=nano SETTINGS_2=$one_epoch \
+    bash "$repository/recipes/ablations.sh"
+
+omni2 evaluate report fusion/evaluation before/evaluation amount/evaluation --out report
 echo "the report is in $work/report/report.md"

@@ -181,25 +181,30 @@ def test_voice(recipe, tmp_path, small):
 
 
 def test_nano_ablations(recipe, tmp_path):
-    """Table 2 starts from Nano's own stage 1b, table 3 from equally short ones; stage 1a is not
-    trained, and the hidden states are computed once."""
+    """Tables 2 and 5 start from Nano's own stage 1b, table 3 from equally short ones; stage 1a is
+    not trained, and the hidden states are computed once for each set of dialogues."""
     work = tmp_path / "work"
     run = functools.partial(recipe, "nano_ablations.sh", str(work), OMNI2_WHISPER="whisper-tiny.en")
     calls = run()
-    given = {str(EXAMPLES / "joe" / "checkpoint"), "fusion/full/dialogues.jsonl"}
+    given = {str(EXAMPLES / "joe" / "checkpoint")}
+    given |= {str(path.relative_to(work)) for path in work.glob("*/*/dialogues.jsonl")}
     configs = {
         str(Path(out).relative_to(work)): config
         for out, config in trainings(calls, given, work).items()
     }
-    assert len(configs) == 3 * 3 + 2 + 5
+    assert len(configs) == 3 * 3 + (2 + 5) + 4
     assert {config.stage for config in configs.values()} == {"1b", "2"}
     first = {name: config for name, config in configs.items() if name.startswith("fusion")}
     assert all(Path(config.checkpoint).resolve() == work / "nano" for config in first.values())
     assert {(config.mix, config.seed) for config in first.values()} == {
         (mix, seed) for mix in ("gate", "sum", "hidden") for seed in range(3)
     }
-    assert len([call for call in calls if call[0] == "hidden"]) == 1
+    fewer = {Path(name).parts[1]: c for name, c in configs.items() if name.startswith("amount")}
+    assert set(fewer) == {"share-75", "share-50", "share-25", "single"}
+    assert all((c.stage, c.steps, c.epochs) == ("2", None, 1) for c in fewer.values())
+    assert all(Path(c.checkpoint).resolve() == work / "nano" for c in fewer.values())
+    assert len([call for call in calls if call[0] == "hidden"]) == 1 + len(fewer)
     assert configs["before/full/1b-offline"].steps == configs["before/full/1b"].steps
     rows = {row for call in calls for row in options(call, "--row")}
-    assert {row.partition("/")[0] for row in rows} == {"table2", "table3", "table4"}
+    assert {row.partition("/")[0] for row in rows} == {"table2", "table3", "table4", "table5"}
     assert {call[0] for call in run()} == {"evaluate"}
