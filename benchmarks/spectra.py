@@ -35,11 +35,11 @@ TRANSFORM = ShortTimeFFT(hann(1024, sym=False), hop=256, fs=recordings.OUTPUT_RA
 
 
 def mixtures(
-    recording: np.ndarray, copy: np.ndarray, limits: Sequence[float]
+    recording: np.ndarray, copy: np.ndarray, borders: Sequence[float]
 ) -> dict[str, np.ndarray]:
     """Two sounds [N], and what is put together from both of them [N], by its description.
 
-    limits: frequencies in Hz, at which the spectra are divided.
+    borders: frequencies in Hz, at which the spectra are divided.
     """
     own, made = TRANSFORM.stft(recording), TRANSFORM.stft(copy)  # [frequencies, frames]
 
@@ -50,10 +50,10 @@ def mixtures(
         "recording's magnitudes, copy's phases": np.abs(own) * phases(made),
         "copy's magnitudes, recording's phases": np.abs(made) * phases(own),
     }
-    for limit in limits:
-        is_below = (TRANSFORM.f < limit)[:, None]
-        spectra[f"recording below {limit:g} Hz, copy above"] = np.where(is_below, own, made)
-        spectra[f"copy below {limit:g} Hz, recording above"] = np.where(is_below, made, own)
+    for border in borders:
+        is_below = (TRANSFORM.f < border)[:, None]
+        spectra[f"recording below {border:g} Hz, copy above"] = np.where(is_below, own, made)
+        spectra[f"copy below {border:g} Hz, recording above"] = np.where(is_below, made, own)
     sounds = {"recording": recording, "copy": copy}
     for name, spectrum in spectra.items():
         sounds[name] = TRANSFORM.istft(spectrum, k1=len(recording)).astype(np.float32)
@@ -70,7 +70,7 @@ def load(item: Item) -> np.ndarray:
 
 
 def ratings(
-    items: Sequence[Item], maker: CopyMaker, limits: Sequence[float]
+    items: Sequence[Item], maker: CopyMaker, borders: Sequence[float]
 ) -> Mapping[str, list[float]]:
     """DNSMOS OVRL of every mixture of every recording, by description. It shows a bar."""
     rate, found = open_dnsmos(), {}
@@ -79,7 +79,7 @@ def ratings(
             recording = load(item)
             copy = maker(recording)["vocoder"].samples
             assert copy is not None
-            for name, samples in mixtures(recording, copy, limits).items():
+            for name, samples in mixtures(recording, copy, borders).items():
                 found.setdefault(name, []).append(rate(samples))
     return found
 
