@@ -146,21 +146,28 @@ def test_interrupted_and_resumed(toy, arguments, tmp_path, capsys):
     assert list((cut / "tensorboard").glob("events*"))
 
 
-def test_stopped_when_a_validation_is_due(toy, arguments, omni2, tmp_path, monkeypatch):
-    """The state is saved and not validated; the resumed run validates it first.
-
-    The exit code tells a recipe not to go on.
-    """
-    out, settings, validated = tmp_path / "run", {"batch": 8, "validate_every": 1}, []
+@pytest.fixture
+def validated(monkeypatch) -> list[int]:
+    """The steps after which a run validates; nothing is computed in a step or in a validation."""
+    steps: list[int] = []
 
     class Fake:
         def run(self, params: weights.Params, done: int, reporter: Reporter) -> None:
-            validated.append(done)
+            steps.append(done)
             assert reporter.metrics is not None
             reporter.metrics.write(done - 1, {"validation_loss": 1.0})
 
     monkeypatch.setattr(step, "compile_step", traced_only)
     monkeypatch.setattr(Run, "validator", lambda _: Fake())
+    return steps
+
+
+def test_stopped_when_a_validation_is_due(toy, arguments, omni2, validated, tmp_path, monkeypatch):
+    """The state is saved and not validated; the resumed run validates it first.
+
+    The exit code tells a recipe not to go on.
+    """
+    out, settings = tmp_path / "run", {"batch": 8, "validate_every": 1}
     with monkeypatch.context() as patch:
         patch.setattr(Run, "should_stop", lambda _, done: done == 2)
         code, _, stderr = omni2("train", *arguments(out, **settings))
@@ -169,6 +176,19 @@ def test_stopped_when_a_validation_is_due(toy, arguments, omni2, tmp_path, monke
     for _ in range(2):  # the second time nothing is left to do
         run(toy(**settings), out)
         assert validated == [1, 2, 3] and list(reported(out, "validation_loss")) == [0, 1, 2]
+
+
+def test_the_last_step_is_validated(toy, validated, tmp_path):
+    """Whatever `validate_every` is; also by the next run, if it was killed before that."""
+    out, settings = tmp_path / "run", {"batch": 8, "validate_every": 2}
+    run(toy(**settings), out)
+    assert validated == [2, 3]
+    metrics = out / "metrics.jsonl"
+    *lines, last = metrics.read_text().splitlines(keepends=True)
+    assert "validation_loss" in last
+    metrics.write_text("".join(lines))
+    run(toy(**settings), out)
+    assert validated == [2, 3, 3] and list(reported(out, "validation_loss")) == [1, 2]
 
 
 @pytest.fixture(scope="module")
@@ -394,8 +414,9 @@ def test_validation_and_samples(toy, checkpoint_dir, talks, tmp_path, monkeypatc
     run(
         toy(checkpoint=str(silent), validation=str(talks), validate_every=2, max_sample_text=6), out
     )
+    measured = reported(out, "validation_loss")
     # Every batch holds all of the data, so the validation loss is that of the next training step.
-    assert reported(out, "validation_loss") == {1: pytest.approx(reported(out)[2], rel=1e-5)}
+    assert list(measured) == [1, 2] and measured[1] == pytest.approx(reported(out)[2], rel=1e-5)
     folder, data = out / "samples" / "2", Dataset(talks)
     assert {path.name for path in folder.iterdir()} == {"0.txt", "1.txt"}
     for index in range(2):

@@ -23,7 +23,7 @@ from omni2_jax import remote, sharding
 from omni2_jax.checkpoint.tokenizer import Tokenizer
 from omni2_jax.console import say
 from omni2_jax.devices import Device
-from omni2_jax.train import saved_states, step, weights
+from omni2_jax.train import saved_states, step, unit_origin, weights
 from omni2_jax.train.dialogues import speech_positions
 from omni2_jax.train.reporter import Reporter, StepResult
 from omni2_jax.train.saved_states import SavedStates
@@ -90,6 +90,7 @@ class Run:
             if jax.process_index() == 0:
                 stack.enter_context(saved_states.locked(self.out))
                 saved_states.write_metadata(self.out, self.metadata)
+                self.compare_units()
             weights.sync("run.json")
             with SavedStates(self.out, self.train.keep) as saved:
                 shardings = self.objective.shardings(trained, self.mesh)
@@ -100,6 +101,15 @@ class Run:
                     state, done = self.steps_from(first, state, saved)
             self.finish(state, done)
             return done == self.steps
+
+    def compare_units(self) -> None:
+        """Say so if the units that the stage reads are not all of one speech tokenizer."""
+        if not self.stage.reads_units:
+            return
+        splits = {"data": self.data, "validation": self.validation}
+        data = {name: split.examples.data for name, split in splits.items() if split}
+        if note := unit_origin.disagreement(self.start, data):
+            say(note)
 
     def first_state(self, trained: weights.Params, shardings: Any, saved: SavedStates):
         """The last saved state or a new one, and its step. Empties `trained`, to free memory."""
@@ -120,7 +130,7 @@ class Run:
         reporter.print_table(self.frozen)
         validator = self.validator()
         with reporter:
-            if first % train.validate_every == 0 and self.lacks_validation(reporter):
+            if self.is_validated(first) and self.lacks_validation(reporter):
                 self.validate(validator, state, first, reporter)
             batches = reporter.clock.timed(self.data.loader.start(first))
             for number, (batch, rows) in enumerate(batches, first):
@@ -133,7 +143,7 @@ class Run:
                 is_last = done == self.steps
                 stops = not is_last and self.should_stop(done)
                 saves = stops or is_last or done % train.save_every == 0
-                validates = not stops and done % train.validate_every == 0
+                validates = not stops and self.is_validated(done)
                 if saves or validates:
                     # A state is saved only if its step's metrics are finite.
                     reporter.end_step(pending)
@@ -146,6 +156,10 @@ class Run:
                 if stops:
                     break
         return state, done
+
+    def is_validated(self, done: int) -> bool:
+        """Whether the state after `done` steps is one that is validated."""
+        return done == self.steps or done % self.train.validate_every == 0
 
     def validate(
         self, validator: Validator | None, state: Any, done: int, reporter: Reporter

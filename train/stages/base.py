@@ -44,6 +44,7 @@ class Stage(abc.ABC):
     needs_tokenizer: ClassVar[bool] = True
     answers: ClassVar[bool] = True  # whether validation asks the model spoken questions
     needs_recordings: ClassVar[bool] = False  # whether examples are recordings of replies
+    reads_units: ClassVar[bool] = False  # whether examples hold units of replies
     scored: ClassVar[tuple[str, ...]] = ()  # language models whose logits the loss computes
 
     def __init__(self, train: TrainConfig):

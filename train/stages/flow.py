@@ -77,6 +77,7 @@ class FlowMatching(Stage):
     example_type = RecordingExamples
     needs_tokenizer = False
     needs_recordings = True
+    reads_units = True
 
     @classmethod
     def faults(cls, train: TrainConfig) -> list[str]:

@@ -43,6 +43,7 @@ class UnitWriting(Stage):
 
     settings = ("layout", "unit_noise")
     scored = ("speech_lm",)
+    reads_units = True
 
     @classmethod
     def faults(cls, train: TrainConfig) -> list[str]:

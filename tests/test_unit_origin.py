@@ -1,0 +1,66 @@
+"""Units of another speech tokenizer than the checkpoint's, or than those of the other data set."""
+
+import dataclasses
+import json
+import re
+import shutil
+from pathlib import Path
+
+import jax
+import pytest
+
+from omni2_jax.configs import stage1a, stage1b
+from omni2_jax.models import speech_tokenizer
+from omni2_jax.train.data.dataset import Dataset
+from omni2_jax.train.loop import Run
+from omni2_jax.train.settings import Bucket
+from omni2_jax.train.unit_origin import disagreement
+
+
+@pytest.fixture
+def made_by(talks, tmp_path):
+    """A copy of a data set whose dataset.json tells of another tokenizer: (name, fingerprint)."""
+
+    def made_by(name: str, fingerprint: str | None) -> Dataset:
+        folder = shutil.copytree(talks, tmp_path / name)
+        info = json.loads((folder / "dataset.json").read_text())
+        info |= {"tokenizer": f"of-{name}", "fingerprint": fingerprint}
+        (folder / "dataset.json").write_text(json.dumps(info))
+        return Dataset(folder)
+
+    return made_by
+
+
+def test_data_sets(made_by, checkpoint_dir):
+    """Units that a data set brought with it are compared with nothing."""
+    data, same, other = made_by("data", "1a"), made_by("same", "1a"), made_by("other", "2b")
+    unknown = made_by("unknown", None)
+    assert disagreement(checkpoint_dir, {"data": data, "validation": same}) == ""
+    assert disagreement(checkpoint_dir, {"data": data, "validation": unknown}) == ""
+    assert re.fullmatch(
+        r"the units are not of one speech tokenizer: data \(of-data\): 1a, "
+        r"validation \(of-other\): 2b; if [^\n]*",
+        disagreement(checkpoint_dir, {"data": data, "validation": other}),
+    )
+
+
+def test_checkpoint(made_by, speech_tokenizer_dir):
+    own = speech_tokenizer.fingerprint(speech_tokenizer.load(speech_tokenizer_dir))
+    assert disagreement(speech_tokenizer_dir, {"data": made_by("same", own)}) == ""
+    assert disagreement(speech_tokenizer_dir, {"data": made_by("unknown", None)}) == ""
+    found = disagreement(speech_tokenizer_dir, {"data": made_by("other", "2b")})
+    assert f"data (of-other): 2b, checkpoint ({speech_tokenizer_dir}): {own};" in found
+
+
+def test_a_run_says_so(toy, made_by, tmp_path, capsys):
+    """Only that of a stage which reads units."""
+
+    def said(config, out: Path) -> str:
+        paths = {"data": str(data.path), "validation": str(other.path)}
+        Run(dataclasses.replace(config, **paths), out, jax.devices()[:1]).compare_units()
+        return capsys.readouterr().err
+
+    data, other = made_by("data", "1a"), made_by("other", "2b")
+    heard = toy(stage1a.config, buckets=(Bucket(2, 800),))
+    assert "not of one speech tokenizer" in said(toy(stage1b.config), tmp_path / "1b")
+    assert "speech tokenizer" not in said(heard, tmp_path / "1a")

@@ -1,0 +1,36 @@
+"""Whose units a run reads.
+
+The units of two speech tokenizers are numbers of the same range. A run that mixes them fails
+nowhere; it learns a voice that says something else.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from omni2_jax.checkpoint import parameters
+from omni2_jax.models import speech_tokenizer
+from omni2_jax.train.data.dataset import Dataset
+
+
+def disagreement(checkpoint: Path, data: Mapping[str, Dataset]) -> str:
+    """A line about units of different speech tokenizers; "" if those of a run seem to be of one.
+
+    checkpoint: the one that the run starts from. data: its data sets by their setting. Units that
+    `omni2 prepare` did not make are of an unknown tokenizer and not compared. A tokenizer whose
+    parameters were only rounded counts as another one, so that this is a note, and no error.
+    """
+    made_by = {
+        f"{name} ({opened.info.tokenizer})": opened.info.fingerprint
+        for name, opened in data.items()
+        if opened.info.fingerprint is not None
+    }
+    if made_by and "speech_tokenizer" in parameters.parts(checkpoint):
+        own = speech_tokenizer.fingerprint(speech_tokenizer.load(checkpoint))
+        made_by[f"checkpoint ({checkpoint})"] = own
+    if len(set(made_by.values())) < 2:
+        return ""
+    listed = ", ".join(f"{name}: {fingerprint}" for name, fingerprint in made_by.items())
+    return (
+        f"the units are not of one speech tokenizer: {listed}; if these differ by more than "
+        "rounding, make the units anew with omni2 prepare --speech-tokenizer"
+    )
