@@ -158,7 +158,7 @@ def test_conversation(opened, server):
         write(other, "What is the moon?")
         answered(other, 0)
         assert other.locator(".turn").count() == 2  # each tab has a conversation of its own
-        voices = {connection.settings["voice"] for connection in server.connections}
+        voices = {connection.settings.voice for connection in server.connections}
         assert voices == {"espeak", "jane"}
         figures = re.compile(r"first audio \d+ ms, [1-9]\.\d s of speech, real-time factor \d")
         playwright.expect(first.locator(".figures")).to_have_text(figures, timeout=MINUTE)

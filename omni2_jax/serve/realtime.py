@@ -6,20 +6,21 @@ order, one sends, and one generates the response, if there is one.
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import numpy as np
 from starlette.websockets import WebSocket
 
 from omni2_jax.audio.recordings import INPUT_RATE, OUTPUT_RATE
-from omni2_jax.serve import answering, events, transcription
+from omni2_jax.serve import answering, events, session_settings, transcription
 from omni2_jax.serve.answering import Response
 from omni2_jax.serve.audio import Decoder, Encoder, decode, decode_base64
 from omni2_jax.serve.connection import Connection
 from omni2_jax.serve.conversation import Conversation, Item, new_id
 from omni2_jax.serve.events import EventError
 from omni2_jax.serve.listener import Listener
+from omni2_jax.serve.session_settings import SessionSettings
 from omni2_jax.serve.transcription import GrowingTranscript
 from omni2_jax.serve.turn_detection import Change
 from omni2_jax.serve.worker import StoppedError
@@ -41,17 +42,7 @@ class Realtime(Connection):
         self.hearings: set[asyncio.Task] = set()
         # By the ids of their items: at most one is wanted, others are being stopped.
         self.responses: dict[str, Response] = {}
-        self.settings: dict[str, Any] = {
-            "instructions": None,
-            "output_modalities": ["audio"] if server.speaks else ["text"],
-            "max_output_tokens": "inf",
-            "temperature": None,
-            "voice": server.voices.find(None),
-            "input_format": "audio/pcm",
-            "output_format": "audio/pcm",
-            "turn_detection": events.ServerVad(),
-            "transcription": events.Transcription() if server.recogniser else None,
-        }
+        self.settings = SessionSettings.of(server)
         self.listener = Listener(self.start_hearing, self.limits.turn_seconds, "audio/pcm")
         self.turn_id: str | None = None  # of the item that the speech will become
         self.growing = GrowingTranscript("")  # of this speech
@@ -76,10 +67,10 @@ class Realtime(Connection):
         self.server.connections.add(self)
         session = None
         try:
-            session = await self.worker.run(self.server.session, self.settings["voice"])
+            session = await self.worker.run(self.server.session, self.settings.voice)
             self.session = session
             self.voice = self.session.voice  # of responses that name none
-            self.listener.detect_turns(self.settings["turn_detection"])
+            self.listener.detect_turns(self.settings.turn_detection)
             self.send("session.created", session=self.describe())
             async with asyncio.timeout(self.limits.session_seconds):
                 await self.read_events()
@@ -140,75 +131,28 @@ class Realtime(Connection):
 
     def describe(self) -> dict:
         """The session as the API writes it."""
-        settings = self.settings
-        detection, transcription = settings["turn_detection"], settings["transcription"]
         return {
             "type": "realtime",
             "object": "realtime.session",
             "id": self.id,
             "model": self.server.name,
-            "instructions": settings["instructions"] or "",
-            "output_modalities": settings["output_modalities"],
-            "max_output_tokens": settings["max_output_tokens"],
             "tools": [],
             "tool_choice": "none",
-            "audio": {
-                "input": {
-                    "format": events.describe_format(settings["input_format"]),
-                    "turn_detection": detection.model_dump() if detection else None,
-                    # Some clients refuse a model that is null.
-                    "transcription": transcription and transcription.model_dump(exclude_none=True),
-                },
-                "output": {
-                    "format": events.describe_format(settings["output_format"]),
-                    "voice": settings["voice"],
-                },
-            },
+            **self.settings.describe(),
         }
 
     async def update_session(self, event: events.SessionUpdate) -> None:
         """Change the fields that an event names; either all of them or, after an error, none."""
-        patch = event.session
-        settings = self.settings | patch.model_dump(
-            include={"instructions", "max_output_tokens", "temperature"}, exclude_unset=True
-        )
-        if patch.output_modalities:
-            settings["output_modalities"] = [self.modality(patch.output_modalities)]
-        if patch.audio and patch.audio.output:
-            output = patch.audio.output
-            if output.voice:
-                settings["voice"] = self.server.voices.find(output.voice)
-            if output.format:
-                settings["output_format"] = output.format.type
-        if patch.audio and patch.audio.input:
-            changes = patch.audio.input
-            if changes.format:
-                settings["input_format"] = changes.format.type
-            for name in ("turn_detection", "transcription"):
-                if name in changes.model_fields_set:
-                    settings[name] = getattr(changes, name)
-        if not self.server.recogniser:  # clients ask for it by default; `session.updated` tells
-            settings["transcription"] = None
-        if settings["max_output_tokens"] is None:
-            settings["max_output_tokens"] = "inf"
-        if settings["voice"] != self.settings["voice"]:
-            x_vector = self.server.voices.x_vector
-            self.voice = await self.worker.run(x_vector, settings["voice"])
-        if settings["input_format"] != self.settings["input_format"]:
-            self.listener.use_format(settings["input_format"])
-        detections = settings["turn_detection"], self.settings["turn_detection"]
-        self.settings = settings
-        if not events.detect_alike(*detections):
+        old, new = self.settings, self.settings.changed(event.session, self.server)
+        if new.voice != old.voice:
+            self.voice = await self.worker.run(self.server.voices.x_vector, new.voice)
+        if new.input_format != old.input_format:
+            self.listener.use_format(new.input_format)
+        self.settings = new
+        if not events.detect_alike(new.turn_detection, old.turn_detection):
             self.turn_id = None
-            self.listener.detect_turns(settings["turn_detection"])
+            self.listener.detect_turns(new.turn_detection)
         self.send("session.updated", session=self.describe())
-
-    def modality(self, modalities: Sequence[str]) -> str:
-        """ "audio" or "text". Raises EventError for audio of a model that does not speak."""
-        modality = "audio" if "audio" in modalities else "text"
-        if modality == "audio" and not self.server.speaks:
-            raise EventError("this model answers in text only", param="output_modalities")
-        return modality
 
     # The user's audio.
 
@@ -223,7 +167,7 @@ class Realtime(Connection):
                 self.end_turn(detection.sample)
             except EventError as error:  # of a full conversation; the audio goes on
                 self.report(error, event.event_id)
-        wanted = self.settings["transcription"]
+        wanted = self.settings.transcription
         if self.turn_id and wanted and not self.server.is_transcribing:
             start, end = self.listener.start, self.listener.end
             if self.growing.needs(end - start):
@@ -240,7 +184,8 @@ class Realtime(Connection):
         self.growing = GrowingTranscript(self.turn_id)
         fields = {"audio_start_ms": sample * 1000 // INPUT_RATE, "item_id": self.turn_id}
         self.send("input_audio_buffer.speech_started", **fields)
-        if self.settings["turn_detection"].interrupt_response:
+        detection = self.settings.turn_detection
+        if detection and detection.interrupt_response:
             self.stop_response("turn_detected")
 
     def end_turn(self, sample: int) -> None:
@@ -248,7 +193,8 @@ class Realtime(Connection):
         fields = {"audio_end_ms": sample * 1000 // INPUT_RATE, "item_id": self.turn_id}
         self.send("input_audio_buffer.speech_stopped", **fields)
         self.add_spoken_item(*self.listener.commit(sample))
-        wanted = self.settings["turn_detection"].create_response and not self.active_response
+        detection = self.settings.turn_detection
+        wanted = detection and detection.create_response and not self.active_response
         if wanted and len(self.responses) < MAX_RESPONSES:
             self.begin_response(events.ResponsePatch())
 
@@ -281,7 +227,7 @@ class Realtime(Connection):
         self.send("input_audio_buffer.committed", item_id=item.id, **place)
         self.send("conversation.item.added", item=item.describe(), **place)
         self.send("conversation.item.done", item=item.describe(), **place)
-        if wanted := self.settings["transcription"]:
+        if wanted := self.settings.transcription:
             self.start_task(transcription.of_turn(self, item, samples, wanted.language))
 
     async def clear_audio(self, event: events.BufferClear) -> None:
@@ -326,7 +272,7 @@ class Realtime(Connection):
                         "input_audio is the only part of a message of the user and has `audio`",
                         param="item.content",
                     )
-                decoder = Decoder(self.settings["input_format"])
+                decoder = Decoder(self.settings.input_format)
                 samples = await decode(decoder, decode_base64(content.audio), last=True)
                 seconds = len(samples) / INPUT_RATE
                 if seconds > self.limits.turn_seconds:
@@ -396,11 +342,13 @@ class Realtime(Connection):
 
     def begin_response(self, patch: events.ResponsePatch) -> None:
         """Answer the conversation as soon as the responses that are being stopped have ended."""
-        modality = self.modality(patch.output_modalities or self.settings["output_modalities"])
+        modality = self.settings.modality
+        if patch.output_modalities:
+            modality = session_settings.modality(patch.output_modalities, self.server)
         item = Item(new_id("item"), "assistant", [], modality == "audio", "in_progress")
         output = patch.audio and patch.audio.output
         chosen = output and output.format and output.format.type
-        encoder = Encoder(chosen or self.settings["output_format"])
+        encoder = Encoder(chosen or self.settings.output_format)
         asked = list(self.conversation.items)
         response = Response(item, asked, modality, encoder, patch.metadata, time.monotonic())
         stopping = [other.task for other in self.responses.values() if other.task]
@@ -427,15 +375,15 @@ class Realtime(Connection):
                     raise EventError(f"the user's audio cannot be used: {error}") from None
                 item.hearing = None
         self.conversation.forget_features(self.worker.max_segments)
-        limit = patch.max_output_tokens or self.settings["max_output_tokens"]
+        limit = patch.max_output_tokens or self.settings.max_output_tokens
         temperature = patch.temperature
         options = answering.options_of(
             self.worker.options,
             None if limit == "inf" else limit,
-            self.settings["temperature"] if temperature is None else temperature,
+            self.settings.temperature if temperature is None else temperature,
             response.modality == "audio",
         )
-        instructions = patch.instructions or self.settings["instructions"]
+        instructions = patch.instructions or self.settings.instructions
         output = patch.audio and patch.audio.output
         name = self.server.voices.find(output.voice) if output and output.voice else None
 
