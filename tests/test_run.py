@@ -446,7 +446,7 @@ def test_spoken_samples(toy, talks, tmp_path, monkeypatch):
     second = encode_clip(data.clip(data.dialogue(1).turns[0].clip), recordings.INPUT_RATE)
     file.write_bytes(file.read_bytes().replace(second[-100:], b"damaged" + second[-93:]))
     out = tmp_path / "run"
-    run(toy(validation=str(damaged), validate_every=2), out)
+    run(toy(validation=str(damaged), validate_every=2, steps=2), out)
     folder = out / "samples" / "2"
     assert {path.name for path in folder.iterdir()} == {"0.txt", "0.wav"}
     np.testing.assert_array_equal(questions, [data.clip(data.dialogue(0).turns[0].clip)])
