@@ -15,8 +15,8 @@ from omni2_jax.convert import read
 from omni2_jax.generate import read_write
 from omni2_jax.generate.options import Options
 from omni2_jax.generate.read_write_state import IDLE, ReadWriteState, Request
-from omni2_jax.models.layers import scan
 from omni2_jax.models.model import SPEECH, abstract_model
+from omni2_jax.models.stacks import scan
 from tests.support.networks import compiled
 
 CASES = "ABCDE"

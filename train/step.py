@@ -15,7 +15,7 @@ import optax
 from jax.sharding import Mesh
 
 from omni2_jax import sharding
-from omni2_jax.models.layers import unstack_all
+from omni2_jax.models.stacks import unstack_all
 from omni2_jax.train import optimizer
 from omni2_jax.train.weights import Params, Weights
 

@@ -12,9 +12,10 @@ import numpy as np
 from flax import nnx
 
 from omni2_jax.config import FRAMES_PER_UNIT, SpeechTokenizerConfig
-from omni2_jax.models.layers import Linear, inside, scan, stack
+from omni2_jax.models.layers import Linear, inside
 from omni2_jax.models.speech_encoder import gelu
 from omni2_jax.models.speech_tokenizer import Block
+from omni2_jax.models.stacks import scan, stack
 
 Array = jax.Array
 

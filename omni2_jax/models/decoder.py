@@ -17,7 +17,8 @@ from flax import nnx
 from omni2_jax.config import DecoderConfig
 from omni2_jax.models.fusing import Fusing
 from omni2_jax.models.kv_cache import Cache
-from omni2_jax.models.layers import Embedding, Linear, RMSNorm, attention, scan, stack
+from omni2_jax.models.layers import Embedding, Linear, RMSNorm, attention
+from omni2_jax.models.stacks import scan, stack
 from omni2_jax.sharding import constrain
 
 Array = jax.Array
@@ -166,7 +167,7 @@ class Decoder(nnx.Module):
         With a cache x continues its rows: keys and values are written at `positions`, except at
         padding (-1), and a query attends to all positions up to its own. The hidden states are
         those after the last norm.
-        remat: what training keeps of a layer, see `layers.scan`. segments [B, T]: for rows without
+        remat: what training keeps of a layer, see `stacks.scan`. segments [B, T]: for rows without
         a cache that hold several texts one after the other, the number of the text of each
         position; a text sees itself alone. live: how many positions of the cache are read, all by
         default; those of every query must be among them.

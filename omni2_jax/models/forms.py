@@ -23,7 +23,8 @@ from flax import nnx
 from omni2_jax import sharding
 from omni2_jax.models.flow import estimator
 from omni2_jax.models.fusing import Fusing
-from omni2_jax.models.layers import Conv1d, Embedding, Linear, is_unrolled, unstack
+from omni2_jax.models.layers import Conv1d, Embedding, Linear
+from omni2_jax.models.stacks import is_unrolled, unstack
 
 if TYPE_CHECKING:
     from omni2_jax.models.model import Model

@@ -10,7 +10,8 @@ from flax import nnx
 
 from omni2_jax.config import SpeechEncoderConfig, SpeechTokenizerConfig
 from omni2_jax.config.parts import WeightType
-from omni2_jax.models.layers import Conv1d, LayerNorm, Linear, attention, param, scan, stack
+from omni2_jax.models.layers import Conv1d, LayerNorm, Linear, attention, param
+from omni2_jax.models.stacks import scan, stack
 from omni2_jax.sharding import constrain
 
 Array = jax.Array

@@ -23,16 +23,9 @@ from omni2_jax.config import SpeechTokenizerConfig
 from omni2_jax.files import atomic_write
 from omni2_jax.models import speech_encoder
 from omni2_jax.models.decoder import rope
-from omni2_jax.models.layers import (
-    Conv1d,
-    DepthwiseConv1d,
-    Linear,
-    attention,
-    inside,
-    scan,
-    stack,
-)
+from omni2_jax.models.layers import Conv1d, DepthwiseConv1d, Linear, attention, inside
 from omni2_jax.models.speech_encoder import gelu
+from omni2_jax.models.stacks import scan, stack
 from omni2_jax.validation import validated
 
 Array = jax.Array

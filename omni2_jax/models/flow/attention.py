@@ -12,7 +12,7 @@ from flax import nnx
 
 from omni2_jax.models.flow.cache import Maybe, RingKVCache
 from omni2_jax.models.flow.mask import Window
-from omni2_jax.models.layers import scan
+from omni2_jax.models.stacks import scan
 from omni2_jax.sharding import constrain
 
 Array = jax.Array
@@ -83,7 +83,7 @@ def run_blocks(
     """x [B, T, C] through stacked transformer blocks -> ([B, T, C], cache).
 
     The cache is at the layer of the first block, and comes back at the layer after the last one.
-    remat: what training, which has no cache, keeps of a block, see `layers.scan`. By default its
+    remat: what training, which has no cache, keeps of a block, see `stacks.scan`. By default its
     attention is computed again in the backward pass: saving all of its activations takes 115 GB for
     16 replies of 20 s.
     """

@@ -19,7 +19,8 @@ from omni2_jax.models.flow.cache import ConvCache, Maybe, RingKVCache
 from omni2_jax.models.flow.conv import CausalConv, by_row
 from omni2_jax.models.flow.mask import Window
 from omni2_jax.models.fusing import Fusing
-from omni2_jax.models.layers import Conv1d, LayerNorm, Linear, is_unrolled, param, stack
+from omni2_jax.models.layers import Conv1d, LayerNorm, Linear, param
+from omni2_jax.models.stacks import is_unrolled, stack
 
 Array = jax.Array
 

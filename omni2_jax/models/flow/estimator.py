@@ -30,16 +30,8 @@ from omni2_jax.models.flow.estimator_cache import (
 )
 from omni2_jax.models.flow.mask import Window
 from omni2_jax.models.fusing import Fusing
-from omni2_jax.models.layers import (
-    Identity,
-    LayerNorm,
-    Linear,
-    constant,
-    freed,
-    is_unrolled,
-    scan,
-    stack,
-)
+from omni2_jax.models.layers import Identity, LayerNorm, Linear, constant, freed
+from omni2_jax.models.stacks import is_unrolled, scan, stack
 
 Array = jax.Array
 
