@@ -13,7 +13,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr
 from benchmarks.sizes import SIZES
 from omni2_jax import sharding
 from omni2_jax.config import Omni2Config
-from omni2_jax.models import layers
+from omni2_jax.models import stacks
 from omni2_jax.train import flops
 from omni2_jax.train.settings import Bucket, TrainConfig
 from omni2_jax.train.stages import flow, stage_of
@@ -130,7 +130,7 @@ def test_speech_stage():
 
 def test_flow(monkeypatch):
     """Without what is computed once a recording, as the embedding of time; so within 0.4 %."""
-    monkeypatch.setitem(layers.REMAT, "full", layers.REMAT["none"])
+    monkeypatch.setitem(stacks.REMAT, "full", stacks.REMAT["none"])
     result = traced(sized("flow", Bucket(0, 0, 64)))
     np.testing.assert_allclose(result.counted_forward, result.forward - result.voice, rtol=4e-3)
     np.testing.assert_allclose(result.counted_both, result.both - result.voice, rtol=4e-3)
