@@ -4,7 +4,6 @@ import dataclasses
 import json
 import re
 import shutil
-from pathlib import Path
 
 import jax
 import pytest
@@ -15,6 +14,7 @@ from omni2_jax.train.data.dataset import Dataset
 from omni2_jax.train.loop import Run
 from omni2_jax.train.settings import Bucket
 from omni2_jax.train.unit_origin import disagreement
+from tests.support.releases import linked
 
 
 @pytest.fixture
@@ -52,15 +52,29 @@ def test_checkpoint(made_by, speech_tokenizer_dir):
     assert f"data (of-other): 2b, checkpoint ({speech_tokenizer_dir}): {own};" in found
 
 
-def test_a_run_says_so(toy, made_by, tmp_path, capsys):
+def test_a_run_says_so(toy, made_by, tmp_path, monkeypatch, capsys):
     """Only that of a stage which reads units."""
+    data, other = made_by("data", "1a"), made_by("other", "2b")
+    monkeypatch.setattr(Run, "steps_from", lambda _, first, state, saved: (state, first))
 
-    def said(config, out: Path) -> str:
+    def said(config) -> str:
         paths = {"data": str(data.path), "validation": str(other.path)}
-        Run(dataclasses.replace(config, **paths), out, jax.devices()[:1]).compare_units()
+        Run(dataclasses.replace(config, **paths), tmp_path / config.stage, jax.devices()[:1]).go()
         return capsys.readouterr().err
 
-    data, other = made_by("data", "1a"), made_by("other", "2b")
     heard = toy(stage1a.config, buckets=(Bucket(2, 800),))
-    assert "not of one speech tokenizer" in said(toy(stage1b.config), tmp_path / "1b")
-    assert "speech tokenizer" not in said(heard, tmp_path / "1a")
+    assert "not of one speech tokenizer" in said(toy(stage1b.config))
+    assert "speech tokenizer" not in said(heard)
+
+
+def test_a_tokenizer_that_cannot_be_read(
+    toy, made_by, checkpoint_dir, speech_tokenizer_dir, tmp_path
+):
+    """The run is refused before anything is written."""
+    start = linked(checkpoint_dir, tmp_path / "start")
+    linked(speech_tokenizer_dir / "params/speech_tokenizer", start / "params/speech_tokenizer")
+    (start / "speech_tokenizer.json").write_text("{")
+    settings = toy(checkpoint=str(start), data=str(made_by("data", "1a").path))
+    with pytest.raises(ValueError, match=r"speech_tokenizer\.json is not a .*: it is not JSON"):
+        Run(settings, tmp_path / "run", jax.devices()[:1])
+    assert not (tmp_path / "run").exists()

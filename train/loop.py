@@ -65,6 +65,7 @@ class Run:
         if train.validation:
             once = dataclasses.replace(train, steps=None, epochs=1.0, seed=0)
             self.validation = self.open(once, train.validation, "validation")
+        self.units_note = self.compare_units()
         self.steps = len(self.data.batches)
         self.metadata = {
             "config": dataclasses.asdict(train),
@@ -90,7 +91,8 @@ class Run:
             if jax.process_index() == 0:
                 stack.enter_context(saved_states.locked(self.out))
                 saved_states.write_metadata(self.out, self.metadata)
-                self.compare_units()
+                if self.units_note:
+                    say(self.units_note)
             weights.sync("run.json")
             with SavedStates(self.out, self.train.keep) as saved:
                 shardings = self.objective.shardings(trained, self.mesh)
@@ -102,14 +104,13 @@ class Run:
             self.finish(state, done)
             return done == self.steps
 
-    def compare_units(self) -> None:
-        """Say so if the units that the stage reads are not all of one speech tokenizer."""
+    def compare_units(self) -> str:
+        """A note if the units that the stage reads are not all of one speech tokenizer, else ""."""
         if not self.stage.reads_units:
-            return
+            return ""
         splits = {"data": self.data, "validation": self.validation}
         data = {name: split.examples.data for name, split in splits.items() if split}
-        if note := unit_origin.disagreement(self.start, data):
-            say(note)
+        return unit_origin.disagreement(self.start, data)
 
     def first_state(self, trained: weights.Params, shardings: Any, saved: SavedStates):
         """The last saved state or a new one, and its step. Empties `trained`, to free memory."""
