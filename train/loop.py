@@ -131,7 +131,7 @@ class Run:
         reporter.print_table(self.frozen)
         validator = self.validator()
         with reporter:
-            if self.is_validated(first) and self.lacks_validation(reporter):
+            if self.is_validation_due(first) and self.lacks_validation(reporter):
                 self.validate(validator, state, first, reporter)
             batches = reporter.clock.timed(self.data.loader.start(first))
             for number, (batch, rows) in enumerate(batches, first):
@@ -144,7 +144,7 @@ class Run:
                 is_last = done == self.steps
                 stops = not is_last and self.should_stop(done)
                 saves = stops or is_last or done % train.save_every == 0
-                validates = not stops and self.is_validated(done)
+                validates = not stops and self.is_validation_due(done)
                 if saves or validates:
                     # A state is saved only if its step's metrics are finite.
                     reporter.end_step(pending)
@@ -158,8 +158,8 @@ class Run:
                     break
         return state, done
 
-    def is_validated(self, done: int) -> bool:
-        """Whether the state after `done` steps is one that is validated."""
+    def is_validation_due(self, done: int) -> bool:
+        """Whether a run validates its state after `done` steps."""
         return done == self.steps or done % self.train.validate_every == 0
 
     def validate(

@@ -1,7 +1,7 @@
 """Whose units a run reads.
 
-The units of two speech tokenizers are numbers of the same range. A run that mixes them fails
-nowhere; it learns a voice that says something else.
+The units of two speech tokenizers are numbers of the same range. A run that mixes them does
+not fail, but it learns wrong words or sounds for its units.
 """
 
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ from omni2_jax.train.data.dataset import Dataset
 
 
 def disagreement(checkpoint: Path, data: Mapping[str, Dataset]) -> str:
-    """A line about units of different speech tokenizers; "" if those of a run seem to be of one.
+    """One line if the units of a run may be of several speech tokenizers, otherwise "".
 
     checkpoint: the one that the run starts from. data: its data sets by their setting. Units that
     `omni2 prepare` did not make are of an unknown tokenizer and not compared. A tokenizer whose
@@ -31,6 +31,6 @@ def disagreement(checkpoint: Path, data: Mapping[str, Dataset]) -> str:
         return ""
     listed = ", ".join(f"{name}: {fingerprint}" for name, fingerprint in made_by.items())
     return (
-        f"the units are not of one speech tokenizer: {listed}; if these differ by more than "
-        "rounding, make the units anew with omni2 prepare --speech-tokenizer"
+        f"the units may be of several speech tokenizers: {listed}; unless these are one tokenizer "
+        "with rounded parameters, make the units again with omni2 prepare --speech-tokenizer"
     )

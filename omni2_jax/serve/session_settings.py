@@ -87,7 +87,7 @@ class SessionSettings:
 
 
 def modality(modalities: Sequence[str], server: "Server") -> Modality:
-    """The one that a client gets of those that it wants.
+    """The modality of the answers, from the list of those that a client asks for.
 
     Raises EventError for audio of a model that does not speak.
     """
