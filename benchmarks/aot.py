@@ -306,7 +306,7 @@ def main(
     job: Annotated[
         str,
         typer.Option(
-            help="train: stage I(a); train2: stage II; prefill: of a turn; step: of all slots."
+            help="train: stage 1a; train2: stage 2; prefill: of a turn; step: of all slots."
         ),
     ],
     mesh: Annotated[

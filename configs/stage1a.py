@@ -1,4 +1,4 @@
-"""Stage I(a), speech to text: the adapter and all of the LLM (paper section 4.1).
+"""Stage 1a, speech to text: the adapter and all of the LLM (paper section 4.1).
 
 omni2 train --config stage1a --set checkpoint=start --set data=dialogues --out runs/1a
 

@@ -1,8 +1,8 @@
-"""Stage I(b), text to speech: the speech LM on single replies, without the LLM (paper section 4.1).
+"""Stage 1b, text to speech: the speech LM on single replies, without the LLM (paper section 4.1).
 
 omni2 train --config stage1b --set checkpoint=runs/1a/final --set data=dialogues --out runs/1b
 
---set layout=offline trains the paper's offline TTS (table 4).
+--set layout=offline trains offline text to speech (table 3; with stage 2 in this layout: table 4).
 --set reset=speech_lm initialises the speech LM at random (table 3, "scratch").
 """
 

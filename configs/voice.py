@@ -1,5 +1,6 @@
-"""One voice from nothing, to be trained on an hour of recordings: a speech tokenizer of 2187 units
-(0.5M parameters), a flow (2.6M) and a vocoder (0.7M).
+"""One voice from nothing: a speech tokenizer of 2187 units (0.5M parameters), a flow (2.6M) and a
+vocoder (0.7M). An hour of recordings is enough for all but the flow, which stops improving early
+with so few; examples/joe/README.md has its figures with nine hours.
 
 omni2 new --config voice --parts speech_tokenizer --out start
 omni2 new --config voice --parts flow,vocoder --out voice

@@ -2,7 +2,7 @@
 # The paper's ablations: train the variants of tables 2, 3 and 5, measure them, change R and W as in
 # table 4, and write one report with the paper's rows beside the measured ones.
 #
-#   pip install 'omni2-jax[convert,train,evaluate,cuda]'      # on a TPU: [...,tpu]
+#   pip install -e '.[convert,train,evaluate,cuda]'      # in the root of the checkout; on a TPU: tpu
 #   START=runs-7b/start SOURCE=spoken/data.jsonl TOKENIZER=runs-7b/tokenizer \
 #       QUESTIONS="llama-questions.jsonl web-questions.jsonl" \
 #       MEASURE="--task spoken-qa --task asr-wer --recogniser Systran/faster-whisper-large-v3 --device cuda" \

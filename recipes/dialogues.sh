@@ -4,7 +4,7 @@
 # weights to start from and sees too little to answer well; the same commands with real parts are in
 # the README. On two CPU cores it takes about ten minutes.
 #
-#   pip install 'omni2-jax[convert,train,synthesize,evaluate]'
+#   pip install -e '.[convert,train,synthesize,evaluate]'     # in the root of the checkout
 #   apt-get install espeak-ng flite            # two programs that speak
 #   bash recipes/dialogues.sh [DIRECTORY]      # default: ./dialogues-recipe
 #   OMNI2_WHISPER=Systran/faster-whisper-tiny.en bash recipes/dialogues.sh     # measures the spoken answers, too
@@ -44,7 +44,7 @@ for part in train test; do
         --out "$part"
 done
 
-# 4. Train stage I(a), speech to text, for about a minute.
+# 4. Train stage 1a, speech to text, for about a minute.
 [ -e run/final ] || omni2 train --config stage1a \
     --set checkpoint=start --set data=train --set validation=test \
     --set batch=8 --set steps=40 --set save_every=20 --set validate_every=20 \

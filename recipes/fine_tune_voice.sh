@@ -1,20 +1,25 @@
 #!/usr/bin/env bash
 # A voice of your own: fine-tune the flow on recordings of one speaker, then answer in that voice.
 #
-#   recordings/data.jsonl   one dialogue a line; the assistant's turns are the speaker's recordings:
-#     {"id": "0001", "turns": [{"role": "user", "text": "-"},
-#                              {"role": "assistant", "text": "what is said", "audio": "0001.wav"}]}
-#   omni2-7b                a checkpoint with a decoder, made by `omni2 convert`
-#   speech_tokenizer_v2.onnx  of CosyVoice2-0.5B; it turns the recordings into units
+#   pip install -e '.[convert,train,cuda]'       # in the root of the checkout
+#   CHECKPOINT=omni2-7b RECORDINGS=recordings PROMPT=recordings/0001.wav bash recipes/fine_tune_voice.sh
+#
+#   CHECKPOINT  has a decoder; `omni2 convert` makes it
+#   RECORDINGS  a folder of wavs and metadata.jsonl, one recording a line:
+#               {"audio": "0001.wav", "text": "what is said"}
+#   PROMPT      a few seconds of the speaker, for the voice's x-vector
+#   SPEECH_TOKENIZER  turns the recordings into units: a Hugging Face id, or the path of
+#               speech_tokenizer_v2.onnx; default: that of CosyVoice2-0.5B, as released models need
 #
 # A step whose result exists is left out, and a run that was cut off is resumed: after an
 # interruption start the script again. One GPU is enough.
 set -euo pipefail
 
+repository=$(cd "$(dirname "$0")/.." && pwd)
 checkpoint=${CHECKPOINT:-omni2-7b}
 recordings=${RECORDINGS:-recordings}
-tokenizer=${SPEECH_TOKENIZER:-speech_tokenizer_v2.onnx}
-prompt=${PROMPT:-recordings/0001.wav} # a few seconds of the speaker: the voice's x-vector
+tokenizer=${SPEECH_TOKENIZER:-FunAudioLLM/CosyVoice2-0.5B}
+prompt=${PROMPT:-$recordings/0001.wav}
 work=${WORK:-fine-tuned-voice}
 mkdir -p "$work"
 
@@ -32,5 +37,5 @@ mkdir -p "$work"
 
 # 3. Answer a question in that voice.
 omni2 chat --checkpoint "$work/run/final" --voice "$prompt" \
-    "${QUESTION:-examples/question.wav}" --out "$work/answer.wav"
+    "${QUESTION:-$repository/examples/question.wav}" --out "$work/answer.wav"
 echo "the answer is in $work/answer.wav"

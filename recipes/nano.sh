@@ -4,11 +4,11 @@
 # omni2_jax/nano/README.md says how the model in the package was made; this script as a whole has
 # not been run to those figures.
 #
-#   pip install 'omni2-jax[convert,train,synthesize,evaluate]'
+#   pip install -e '.[convert,train,synthesize,evaluate]'     # in the root of the checkout
 #   apt-get install espeak-ng flite
 #   pip install piper-tts                    # a separate program, which speaks the replies
 #   export PIPER_VOICE=.../en_US-joe-medium.onnx             # joe's voice is CC0
-#   export OMNI2_WHISPER=Systran/faster-whisper-tiny.en  # or its directory: the encoder, and the judge
+#   export OMNI2_WHISPER=Systran/faster-whisper-tiny.en  # or its directory: the encoder, and the recogniser
 #   export VOICE=.../voice-recipe/runs/flow/final   # its decoder; default: the voice in examples/joe
 #   bash recipes/nano.sh [DIRECTORY]         # default: ./nano-recipe
 #

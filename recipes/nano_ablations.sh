@@ -38,7 +38,7 @@ work=$PWD
 export SOURCE=$work/speech/train.jsonl TOKENIZER=$voice
 export CONFIGS="nano_1a nano_1b nano_2" HIDDEN=1 START=$work/heard
 export SETTINGS="--set validation=$work/validation --set validate_every=132"
-export SETTINGS_1B="--set batch=16 --set steps=1056"   # five epochs, as the paper's
+export SETTINGS_1B="--set batch=16 --set steps=1056"   # 5.8 epochs; the paper's has five
 export SETTINGS_2="--set steps=264"                    # one epoch, as the paper's
 measure="--recogniser ${OMNI2_WHISPER:?} --limit ${LIMIT:-60} --dataset held-out"
 export MEASURE="--task spoken-qa --task asr-wer $measure"

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The paper's LLaMA-Omni2-7B: from the published starting points to a model to talk to.
 #
-#   pip install 'omni2-jax[convert,train,cuda]'      # on a TPU: [convert,train,tpu]
+#   pip install -e '.[convert,train,cuda]'    # in the root of the checkout; on a TPU: tpu instead of cuda
 #   bash recipes/reproduce_7b.sh
 #
 # Settings (batch, rates, epochs) are those of the paper, section 4.1, in configs/stage*.py. A step
@@ -17,8 +17,11 @@
 #             --command "omni2 train --distributed --config stage1a --set checkpoint=... --out ..."
 set -euo pipefail
 
+repository=$(cd "$(dirname "$0")/.." && pwd)
 work=${WORK:-runs-7b}
-dialogues_json=${DIALOGUES:-InstructS2S-200K.json} # multi-turn spoken dialogues, see the paper, section 3
+# Multi-turn spoken dialogues (the paper, section 3): the file of ICTNLP/InstructS2S-200K, with its
+# archives unpacked beside it.
+dialogues_json=${DIALOGUES:-instruct_en_200k_data_cosy2.json}
 launch=${LAUNCH:-}
 flags=${FLAGS:-}
 mkdir -p "$work"
@@ -41,17 +44,17 @@ mkdir -p "$work"
 [ -e "$work/dialogues" ] || omni2 prepare \
     --source "$dialogues_json" --speech-tokenizer "$work/tokenizer" --out "$work/dialogues"
 
-# 4. Stage I(a), speech to text: 3 epochs of the adapter and the LLM.
+# 4. Stage 1a, speech to text: 3 epochs of the adapter and the LLM.
 [ -e "$work/1a/final" ] || $launch omni2 train $flags --config stage1a \
     --set checkpoint="$work/start" --set data="$work/dialogues" --set mesh.fsdp=-1 \
     --out "$work/1a"
 
-# 5. Stage I(b), text to speech: 5 epochs of the speech LM.
+# 5. Stage 1b, text to speech: 5 epochs of the speech LM.
 [ -e "$work/1b/final" ] || $launch omni2 train $flags --config stage1b \
     --set checkpoint="$work/1a/final" --set data="$work/dialogues" --set mesh.fsdp=-1 \
     --out "$work/1b"
 
-# 6. Stage II, speech to speech: 1 epoch of gate fusion and the speech LM. The LLM is frozen, so its
+# 6. Stage 2, speech to speech: 1 epoch of gate fusion and the speech LM. The LLM is frozen, so its
 #    hidden states could also be computed once, by `omni2 hidden`, and read with --set hidden=...
 [ -e "$work/2/final" ] || $launch omni2 train $flags --config stage2 \
     --set checkpoint="$work/1b/final" --set data="$work/dialogues" --set mesh.fsdp=-1 \
@@ -59,6 +62,6 @@ mkdir -p "$work"
 
 # 7. Talk to it. The voice is any recording of a few seconds.
 omni2 info "$work/2/final"
-omni2 chat --checkpoint "$work/2/final" "${QUESTION:-examples/question.wav}" \
-    --voice "${PROMPT:-examples/voice.wav}" --out "$work/answer.wav"
+omni2 chat --checkpoint "$work/2/final" "${QUESTION:-$repository/examples/question.wav}" \
+    --voice "${PROMPT:-$repository/examples/voice.wav}" --out "$work/answer.wav"
 echo "the answer is in $work/answer.wav"

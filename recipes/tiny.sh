@@ -2,7 +2,7 @@
 # The whole path at toy size: convert, prepare, train, answer. On a CPU it takes a few minutes,
 # most of which is compilation. The weights are random, so the answer is noise.
 #
-#   pip install 'omni2-jax[convert,train]'     # or, in a checkout: pip install -e '.[convert,train]'
+#   pip install -e '.[convert,train]'          # in the root of the checkout
 #   bash recipes/tiny.sh [DIRECTORY]           # default: ./tiny-recipe
 #
 # A step whose result exists is left out, and a run that was cut off is resumed: after an
@@ -25,7 +25,7 @@ omni2 info start
 # 2. Make a data set of four spoken dialogues.
 [ -e dialogues ] || omni2 prepare --source "$repository/examples/training" --out dialogues
 
-# 3. Train stage I(a), speech to text, for a few steps.
+# 3. Train stage 1a, speech to text, for a few steps.
 [ -e run/final ] || omni2 train --config stage1a \
     --set checkpoint=start --set data=dialogues \
     --set batch=4 --set steps=10 --set save_every=5 \

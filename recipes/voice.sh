@@ -3,10 +3,10 @@
 # another program speaks. Nothing released is needed. On two CPU cores it takes about a day; a part
 # that has learnt for an hour speaks already.
 #
-#   pip install 'omni2-jax[train,synthesize,evaluate]'
+#   pip install -e '.[train,synthesize,evaluate]'     # in the root of the checkout
 #   pip install piper-tts                    # a separate program; any other that writes wavs will do
 #   export PIPER_VOICE=.../en_US-joe-medium.onnx             # the voice to learn; joe's is CC0
-#   export OMNI2_WHISPER=Systran/faster-whisper-tiny.en  # or its directory: judges what can be understood
+#   export OMNI2_WHISPER=Systran/faster-whisper-tiny.en  # or its directory: the recogniser
 #   bash recipes/voice.sh [DIRECTORY]        # default: ./voice-recipe
 #
 # A step whose result exists is left out, and every command goes on where it was cut off: after an
@@ -25,8 +25,8 @@ if [ -n "${SMALL:-}" ]; then
     small=(--set steps=4 --set batch=2)
 fi
 
-# 1. Sentences: replies and questions of a grammar. With 40 minutes of speech
-# the flow stops improving early; piper speaks nine hours in one.
+# 1. Sentences: replies and questions of a grammar, nine hours of speech, which piper speaks in about
+# one hour. With 40 minutes of speech the flow stops improving early.
 grammar=$repository/recipes/nano/grammar.yaml
 [ -e replies.txt ] || omni2 synthesize dialogues --grammar "$grammar" \
     --sentences replies --count $replies --out replies.txt

@@ -183,7 +183,7 @@ def test_it_answers(start_dir):
 
 
 def test_without_a_speech_lm(qwen, tmp_path):
-    """What stage I(a) needs, in one go or one after the other."""
+    """What stage 1a needs, in one go or one after the other."""
     assert convert("--whisper", WHISPER, "--qwen", qwen, "--out", tmp_path / "one") == 0
     assert convert("--qwen", qwen, "--out", tmp_path / "two") == 0
     assert parameters.parts(tmp_path / "two") == ["llm"]

@@ -37,7 +37,7 @@ def arrange(
     """The layout of a reply.
 
     text: token ids, with the end token. units: 0..6560. offline: all of the text precedes the first
-    unit (the paper's offline TTS, table 4).
+    unit (offline text to speech in the paper's tables 3 and 4).
     """
     ids = config.tokens
     group_size = len(text) if offline else config.read

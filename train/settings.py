@@ -205,7 +205,7 @@ class TrainConfig:
     # What is trained. Which stages use rank, layout, mix, hidden and chunks is stated by the
     # stages.
     rank: int = 0  # stage 1a: train low-rank updates (LoRA) of this rank instead of the LLM
-    layout: Literal["read_write", "offline"] = "read_write"  # stages 1b and 2; offline: table 4
+    layout: Literal["read_write", "offline"] = "read_write"  # 1b and 2; offline: tables 3, 4
     # Stages 1b and 2: share of the units read that are random ones, for small data sets.
     unit_noise: float = 0.0
     mix: Literal["gate", "sum", "hidden"] = "gate"  # stage 2: ablations of gate fusion (table 2)

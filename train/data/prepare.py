@@ -205,7 +205,7 @@ def report(out: Path, info: Info, damaged: Damaged) -> None:
     console.print(table)
     if info.replies_with_units < questions and not info.tokenizer:
         console.print(
-            "replies without units are of use to stage I(a) only; --speech-tokenizer makes units "
+            "replies without units are of use to stage 1a only; --speech-tokenizer makes units "
             "of recordings",
             soft_wrap=True,
         )

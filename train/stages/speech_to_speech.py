@@ -1,7 +1,7 @@
 """Stage II: speech to speech. Gate fusion and the speech LM learn to speak from the LLM's hidden
 states (paper section 4.1).
 
-The loss is that of stage I(b). B batch, C segments (and replies), T LLM positions, S tokens of the
+The loss is that of stage 1b. B batch, C segments (and replies), T LLM positions, S tokens of the
 speech LM, D LLM width.
 """
 

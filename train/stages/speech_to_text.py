@@ -1,4 +1,4 @@
-"""Stage I(a): speech to text. The adapter and the LLM learn to answer spoken questions in text
+"""Stage 1a: speech to text. The adapter and the LLM learn to answer spoken questions in text
 (paper section 4.1).
 
 The loss is the cross-entropy of the assistant's text. A little LLM forgets its text unless some of

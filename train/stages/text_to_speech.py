@@ -1,4 +1,4 @@
-"""Stage I(b): text to speech. The speech LM learns to write units after text (paper section 4.1).
+"""Stage 1b: text to speech. The speech LM learns to write units after text (paper section 4.1).
 
 The loss is the cross-entropy of the units in the read/write layout (layout.py). B batch, S tokens,
 D width.
