@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import shutil
+import weakref
 
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +12,7 @@ import soundfile
 
 from omni2_jax.checkpoint import voices
 from omni2_jax.config import Omni2Config
-from omni2_jax.generate.omni2 import Answer, Omni2, describe
+from omni2_jax.generate.omni2 import BUCKET, MOST_ENGINES, Answer, Omni2, describe
 from omni2_jax.models.model import SPEECH
 from tests.support.conversations import CASES, GREEDY, clip, conversation
 
@@ -76,6 +77,27 @@ def test_answers_alike_share_an_engine(text_model):
         clip("speech_b"), options=dataclasses.replace(GREEDY, seed=3, top_p=0.9, max_new_tokens=20)
     )
     assert text_model.engines == engines
+
+
+def test_few_engines_are_kept(text_model):
+    """The last used ones; one that is given up lives as long as its session, and is updated."""
+    model = copy.copy(text_model)
+    model.engines, model.made = {}, weakref.WeakSet()
+    sizes = [BUCKET * number for number in range(1, MOST_ENGINES + 2)]
+    first = model.engine(GREEDY, sizes[0])
+    session = model.session(options=GREEDY, positions=sizes[1])
+    for size in sizes[2:-1]:
+        model.engine(GREEDY, size)
+    assert model.engine(GREEDY, sizes[0]) is first and len(model.engines) == MOST_ENGINES
+    model.engine(GREEDY, sizes[-1])  # takes the place of the session's
+    assert len(model.engines) == MOST_ENGINES and session.engine not in model.engines.values()
+    assert model.engine(GREEDY, sizes[0]) is first
+    params = dict(model.params)
+    model.update(params)
+    assert all(engine.params is params for engine in (first, session.engine))
+    given_up = weakref.ref(session.engine)
+    del session
+    assert given_up() is None
 
 
 def test_voices(model, tmp_path, monkeypatch):

@@ -386,6 +386,15 @@ def test_text_turns_and_instructions(text_model):
     assert said(fresh.reply("And now?"))[0] == tokenizer.decode(session.turns[2].answer)
 
 
+def test_long_instructions_have_room(text_model):
+    """The cache that is made for a number of turns holds the instructions, too."""
+    instructions = "Answer in French. " * 120
+    tokens = len(text_model.tokenizer.answer(instructions))
+    session = text_model.session(options=QUICK, turns=1, instructions=instructions)
+    assert tokens > text_model.session(options=QUICK, turns=1).engine.engine_config.llm_capacity
+    assert said(session.respond(SHORT))[0] and session.length > tokens
+
+
 def test_truncate_forgets_what_was_not_heard(text_model):
     """The next turn follows the tokens that are kept, as if the answer had ended there."""
     session = text_model.session(options=GREEDY, turns=1)

@@ -11,6 +11,7 @@
 import dataclasses
 import functools
 import json
+import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,6 +54,8 @@ BUCKET = 256  # buffer sizes are multiples of this, so that few sizes are ever c
 REPEAT = "Please repeat this: {}"
 SAID_NOTHING = "the model said nothing: its speech LM wrote no unit"
 DEFAULT_SLOTS = 8  # conversations that `Omni2.streams` answers at the same time at most
+# Engines that a model keeps. One for a conversation has 2 GiB of buffers at 0.5B in float32.
+MOST_ENGINES = 4
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,8 @@ class Omni2:
         self.directory, self.config, self.graph, self.params = directory, config, graph, params
         self.tokenizer, self.defaults = tokenizer, defaults
         self.dtype = language_dtype(params)
-        self.engines: dict[EngineConfig, Engine] = {}
+        self.engines: dict[EngineConfig, Engine] = {}  # the last used ones; the newest is the last
+        self.made: weakref.WeakSet[Engine] = weakref.WeakSet()  # those that sessions hold, too
         self.voices: dict[str | None, jax.Array] = {}  # x-vectors of the voices used so far
         mesh = sharding.mesh_of(params)
 
@@ -139,7 +143,7 @@ class Omni2:
     def update(self, params: dict) -> None:
         """Replace the parameters by others of the same shapes. Nothing is compiled again."""
         self.params = params
-        for engine in self.engines.values():
+        for engine in self.made:
             engine.params = params
 
     def hear(self, sound: Sound, long_turns: str = "refuse") -> list[jax.Array]:
@@ -186,7 +190,9 @@ class Omni2:
     def engine(self, options: Options, prompt: int, slots: int = 1) -> Engine:
         """The engine for prompts of up to `prompt` positions.
 
-        Options that need the same buffers share an engine, so that nothing is compiled again.
+        Options that need the same buffers share an engine, so that nothing is compiled again. The
+        MOST_ENGINES that were used last are kept; others live as long as a session or an answer
+        that uses them.
         """
         units, speech = longest_answer(self.config, options.max_new_tokens, options.max_flush_units)
         max_units, left_chunks = round_up(units), options.left_chunks
@@ -206,11 +212,14 @@ class Omni2:
             units_only=options.unit_vocabulary == "units",
             seamless=options.seamless,
         )
-        if engine_config not in self.engines:
-            self.engines[engine_config] = Engine(
-                self.config, self.graph, self.params, engine_config
-            )
-        return self.engines[engine_config]
+        engine = self.engines.pop(engine_config, None)
+        while len(self.engines) >= MOST_ENGINES:
+            del self.engines[next(iter(self.engines))]
+        if engine is None:
+            engine = Engine(self.config, self.graph, self.params, engine_config)
+            self.made.add(engine)
+        self.engines[engine_config] = engine
+        return engine
 
     def session(
         self,
@@ -224,15 +233,17 @@ class Omni2:
     ) -> Session:
         """A conversation of several turns. overflow, instructions: see `Session`.
 
-        turns, segments: how many turns the conversation will have at most, and segments in them, if
-        that is known: then the LLM's cache is made for these, otherwise for the longest
-        conversation that the checkpoint allows. positions: instead of both, as in `streams`.
+        turns, segments: how many spoken turns the conversation will have at most, and segments in
+        them, if that is known: then the LLM's cache is made for these and the instructions,
+        otherwise for the longest conversation that the checkpoint allows. positions: instead of
+        both, as in `streams`; needed where long texts are asked.
         Raises ValueError for an unknown voice or overflow.
         """
         options = options or Options()
         if turns and not positions:
             positions = (segments or turns) * self.tokenizer.positions
             positions += turns * (TEMPLATE + options.max_new_tokens)
+            positions += len(self.tokenizer.answer(instructions or ""))
         positions = min(positions or self.config.max_prompt, self.config.max_prompt)
         hear = functools.partial(self.hear, long_turns=options.long_turns)
         engine, request = self.engine(options, positions), self.request(options)
