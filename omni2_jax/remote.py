@@ -145,18 +145,23 @@ class Mirror:
             return
         self.temporary = tempfile.TemporaryDirectory(prefix="omni2-run-")
         self.local = Path(self.temporary.name)
-        self.copied: dict[Path, tuple[int, int]] = {}
         for name in names:
             if (directory / name).exists():
                 copy_files(directory, self.local, [directory / name])
+        self.copied = {path: version(path) for path in files(self.local)}
 
     def push(self) -> None:
-        """Copy what has changed since the last call."""
+        """Copy what has changed since the last call, or since it was fetched."""
         if self.local == self.directory:
             return
         for path in list(files(self.local)):
-            state = path.stat()
-            version = (state.st_size, state.st_mtime_ns)
-            if self.copied.get(path) != version:
+            state = version(path)
+            if self.copied.get(path) != state:
                 copy_files(self.local, self.directory, [path])
-                self.copied[path] = version
+                self.copied[path] = state
+
+
+def version(path: Path) -> tuple[int, int]:
+    """What changes when a local file is written: its size in bytes, and its time in ns."""
+    state = path.stat()
+    return state.st_size, state.st_mtime_ns

@@ -4,6 +4,7 @@ service."""
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -18,6 +19,8 @@ from omni2_jax.train.data import prepare
 from omni2_jax.train.data.dataset import Dataset
 from omni2_jax.train.hidden_states import HiddenStates
 from omni2_jax.train.loop import Run
+from omni2_jax.train.reporter import Reporter
+from omni2_jax.train.settings import TrainConfig
 from tests.support.bucket import Bucket, serve
 from tests.support.commands import process
 from tests.support.jobs import calls, items, job, write
@@ -96,6 +99,36 @@ def test_a_copy_is_made_once_and_follows_changes(bucket):
     (source / "a").write_text("2")
     assert (remote.local_copy(source) / "a").read_text() == "2"
     assert remote.local_copy(copy) == copy
+
+
+def test_what_was_fetched_is_not_copied_back(bucket):
+    """Unless it has changed: another process may have written a newer one in the meantime."""
+    directory = remote.as_path("gs://speech/mirrored")
+    (directory / "old").write_text("1")
+    mirror = remote.Mirror(directory, ["old", "missing"])
+    (mirror.local / "new").write_text("2")
+    (directory / "old").write_text("3")
+    mirror.push()
+    assert (directory / "old").read_text() == "3" and (directory / "new").read_text() == "2"
+    (mirror.local / "old").write_text("12")
+    mirror.push()
+    assert (directory / "old").read_text() == "12"
+
+
+def test_only_the_first_process_mirrors_the_metrics(bucket, monkeypatch):
+    directory = remote.as_path("gs://speech/processes")
+    (directory / "metrics.jsonl").write_text('{"step": 0}\n')
+    stage = SimpleNamespace(train=TrainConfig("1b"))
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    other = Reporter(stage, directory, SimpleNamespace(batches=[]), None, 1)
+    assert list(other.out.iterdir()) == []
+    (other.out / "bad-batch-1-1.npz").write_bytes(b"1")
+    other.push()
+    names = ["speech/processes/bad-batch-1-1.npz", "speech/processes/metrics.jsonl"]
+    assert bucket.names("speech/processes") == names
+    monkeypatch.setattr(jax, "process_index", lambda: 0)
+    first = Reporter(stage, directory, SimpleNamespace(batches=[]), None, 1)
+    assert (first.out / "metrics.jsonl").read_text() == '{"step": 0}\n'
 
 
 def test_a_checkpoint_is_read_from_a_bucket(tiny, checkpoint_dir, text_model):

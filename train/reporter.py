@@ -42,11 +42,12 @@ class Reporter:
 
     def __init__(self, stage: Stage, out: Path, split: Split, weights: Weights, first: int):
         self.stage, self.train = stage, stage.train
-        self.mirror = remote.Mirror(out, ["metrics.jsonl"])
+        self.is_first_process = jax.process_index() == 0
+        # Only the first process goes on with the file: another one would upload its old copy of it.
+        self.mirror = remote.Mirror(out, ["metrics.jsonl"] if self.is_first_process else [])
         self.out = self.mirror.local
         self.split, self.weights = split, weights
         self.first, self.steps = first, len(split.batches)
-        self.is_first_process = jax.process_index() == 0
         self.metrics = Metrics(self.out, first) if self.is_first_process else None
         name = f"stage {self.train.stage}"
         self.line = Line(name, self.steps, first, enabled=self.is_first_process)
