@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -24,11 +25,13 @@ from omni2_jax.generate.omni2 import Answer, Omni2, Options
 from omni2_jax.models.layers import LORA_SCALE
 from omni2_jax.train import sampler, step, weights
 from omni2_jax.train.data.dataset import Dataset
+from omni2_jax.train.data.loader import Source
 from omni2_jax.train.data.records import encode_clip
 from omni2_jax.train.loop import Run
 from omni2_jax.train.reporter import Reporter
 from omni2_jax.train.settings import Bucket, MeshConfig, OptimizerConfig, TrainConfig
 from omni2_jax.train.stages import stage_of
+from omni2_jax.train.validator import Validator
 from tests.support import xla
 from tests.support.compare import tree_equal
 from tests.support.paths import ROOT
@@ -479,6 +482,24 @@ def test_examples_that_are_left_out(toy, talks, tmp_path, monkeypatch, capsys):
     )
     notes = re.findall(f"{damaged}: dialogue 1 is damaged: .*; (.*)", capsys.readouterr().err)
     assert sorted(notes) == ["left out", "left out of the validation"]
+
+
+def test_each_process_prints_the_damage_that_it_meets(tmp_path, monkeypatch, capsys):
+    """Of several processes, another one than the first."""
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    stage = SimpleNamespace(train=TrainConfig("1b"), report=lambda sums: {})
+    source = Source(None, None, [], slice(0, 1))
+    loader = SimpleNamespace(source=source, start=lambda step: iter([]))
+    split = SimpleNamespace(batches=[], loader=loader)
+    reporter = Reporter(stage, tmp_path, split, None, 0)
+    source.damaged[3] = "clip 6 is damaged"
+    assert (reporter.report_damaged(), reporter.report_damaged()) == (1, 1)
+    assert capsys.readouterr().err == "clip 6 is damaged; left out\n"
+    validator = Validator.__new__(Validator)
+    validator.stage, validator.split, validator.sampler = stage, split, None
+    source.damaged[4] = "clip 8 is damaged"
+    validator.run({}, 1, reporter)
+    assert capsys.readouterr().err == "clip 8 is damaged; left out of the validation\n"
 
 
 @pytest.mark.slow

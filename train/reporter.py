@@ -2,8 +2,8 @@
 
     RUN/metrics.jsonl  tensorboard/  left-out.txt  profile/  bad-batch-STEP-PROCESS.npz
 
-All processes of a run call a reporter; only the first one prints and writes, except a bad batch,
-which each process saves.
+All processes of a run call a reporter; only the first one prints and writes. But each process saves
+its rows of a bad batch, and prints the damaged records that it meets: others may not read them.
 """
 
 from collections import Counter
@@ -73,7 +73,7 @@ class Reporter:
         self.mirror.push()
 
     def say(self, text: str) -> None:
-        """Print a note."""
+        """Print a note, on the first process."""
         if self.is_first_process:
             say(text)
 
@@ -132,10 +132,10 @@ class Reporter:
         return values
 
     def report_damaged(self) -> int:
-        """The number of records that could not be read so far; each is printed once."""
+        """How many records this process could not read so far; each is printed once."""
         source = self.split.loader.source
         for reason in source.new_damage():
-            self.say(f"{reason}; left out")
+            say(f"{reason}; left out")
         return len(source.damaged)
 
     def print_table(self, frozen: Params) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 
 from omni2_jax.audio import recordings
 from omni2_jax.checkpoint.tokenizer import Tokenizer
+from omni2_jax.console import say
 from omni2_jax.train import step, weights
 from omni2_jax.train.data.dataset import RecordError
 from omni2_jax.train.reporter import Reporter
@@ -37,7 +38,8 @@ class Validator:
     def run(self, params: weights.Params, done: int, reporter: Reporter) -> None:
         """Report the measurements after `done` steps, and the answers to some questions.
 
-        Each damaged record of the validation data is printed once in a run.
+        Each damaged record of the validation data is printed once in a run, by the process that
+        reads it.
         """
         sums: dict[str, np.ndarray] = {}
         for batch, _ in self.split.loader.start(0):
@@ -46,7 +48,7 @@ class Validator:
                 # In float64: float32 would lose the small terms of a long sum.
                 sums[name] = sums.get(name, 0) + np.asarray(value, np.float64)
         for reason in self.split.loader.source.new_damage():
-            reporter.say(f"{reason}; left out of the validation")
+            say(f"{reason}; left out of the validation")
         measured = self.stage.report(sums)
         if reporter.metrics:
             reporter.metrics.write(done - 1, measured)
