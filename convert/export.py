@@ -7,7 +7,7 @@ file, spk2info.pt and the yaml.
 import contextlib
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,24 +36,27 @@ from omni2_jax.convert.precision import quantized_parts
 from omni2_jax.convert.tables import flow, omni2
 
 SHARD_BYTES = 2 * 2**30  # also bounds the host memory of an export
+DECODER_ALONE = "to write its decoder, make a checkpoint of it with omni2 join decoder=CKPT"
 
 
 def write(directory: Path, out: Path, progress: rich.progress.Progress) -> None:
     """Write the checkpoint `directory` in the released layout as `out`, whole or not at all.
 
-    Raises ConversionError if it holds neither a whole language side nor a decoder, if the released
-    layout cannot hold one of its parts, or if it is damaged or in Cloud Storage; ValueError if
-    `out` cannot be written.
+    Raises ConversionError if it holds neither a whole language side nor a decoder, or a language
+    side that is not whole, if the released layout cannot hold one of its parts, or if it is damaged
+    or in Cloud Storage; ValueError if `out` cannot be written.
     """
     if remote.is_remote(directory):
         raise ConversionError(f"{directory} is in Cloud Storage; copy it to this machine first")
     config, present = Omni2Config.load(directory / "config.json"), parameters.parts(directory)
     language = all(part in present for part in LANGUAGE_PARTS)
+    check_fusion(directory, config, present)
     if not language and "flow" not in present:
         raise ConversionError(
             f"{directory} holds {', '.join(present) or 'no parameters'}: "
             "neither a whole LLaMA-Omni2 nor its decoder"
         )
+    check_language(directory, present)
     if "flow" in present and "vocoder" not in present:
         raise ConversionError(
             f"{directory} has a flow and no vocoder; the released layout holds both or neither"
@@ -65,6 +68,26 @@ def write(directory: Path, out: Path, progress: rich.progress.Progress) -> None:
             write_omni2(directory, config, partial / "LLaMA-Omni2", progress)
         if "flow" in present:
             write_decoder(directory, config, partial / "cosy2_decoder", progress)
+
+
+def check_fusion(directory: Path, config: Omni2Config, present: Collection[str]) -> None:
+    """Raise ConversionError if the speech LM's input is not what the released code gives it."""
+    if {"llm", "speech_lm"} <= set(present) and config.mix != "gate":
+        advice = f"; {DECODER_ALONE}" if "flow" in present else ""
+        raise ConversionError(
+            f'{directory}: its mix is "{config.mix}", but the released model has gate fusion only, '
+            f"so its language side cannot be written with --to-torch{advice}"
+        )
+
+
+def check_language(directory: Path, present: Collection[str]) -> None:
+    """Raise ConversionError if some parts of the language side are there and others are not."""
+    absent = [part for part in LANGUAGE_PARTS if part not in present]
+    if absent and len(absent) < len(LANGUAGE_PARTS):
+        raise ConversionError(
+            f"{directory} lacks {', '.join(absent)}; the released layout holds the whole language "
+            f"side ({', '.join(LANGUAGE_PARTS)}) or nothing of it; {DECODER_ALONE}"
+        )
 
 
 def check_families(directory: Path, config: Omni2Config) -> None:

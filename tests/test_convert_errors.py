@@ -17,6 +17,7 @@ from etils import epath
 from safetensors.numpy import load_file, save_file
 
 from omni2_jax.checkpoint.lazy import LazyArray
+from omni2_jax.config import Omni2Config
 from omni2_jax.convert import cosyvoice, export, read, write
 from omni2_jax.convert.plan import ConversionError, Rule, Table, plan
 from omni2_jax.convert.release import combine
@@ -437,10 +438,23 @@ def test_damaged_checkpoint(tmp_path, checkpoint_dir):
     silent = linked(checkpoint_dir, tmp_path / "silent")
     shutil.rmtree(silent / "params" / "vocoder")
     assert_refused(tmp_path, "--to-torch", silent, says=["silent has a flow and no vocoder"])
+    mute = linked(checkpoint_dir, tmp_path / "mute")
+    shutil.rmtree(mute / "params" / "speech_lm")
+    assert_refused(
+        tmp_path, "--to-torch", mute, says=["mute lacks speech_lm; the released layout holds"]
+    )
     with pytest.raises(ValueError, match=r"^gs://bucket/ckpt is in Cloud Storage; copy it"):
         export.write(
             cast(Path, epath.Path("gs://bucket/ckpt")), tmp_path / "out", rich.progress.Progress()
         )
+
+
+@pytest.mark.parametrize("mix", ["sum", "hidden", "text"])
+def test_another_fusion_than_the_released_one(tmp_path, checkpoint_dir, mix):
+    other = linked(checkpoint_dir, tmp_path / "other")
+    Omni2Config.load(other / "config.json").replace(mix=mix).save(other / "config.json")
+    says = [f'other: its mix is "{mix}", but the released model has gate fusion only']
+    assert_refused(tmp_path, "--to-torch", other, says=says)
 
 
 def test_exit_code_of_the_command(tmp_path):
