@@ -76,20 +76,33 @@ def open_locked(path: Path, in_use: str) -> IO[bytes]:
     return file
 
 
+def exists(directory: Path) -> bool:
+    """Whether a directory, or a file, is there; an unfinished one in Cloud Storage is not."""
+    return directory.exists() and not remote.is_unfinished(directory)
+
+
+def check_new(out: Path) -> None:
+    """Raise ValueError if there is something where `atomic_directory` is to make a directory."""
+    if exists(out):
+        raise ValueError(f"{out} exists already; give a new directory")
+
+
 @contextlib.contextmanager
 def atomic_directory(out: Path) -> Iterator[Path]:
     """A new directory that becomes `out` when the block ends without an error.
 
     Otherwise nothing is left behind. A directory in Cloud Storage is made on this machine and then
-    copied. Raises ValueError if `out` exists, or cannot be written to.
+    copied; what is left of it by a command that was killed meanwhile is removed first. Raises
+    ValueError if `out` exists (`check_new`), or cannot be written to.
     """
-    if out.exists():
-        raise ValueError(f"{out} exists already; give a new directory")
+    check_new(out)
     if remote.is_remote(out):
+        if remote.is_unfinished(out):
+            remote.remove(out)
         with tempfile.TemporaryDirectory() as folder:
             yield Path(folder)
             try:
-                remote.copy_directory(Path(folder), out)
+                remote.upload_directory(Path(folder), out)
             except BaseException:
                 remote.remove(out)
                 raise

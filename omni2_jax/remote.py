@@ -3,7 +3,8 @@
 Orbax and tensorstore read and write parameters there themselves. Other libraries want local files:
 tokenizers and data sets are copied to this machine, and a run's reports from it. Cloud Storage has
 no rename: a directory is complete when it has its marker, the file that readers open first, which
-is written last.
+is written last. As long as one is copied there, it holds the file UNFINISHED, too: what a killed
+command leaves is then told from directories of other content.
 """
 
 import functools
@@ -20,6 +21,7 @@ from etils import epath
 
 # The file that readers of a checkpoint, a data set, hidden states or encoder frames open first.
 MARKERS = ("config.json", "dataset.json", "hidden.json", "frames.json")
+UNFINISHED = ".unfinished"
 
 
 def as_path(text: str | PurePath) -> Path:
@@ -129,6 +131,20 @@ def remove(directory: Path) -> None:
 def copy_directory(source: Path, target: Path) -> None:
     """Copy a directory; `target` has no marker until it is complete."""
     copy_files(source, target, list(files(source)))
+
+
+def upload_directory(source: Path, target: Path) -> None:
+    """Copy a directory to a new one in Cloud Storage, which is unfinished until it is complete."""
+    (target / UNFINISHED).write_text("A command is copying files to here, or was killed.\n")
+    copy_directory(source, target)
+    (target / UNFINISHED).unlink()
+
+
+def is_unfinished(directory: Path) -> bool:
+    """Whether a directory is what a killed `upload_directory` has left in Cloud Storage."""
+    if not is_remote(directory) or not (directory / UNFINISHED).exists():
+        return False
+    return not any((directory / name).exists() for name in MARKERS)
 
 
 class Mirror:

@@ -1,6 +1,7 @@
 """Checkpoints, data sets and runs in gs://, with gcsfs and tensorstore against a stand-in of the
 service."""
 
+import contextlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,6 +37,24 @@ def bucket(tmp_path_factory) -> Iterator[Bucket]:
             patch.setenv(name, value)
         patch.setenv("OMNI2_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield bucket
+
+
+@contextlib.contextmanager
+def killed_while_copying(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The process is killed after the first file of a directory with a marker: none cleans up."""
+    copy_directory = remote.copy_directory
+
+    def copy(source: Path, target: Path) -> None:
+        if not any((source / name).exists() for name in remote.MARKERS):
+            return copy_directory(source, target)
+        unmarked = (path for path in remote.files(source) if path.name not in remote.MARKERS)
+        remote.copy_files(source, target, [next(unmarked)])
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(remote, "copy_directory", copy)
+        patch.setattr(remote, "remove", lambda directory: None)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +105,27 @@ def test_a_directory_has_its_marker_last(bucket, marker):
     assert max(names, key=generation.__getitem__) == names[0]
     with pytest.raises(ValueError, match="exists already"), files.atomic_directory(out):
         pass
+
+
+def test_what_a_killed_command_leaves_is_replaced(bucket, monkeypatch):
+    """But not a directory of other content, and not a complete one."""
+    out = remote.as_path("gs://speech/killed/out")
+    with killed_while_copying(monkeypatch), files.atomic_directory(out) as work:
+        for name in ("config.json", "old", "z"):
+            (work / name).write_text("{}")
+    names = [f"speech/killed/out/{name}" for name in (remote.UNFINISHED, "old")]
+    assert bucket.names("speech/killed") == names and not files.exists(out)
+    with files.atomic_directory(out) as work:
+        (work / "config.json").write_text("{}")
+    assert [path.name for path in remote.files(out)] == ["config.json"]
+    (out / remote.UNFINISHED).write_text("")  # killed after the last file
+    mine = remote.as_path("gs://speech/mine")
+    (mine / "notes.txt").write_text("1")
+    for path in (out, mine):
+        assert files.exists(path)
+        with pytest.raises(ValueError, match="exists already"), files.atomic_directory(path):
+            pass
+    assert (mine / "notes.txt").exists() and (out / "config.json").exists()
 
 
 def test_a_copy_is_made_once_and_follows_changes(bucket):
@@ -265,3 +305,15 @@ def test_prepare_in_shards(bucket, tmp_path, monkeypatch):
     assert not bucket.names("speech/prepared.work")
     for path in (tmp_path / "data").iterdir():
         assert (out / path.name).read_bytes() == path.read_bytes()
+
+
+def test_prepare_goes_on_after_an_upload_that_was_killed(bucket, tmp_path, monkeypatch):
+    source, out = EXAMPLES / "training", remote.as_path("gs://speech/uploaded")
+    with killed_while_copying(monkeypatch):
+        prepare.prepare(source, out)
+    assert out.exists() and bucket.names("speech/uploaded.work/journal")
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare, "GroupWorker", lambda *_: pytest.fail("made again"))
+        prepare.prepare(source, out)
+    assert len(Dataset(str(out))) == 4 and not bucket.names("speech/uploaded.work")
+    assert not (out / remote.UNFINISHED).exists()

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 import rich.progress
 import typer
 
+from omni2_jax import files
 from omni2_jax.cli.convert import Quantize
 from omni2_jax.cli.paths import directory
 from omni2_jax.console import console, progress_bar, say
@@ -63,8 +64,7 @@ def join(
 
     if quantize and dequantize:
         raise ValueError("--quantize and --dequantize exclude each other; give one of them")
-    if out.exists():
-        raise ValueError(f"{out} exists already; give a new directory")
+    files.check_new(out)
     with console.status("checking names and shapes"):
         release = join_parts([Source.parse(text) for text in sources], fusion=not no_fusion)
         if dequantize:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import rich.progress
 import typer
 
+from omni2_jax import files
 from omni2_jax.cli.convert import SOURCE, Sources, read
 from omni2_jax.cli.paths import directory
 from omni2_jax.console import console, progress_bar, say
@@ -67,8 +68,7 @@ def new(
     design = new.Design.read(config)
     chosen = [part.strip() for part in (parts or "").split(",") if part.strip()]
     sources = Sources.find(None, decoder, whisper, llm, speech_lm, speech_tokenizer)
-    if out.exists():
-        raise ValueError(f"{out} exists already; give a new directory")
+    files.check_new(out)
     with console.status("checking names and shapes"):
         release = new.make(design, given(sources), chosen, text, tokenizer_of(sources), seed)
     with progress_bar(rich.progress.DownloadColumn()) as progress:

@@ -70,8 +70,7 @@ def prepare(
     if where.ray is not None:
         source = source.absolute()  # Ray's workers have other working directories
     entries = sources.read(source, format, split)
-    if out.exists():
-        raise ValueError(f"{out} exists already; give a new directory")
+    files.check_new(out)
     tokenizer, origin = None, {}
     if speech_tokenizer is not None:
         tokenizer = load_speech_tokenizer(speech_tokenizer)
@@ -130,7 +129,7 @@ def work_directory(out: Path) -> Iterator[Path]:
             for parent in new_parents:
                 parent.rmdir()
         raise
-    if out.exists():
+    if files.exists(out):
         files.remove_directory(directory)
 
 
