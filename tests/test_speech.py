@@ -432,6 +432,21 @@ def test_other_voices_need_another_directory(tmp_path):
         speak(tmp_path, DIALOGUES[:1], {"held_out": []})
 
 
+def test_a_variable_with_another_voice_needs_another_directory(tmp_path, monkeypatch):
+    """But a server may be at another address."""
+    engines = {"tts": ONCE, "server": {"endpoint": "http://$HOST:1/v1"}}
+    voice = {"engine": "tts", "voice": "$VOICE"}
+    changes = {"engines": engines, "replies": voice}
+    for name, value in {"HOST": "a", "VOICE": "100"}.items():
+        monkeypatch.setenv(name, value)
+    speak(tmp_path, DIALOGUES[:1], changes)
+    monkeypatch.setenv("HOST", "b")
+    speak(tmp_path, DIALOGUES[:1], changes)
+    monkeypatch.setenv("VOICE", "150")
+    with pytest.raises(ValueError, match=r"was begun with voices '"):
+        speak(tmp_path, DIALOGUES[:1], changes)
+
+
 @pytest.mark.skipif("OMNI2_WHISPER" not in os.environ, reason="OMNI2_WHISPER names no model")
 @pytest.mark.skipif(shutil.which("espeak-ng") is None, reason="espeak-ng is not installed")
 def test_whisper_hears_a_real_voice(tmp_path):

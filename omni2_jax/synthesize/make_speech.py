@@ -19,7 +19,6 @@ held out. Of the others, one share is for the validation, and one, in held-out v
 """
 
 import functools
-import hashlib
 import itertools
 import json
 from collections.abc import Callable, Iterator
@@ -81,9 +80,7 @@ def synthesize_speech(
     with console.status("checking engines and voices"):
         for engine, names in voices.used(replies_only=is_text).items():
             open_engine(engine, voices.engines[engine]).check(names)
-    settings = asdict(options) | asdict(shares)
-    content = json.dumps(voices.model_dump(mode="json"), sort_keys=True)
-    settings["voices"] = hashlib.sha256(content.encode()).hexdigest()[:16]
+    settings = asdict(options) | asdict(shares) | {"voices": voices.digest()}
     job = Job(name, out, settings, functools.partial(Speaker, voices, options), workers)
     results = job.run(items(), where, total)
     if results is None:

@@ -42,6 +42,8 @@ checks    what clips must be like, see `clip_checks`
 $NAME and ${NAME} are environment variables.
 """
 
+import hashlib
+import json
 import os
 import random
 import re
@@ -139,6 +141,21 @@ class VoicesFile(Entry):
                         f"the voice {name!r} of {entry.engine} is among questions and held_out"
                     )
         return self
+
+    def digest(self) -> str:
+        """A text that changes with the voices, also with those that environment variables name.
+
+        The value of one in an endpoint does not count: a server may move.
+        """
+        content = self.model_dump(mode="json")
+        for engine in content["engines"].values():
+            engine["command"] = [expanded(word) for word in engine["command"]]
+        for entry in (*content["questions"], *content["held_out"]):
+            for names in ("voices", "variants"):
+                entry[names] = [expanded(name) for name in entry[names]]
+        content["replies"]["voice"] = expanded(content["replies"]["voice"])
+        text = json.dumps(content, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def used(self, replies_only: bool = False) -> dict[str, list[str]]:
         """The voices that each engine is to speak with."""
