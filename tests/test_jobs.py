@@ -154,6 +154,12 @@ def test_a_shard_that_is_none(text):
 # ---- what is refused ----
 
 
+def test_gpus_without_ray():
+    with pytest.raises(ValueError, match=r"^--ray-gpus is for --ray"):
+        Where(ray_gpus=1)
+    assert Where(ray="auto", ray_gpus=1).ray_gpus == 1
+
+
 def test_other_settings_are_named(tmp_path):
     run(tmp_path, settings={"seed": 1, "voice": ("a", "b")})
     assert run(tmp_path, settings={"seed": 1, "voice": ["a", "b"]}) is not None

@@ -24,6 +24,7 @@ from omni2_jax.synthesize.voices import EngineEntry, Voice, read_voices
 from omni2_jax.train.data import prepare
 from omni2_jax.train.data.dataset import Dataset
 from tests.support import endpoints, tts
+from tests.support.commands import is_error_line
 from tests.support.paths import ROOT
 
 PROGRAM = [sys.executable, tts.__file__]
@@ -141,6 +142,15 @@ def test_sentences_become_recordings_of_a_voice(tmp_path):
     data = Dataset(tmp_path / "data")
     assert [data.dialogue(i).turns[0].text for i in range(2)] == [line["text"] for line in lines]
     assert data.dialogue(0).is_recording
+
+
+@pytest.mark.parametrize("option", ["--no-replies", "--validation=0.1", "--test=0"])
+def test_options_for_dialogues_are_refused_for_sentences(option, omni2, tmp_path):
+    (tmp_path / "text.txt").write_text("The sea is blue.\n")
+    options = ["--dialogues", tmp_path / "text.txt", "--voices", voices_file(tmp_path), option]
+    line, *_ = omni2("synthesize", "speech", *options, "--out", tmp_path / "out")
+    assert is_error_line(line) and f"{tmp_path}/text.txt is a file of sentences" in line
+    assert option.partition("=")[0] in line and not (tmp_path / "out").exists()
 
 
 def pitch(path: Path) -> float:

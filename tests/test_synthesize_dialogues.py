@@ -287,6 +287,13 @@ MISUSE = {
     ("--grammar", "g.yaml", "--count", "3"): "give the file to write with --out",
     ("--grammar", "g.yaml", "--out", "o"): "say with --count how many",
     ("--grammar", "g.yaml", "--out", "o", "--model", "m"): "are for --seeds",
+    (
+        *("--grammar", "g.yaml", "--count", "3", "--out", "o", "--attempts", "3"),
+        *("--reply-words", "9", "--numbers-as-words"),
+    ): "--reply-words, --numbers-as-words, --attempts: for --seeds only",
+    (
+        *("--grammar", "g.yaml", "--count", "3", "--sentences", "both", "--held-out", "1"),
+    ): "--held-out: for dialogues only",
     ("--grammar", "g.yaml", "--out", "o", "--shard", "0/2"): "--workers, --ray and --shard are for",
     ("--grammar", "g.yaml", "--count", "3", "--out", "gs://b/o"): "gs://b/o: expected a local file",
     ("--seeds", "s.txt", "--out", "o"): "--seeds needs --endpoint and --model",

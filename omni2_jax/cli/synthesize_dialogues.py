@@ -5,11 +5,19 @@ from typing import Annotated, Literal
 
 import typer
 
+from omni2_jax.cli.no_effect import refuse
 from omni2_jax.cli.paths import local_file
 from omni2_jax.cli.where import RayOption, ShardOption, WorkersOption
 
+# Parameters for what a chat model says.
+FOR_MODELS = (
+    *("key_variable", "timeout", "mean_turns", "temperature", "question_words", "reply_words"),
+    *("numbers_as_words", "attempts"),
+)
+
 
 def dialogues(
+    context: typer.Context,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -111,6 +119,7 @@ def dialogues(
 
         if endpoint or model:
             raise typer.BadParameter("--endpoint and --model are for --seeds; a grammar needs none")
+        refuse(context, FOR_MODELS, "for --seeds only; a grammar does without")
         if workers or ray or shard:
             raise typer.BadParameter(
                 "--workers, --ray and --shard are for --seeds; a grammar's file is written at once"
@@ -118,6 +127,7 @@ def dialogues(
         if count is None:
             raise typer.BadParameter("say with --count how many dialogues the grammar is to make")
         if sentences is not None:
+            refuse(context, ["held_out"], "for dialogues only, not with --sentences")
             make_dialogues.write_sentences(grammar, sentences, count, max_turns, seed, out)
         elif out is not None:
             make_dialogues.from_grammar(grammar, count, held_out, max_turns, seed, out)

@@ -6,12 +6,14 @@ from typing import Annotated
 
 import typer
 
+from omni2_jax.cli.no_effect import refuse
 from omni2_jax.cli.paths import directory
 from omni2_jax.cli.recogniser import LanguageOption, RecogniserModelOption, RecogniserOption
 from omni2_jax.cli.where import RayGpusOption, RayOption, ShardOption, WorkersOption
 
 
 def speech(
+    context: typer.Context,
     dialogues: Annotated[
         Path,
         typer.Option(
@@ -77,6 +79,9 @@ def speech(
     from omni2_jax.synthesize.speaker import SpeakerOptions
     from omni2_jax.synthesize.voices import read_voices
 
+    if make_speech.holds_sentences(dialogues):
+        names = ("replies", "validation", "test")
+        refuse(context, names, f"for dialogues only, and {dialogues} is a file of sentences")
     make_speech.synthesize_speech(
         dialogues,
         read_voices(voices, reply_voice),

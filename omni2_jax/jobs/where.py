@@ -29,13 +29,17 @@ class Where:
     workers: items that are processed at the same time; None leaves it to the job. ray: None for
     this machine alone, or the address of a Ray cluster; "auto" is the one that this machine is part
     of; ray_gpus: the GPUs that it reserves for each worker. shard: the share of the items that this
-    process works on; None is all of them.
+    process works on; None is all of them. Raises ValueError for GPUs without Ray.
     """
 
     workers: int | None = None
     ray: str | None = None
     shard: Shard | None = None
     ray_gpus: float = 0
+
+    def __post_init__(self) -> None:
+        if self.ray_gpus and self.ray is None:
+            raise ValueError("--ray-gpus is for --ray: nothing else reserves GPUs")
 
 
 def parse_shard(text: str) -> Shard:

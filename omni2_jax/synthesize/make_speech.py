@@ -62,7 +62,7 @@ def synthesize_speech(
     ValueError, before anything is spoken, if the dialogues cannot be read, or an engine or a voice
     is not there.
     """
-    is_text = dialogues.suffix == ".txt"
+    is_text = holds_sentences(dialogues)
     name = "sentences" if is_text else "dialogues"
 
     def items() -> Iterator[Item]:
@@ -91,6 +91,11 @@ def synthesize_speech(
         write_manifests(results, out)
     write_left_out(results, out / "left_out.jsonl")
     say(results.summary())
+
+
+def holds_sentences(path: Path) -> bool:
+    """Whether a file is one of sentences, not of dialogues."""
+    return path.suffix == ".txt"
 
 
 def sentences(path: Path) -> Iterator[Item]:
