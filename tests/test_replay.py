@@ -16,6 +16,7 @@ from omni2_jax.config import Omni2Config, TokenConfig
 from omni2_jax.configs import stage1a, stage1b
 from omni2_jax.models.model import abstract_model
 from omni2_jax.train.data.dataset import Dataset
+from omni2_jax.train.data.loader import catalogue
 from omni2_jax.train.examples import PAD
 from omni2_jax.train.losses import IGNORE
 from omni2_jax.train.settings import Bucket
@@ -143,6 +144,27 @@ def test_labels_are_the_questions_that_take_one_segment(examples, talks):
             expected = ids if is_label else []
             label = row["question"][start]
             np.testing.assert_array_equal(label[label != PAD], expected)
+
+
+def test_a_question_whose_words_are_not_known(examples, monkeypatch):
+    """VocalNet's: it is no label, and its dialogue is left out of what is replayed, by name."""
+    rows = examples(1, ctc=0.3)
+    dialogue = rows.data.dialogue(0)
+    question, *others = dialogue.turns
+    unwritten = dataclasses.replace(
+        dialogue, turns=(dataclasses.replace(question, text="<speech>"), *others)
+    )
+    labels = {}
+    for one in (dialogue, unwritten):
+        row = rows.empty(BUCKET)
+        rows.fill_labels(row, one, rows.conversation(one))
+        labels[one] = row["question"]
+    assert (labels[dialogue][0] != PAD).any() and (labels[unwritten][0] == PAD).all()
+    np.testing.assert_array_equal(labels[unwritten][1:], labels[dialogue][1:])
+    monkeypatch.setattr(rows.texts, "dialogue", lambda index: unwritten)
+    measured = catalogue(rows, range(len(rows)), (BUCKET,), strict=False)
+    reason = "the words of a question are not known, its text is <speech>"
+    assert measured.skipped == {f"dialogue 0 of {rows.texts.path}": reason}
 
 
 def test_hearing_loss_compares_features_with_embeddings():

@@ -102,6 +102,7 @@ def test_vocalnet_damaged(tmp_path):
         {"conversations": None},
         {"conversations": [human, gpt], "units": 7},
         {"conversations": [{"from": "human", "value": "Hi."}, gpt] * 2, "speech": "a.wav"},
+        {"conversations": [{"from": "human", "value": "<speech>\nAnswer briefly."}, gpt]},
     ]
     (tmp_path / "x.json").write_text(json.dumps(items))
     found = dialogues(tmp_path / "x.json", "vocalnet")
@@ -113,6 +114,7 @@ def test_vocalnet_damaged(tmp_path):
         "the dialogue: 'units' is 7, expected a path",
     ]
     assert found[5][2] == (None,) * 4  # the recording belongs to the turn "<speech>" alone
+    assert found[6][1][0] == ("<speech>", None)
 
 
 # ---- rows with one question and its reply ----

@@ -22,13 +22,16 @@ class Written:
 def written(examples: Examples, dialogue: Dialogue) -> Written:
     """A dialogue as token ids, by the tokenizer of `examples`.
 
-    Raises ValueError if there is no question, or a reply without tokens.
+    Raises ValueError if there is no question, one whose words are not known, or a reply without
+    tokens.
     """
     assert examples.tokenizer is not None
     if dialogue.is_recording:
         raise ValueError("it is a recording with its text, without a question")
     ids, replies, starts = [], [], []
     for question, reply in zip(dialogue.turns[::2], dialogue.turns[1::2], strict=True):
+        if not question.is_written:
+            raise ValueError(f"the words of a question are not known, its text is {question.text}")
         if replies:
             ids += examples.tokenizer.continuation(question.text, ended=True)
         else:

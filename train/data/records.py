@@ -9,9 +9,10 @@ A dialogue is a msgpack record:
 
 Turns alternate from user to assistant and every user turn has its reply; or there is a single
 assistant turn, a recording with its text, which the decoder's parts are trained on (`units`,
-`flow`). A text is never empty, but for a user's recording in which nobody speaks; a unit is
-0..6560. A recording is a FLAC file, 16-bit mono: user turns at 16 kHz for the speech encoder,
-assistant turns at 24 kHz for the flow and the vocoder.
+`flow`). A text is never empty, but for a user's recording in which nobody speaks; it is "<speech>"
+for one whose words are not written down. A unit is 0..6560. A recording is a FLAC file, 16-bit
+mono: user turns at 16 kHz for the speech encoder, assistant turns at 24 kHz for the flow and the
+vocoder.
 """
 
 import io
@@ -29,6 +30,7 @@ from omni2_jax.files import short
 
 RATES = {"user": recordings.INPUT_RATE, "assistant": recordings.OUTPUT_RATE}  # in Hz
 UNITS = SpeechTokenizerConfig().units
+UNWRITTEN = "<speech>"  # the text of a recorded question whose words are not written down
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,6 +46,11 @@ class Turn:
     units: np.ndarray | None = None
     clip: int | None = None
     samples: int = 0
+
+    @property
+    def is_written(self) -> bool:
+        """Whether its text is what is said."""
+        return self.text != UNWRITTEN
 
 
 @dataclass(frozen=True, eq=False)

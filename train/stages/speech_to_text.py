@@ -100,12 +100,15 @@ class TextExamples(DialogueExamples):
         self.fill_questions(row, item.dialogue, dialogue, conversation)
 
     def fill_labels(self, row: Row, dialogue: Dialogue, conversation: Conversation) -> None:
-        """Write the text of every question that takes one segment and fits its positions."""
+        """Write the text of every question that takes one segment and fits its positions.
+
+        One whose words are not known has no text.
+        """
         assert self.tokenizer is not None
         segment = 0
         for question, count in zip(dialogue.turns[::2], conversation.segments, strict=True):
             ids = self.tokenizer.text.encode(question.text, add_special_tokens=False)
-            if count == 1 and len(ids) <= row["question"].shape[1]:
+            if question.is_written and count == 1 and len(ids) <= row["question"].shape[1]:
                 put(row, {"question": np.array(ids, np.int32)}, (segment,))
             segment += count
 

@@ -2,8 +2,9 @@
 
 These are the Hugging Face data sets VocalNet/VoiceAssistant-430K-vocalnet and
 VocalNet/UltraChat-vocalnet. `speech` is the recording of the human turn whose value is "<speech>";
-what was asked is not written down, so the turn's text is "<speech>", too. `units` are CosyVoice 2's
-for the last reply. Paths begin with the data set's folder, in which the JSON lies.
+what was asked is not written down, so the turn's text is "<speech>", too (`records.UNWRITTEN`), and
+nothing else that stands beside it. `units` are CosyVoice 2's for the last reply. Paths begin with
+the data set's folder, in which the JSON lies.
 """
 
 import io
@@ -14,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from omni2_jax.files import first_line, short
-from omni2_jax.train.data.records import Turn
+from omni2_jax.train.data.records import UNWRITTEN, Turn
 from omni2_jax.train.data.sources.base import (
     Format,
     Sound,
@@ -27,7 +28,6 @@ from omni2_jax.train.data.sources.base import (
 )
 from omni2_jax.train.data.sources.json_files import json_array
 
-SPEECH = "<speech>"
 ROLES = {"human": "user", "gpt": "assistant"}
 MAX_UNITS_FILE = 2**22  # bytes; ten minutes of units are 120 KB
 # What the pickle of an array, and of a dict of arrays, names. Everything else a pickle could run.
@@ -50,8 +50,8 @@ def parse(item: Mapping, file: Path, name: str) -> SourceDialogue:
             raise SourceError("no turns", f"turn {index} is {short(fields)}, expected an object")
         text = parse_text(fields.get("value"), f"turn {index}")
         role = str(fields.get("from"))
-        turns.append(Turn(ROLES.get(role, role), text))
-        spoken = SPEECH in text and role == "human"
+        spoken = UNWRITTEN in text and role == "human"
+        turns.append(Turn(ROLES.get(role, role), UNWRITTEN if spoken else text))
         sounds.append(located(file, sound) if sound and spoken else None)
     if turns and (stated := stated_path(item.get("units"), "units", "the dialogue")):
         units = read_units(located(file, stated), f"turn {len(turns) - 1}")
