@@ -333,7 +333,7 @@ def test_what_a_stage_needs(plan, config, tokenizer, tmp_path):
             rf"1 x dialogue 0: {expected}",
         ):
             plan(TrainConfig(stage, buckets=(LONG,)), tmp_path / "bare")
-    no_tokens = SimpleNamespace(text=SimpleNamespace(encode=lambda *_, **__: []))
+    no_tokens = SimpleNamespace(answer=lambda text: [])
     examples = stage_of(TRAIN).examples(config, no_tokens, Dataset(tmp_path / "bare"), "data")
     with pytest.raises(ValueError, match="dialogue 0: the reply 'no' has no tokens"):
         catalogue(examples, [0], (LONG,), strict=False)

@@ -17,6 +17,7 @@ from omni2_jax.configs import stage1a, stage1b
 from omni2_jax.models.model import abstract_model
 from omni2_jax.train.data.dataset import Dataset
 from omni2_jax.train.data.loader import catalogue
+from omni2_jax.train.data.records import Turn
 from omni2_jax.train.examples import PAD
 from omni2_jax.train.losses import IGNORE
 from omni2_jax.train.settings import Bucket
@@ -144,6 +145,22 @@ def test_labels_are_the_questions_that_take_one_segment(examples, talks):
             expected = ids if is_label else []
             label = row["question"][start]
             np.testing.assert_array_equal(label[label != PAD], expected)
+
+
+def test_speech_in_a_text_is_no_place_for_speech(examples):
+    """Neither in a reply nor, where it is the CTC loss's blank, in the text of a question."""
+    rows = examples(1, ctc=0.3)
+    speech, text = rows.config.tokens.speech, "Say <speech> twice."
+    assert speech in rows.tokenizer.text.encode(text)
+    ids = rows.encode(Turn("assistant", text))
+    assert speech not in ids and rows.tokenizer.decode(ids) == text
+    dialogue = rows.data.dialogue(0)
+    question, *others = dialogue.turns
+    question = dataclasses.replace(question, text="<speech>?")
+    row, conversation = rows.empty(BUCKET), rows.conversation(dialogue)
+    rows.fill_labels(row, dataclasses.replace(dialogue, turns=(question, *others)), conversation)
+    label = row["question"][0]
+    assert rows.tokenizer.decode(label[label != PAD]) == "<speech>?" and speech not in label
 
 
 def test_a_question_whose_words_are_not_known(examples, monkeypatch):

@@ -79,7 +79,7 @@ class Examples(abc.ABC):
         Raises ValueError if the reply has no tokens.
         """
         assert self.tokenizer is not None, "a stage with text has a tokenizer"
-        ids = self.tokenizer.text.encode(reply.text, add_special_tokens=False)
+        ids = self.tokenizer.answer(reply.text)
         if not ids:
             raise ValueError(f"the reply {reply.text!r} has no tokens")
         return [*ids, self.config.tokens.text_eos[0]]

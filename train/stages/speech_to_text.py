@@ -107,7 +107,7 @@ class TextExamples(DialogueExamples):
         assert self.tokenizer is not None
         segment = 0
         for question, count in zip(dialogue.turns[::2], conversation.segments, strict=True):
-            ids = self.tokenizer.text.encode(question.text, add_special_tokens=False)
+            ids = self.tokenizer.answer(question.text)
             if question.is_written and count == 1 and len(ids) <= row["question"].shape[1]:
                 put(row, {"question": np.array(ids, np.int32)}, (segment,))
             segment += count
