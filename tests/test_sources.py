@@ -234,6 +234,15 @@ def test_parquet_is_read_row_by_row(shards):
     assert done == [1.0]
 
 
+def test_a_split_of_parquet(tmp_path):
+    rows = [{"question": f"{i}?", "answer": "A.", "split": ("train", "test")[i]} for i in (0, 1)]
+    write_parquet(tmp_path / "x.parquet", rows)
+    [entry] = sources.read(tmp_path, split="test")
+    assert entry.read().dialogue.turns[0].text == "1?"
+    with pytest.raises(ValueError, match=r"no dialogue of split 'dev'; it has 'test', 'train'$"):
+        list(sources.read(tmp_path, split="dev"))
+
+
 FAULTS = {
     "damaged": ({"bytes": b"RIFF", "path": None}, "audio unreadable: the question_audio of turn 0"),
     "a path": ({"bytes": None, "path": "gone.wav"}, "audio missing: turn 0: {}/gone.wav does not"),

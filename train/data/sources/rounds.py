@@ -33,7 +33,7 @@ COSYVOICE1 = "answer_cosyvoice_speech_token"  # of CosyVoice 1: 4,096 of them, 5
 COSYVOICE1_UNITS = 4096
 # So many units of CosyVoice 2, of which there are 6,561, are practically never all below 4,096.
 ENOUGH_UNITS = 100
-COLUMNS = (*IDS, *QUESTION, *QUESTION_SOUND, *REPLY, *REPLY_SOUND, *UNITS, COSYVOICE1)
+COLUMNS = (*IDS, "split", *QUESTION, *QUESTION_SOUND, *REPLY, *REPLY_SOUND, *UNITS, COSYVOICE1)
 MARK = re.compile(r"(?:^|\s)<?(?:USER|ASSISTANT)>?:\s*")
 
 
