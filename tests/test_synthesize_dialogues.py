@@ -248,6 +248,17 @@ def test_unknown_seeds(name, content, words, tmp_path):
         list(read_seeds([path]))
 
 
+def test_two_files_of_seeds_with_one_name(tmp_path):
+    """Found before a file is read: their seeds would have the same keys."""
+    paths = [tmp_path / "a" / "x.txt", tmp_path / "b" / "x.jsonl"]
+    for path in paths:
+        path.parent.mkdir()
+        path.touch()
+    words = f"^{paths[0]} and {paths[1]} would give .* expected files of different names$"
+    with pytest.raises(ValueError, match=words):
+        next(read_seeds(paths))
+
+
 FAULTS = {
     "Hello, how are you? I'm fine \u2013 \u201cvery\u201d well\u2026": None,
     "It is 5.3 degrees; that's cold.": None,

@@ -32,13 +32,20 @@ class Seed:
 def read_seeds(paths: Sequence[Path]) -> Iterator[Seed]:
     """The seeds of all files, in order.
 
-    Raises ValueError, one line naming the file, if one is missing, empty or of an unknown format;
-    partly when the iterator arrives at it. A single element that cannot be read is a seed with a
-    fault.
+    Raises ValueError, one line naming the file, if one is missing, empty, of an unknown format or
+    named as another one; partly when the iterator arrives at it. A single element that cannot be
+    read is a seed with a fault.
     """
+    named: dict[str, Path] = {}
     for path in paths:
         if path.suffix not in SUFFIXES or not path.is_file():
             raise ValueError(f"{path}: expected a file that ends in {', '.join(SUFFIXES)}")
+        if path.stem in named:
+            raise ValueError(
+                f"{named[path.stem]} and {path} would give their dialogues the same names, as "
+                f"{path.stem}-0000000; expected files of different names"
+            )
+        named[path.stem] = path
     for number, path in enumerate(paths):
         index = -1
         for index, (element, done) in enumerate(elements(path)):
