@@ -89,12 +89,20 @@ def test_only_regular_files(tmp_path, name):
 
 WAVE = encoded(RANDOM.normal(size=9000) / 9, 16000, "WAV", "PCM_16")
 FLAC = encoded(RANDOM.normal(size=9000) / 9, 16000, "FLAC", "PCM_16")
+VORBIS = encoded(RANDOM.normal(size=30000) / 9, 16000, "OGG", "VORBIS")
+OPUS = encoded(RANDOM.normal(size=30000) / 9, 16000, "OGG", "OPUS")
 
 
 def flac_claiming(samples: int) -> bytes:
     """A FLAC whose header states another number of samples (36 bits of its STREAMINFO)."""
     stated = int.from_bytes(FLAC[18:26], "big") >> 36 << 36 | samples
     return FLAC[:18] + stated.to_bytes(8, "big") + FLAC[26:]
+
+
+def big_endian() -> bytes:
+    content = io.BytesIO()
+    soundfile.write(content, tone(16000), 16000, "PCM_16", "BIG", "WAV")
+    return content.getvalue()
 
 
 def floats(*samples: float) -> bytes:
@@ -115,6 +123,11 @@ BAD = {
     "large": (floats(0, -1e38, 0), r"samples of up to 1\.0e\+38; expected -1 to 1"),
     "cut FLAC": (FLAC[:5000], "not audio"),
     "cut wav": (WAVE[:5000], "cut short: its header claims 18044 bytes, it has 5000"),
+    "cut big-endian wav": (big_endian()[:5000], "cut short: its header claims 16044 bytes"),
+    "cut ogg": (VORBIS[: VORBIS.rfind(b"OggS")], "cut short: its last page does not end"),
+    "cut page": (OPUS[:-1], "cut short: its last page does not end.*write it anew.*ffmpeg"),
+    "cut header of a page": (OPUS[: OPUS.rfind(b"OggS") + 9], "cut short: its last page"),
+    "AIFF": (encoded(tone(16000), 16000, "AIFF", "PCM_16"), r"\(wav, flac or ogg\): .* is AIFF"),
     "two samples a second": (wave_of_rate(2), "2 samples a second; expected 2000 to 192000"),
     "a MHz": (wave_of_rate(10**6), "1000000 samples a second"),
     "hours": (flac_claiming(16000 * 7200), r"7200\.00 s long; at most 3600 s"),

@@ -22,6 +22,7 @@ import soundfile
 import soxr
 
 from omni2_jax import files
+from omni2_jax.audio import ogg
 
 INPUT_RATE = 16000  # Hz, of the speech encoder, the speech tokenizer and the speaker encoder
 OUTPUT_RATE = 24000  # Hz, of the vocoder
@@ -38,6 +39,8 @@ MARGIN = 1
 PIPED = 0x7FFF0000  # a wav that was written to a pipe claims this many bytes or more
 UNKNOWN = 2**62  # libsndfile reports a larger length for a file that does not state it
 
+# Other formats are refused: libsndfile reads most of them as shorter ones where they are cut short.
+FORMATS = ("WAV", "WAVEX", "FLAC", "OGG")
 NO_AUDIO = "is not audio that can be read"
 # libsndfile decodes a damaged or shortened MP3 without an error, and prints to stderr. Where an MP3
 # does not state its length, it is estimated from the bit rate of its first frame.
@@ -113,10 +116,15 @@ def open_audio(path: Source, mp3: bool = False) -> Iterator[soundfile.SoundFile]
             if not size:
                 raise ValueError(f"{no_audio}: it is empty")
             head = file.read(12)
-            claimed = 8 + int.from_bytes(head[4:8], "little")
-            if head.startswith(b"RIFF") and size < claimed < PIPED:
+            claimed = 8 + int.from_bytes(head[4:8], "big" if head[3:4] == b"X" else "little")
+            if head.startswith((b"RIFF", b"RIFX")) and size < claimed < PIPED:
                 raise ValueError(
                     f"{path} is cut short: its header claims {claimed} bytes, it has {size}"
+                )
+            if head.startswith(ogg.MAGIC) and not ogg.is_whole(file, size):
+                raise ValueError(
+                    f"{path} is cut short: its last page does not end the stream; if nothing is "
+                    "missing, write it anew, for example with ffmpeg"
                 )
             if not mp3 and is_mp3(file, head):
                 raise ValueError(f"{path} {MP3}")
@@ -126,6 +134,8 @@ def open_audio(path: Source, mp3: bool = False) -> Iterator[soundfile.SoundFile]
             with soundfile.SoundFile(source, closefd=False) as sound:
                 if not mp3 and (sound.format == "MP3" or sound.subtype.startswith("MPEG")):
                     raise ValueError(f"{path} {MP3}")
+                if sound.format not in (*FORMATS, "MP3"):
+                    raise ValueError(f"{no_audio}: its format is {sound.format}")
                 yield sound
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror or error}") from None
