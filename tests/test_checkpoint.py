@@ -12,7 +12,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from omni2_jax.checkpoint import checksums, info, parameters, tokenizer, voices
+from omni2_jax.checkpoint import checksums, info, parameters, tokenizer, verify, voices
 from omni2_jax.config import Omni2Config
 from omni2_jax.train import hidden_states
 from omni2_jax.train.data.dataset import Dataset
@@ -22,7 +22,7 @@ from omni2_jax.train.saved_states import SavedStates
 from omni2_jax.train.settings import TrainConfig
 from omni2_jax.train.step import State
 from omni2_jax.train.stored_arrays import identity
-from tests.support.releases import linked
+from tests.support.releases import linked, replace
 
 RANDOM = np.random.default_rng(0)
 LEAVES = {
@@ -163,6 +163,32 @@ def test_verify_names_everything_that_is_damaged(omni2, tmp_path, checkpoint_dir
         ("tts_tokenizer is not a readable tokenizer",),
     ):
         assert sum(all(word in line for word in words) for line in lines) == 1, words
+
+
+def test_verify_names_what_would_not_be_loaded(checkpoint_dir, tmp_path):
+    """And nothing that a checkpoint may lack: here it has no LLM, so no chat template either."""
+    directory = linked(checkpoint_dir, tmp_path / "ckpt")
+    assert list(verify.damaged_files(directory)) == []
+    for part in ("fusion", "vocoder"):
+        shutil.rmtree(directory / "params" / part)
+    replace(directory / "generation_config.json", '{"top_k": -1}')
+    path = directory / "tokenizer" / "tokenizer_config.json"
+    replace(path, json.dumps(json.loads(path.read_text()) | {"chat_template": "{% if %}"}))
+    parts, generation, template = verify.damaged_files(directory)
+    assert parts == (
+        f"{directory} lacks the parameters of fusion, vocoder, which its config.json describes"
+    )
+    assert generation.startswith(f"{directory / 'generation_config.json'}: top_k is -1, expected")
+    assert template.startswith(f"the chat template of {directory / 'tokenizer'} cannot be used: ")
+    (directory / "generation_config.json").unlink()
+    config = Omni2Config.load(directory / "config.json").only("speaker", "speech_lm", "flow")
+    (directory / "config.json").unlink()
+    config.save(directory / "config.json")
+    for part in ("speech_encoder", "adapter", "llm"):
+        shutil.rmtree(directory / "params" / part)
+    assert list(verify.damaged_files(directory)) == []
+    shutil.rmtree(directory / "tokenizer")
+    assert list(verify.damaged_files(directory)) == []
 
 
 def npy_header(descr: str, shape: str) -> bytes:

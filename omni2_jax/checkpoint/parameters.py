@@ -12,7 +12,7 @@ Every chunk of an array has a checksum, which is checked whenever it is read (se
 import hashlib
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -243,6 +243,17 @@ def check(directory: Path, part: str, expected: Mapping[str, Any]) -> None:
         )
 
 
+def check_parts(directory: Path, expected: Collection[str]) -> None:
+    """Raise ValueError unless the checkpoint holds all `expected` parts."""
+    present = parts(directory)
+    absent = [part for part in expected if part not in present]
+    if absent:
+        raise ValueError(
+            f"{directory} lacks the parameters of {', '.join(absent)}, which its config.json "
+            "describes"
+        )
+
+
 def load(
     directory: Path, config: Omni2Config, dtype: jnp.dtype, mesh: Mesh | None = None
 ) -> tuple[nnx.GraphDef, dict]:
@@ -254,12 +265,7 @@ def load(
     """
     graph, state = abstract_state(config)
     shapes = nnx.to_pure_dict(state)
-    absent = [part for part in shapes if part not in parts(directory)]
-    if absent:
-        raise ValueError(
-            f"{directory} lacks the parameters of {', '.join(absent)}, which its config.json "
-            "describes"
-        )
+    check_parts(directory, shapes)
     dtypes = {part: part_dtype(part, dtype) for part in shapes}
     mesh = mesh or sharding.make_mesh(devices=jax.local_devices()[:1])
     shardings = sharding.of_params(state, mesh)

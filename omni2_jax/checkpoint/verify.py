@@ -6,13 +6,11 @@ from pathlib import Path
 
 from flax import nnx
 
-from omni2_jax.checkpoint import parameters, tokenizer, voices
+from omni2_jax.checkpoint import generation_config, parameters, tokenizer, voices
 from omni2_jax.checkpoint.lazy import LazyArray
 from omni2_jax.config import Omni2Config
 from omni2_jax.models import speech_tokenizer
 from omni2_jax.models.model import abstract_state
-
-TOKENIZERS = ("tokenizer", "tts_tokenizer")
 
 
 def list_arrays(directory: Path) -> tuple[list[LazyArray], list[str]]:
@@ -40,26 +38,27 @@ def damaged_arrays(arrays: list[LazyArray], advance: Callable[[LazyArray], None]
 
 
 def damaged_files(directory: Path) -> Iterator[str]:
-    """Yield a line for each configuration, tokenizer and voice that is damaged, and for each part
-    whose parameters do not fit the configuration."""
+    """Yield a line for each configuration, tokenizer and voice that is damaged, for each part whose
+    parameters do not fit the configuration, and for the parts that have none."""
     try:
         config = Omni2Config.load(directory / "config.json")
     except ValueError as error:
         yield str(error)
         return
     shapes = nnx.to_pure_dict(abstract_state(config)[1])
-    checks: list[Callable[[], object]] = []
+    checks: list[Callable[[], object]] = [
+        partial(parameters.check_parts, directory, shapes),
+        partial(generation_config.load, directory),
+        partial(check_text_tokenizer, directory / "tokenizer", config),
+    ]
     for part in parameters.parts(directory):
         if part == "speech_tokenizer":
             checks.append(partial(check_speech_tokenizer, directory))
         else:
             expected = parameters.flatten(shapes.get(part, {}))
             checks.append(partial(parameters.check, directory, part, expected))
-    checks += [
-        partial(tokenizer.load, directory / name)
-        for name in TOKENIZERS
-        if (directory / name).exists()
-    ]
+    if (directory / "tts_tokenizer").exists():
+        checks.append(partial(tokenizer.load, directory / "tts_tokenizer"))
     checks += [
         partial(voices.load, directory / "voices" / f"{name}.npy", config)
         for name in voices.names(directory)
@@ -69,6 +68,17 @@ def damaged_files(directory: Path) -> Iterator[str]:
             check()
         except ValueError as error:
             yield str(error)
+
+
+def check_text_tokenizer(directory: Path, config: Omni2Config) -> None:
+    """Raise ValueError unless the text tokenizer in a directory can be used.
+
+    Only an LLM needs it, and its chat template.
+    """
+    if config.llm:
+        tokenizer.check_chat_template(tokenizer.load(directory), directory)
+    elif directory.exists():
+        tokenizer.load(directory)
 
 
 def check_speech_tokenizer(directory: Path) -> None:

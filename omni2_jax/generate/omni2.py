@@ -10,12 +10,10 @@
 
 import dataclasses
 import functools
-import json
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,13 +24,13 @@ from jax.sharding import Mesh
 from omni2_jax import remote, sharding
 from omni2_jax.audio import features, recordings
 from omni2_jax.audio.voice_activity import has_speech
-from omni2_jax.checkpoint import embedded, parameters, voices
+from omni2_jax.checkpoint import embedded, generation_config, parameters, voices
 from omni2_jax.checkpoint.tokenizer import Tokenizer
 from omni2_jax.config import LANGUAGE_PARTS, Omni2Config
 from omni2_jax.generate.batch import Batch
 from omni2_jax.generate.engine import Engine, ResponseStream
 from omni2_jax.generate.engine_config import EngineConfig, longest_answer
-from omni2_jax.generate.options import SAMPLING, Options
+from omni2_jax.generate.options import Options
 from omni2_jax.generate.prompts import (
     Conversation,
     Sound,
@@ -388,27 +386,7 @@ def describe(
         )
     config.need(directory / "config.json", *needed)
     tokenizer = Tokenizer(directory, config, config.speech_positions)
-    defaults = generation_defaults(directory / "generation_config.json")
-    return config.only(*needed, "speaker"), tokenizer, defaults
-
-
-def generation_defaults(path: Path) -> dict:
-    """The settings of a generation_config.json; none if there is no such file.
-
-    Raises ValueError naming the file if it is no JSON object or a setting is out of range.
-    """
-    try:
-        defaults = json.loads(path.read_text()) if path.exists() else {}
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
-    if not isinstance(defaults, dict):
-        raise ValueError(f"{path} holds no settings")
-    stated: dict[str, Any] = {name: defaults.get(name) for name in SAMPLING}
-    try:
-        Options(**stated)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-    return defaults
+    return config.only(*needed, "speaker"), tokenizer, generation_config.load(directory)
 
 
 def round_up(size: int) -> int:
