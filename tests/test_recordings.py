@@ -7,12 +7,14 @@ import struct
 import tracemalloc
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import soundfile
 import soxr
 
 from omni2_jax.audio import recordings
+from omni2_jax.generate.prompts import load_segments
 from tests.support.compare import close
 from tests.support.paths import EXAMPLES
 
@@ -234,6 +236,23 @@ def test_int16():
     samples = np.array([-2, -1, 0, 0.5, 1, 2])
     assert recordings.to_int16(samples).tolist() == [-32768, -32768, 0, 16384, 32767, 32767]
     assert recordings.to_int16(samples, 32767).tolist() == [-32767, -32767, 0, 16384, 32767, 32767]
+
+
+def test_samples_given():
+    """Int16 is heard as the file that it was read from; other integers have no known scale."""
+    values = recordings.to_int16(tone(16000))
+    for samples, expected in (
+        (values, recordings.from_int16(values)),
+        (tone(16000).astype(np.float64), tone(16000)),
+        (jnp.ones(3, jnp.bfloat16), np.ones(3, np.float32)),
+    ):
+        (segment,) = load_segments(samples, "refuse", 16000)
+        assert segment.dtype == np.float32 and np.array_equal(segment, expected)
+    for kind in (np.int32, np.uint8, bool, complex, object):
+        with pytest.raises(ValueError, match=r"^the samples given are of type .*expected int16"):
+            load_segments(values.astype(kind), "refuse", 16000)
+    with pytest.raises(ValueError, match=r"^the samples given: shape \[8000, 1\], expected one"):
+        load_segments(values[:, None], "refuse", 16000)
 
 
 # ---- writing ----

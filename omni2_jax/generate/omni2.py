@@ -147,8 +147,9 @@ class Omni2:
     def hear(self, sound: Sound, long_turns: str = "refuse") -> list[jax.Array]:
         """Encode a spoken turn -> speech features [F, D] of every segment: 300 of 30 s.
 
-        sound: a file, or samples [N] at 16 kHz. long_turns: "refuse" a turn that is longer than a
-        segment, the speech encoder's window, "truncate" it, or "split" it into several segments.
+        sound: a file, or samples [N] at 16 kHz, floats from -1 to 1 or int16. long_turns: "refuse"
+        a turn that is longer than a segment, the speech encoder's window, "truncate" it, or "split"
+        it into several segments.
         A checkpoint with a `no_speech_reply` hears nothing, [], where nobody speaks; `Session`
         then gives that reply. Raises ValueError for bad audio.
         """
@@ -258,7 +259,8 @@ class Omni2:
         """Answer a spoken question, or the last turn of a conversation.
 
         A conversation has sounds at even places (the user's turns) and texts between them (the
-        model's). Raises the errors of `streams`.
+        model's). A sound is a file, or samples [N] at 16 kHz, floats from -1 to 1 or int16. Raises
+        the errors of `streams`.
         """
         return join(self.stream(conversation, voice, options), self.config.flow is not None)
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from omni2_jax.audio import recordings
@@ -13,7 +14,8 @@ from omni2_jax.generate.engine import PromptPiece
 from omni2_jax.generate.read_write_state import MAX_FORCED
 from omni2_jax.models.model import SPEECH
 
-Sound = str | Path | np.ndarray  # a file, or samples [N] at 16 kHz
+# A file, or samples [N] at 16 kHz: floats from -1 to 1, or int16.
+Sound = str | Path | np.ndarray
 # One sound, or sounds at even places (the user's turns) and texts between them (the model's).
 Conversation = Sound | Sequence[Sound | str]
 
@@ -41,8 +43,22 @@ def load_segments(sound: Sound, long_turns: str, window: int) -> list[np.ndarray
     """
     if isinstance(sound, str | Path):
         return recordings.load_turn(sound, long_turns, window)
-    samples = recordings.check(np.asarray(sound, np.float32), "the samples given")
+    samples = recordings.check(as_float32(np.asarray(sound)), "the samples given")
     return recordings.fit(samples, long_turns, window)
+
+
+def as_float32(samples: np.ndarray) -> np.ndarray:
+    """Samples of a floating type or of int16 as float32, in which full scale is 1.0.
+
+    Raises ValueError for another type, whose full scale is not known.
+    """
+    if samples.dtype == np.int16:
+        return recordings.from_int16(samples)
+    if not jnp.issubdtype(samples.dtype, jnp.floating):
+        raise ValueError(
+            f"the samples given are of type {samples.dtype}; expected int16, or floats from -1 to 1"
+        )
+    return samples.astype(np.float32)
 
 
 def prompt_ids(
