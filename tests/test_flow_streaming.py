@@ -8,6 +8,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from omni2_jax.config import Omni2Config
+from omni2_jax.generate.engine_config import EngineConfig
+from omni2_jax.generate.streaming_step import plan_of
 from omni2_jax.models.flow.mask import Chunks
 from omni2_jax.models.flow.streaming import FlowState, StreamPlan, flow_step
 from tests.support.compare import close
@@ -129,6 +132,38 @@ def test_every_step_equals_the_full_pass_over_all_units_so_far(plan):
             assert len(mel[b]) == frames[b] - given[b]
             close(mel[b], whole[b, given[b] : frames[b]], 1e-4)
         given = np.asarray(frames)
+
+
+def plan_of_one_chunk(size: int) -> StreamPlan:
+    """The engine's plan where a write of `size` units is a chunk."""
+    config = Omni2Config(write=size, flow=TINY)
+    return plan_of(config, EngineConfig(flow_chunk=size, flow_left_chunks=1))
+
+
+def test_writes_of_one_chunk():
+    """The first chunk is shorter, so that the look-ahead of a write's end is a write's end, too."""
+    assert TINY.lookahead == 3
+    plans = [plan_of_one_chunk(size) for size in (1, 2, 3, 4, 10)]
+    assert [plan.chunks.shift for plan in plans] == [0, 1, 0, 3, 3]
+    assert [plan.window_buckets for plan in plans] == [(1,), (2,), (3,), (4,), (10,)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [pytest.param(2, marks=pytest.mark.nightly), 3])
+def test_writes_of_one_chunk_within_the_look_ahead(size):
+    """Each write completes one chunk once the look-ahead has arrived, as the full pass has it."""
+    plan = plan_of_one_chunk(size)
+    units = jnp.asarray(np.random.default_rng(2).integers(0, TINY.units, (3, 13)))
+    state, given = FlowState.empty(tiny_flow(), VOICES, plan), []
+    for begin in range(0, 13, size):
+        rows = np.asarray(units[:, begin : begin + size])
+        state, mel = feed(state, [(row, begin + size >= 13) for row in rows])
+        given.append(np.stack(mel))
+        arrived = min(begin + size, 13)
+        if arrived < 13:
+            assert state.chunk_start[0] == max(0, arrived - TINY.lookahead)
+    whole, _ = full_pass()(units, jnp.full(3, 13), VOICES, jnp.ones(3, bool), None, plan.chunks)
+    close(np.concatenate(given, 1), whole, 1e-4)
 
 
 def test_one_compilation_in_place():

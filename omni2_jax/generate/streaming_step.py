@@ -78,9 +78,10 @@ def plan_of(config: Omni2Config, engine_config: EngineConfig) -> StreamPlan:
     """The static sizes of the flow's streams."""
     size = engine_config.flow_chunk or config.flow.chunk
     left_chunks = engine_config.flow_left_chunks
-    # If one write is one chunk, the first chunk is shorter by the look-ahead; then every later
-    # write completes exactly one chunk.
-    chunks = Chunks(size, left_chunks, config.flow.lookahead if size == config.write else 0)
+    # If one write is one chunk, the first chunk is shorter by the look-ahead, or by what exceeds
+    # whole chunks of it; then every later write completes exactly one chunk.
+    shift = config.flow.lookahead % size if size == config.write else 0
+    chunks = Chunks(size, left_chunks, shift)
     units = engine_config.max_units if left_chunks is None else None
     # One slot uses the smallest window that fits. Many slots are at different offsets in their
     # chunks, so nearly every size would run in every step: one or two are cheaper.

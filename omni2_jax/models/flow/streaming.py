@@ -104,7 +104,8 @@ class StreamPlan:
         # How many units of a write cannot be computed yet, counted from the start of a chunk.
         missing = (self.lookahead - self.chunks.shift) % self.write
         sizes, width = [], self.write - missing
-        while width <= size - self.write // 2:  # the whole chunk takes hardly longer than more
+        # Of more units than this, the whole chunk takes hardly longer.
+        while width <= size - max(1, self.write // 2):
             sizes.append(width)
             width += self.write * -(-width // self.write)
         return (*sizes, size)
