@@ -1,5 +1,6 @@
 """Checkpoints that are damaged, of an older version, or hold what does not belong there."""
 
+import dataclasses
 import json
 import math
 import shutil
@@ -136,6 +137,20 @@ def test_parameters_without_checksums_are_loaded_and_noted(omni2, tmp_path, chec
     assert "no checksums (written by version 0.1): adapter\n" in omni2("info", directory)[1]
     code, out, _ = omni2("info", directory, "--verify")
     assert code == 0 and "are sound; no checksums to compare with: adapter\n" in out
+
+
+def test_info_tells_a_built_in_voice_and_the_kind_of_fusion(checkpoint_dir, tmp_path):
+    config = Omni2Config.load(checkpoint_dir / "config.json")
+    assert config.flow and config.llm and config.speech_lm
+    widths = f"{config.llm.width} -> {config.speech_lm.width}"
+    for mix, name in (("gate", "gate"), ("sum", "sum"), ("hidden", "hidden"), ("text", "unused")):
+        described = info.dimensions(checkpoint_dir, config.replace(mix=mix), "fusion")
+        assert described == f"{name}, {widths}"
+    one_voice = dataclasses.replace(config.flow, speaker=1)
+    config.replace(flow=one_voice, speaker=None).save(tmp_path / "config.json")
+    assert info.facts(tmp_path)["voices"] == "one, without a name"
+    config.save(tmp_path / "config.json")
+    assert info.facts(tmp_path)["voices"] == "none"
 
 
 def test_verify_names_everything_that_is_damaged(omni2, tmp_path, checkpoint_dir):

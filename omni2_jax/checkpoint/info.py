@@ -61,7 +61,8 @@ def dimensions(directory: Path, config: Omni2Config, name: str) -> str:
         c = speech_tokenizer.load_config(directory)
         return f"{c.layers} layers, width {c.width}, {c.units} units"
     if name == "fusion":  # its sizes are those of its neighbours
-        return f"gate, {width(config, 'llm', 'speech_lm')}"
+        mix = "unused" if config.mix == "text" else config.mix
+        return f"{mix}, {width(config, 'llm', 'speech_lm')}"
     c = getattr(config, name)
     if c is None:
         return "not described by config.json"
@@ -110,5 +111,7 @@ def facts(directory: Path) -> dict[str, str]:
     if config.llm:
         lines["prompt"] = f"at most {config.max_prompt} positions"
         lines["text ends at"] = ", ".join(map(str, config.tokens.text_eos))
-    lines["voices"] = ", ".join(voices.names(directory)) or "none"
+    has_one = config.flow and config.flow.speaker == 1
+    names = ["one, without a name"] if has_one else voices.names(directory)
+    lines["voices"] = ", ".join(names) or "none"
     return lines
