@@ -23,6 +23,7 @@ from omni2_jax.checkpoint import parameters, voices
 from omni2_jax.config import FRAMES_PER_UNIT, UNITS_PER_SECOND, Omni2Config
 from omni2_jax.models import speaker, speech_tokenizer
 from omni2_jax.models.model import Model
+from omni2_jax.models.offline import vocode
 
 Array = jax.Array
 
@@ -155,7 +156,5 @@ def compute(
         mel, frames = model.flow(inputs["units"], frames // FRAMES_PER_UNIT, voice)
     if path == "flow":
         return mel, None
-    state, keys = model.vocoder.empty_state(1), jax.random.split(jax.random.key(0), 1)
-    final = jnp.ones(1, bool)
-    _, samples, _ = model.vocoder.step(state, mel, frames, final, keys, seamless=True)
+    samples, _ = vocode(model, mel, frames, jax.random.split(jax.random.key(0), 1))
     return mel, samples

@@ -1,7 +1,8 @@
 """Whole answers at once: units to samples in one pass of the flow and one of the vocoder.
 
-For synthesis without streaming (the released decoder calls this offline). In this repository only
-tests call it: the engine computes the same parts step by step (generate/streaming_step.py).
+For synthesis without streaming (the released decoder calls this offline). The engine computes the
+same parts step by step (generate/streaming_step.py); here evaluate/copies.py calls `vocode`, and
+only tests call `synthesize` and `change_speed`.
 B rows, n units, F = 2n mel frames, M mel bins.
 """
 
@@ -26,7 +27,15 @@ def synthesize(
     mel, frames = model.flow(units, lengths, model.flow.voice(voice))
     if speed != 1:
         mel, frames = change_speed(mel, frames, speed)
-    state, final = model.vocoder.empty_state(len(units)), jnp.ones(len(units), bool)
+    return vocode(model, mel, frames, keys)
+
+
+def vocode(model: Model, mel: Array, frames: Array, keys: Array) -> tuple[Array, Array]:
+    """Mel [B, F, M], of `frames` [B] frames -> (samples [B, T] at 24 kHz, their counts [B]).
+
+    keys [B]: PRNG keys of the vocoder's noise.
+    """
+    state, final = model.vocoder.empty_state(len(mel)), jnp.ones(len(mel), bool)
     _, samples, counts = model.vocoder.step(state, mel, frames, final, keys, seamless=True)
     return samples, counts
 
