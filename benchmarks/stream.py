@@ -46,7 +46,7 @@ def compile_parts(graph: nnx.GraphDef, bench: Bench) -> dict[str, Part]:
     hiddens = jnp.zeros((slots, config.read, config.llm.width), dtype)
     no = jnp.zeros(slots, bool)
     units = jnp.full((slots, config.write), config.tokens.sep + 1)
-    output = ReadWriteOutput(tokens, units, jnp.ones(slots, jnp.int32))
+    output = ReadWriteOutput(tokens, units)
 
     def text(params: dict, state: DecodeState) -> DecodeState:
         language, *_ = read_write.read(nnx.merge(graph, params), state.language)

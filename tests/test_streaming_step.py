@@ -75,7 +75,7 @@ def test_released_streams(decoder, entry, monkeypatch):
             nnx.merge(graph, params),
             engine_config,
             state,
-            ReadWriteOutput(speech, speech, final),
+            ReadWriteOutput(speech, speech),
             final,
         )
 
@@ -215,7 +215,7 @@ def test_outputs_are_unpacked_as_they_were_packed(engine):
     samples = rng.standard_normal((3, 50)).astype(np.float32)
     packed = streaming_step.pack(
         language,
-        ReadWriteOutput(jnp.asarray(tokens), jnp.asarray(speech), language.phase),
+        ReadWriteOutput(jnp.asarray(tokens), jnp.asarray(speech)),
         jnp.asarray(samples),
         jnp.array([0, 50, 3]),
     )

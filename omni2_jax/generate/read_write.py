@@ -94,9 +94,9 @@ def read_write(
     if model.speech_lm is None:
         state = dataclasses.replace(state, phase=jnp.where(ended, IDLE, state.phase))
         no_speech = jnp.full((ended.size, model.config.write), -1, jnp.int32)
-        return state, ReadWriteOutput(text_tokens, no_speech, state.phase)
+        return state, ReadWriteOutput(text_tokens, no_speech)
     state, speech_tokens = write(model, state, text_tokens, hiddens, ended, units_only)
-    return state, ReadWriteOutput(text_tokens, speech_tokens, state.phase)
+    return state, ReadWriteOutput(text_tokens, speech_tokens)
 
 
 def read(model: Model, state: ReadWriteState) -> tuple[ReadWriteState, Array, Array, Array]:

@@ -189,4 +189,3 @@ class ReadWriteOutput:
 
     text_tokens: Array  # [B, R]
     speech_tokens: Array  # [B, W] tokens of the speech LM: units, or its end token, or others
-    phase: Array  # [B] after the write
