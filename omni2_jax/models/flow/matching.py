@@ -1,7 +1,9 @@
 """Flow matching: units to mel, by integrating the estimator's velocity from noise.
 
 Port of CosyVoice2's CausalMaskedDiffWithXvec. Here are the passes over whole utterances and the
-training loss; streaming.py computes the same mel chunk by chunk.
+training loss; streaming.py computes the same mel chunk by chunk. In this repository only tests call
+a flow with a `prompt` or units that are not `final`: to compare it with the released code, and
+streaming.py with it.
 B rows, n units, T = 2n mel frames (50 a second), M mel bins, D width.
 """
 
