@@ -46,7 +46,8 @@ from omni2_jax.models.forms import Form, for_serving
 from omni2_jax.models.model import language_dtype
 
 TEXT_PARTS = ("speech_encoder", "adapter", "llm")  # what answers in text need
-TEMPLATE = 128  # positions that the chat template adds to a turn at most
+# About what the chat template adds to a spoken turn, in positions; instructions are not counted.
+TEMPLATE = 128
 BUCKET = 256  # buffer sizes are multiples of this, so that few sizes are ever compiled
 # What a text that is to be said is the answer to.
 REPEAT = "Please repeat this: {}"

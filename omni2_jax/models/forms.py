@@ -37,8 +37,9 @@ class Form:
     unrolled: bool = False  # the language models' layers and the flow's stages are listed
     blocks: bool = False  # the flow's transformer blocks are listed, too
     listed_caches: bool = False  # each layer of the language models has a cache of its own
-    fused: bool = False  # matrices with the same input are one: queries, keys and values, ...;
-    # so are a stage's first convolution in the flow and the skip connection beside it
+    # Matrices with the same input are one: queries, keys and values, ...; so are a stage's first
+    # convolution in the flow and the skip connection beside it.
+    fused: bool = False
     transposed: bool = False  # the language models' matrices are [out, in] (`Linear.transpose`)
     flow_matmuls: str = "float32"  # dtype of those of the flow's estimator (`Block.multiply_in`)
     by_head: bool = False  # the estimator's attention, of few frames (`estimator.Attention`)

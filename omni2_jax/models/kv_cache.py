@@ -143,7 +143,10 @@ class ListedKVCache:
 
 
 def put_many(old: Array, positions: Array, new: Array) -> Array:
-    """Pairs [2, B, K, S, H] with new [B, T, 2, K, H] at positions [B, T] within 0 to S - 1."""
+    """Pairs [2, B, K, S, H] with new [B, T, 2, K, H] at positions [B, T].
+
+    What is outside of 0 to S - 1 is dropped; padding is at -1.
+    """
     rows = jnp.arange(len(positions))[:, None]
     indices = jnp.where(positions < 0, old.shape[3], positions)  # out of bounds, so dropped
     return old.at[:, rows, :, indices].set(new, mode="drop")
