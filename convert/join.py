@@ -89,6 +89,11 @@ def join(sources: Sequence[Source], fusion: bool = True) -> Release:
     config = joined_config(owners, configs, tokenizer)
     check_fit(config, owners, configs, tokenizer)
     shapes = abstract_model(config)[1]
+    if "adapter" in owners and "adapter" not in shapes:
+        raise ValueError(
+            f"adapter of {owners['adapter']} has no place in the joined checkpoint: it is used "
+            "with a speech_encoder and an llm; name these, too, or leave it out"
+        )
     if "fusion" in owners and "fusion" not in shapes:
         raise ValueError(
             f"fusion of {owners['fusion']} has no place in the joined checkpoint: it is used with "

@@ -124,6 +124,7 @@ def test_a_speech_lm_that_starts_as_the_llm(omni2, new_checkpoint, tmp_path):
         (["ear={new}"], ["ear is no part", "language, decoder"]),
         (["speech_lm,llm={new}"], ["no fusion"]),
         (["llm,fusion={new}"], ["fusion", "no place", "speech_lm"]),
+        (["llm,adapter={new}"], ["adapter of", "no place", "speech_encoder"]),
         (["speech_lm,fusion={new}", "llm={folder}/spelling"], ["tokenizers", "differ"]),
     ],
 )
