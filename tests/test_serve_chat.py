@@ -264,6 +264,23 @@ BAD = {
     ),
     "two answers": ({"messages": [SEA], "n": 2}, "n: Input should be less than or equal to 1"),
     "an end of the client's": ({"messages": [SEA], "stop": ["sea"]}, "does not end answers"),
+    "a picture": (
+        {"messages": [SEA | {"content": [{"type": "image_url", "image_url": {"url": "a"}}]}]},
+        "messages.0.content.0.type: Input should be 'text' or 'input_audio'",
+    ),
+    "too many parts": (
+        {"messages": [SEA | {"content": 17 * [{"type": "text", "text": "a"}]}]},
+        "messages.0.content: List should have at most 16 items after validation, not 17",
+    ),
+    "a text that is too long": (
+        {"messages": [SEA | {"content": "x" * 16_385}]},
+        "messages.0.content: String should have at most 16384 characters",
+    ),
+    "no content": ({"messages": [SEA, SEA | {"content": 3}]}, "messages.1.content: Input should"),
+    "a voice without its id": (
+        {"messages": [SEA], "audio": {"voice": {"name": "x"}}},
+        "audio.voice.id: Field required",
+    ),
     "unknown voice": (
         {
             "messages": [{"role": "user", "content": "a"}],
@@ -298,4 +315,6 @@ def test_bad_requests(client, name):
     message = error.value.body["message"]
     if "the messages have" in expected or "the audio" in expected or "30 s" in expected:
         assert (error.value.code, error.value.param) == ("invalid_value", "messages")
+    if ": " in expected:
+        assert error.value.param == expected.partition(": ")[0]
     assert expected in message and "\n" not in message and "/tmp" not in message

@@ -489,6 +489,7 @@ def test_what_can_be_stopped(address):
     assert events[-1].response.status in ("completed", "incomplete")
 
 
+# An event, the code of its error, and the message where it begins with what `param` is.
 FAULTS = {
     "not JSON": ("{", "invalid_json"),
     "no object": ("[1]", "invalid_json"),
@@ -532,6 +533,21 @@ FAULTS = {
         '{"type": "session.update", "session": {"audio": {"output": {"voice": "/etc/passwd"}}}}',
         "invalid_value",
     ),
+    "a voice without its id": (
+        '{"type": "session.update", "session": {"audio": {"output": {"voice": {"name": "x"}}}}}',
+        "invalid_value",
+        "session.audio.output.voice.id: Field required",
+    ),
+    "too many tokens": (
+        '{"type": "session.update", "session": {"max_output_tokens": 99999}}',
+        "invalid_value",
+        "session.max_output_tokens: Input should be less than or equal to 4096",
+    ),
+    "a name that is too long": (
+        '{"type": "response.create", "response": {"metadata": {"' + 65 * "x" + '": "y"}}}',
+        "invalid_value",
+        f"response.metadata.{65 * 'x'}.[key]: String should have at most 64 characters",
+    ),
     "beyond the audio": (
         '{"type": "conversation.item.truncate", "item_id": "q", "content_index": 0, '
         '"audio_end_ms": 5}',
@@ -545,7 +561,7 @@ def test_faulty_events(address):
 
     async def conversation(link):
         answers = {}
-        for name, (text, _) in FAULTS.items():
+        for name, (text, *_) in FAULTS.items():
             await link.send_raw(text)
             answers[name] = await link.recv()
         await link.session.update(session=MANUAL)
@@ -558,6 +574,9 @@ def test_faulty_events(address):
     for name, event in answers.items():
         assert event.type == "error" and event.error.code == FAULTS[name][1], name
         assert "\n" not in event.error.message and "Traceback" not in event.error.message
+        for message in FAULTS[name][2:]:
+            assert event.error.message == message
+            assert event.error.param == message.partition(": ")[0]
 
 
 def test_full_server(address):

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, Field, TypeAdapter, ValidationError, model_validator
 
+from omni2_jax.serve import faults
 from omni2_jax.serve.audio import FORMATS
 
 MAX_INSTRUCTIONS = 16_384  # characters
@@ -247,14 +248,12 @@ def parse(message: dict) -> Any:
 
 
 def describe(error: ValidationError, message: dict) -> EventError:
-    """The first fault of an event, in one line."""
-    fault = error.errors(include_url=False, include_context=False)[0]
-    if fault["type"] in ("union_tag_invalid", "union_tag_not_found"):
+    """A fault of an event, in one line."""
+    if error.errors()[0]["type"] in ("union_tag_invalid", "union_tag_not_found"):
         kind = str(message.get("type"))[:MAX_ID]
         return EventError(f"unknown event type {kind!r}", "unknown_event", "type")
-    # The first entry of a location is the event's type.
-    param = ".".join(str(part) for part in fault["loc"][1:])
-    return EventError(f"{param}: {fault['msg']}", "invalid_value", param)
+    param, wrong = faults.describe(error, message)
+    return EventError(f"{param}: {wrong}", "invalid_value", param)
 
 
 BETA_FORMATS = {"pcm16": "audio/pcm", "g711_ulaw": "audio/pcmu", "g711_alaw": "audio/pcma"}

@@ -7,12 +7,14 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from typing import TypeVar
 
 from pydantic import ValidationError
+from pydantic_core import from_json
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from omni2_jax.generate.engine import QueueFullError
 from omni2_jax.generate.session import Reply, Session
+from omni2_jax.serve import faults
 from omni2_jax.serve.errors import failure
 from omni2_jax.serve.events import EventError, Fields
 from omni2_jax.serve.server import FullError, Server
@@ -92,13 +94,13 @@ async def read_json(server: Server, request: Request, kind: type[Body]) -> Body:
 
     Raises TooLargeError if it is too long, and EventError if it is malformed.
     """
-    body = [data async for data in body_of(request, server.limits.body_bytes)]
+    body = b"".join([data async for data in body_of(request, server.limits.body_bytes)])
     try:
-        return kind.model_validate_json(b"".join(body))
+        return kind.model_validate_json(body)
     except ValidationError as error:
-        fault = error.errors(include_url=False, include_context=False)[0]
-        place = ".".join(map(str, fault["loc"]))
-        message = f"{place}: {fault['msg']}" if place else fault["msg"]
+        is_json = error.errors()[0]["type"] != "json_invalid"
+        place, wrong = faults.describe(error, from_json(body) if is_json else None)
+        message = f"{place}: {wrong}" if place else wrong
         raise EventError(message, param=place or None) from None
 
 
