@@ -143,6 +143,50 @@ def test_a_request_that_takes_too_long(address, server, monkeypatch):
     eventually(lambda: server.clients == 0)
 
 
+SPEECH = {"input": "Good evening.", "response_format": "pcm"}
+WRITTEN = {"messages": [http_api.SEA]}
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "held"),
+    [
+        ("audio/speech", SPEECH, "step"),
+        ("audio/speech", SPEECH, "submit"),
+        ("chat/completions", WRITTEN, "submit"),
+    ],
+)
+def test_an_answer_that_takes_too_long(address, server, monkeypatch, path, body, held):
+    """It is interrupted: before its first sound, and even while it begins."""
+    limited(monkeypatch, server, request_seconds=1)
+    engine, go_on, begun, calls = server.worker.engine, threading.Event(), threading.Event(), []
+
+    def watch(name):
+        method = getattr(engine, name)
+
+        def watched(*arguments, **settings):
+            if calls or name == "submit":  # a step before it is of no answer
+                calls.append(name)
+                assert name != held or go_on.wait(60)
+            return method(*arguments, **settings)
+
+        monkeypatch.setattr(engine, name, watched)
+
+    watch("submit")
+    watch("step")
+    try:
+        while held not in calls:  # a slow machine may need more time to get there
+            link = http.client.HTTPConnection(address)
+            link.request("POST", f"/v1/{path}", json.dumps(body))
+            assert link.getresponse().status == 408
+        eventually(lambda: server.clients == 0)
+    finally:
+        go_on.set()
+    server.worker.commands.put(begun.set)
+    assert begun.wait(60)
+    eventually(lambda: not (server.tasks or server.worker.answers or any(engine.slots)))
+    assert calls.count("step") <= 3  # a whole answer takes 5 or more
+
+
 def test_a_client_that_reads_nothing(server, monkeypatch):
     """Its response is given up."""
     limited(monkeypatch, server, request_seconds=0.2)

@@ -12,7 +12,7 @@ import numpy as np
 from pydantic import Field
 from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
 from omni2_jax.generate.omni2 import REPEAT, SAID_NOTHING
@@ -26,6 +26,7 @@ from omni2_jax.serve.http import (
     body_of,
     counted,
     failed_event,
+    interrupting,
     read_json,
     sse,
     whole,
@@ -62,12 +63,14 @@ async def speak(server: Server, request: Request) -> Response:
             param="input",
         )
     question = [REPEAT.format(speech.input)]
-    answer = await server.worker.answer(session, question, speech.input)
+    with interrupting(server, session):
+        answer = await server.worker.answer(session, question, speech.input)
     is_sse = speech.stream_format == "sse"
     if speech.response_format == "pcm":
         replies = counted(server, answer)
         # An answer that fails before its first sample gets an error object.
-        beginning = await until_sound(replies)
+        with interrupting(server, session):
+            beginning = await until_sound(request, replies)
         if not beginning:
             return failure(SAID_NOTHING, 500)
         if is_sse:
@@ -84,13 +87,18 @@ async def speak(server: Server, request: Request) -> Response:
     return Response(data, media_type=CONTAINERS[speech.response_format][2])
 
 
-async def until_sound(replies: AsyncIterator[Reply]) -> list[Reply]:
-    """The replies up to the first one with samples; [] if none has any."""
+async def until_sound(request: Request, replies: AsyncIterator[Reply]) -> list[Reply]:
+    """The replies up to the first one with samples; [] if none has any.
+
+    Raises ClientDisconnect if the client leaves before.
+    """
     beginning = []
     async for reply in replies:
         beginning.append(reply)
         if reply.samples.size:
             return beginning
+        if await request.is_disconnected():
+            raise ClientDisconnect
     return []
 
 

@@ -26,6 +26,7 @@ from omni2_jax.serve.http import (
     AnswerStream,
     counted,
     failed_event,
+    interrupting,
     read_json,
     sse,
     whole,
@@ -110,7 +111,8 @@ async def complete(server: Server, request: Request) -> Response:
     if completion.stop:
         raise EventError("this server does not end answers at texts of the client", param="stop")
     session, question = await prepare(server, completion)
-    answer = await server.worker.answer(session, question)
+    with interrupting(server, session):
+        answer = await server.worker.answer(session, question)
     if completion.stream:
         events = stream_events(server, completion, session, answer)
         return AnswerStream(server, session, events, "text/event-stream")

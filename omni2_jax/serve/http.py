@@ -1,9 +1,10 @@
 """What the endpoints of plain HTTP share: admission, reading, errors, and answers as a stream."""
 
 import asyncio
+import contextlib
 import json
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
 from typing import TypeVar
 
 from pydantic import ValidationError
@@ -119,16 +120,27 @@ async def counted(server: Server, answer: Answer) -> AsyncIterator[Reply]:
     server.metrics.responses.labels("completed").inc()
 
 
+@contextlib.contextmanager
+def interrupting(server: Server, session: Session) -> Iterator[None]:
+    """A block that waits for the answer of a session: the answer is interrupted if the block fails.
+
+    So no answer goes on for a client that has left, or whose request takes too long.
+    """
+    try:
+        yield
+    except BaseException:
+        server.start_task(server.worker.interrupt(session))
+        raise
+
+
 async def whole(server: Server, request: Request, session: Session, answer: Answer) -> list[Reply]:
     """All replies of an answer. If the client leaves, the answer is interrupted."""
     replies = []
-    try:
+    with interrupting(server, session):
         async for reply in counted(server, answer):
             replies.append(reply)
             if await request.is_disconnected():
                 raise ClientDisconnect
-    finally:
-        server.start_task(server.worker.interrupt(session))
     return replies
 
 
