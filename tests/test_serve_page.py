@@ -221,9 +221,12 @@ def test_microphone_refused_and_server_gone(opened, server):
         answered(page, 0)
         has_status(page, "ready")
     has_status(page, "not connected; trying again")
+    write(page, "And the moon?")
+    page.fill("#text", "And the")  # a question that is being changed is not sent by itself
     with running(server, port=int(address.split(":")[1])):
         has_status(page, "ready")
         page.wait_for_selector(".note:text-is('Connected again.')")
+        assert page.input_value("#text") == "And the" and page.locator(".turn.user").count() == 1
         write(page, "And the moon?")
         answered(page, 1)
         (connection,) = server.connections

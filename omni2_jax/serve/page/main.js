@@ -143,10 +143,10 @@ function hear(samples) {
 function sendText(event) {
   event.preventDefault();
   const text = element("text").value.trim();
+  mustSend = Boolean(text) && !isReady;
   if (!text) return;
   startAudio();
   context.resume();
-  mustSend = !isReady;
   if (realtime.isPaused) realtime.connect();
   if (mustSend) return;
   interrupt();
@@ -309,6 +309,7 @@ realtime.on("error", ({ error }) => {
 element("microphone").onclick = () => (microphone.isOn ? mute() : unmute());
 element("stop").onclick = interrupt;
 element("controls").onsubmit = sendText;
+element("text").oninput = () => (mustSend = false); // until it is sent once more
 element("download").onclick = download;
 element("voice").onchange = ({ target }) => useVoice(target.value);
 document.addEventListener("keydown", (event) => {
