@@ -203,6 +203,27 @@ def test_command(omni2, checkpoint_dir, tmp_path):
     assert "Table 1" not in report.read_text()  # no number of the paper is comparable
 
 
+def test_a_recogniser_that_fails(omni2, checkpoint_dir, tmp_path, monkeypatch):
+    """At one recording: it is left out and counted. As a whole: the command ends."""
+    # Each recording is heard once, and then once more with its copy.
+    faults: list[Exception | None] = [*[None] * 6, ValueError("(400: too short)")]
+
+    def fail():
+        if fault := faults.pop(0) if faults else None:
+            raise fault
+
+    recogniser = ScriptedRecogniser(before=fail)
+    monkeypatch.setattr(measure, "open_recogniser", lambda *_: recogniser)
+    data = write_items(tmp_path / "data")
+    arguments = ["--task", "copy-synthesis", "--system", checkpoint_dir, "--data", data]
+    arguments += ["--recogniser", "scripted", "--out", tmp_path / "out"]
+    assert omni2(*arguments)[0] == 0
+    found = Results.load(tmp_path / "out" / "results.json").tasks["copy-synthesis"]
+    assert (found.answers, found.left_out) == (3, {"not scored": 1})
+    faults += [*[None] * 6, RuntimeError("http://a/v1 refuses the key")]
+    assert omni2(*arguments[:-1], tmp_path / "other")[0] == "error: http://a/v1 refuses the key"
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -219,16 +219,19 @@ def test_clips_that_fail_a_check(voice, tmp_path, monkeypatch, capsys):
 
 
 class Deaf:
-    """A recogniser that hears another text now and then."""
+    """A recogniser that hears another text now and then, or fails."""
 
     workers = 1
 
-    def __init__(self, *texts: str):
+    def __init__(self, *texts: str | Exception):
         self.texts = list(texts)
 
     def transcribe(self, samples: np.ndarray, rate: int) -> str:
         assert samples.ndim == 1 and rate in (16000, 24000)
-        return self.texts.pop(0)
+        text = self.texts.pop(0)
+        if isinstance(text, Exception):
+            raise text
+        return text
 
 
 def test_what_a_recogniser_hears(tmp_path, monkeypatch):
@@ -243,6 +246,26 @@ def test_what_a_recogniser_hears(tmp_path, monkeypatch):
     [left_out] = speak(tmp_path, asked, recogniser="whisper")["left_out"]
     assert left_out["reason"] == "heard wrong"
     assert left_out["message"] == "reply: 'Yes, it is.' is heard as 'no': 100% word errors"
+
+
+def test_a_recogniser_that_fails(tmp_path, monkeypatch):
+    """At one clip: it is made again, or left out. At all of them, or as a whole: the job ends."""
+    asked, cannot = [dialogue("ask", ("Is it 7?", "Yes, it is."))], ValueError("(400: too short)")
+    heard = Deaf(cannot, "is it seven", *[cannot] * 3)
+    monkeypatch.setattr(recognisers, "open_recogniser", lambda *_: heard)
+    [left_out] = speak(tmp_path, asked, recogniser="whisper")["left_out"]
+    assert (left_out["reason"], left_out["message"]) == (
+        "not recognised",
+        "reply: 'Yes, it is.': (400: too short)",
+    )
+    shutil.rmtree(tmp_path / "out")
+    for failures, words in (
+        ([RuntimeError("http://a/v1 refuses the key")], "refuses the key"),
+        ([cannot] * 30, r"failed at 30 clips in a row; the last one: \(400: too short\)"),
+    ):
+        heard.texts = failures
+        with pytest.raises(RuntimeError, match=words):
+            speak(tmp_path, asked, recogniser="whisper", attempts=30)
 
 
 # ---- engines ----

@@ -19,7 +19,8 @@ from omni2_jax.synthesize import augment
 from omni2_jax.synthesize.engines import EngineError, open_engine
 from omni2_jax.synthesize.voices import Voice, VoicesFile
 
-MAX_FAILURES = 30  # of engines, one after the other: then none of them is likely to work again
+# Of engines, or of the recogniser, one after the other: then none is likely to work again.
+MAX_FAILURES = 30
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class Speaker:
             )
             self.recogniser = recognisers.open_recogniser(options.recogniser, hearing)
             self.hearing = threading.Semaphore(self.recogniser.workers)
-        self.failures = 0
+        self.failures = self.unheard = 0
 
     def __call__(self, dialogue: Mapping[str, Any]) -> Result:
         """See `make_speech` for what comes out of a dialogue, or of a sentence {"id", "text"}.
@@ -148,13 +149,25 @@ class Speaker:
         return Spoken(samples, self.heard(samples, rate, text))
 
     def heard(self, samples: np.ndarray, rate: int, text: str) -> dict[str, Any]:
-        """The word error rate of a clip, as a note. Raises Refused if it is too high."""
+        """The word error rate of a clip, as a note.
+
+        Raises Refused if it is too high, or the recogniser fails at this clip.
+        """
         if self.recogniser is None:
             return {}
         from omni2_jax.evaluate import word_errors
 
-        with self.hearing:
-            transcript = self.recogniser.transcribe(samples, rate)
+        try:
+            with self.hearing:
+                transcript = self.recogniser.transcribe(samples, rate)
+        except ValueError as error:
+            self.unheard += 1
+            if self.unheard >= MAX_FAILURES:
+                raise RuntimeError(
+                    f"the recogniser failed at {MAX_FAILURES} clips in a row; the last one: {error}"
+                ) from None
+            raise Refused("not recognised", f"{text!r}: {error}") from None
+        self.unheard = 0
         rate_of_errors = word_errors.compare(text, transcript).rate
         if rate_of_errors > self.options.max_wer:
             message = f"{text!r} is heard as {transcript!r}: {rate_of_errors:.0%} word errors"

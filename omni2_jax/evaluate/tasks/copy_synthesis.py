@@ -110,10 +110,16 @@ class CopySynthesis(Task):
         return score
 
     def listen(self, item: Item, samples: np.ndarray, dnsmos: Callable) -> dict[str, Any]:
-        """Word errors, if there is a recogniser, and DNSMOS, of samples [N] at 24 kHz."""
+        """Word errors, if there is a recogniser, and DNSMOS, of samples [N] at 24 kHz.
+
+        Raises Refused if the recogniser fails at them.
+        """
         found: dict[str, Any] = {"dnsmos": dnsmos(samples)}
         if self.recogniser:
-            transcript = self.recogniser.transcribe(samples, recordings.OUTPUT_RATE)
+            try:
+                transcript = self.recogniser.transcribe(samples, recordings.OUTPUT_RATE)
+            except ValueError as error:
+                raise jobs.Refused("not recognised", f"{item.context}: {error}") from None
             errors = word_errors.compare(item.question, transcript)
             found |= dataclasses.asdict(errors) | {"transcript": transcript}
         return found
