@@ -156,7 +156,7 @@ def evaluate(
     key_variable: Annotated[
         str, typer.Option(help="The environment variable with the key of all URLs.")
     ] = "OPENAI_API_KEY",
-    seed: Annotated[int, typer.Option(min=0, help="Of answers, noise, votes, intervals.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="The seed of answers, noise and votes.")] = 0,
 ) -> None:
     """Measure how well a system answers spoken questions."""
     if context.invoked_subcommand is not None:

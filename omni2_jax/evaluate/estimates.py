@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 CONFIDENCE = 0.95
-RESAMPLES = 2000  # of a bootstrap
+RESAMPLES, SEED = 2000, 0  # of a bootstrap
 
 
 @dataclass(frozen=True)
@@ -44,16 +44,16 @@ def share(successes: int, count: int) -> Estimate:
     return Estimate(successes / count, float(interval.low), float(interval.high), count)
 
 
-def mean(values: Sequence[float], seed: int = 0) -> Estimate:
+def mean(values: Sequence[float]) -> Estimate:
     """The mean of values [N] with a bootstrap interval. Raises ValueError for no values."""
-    return ratio(values, [1.0] * len(values), seed)
+    return ratio(values, [1.0] * len(values))
 
 
-def ratio(numerators: Sequence[float], denominators: Sequence[float], seed: int = 0) -> Estimate:
+def ratio(numerators: Sequence[float], denominators: Sequence[float]) -> Estimate:
     """Sum of numerators [N] over sum of denominators [N], with a bootstrap interval over the items.
 
-    The interval is BCa, or the percentiles where BCa is not defined. The same seed gives the same
-    interval. Raises ValueError for no items or a sum of denominators of 0.
+    The interval is BCa, or the percentiles where BCa is not defined; the same items give the same
+    one. Raises ValueError for no items or a sum of denominators of 0.
     """
     over, under = np.asarray(numerators, float), np.asarray(denominators, float)
     if not over.size or not under.sum():
@@ -61,13 +61,13 @@ def ratio(numerators: Sequence[float], denominators: Sequence[float], seed: int 
     value = float(over.sum() / under.sum())
     if over.size == 1 or np.ptp(over) == np.ptp(under) == 0:
         return Estimate(value, value, value, over.size)
-    low, high = interval(over, under, seed, "BCa")
+    low, high = interval(over, under, "BCa")
     if not (math.isfinite(low) and math.isfinite(high)):
-        low, high = interval(over, under, seed, "percentile")
+        low, high = interval(over, under, "percentile")
     return Estimate(value, low, high, over.size)
 
 
-def interval(over: np.ndarray, under: np.ndarray, seed: int, method: str) -> tuple[float, float]:
+def interval(over: np.ndarray, under: np.ndarray, method: str) -> tuple[float, float]:
     """The bootstrap interval of sum(over) / sum(under); NaN where the method is not defined."""
     from scipy import stats
 
@@ -84,6 +84,6 @@ def interval(over: np.ndarray, under: np.ndarray, seed: int, method: str) -> tup
             n_resamples=RESAMPLES,
             confidence_level=CONFIDENCE,
             method=method,
-            rng=np.random.default_rng(seed),
+            rng=np.random.default_rng(SEED),
         )
     return float(result.confidence_interval.low), float(result.confidence_interval.high)

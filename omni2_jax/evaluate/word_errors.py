@@ -48,7 +48,7 @@ def compare(reference: str, transcript: str) -> WordErrors:
     return WordErrors(errors, output.hits + output.substitutions + output.deletions)
 
 
-def corpus_rate(counts: Sequence[WordErrors], seed: int = 0) -> Estimate:
+def corpus_rate(counts: Sequence[WordErrors]) -> Estimate:
     """All errors over all words, in percent, and not a mean of rates: long texts weigh more.
 
     The interval is that of a bootstrap over the texts. Raises ValueError for no words at all.
@@ -56,4 +56,4 @@ def corpus_rate(counts: Sequence[WordErrors], seed: int = 0) -> Estimate:
     if not sum(item.words for item in counts):
         raise ValueError("no reference has a word, so there is no word error rate")
     errors, words = [item.errors for item in counts], [item.words for item in counts]
-    return ratio(errors, words, seed).scaled(100)
+    return ratio(errors, words).scaled(100)
