@@ -105,7 +105,7 @@ def evaluate(
         str | None, typer.Option(help="The model's name, for a system at a URL.")
     ] = None,
     voice: Annotated[
-        str | None, typer.Option(help="That answers. [default: the system's first]")
+        str | None, typer.Option(help="The voice that answers. [default: the system's first]")
     ] = None,
     option: Annotated[
         list[str] | None,

@@ -15,4 +15,6 @@ RecogniserOption = Annotated[
 RecogniserModelOption = Annotated[
     str, typer.Option("--recogniser-model", help="The model's name, for a recogniser at a URL.")
 ]
-LanguageOption = Annotated[str, typer.Option("--language", help="That the recogniser hears.")]
+LanguageOption = Annotated[
+    str, typer.Option("--language", help="The language of what the recogniser hears, as en.")
+]

@@ -38,7 +38,9 @@ def serve(
     context: Annotated[
         int,
         typer.Option(
-            min=512, help="LLM positions of a conversation; the oldest turns are forgotten."
+            min=512,
+            help="LLM positions of a conversation, at most the checkpoint's max_prompt (of Nano "
+            "2048); the oldest turns are forgotten.",
         ),
     ] = 4096,
     max_new_tokens: Annotated[
@@ -62,8 +64,9 @@ def serve(
     recogniser: Annotated[
         str | None,
         typer.Option(
-            help="Shows users what they said: a faster-whisper model directory, or the URL of an "
-            "endpoint for transcriptions. The model does not need it."
+            help="Shows users what they said: a Whisper model of faster-whisper (a directory or a "
+            "Hugging Face id), or the URL of audio transcriptions, http://HOST/v1. The model does "
+            "not need it."
         ),
     ] = None,
     voices: Annotated[
