@@ -87,7 +87,7 @@ def test_summary(checkpoint_dir, tmp_path):
         {"recording": own, "vocoder": copy | {"f0": 2.0}},
         {"recording": other, "vocoder": copy | {"words": 16, "errors": 1}},  # nothing is voiced
     ]
-    found = {name: estimate.value for name, estimate in task.summarise(rows, 0).items()}
+    found = {name: estimate.value for name, estimate in task.summarise(rows, []).items()}
     assert found == pytest.approx(
         {
             "recording_wer": 5,

@@ -1,5 +1,6 @@
 """`omni2 evaluate` on a folder of answers: items, tasks, an interrupted run, and refusals."""
 
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -104,18 +105,25 @@ def test_every_turn(tmp_path):
         item_files.read_items(path, split="dev")
 
 
-def test_whole_conversations():
+def test_whole_conversations(tmp_path):
     """All answers of a conversation are right; one that is not scored whole does not count."""
 
     def row(conversation, right, asked=2):
         return {"s2t": right, "exact": None, "conversation": conversation, "asked": asked}
 
     rows = [row("a", True), row("a", True), row("b", True), row("b", False), row("c", True)]
-    found = TextQA(TaskOptions()).summarise([*rows, row("d", True, asked=1)], unanswered=1)
+    silent, other = evaluations.items(tmp_path)[:2]
+    task = TextQA(TaskOptions())
+    found = task.summarise([*rows, row("d", True, asked=1)], unanswered=[silent])
     assert (found["whole"].value, found["whole"].count) == (50, 2)
     assert "exact" not in found  # no item states a whole reply
     assert round(found["s2t"].value, 1) == 71.4  # 5 of 6 that are scored, and one without an answer
-    assert "whole" not in TextQA(TaskOptions()).summarise([row("c", True)], unanswered=0)
+    assert "whole" not in task.summarise([row("c", True)], unanswered=[])
+    # Without an answer, only those that state a whole reply are wrong replies.
+    rows = [row("a", True, asked=1) | {"exact": True}]
+    silent = [dataclasses.replace(silent, reply="Blue."), other]
+    found = task.summarise(rows, unanswered=silent)
+    assert (found["exact"].value, found["exact"].count) == (50, 2) and found["s2t"].count == 3
 
 
 def test_recordings_in_parquet(tmp_path):

@@ -161,7 +161,7 @@ class Evaluation:
     def summary(self, answers, transcripts, scores) -> Results:
         """The results of this command."""
         names = [item.name for item in self.items]
-        tasks = {}
+        known, tasks = dict(zip(names, self.items, strict=True)), {}
         for name, task in self.tasks.items():
             rows = scores[name]
             unanswered = {
@@ -172,10 +172,10 @@ class Evaluation:
                 settings=task.describe(),
                 answers=len(rows),
                 left_out={reason: count for reason, count in unanswered.items() if count},
-                metrics=summarise(task, rows, names, answers),
+                metrics=summarise(task, rows, self.items, answers),
                 groups={
                     key: {
-                        value: summarise(task, rows, group, answers)
+                        value: summarise(task, rows, [known[name] for name in group], answers)
                         for value, group in values.items()
                     }
                     for key, values in groups(self.items, self.by).items()
@@ -211,11 +211,11 @@ class Evaluation:
 
 
 def summarise(
-    task: Task, scores: Mapping[str, Scores], names: Sequence[str], answers: Mapping[str, Any]
+    task: Task, scores: Mapping[str, Scores], items: Sequence[Item], answers: Mapping[str, Any]
 ) -> results.Summary:
     """The metrics of a task over some of the items."""
-    rows = [scores[name] for name in names if name in scores]
-    return task.summarise(rows, unanswered=sum(name not in answers for name in names))
+    rows = [scores[item.name] for item in items if item.name in scores]
+    return task.summarise(rows, [item for item in items if item.name not in answers])
 
 
 def check_hears(recogniser: Recogniser, items: Sequence[Item]) -> None:

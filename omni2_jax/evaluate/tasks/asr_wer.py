@@ -30,7 +30,9 @@ class AsrWer(Task):
     def open(self) -> Callable[[Item, Heard], Scores]:
         return score
 
-    def summarise(self, scores: Sequence[Scores], unanswered: int) -> dict[str, Estimate]:
+    def summarise(
+        self, scores: Sequence[Scores], unanswered: Sequence[Item]
+    ) -> dict[str, Estimate]:
         counts = [WordErrors(row["errors"], row["words"]) for row in scores]
         return {"wer": word_errors.corpus_rate(counts)} if counts else {}
 

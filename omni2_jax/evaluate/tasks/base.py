@@ -109,8 +109,10 @@ class Task(abc.ABC):
         """
 
     @abc.abstractmethod
-    def summarise(self, scores: Sequence[Scores], unanswered: int) -> dict[str, Estimate]:
+    def summarise(
+        self, scores: Sequence[Scores], unanswered: Sequence[Item]
+    ) -> dict[str, Estimate]:
         """The metrics of the scores, without those that nothing is known about.
 
-        scores: of the answers that could be scored. unanswered: items without an answer.
+        scores: of the answers that could be scored. unanswered: the items without an answer.
         """

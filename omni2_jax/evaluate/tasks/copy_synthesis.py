@@ -124,7 +124,9 @@ class CopySynthesis(Task):
             found |= dataclasses.asdict(errors) | {"transcript": transcript}
         return found
 
-    def summarise(self, scores: Sequence[Scores], unanswered: int) -> dict[str, Estimate]:
+    def summarise(
+        self, scores: Sequence[Scores], unanswered: Sequence[Item]
+    ) -> dict[str, Estimate]:
         found: dict[str, Estimate] = {}
         for path in ("recording", "vocoder", "flow", "chain"):
             rows = [row for row in scores if path in row]

@@ -111,8 +111,10 @@ class Instructions(Task):
                 return score
         return None
 
-    def summarise(self, scores: Sequence[Scores], unanswered: int) -> dict[str, Estimate]:
-        lowest = [float(LOWEST)] * unanswered
+    def summarise(
+        self, scores: Sequence[Scores], unanswered: Sequence[Item]
+    ) -> dict[str, Estimate]:
+        lowest = [float(LOWEST)] * len(unanswered)
         return {
             name: estimates.mean([*(sum(row[name]) / len(row[name]) for row in scores), *lowest])
             for name in self.metrics

@@ -31,7 +31,9 @@ class Latency(Task):
     def open(self) -> Callable[[Item, Heard], Scores]:
         return score
 
-    def summarise(self, scores: Sequence[Scores], unanswered: int) -> dict[str, Estimate]:
+    def summarise(
+        self, scores: Sequence[Scores], unanswered: Sequence[Item]
+    ) -> dict[str, Estimate]:
         summary = {}
         for name in self.metrics:
             values = [1000 * row[name] for row in scores if name in row]

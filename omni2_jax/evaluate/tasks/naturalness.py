@@ -69,7 +69,9 @@ class Naturalness(Task):
 
         return score
 
-    def summarise(self, scores: Sequence[Scores], unanswered: int) -> dict[str, Estimate]:
+    def summarise(
+        self, scores: Sequence[Scores], unanswered: Sequence[Item]
+    ) -> dict[str, Estimate]:
         return {
             name: estimates.mean(values)
             for name in self.metrics

@@ -36,8 +36,10 @@ class SpokenQA(Task):
     def open(self) -> Callable[[Item, Heard], Scores]:
         return score
 
-    def summarise(self, scores: Sequence[Scores], unanswered: int) -> dict[str, Estimate]:
-        count = len(scores) + unanswered
+    def summarise(
+        self, scores: Sequence[Scores], unanswered: Sequence[Item]
+    ) -> dict[str, Estimate]:
+        count = len(scores) + len(unanswered)
         if not count:
             return {}
         return {

@@ -14,9 +14,9 @@ class TextQA(Task):
     """Accuracy in percent: a reference occurs in the answer, and the answer is the whole reply.
 
     Both compare words after Whisper's normalisation. `exact` is over the items that state a whole
-    reply; it is not given where none of the answered items does. An item without an answer counts
-    as wrong. `whole` is the share of conversations in which every answer is right, over those of
-    several questions that are all scored.
+    reply; it is not given where none does. An item without an answer counts as wrong. `whole` is
+    the share of conversations in which every answer is right, over those of several questions that
+    are all scored.
     """
 
     needs_references = True
@@ -36,12 +36,14 @@ class TextQA(Task):
     def open(self) -> Callable[[Item, Heard], Scores]:
         return score
 
-    def summarise(self, scores: Sequence[Scores], unanswered: int) -> dict[str, Estimate]:
+    def summarise(
+        self, scores: Sequence[Scores], unanswered: Sequence[Item]
+    ) -> dict[str, Estimate]:
         found = {}
-        for name in ("s2t", "exact"):
+        silent = {"s2t": len(unanswered), "exact": sum(bool(item.reply) for item in unanswered)}
+        for name, missing in silent.items():
             rows = [row[name] for row in scores if row[name] is not None]
-            count = len(rows) + unanswered
-            if rows or (name == "s2t" and count):
+            if count := len(rows) + missing:
                 found[name] = estimates.share(sum(rows), count).scaled(100)
         if whole := conversations(scores):
             found["whole"] = estimates.share(sum(whole), len(whole)).scaled(100)
