@@ -256,6 +256,16 @@ def test_other_settings_are_refused(omni2, given, recogniser, tmp_path):
     assert (tmp_path / "out" / "results.json").read_bytes() == before
 
 
+def test_other_recordings_are_refused(omni2, given, recogniser, tmp_path):
+    """Their scores would come from the recordings that were there before."""
+    assert omni2(*given())[0] == 0
+    assert omni2(*given())[0] == 0
+    wav = tmp_path / "answers" / "sea.wav"
+    wav.write_bytes(wav.with_name("cats.wav").read_bytes())
+    code, _, _ = omni2(*given("--label", "again"))
+    assert is_error_line(code) and "was begun with " in code and "recordings_sha256" in code
+
+
 def test_a_recogniser_that_hears_nothing(omni2, given, recogniser, tmp_path):
     """In questions: refused at once. In answers alone: it is said, and the numbers are given."""
 

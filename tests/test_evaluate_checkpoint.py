@@ -12,6 +12,8 @@ from omni2_jax.evaluate import measure, run
 from omni2_jax.evaluate.items import read_items
 from omni2_jax.evaluate.results import Results
 from omni2_jax.evaluate.systems import SystemOptions, open_system
+from omni2_jax.evaluate.tasks import TaskOptions
+from omni2_jax.evaluate.tasks.copy_synthesis import CopySynthesis
 from omni2_jax.generate.omni2 import Omni2, join
 from tests.support.conversations import GREEDY, clip, three_slots
 from tests.support.evaluations import ScriptedRecogniser, write_lines
@@ -141,6 +143,21 @@ def test_another_read_write_rule(checkpoint_dir):
     assert (stream.config.read, stream.config.write) == (2, 5)
     units = [len(reply.units) for reply in model.stream(clip("speech_a"), options=OPTIONS)]
     assert max(units) <= 5 and len(units) >= OPTIONS.max_new_tokens // 2
+
+
+def test_a_voice_of_a_file(checkpoint_dir, tmp_path):
+    """Its content belongs to the description, that of a stored voice to the checkpoint's."""
+    voice = tmp_path / "voice.npy"
+    task = TaskOptions(checkpoint=checkpoint_dir, copies=tmp_path, voice=str(voice))
+    found = []
+    for content in (b"a", b"b"):
+        voice.write_bytes(content)
+        system = open_system(str(checkpoint_dir), SystemOptions(voice=str(voice)))
+        found += [system.describe(), CopySynthesis(task).describe()]
+    assert len({one["voice_sha256"] for one in found}) == 2
+    assert {one["voice"] for one in found} == {str(voice)}
+    stored = open_system(str(checkpoint_dir), SystemOptions(voice="espeak"))
+    assert "voice_sha256" not in stored.describe()
 
 
 def test_what_is_refused(loaded, checkpoint_dir, model, data, tmp_path, monkeypatch):

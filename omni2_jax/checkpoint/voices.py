@@ -13,7 +13,7 @@ from flax import nnx
 from omni2_jax.audio import recordings
 from omni2_jax.checkpoint import parameters
 from omni2_jax.config import Omni2Config, SpeakerConfig
-from omni2_jax.files import atomic_write, first_line
+from omni2_jax.files import atomic_write, first_line, sha256
 from omni2_jax.models.speaker import check_length, embed
 
 # Seconds that a recording is padded to, up to the most that counts. What is padded changes nothing,
@@ -59,6 +59,13 @@ def resolve(directory: Path, config: Omni2Config, voice: str | None) -> np.ndarr
     if voice:
         raise ValueError(f"voice {voice!r} is neither a file nor a voice of {directory}; {known}")
     raise ValueError(f"{directory} needs a voice; {known}")
+
+
+def checksum(directory: Path, voice: str | None) -> str | None:
+    """The checksum of a prompt file; None for what `resolve` finds in the checkpoint itself."""
+    if voice is None or voice in names(directory) or not Path(voice).is_file():
+        return None
+    return sha256(Path(voice))
 
 
 def from_file(directory: Path, config: Omni2Config, path: Path) -> np.ndarray:

@@ -31,8 +31,10 @@ class CheckpointSystem:
     def describe(self) -> dict[str, Any]:
         import jax
 
+        from omni2_jax.checkpoint import voices
         from omni2_jax.config import Omni2Config
 
+        voice_sha256 = voices.checksum(self.directory, self.options.voice)
         config = Omni2Config.load(self.directory / "config.json")
         device = jax.devices()[0]
         return {
@@ -44,6 +46,7 @@ class CheckpointSystem:
             "trained_with": f"R = {config.read}, W = {config.write}",
             "mix": config.mix,
             "voice": self.options.voice,
+            **({"voice_sha256": voice_sha256} if voice_sha256 else {}),
             "options": dataclasses.asdict(self.options.options),
             "timed": self.options.timed,
             **({} if self.options.speech else {"speech": False}),

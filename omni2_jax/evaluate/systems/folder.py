@@ -9,6 +9,8 @@ UltraEval-Audio  {type: "inference", id, data: {content: text or {text, audio}}}
                  it record GLM-4-Voice's answers
 """
 
+import functools
+import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -51,6 +53,7 @@ class AnswersFolder:
                 f"it has {names}"
             )
         self.file = files[0]
+        self.content = functools.cache(sha256)  # of a recording; there may be hours of them
         self.answers = dict(self.lines())
         if not self.answers:
             raise ValueError(f"{self.file} holds no answers")
@@ -73,7 +76,20 @@ class AnswersFolder:
             number += 1
 
     def describe(self) -> dict[str, Any]:
-        return {"kind": "folder", "name": self.folder.name, "answers_sha256": sha256(self.file)}
+        recordings_sha256 = self.checksum()
+        return {
+            "kind": "folder",
+            "name": self.folder.name,
+            "answers_sha256": sha256(self.file),
+            **({"recordings_sha256": recordings_sha256} if recordings_sha256 else {}),
+        }
+
+    def checksum(self) -> str | None:
+        """Of all recordings, with the answers that they are of; None if there are none."""
+        sounds = {name: self.sound(name, answer) for name, answer in self.answers.items()}
+        found = {name: self.content(path) for name, path in sounds.items() if path}
+        content = json.dumps(found, sort_keys=True).encode()
+        return hashlib.sha256(content).hexdigest() if found else None
 
     def check(self, items: Sequence[Item]) -> None:
         """Raise ValueError unless every item has an answer, by its id or by its number."""

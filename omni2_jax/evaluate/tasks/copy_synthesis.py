@@ -15,6 +15,7 @@ import numpy as np
 
 from omni2_jax import jobs
 from omni2_jax.audio import features, pitch, recordings
+from omni2_jax.checkpoint import voices
 from omni2_jax.console import say
 from omni2_jax.evaluate import copies, estimates, word_errors
 from omni2_jax.evaluate.copies import UNIT_SAMPLES, Copy, CopyMaker
@@ -69,9 +70,11 @@ class CopySynthesis(Task):
         self.drawn: list[str] = []
 
     def describe(self) -> dict[str, Any]:
+        voice_sha256 = voices.checksum(self.checkpoint, self.options.voice)
         return {
             "left_out": {path: ", ".join(parts) for path, parts in self.lacking.items() if parts},
             "voice": self.options.voice,
+            **({"voice_sha256": voice_sha256} if voice_sha256 else {}),
             "recogniser": self.recogniser.describe() if self.recogniser else None,
             "dnsmos": "speechmos, 16 kHz",
         }
