@@ -23,18 +23,29 @@ def task(groups: dict | None = None, **values: float) -> TaskResult:
     return TaskResult({}, 20, {}, summary(**values), groups or {})
 
 
-def write(folder: Path, dataset: str, rows: tuple[str, ...] = (), label="toy", **tasks) -> Path:
-    """Results of a system as `omni2 evaluate` writes them."""
+def write(
+    folder: Path,
+    dataset: str,
+    rows: tuple[str, ...] = (),
+    label="toy",
+    system=None,
+    more=(),
+    **tasks,
+) -> Path:
+    """Results of a system as `omni2 evaluate` writes them.
+
+    system: more of its description. more: words of the command.
+    """
     results = Results(
         label=label,
         dataset=dataset,
         rows=list(rows),
-        system={"kind": "checkpoint", "options": {"seed": 0}},
+        system={"kind": "checkpoint", "options": {"seed": 0}} | (system or {}),
         data={"name": "items.jsonl", "items": 20, "sha256": "0"},
         recogniser=None,
         tasks={name.replace("_", "-"): found for name, found in tasks.items()},
         notes=["the recogniser heard nothing"],
-        command=["omni2", "evaluate"],
+        command=["omni2", "evaluate", *more],
         environment=result_files.environment(),
     )
     folder.mkdir(parents=True)
@@ -76,6 +87,85 @@ def test_table_1(tmp_path):
     for name in ("table1.png", "new-other-asr-wer-topic.png"):
         assert f"]({name})" in text and is_picture(tmp_path / "report" / name)
     assert "Table 2" not in text
+
+
+def lines_of(report: Path, title: str) -> list[list[str]]:
+    """The measured lines of a table, labels and values, without columns that none of them has."""
+    _, _, *lines = rows_of(report, title)
+    measured = [line for line in lines if line[1] == "measured here"]
+    empty = {i for i in range(len(measured[0])) if {line[i] for line in measured} == {"-"}}
+    kept = [[cell for i, cell in enumerate(line) if i not in empty | {1}] for line in measured]
+    return [[label, *(cell.split(" ")[0].strip("*") for cell in cells)] for label, *cells in kept]
+
+
+def test_systems_of_one_name(tmp_path):
+    """Each is a line of its own: other checkpoints, other settings, and what is measured twice.
+
+    Several commands about one of them are one line: with and without a clock, in text alone.
+    """
+    final = {"name": "final", "checksum": 10 * "a"}
+    for number, (system, tasks) in enumerate(
+        (
+            (final | {"timed": False}, {"spoken_qa": task(s2t=1.0, s2s=2.0)}),
+            (final | {"timed": True}, {"latency": task(first_audio=3.0)}),
+            (final | {"timed": False, "speech": False}, {"text_qa": task(s2t=4.0)}),
+            (final | {"timed": False}, {"spoken_qa": task(s2t=5.0, s2s=6.0)}),
+            ({"name": "final", "checksum": 10 * "b"}, {"latency": task(first_audio=7.0)}),
+        )
+    ):
+        write(tmp_path / str(number), "talk", label="final", system=system, **tasks)
+    report = write_report([tmp_path], tmp_path / "report")
+    assert lines_of(report, "Table 1") == [
+        ["final (checksum aaaaaaaa)", "3.00", "1.0", "2.0"],
+        ["final (checksum aaaaaaaa) (2)", "-", "5.0", "6.0"],
+        ["final (checksum bbbbbbbb)", "7.00", "-", "-"],
+    ]
+    assert "### final (checksum bbbbbbbb) on talk" in report.read_text()
+    # By default the settings belong to a system; a label of the user's stands for the checkpoint.
+    for number, (label, more, expected) in enumerate(
+        (
+            ("final", (), ["final (temperature 0)", "final (temperature 1)"]),
+            ("final", ("--label", "final"), ["final"]),
+            ("mine", ("--label=mine",), ["mine"]),
+        )
+    ):
+        folder = tmp_path / f"label-{number}"
+        for temperature in (0, 1):
+            system = final | {"options": {"temperature": temperature}}
+            found = ({"latency": task(first_audio=1.0)}, {"asr_wer": task(wer=2.0)})[temperature]
+            write(folder / str(temperature), "talk", (), label, system, more, **found)
+        report = write_report([folder], folder / "report")
+        assert [line[0] for line in lines_of(report, "Table 1")] == expected
+
+
+def test_data_sets_of_one_column(tmp_path):
+    """Noise has lines of its own; a line says which of several data sets it shows."""
+    for dataset, wer in (
+        ("llama-questions", 1.0),
+        ("llama-questions, noise 10 dB", 2.0),
+        ("llama-questions, noise -5 dB", 3.0),
+        ("vicuna", 4.0),
+    ):
+        groups = {"topic": {"x": summary(wer=wer), "y": summary(wer=9.0)}}
+        found = {"spoken_qa": task(s2t=wer), "asr_wer": task(groups, wer=wer)}
+        write(tmp_path / dataset, dataset, **found)
+    report = write_report([tmp_path], tmp_path / "report")
+    assert [line[:3] for line in lines_of(report, "Table 1")] == [
+        ["toy", "1.0", "4.00"],
+        ["toy, noise -5 dB", "3.0", "3.00"],
+        ["toy, noise 10 dB", "2.0", "2.00"],
+    ]
+    assert "\n\ntoy: ASR-WER % on vicuna; on llama-questions: see below.\n\n" in report.read_text()
+
+
+def test_plots_of_like_names(tmp_path):
+    """None is written over another one: their names are numbered."""
+    for number, label in enumerate(("a b", "a-b", "a+b")):
+        groups = {"topic": {"x": summary(wer=1.0), "y": summary(wer=9.0)}}
+        write(tmp_path / str(number), "talk", label=label, asr_wer=task(groups, wer=5.0))
+    text = write_report([tmp_path], tmp_path / "report").read_text()
+    for name in ("a-b-talk-asr-wer-topic", "a-b-talk-asr-wer-topic-2", "a-b-talk-asr-wer-topic-3"):
+        assert text.count(f"]({name}.png)") == 1 and is_picture(tmp_path / f"report/{name}.png")
 
 
 def test_tables_of_ablations(tmp_path):

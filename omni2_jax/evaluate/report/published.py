@@ -79,6 +79,16 @@ DATASETS = {
 }
 
 
+# What `omni2 evaluate --noise` adds to the name of a data set.
+NOISE = re.compile(r"(, noise \S+ dB)?$")
+
+
+def noise_of(name: str) -> str:
+    """The end of a data set's name that states its noise; "" without noise."""
+    found = NOISE.search(name)
+    return found[0] if found else ""
+
+
 def dataset_kind(name: str) -> str:
     """The data set of the paper that a name stands for; "other" for another one."""
     return next((kind for kind, pattern in DATASETS.items() if pattern.search(name)), "other")

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from omni2_jax.evaluate.estimates import Estimate
 from omni2_jax.evaluate.report.published import (
@@ -12,6 +12,7 @@ from omni2_jax.evaluate.report.published import (
     Column,
     Table,
     dataset_kind,
+    noise_of,
     published,
 )
 from omni2_jax.evaluate.results import Results
@@ -21,11 +22,16 @@ PUBLISHED, MEASURED = "published", "measured here"
 
 @dataclass(frozen=True)
 class Line:
-    """A row of a report's table. origin: PUBLISHED or MEASURED. cells: by the names of columns."""
+    """A row of a report's table.
+
+    origin: PUBLISHED or MEASURED. cells: by the names of columns. datasets: those that a measured
+    column is known of, by its name; the cell is of the first one.
+    """
 
     label: str
     origin: str
     cells: Mapping[str, Estimate | float]
+    datasets: Mapping[str, Sequence[str]] = field(default_factory=dict)
     row: str = ""  # of the paper's table that it belongs to
 
     def number(self, column: str) -> float | None:
@@ -49,7 +55,8 @@ class ReportTable:
             [line.label, line.origin, *(cell(line, COLUMNS[name], name) for name in self.columns)]
             for line in self.lines
         ]
-        return f"## {self.title}\n\n{markdown_table(heads, rows)}\n"
+        parts = [f"## {self.title}", markdown_table(heads, rows), *map(choice, self.lines)]
+        return "\n\n".join(filter(None, parts)) + "\n"
 
 
 def paper_tables(results: Sequence[Results]) -> list[ReportTable]:
@@ -64,16 +71,20 @@ def paper_tables(results: Sequence[Results]) -> list[ReportTable]:
 
 
 def measured_lines(name: str, table: Table, results: Sequence[Results]) -> list[Line]:
-    """The measured lines of a table: one for each label and row, with a number at least."""
+    """The measured lines of a table: one for each label and row, with a number at least.
+
+    What was measured in noise has lines of its own.
+    """
     chosen: dict[tuple[str, str], list[Results]] = {}
     for found in results:
         rows = [row.partition("/")[2] for row in found.rows if row.startswith(f"{name}/")]
         if name == "table1" and not found.rows:
             rows = [""]
         for row in rows:
-            chosen.setdefault((row, found.label), []).append(found)
+            system = found.label + noise_of(found.dataset)
+            chosen.setdefault((row, system), []).append(found)
     lines = [
-        Line(label(table, name, row, system), MEASURED, cells(group), row)
+        Line(label(table, name, row, system), MEASURED, *cells(group), row)
         for (row, system), group in chosen.items()
     ]
     return [line for line in lines if line.cells]
@@ -92,7 +103,7 @@ def report_table(name: str, table: Table, measured: Sequence[Line]) -> ReportTab
     """Published lines first, each followed by the measured lines of its row."""
     lines = []
     for row in table.rows:
-        lines.append(Line(row.label, PUBLISHED, row.values, row.id))
+        lines.append(Line(row.label, PUBLISHED, row.values, row=row.id))
         lines += [line for line in measured if line.row == row.id]
     placed = {id(line) for line in lines}
     lines += sorted((line for line in measured if id(line) not in placed), key=by_numbers)
@@ -105,9 +116,10 @@ def by_numbers(line: Line) -> list[int]:
     return [int(digits) for digits in re.findall(r"\d+", line.row)]
 
 
-def cells(group: Sequence[Results]) -> dict[str, Estimate | float]:
-    """The numbers of one system by column, from its results on several data sets."""
+def cells(group: Sequence[Results]) -> tuple[dict[str, Estimate | float], dict[str, list[str]]]:
+    """The numbers of one system by column, and the data sets that each column is known of."""
     found: dict[str, Estimate | float] = {}
+    datasets: dict[str, list[str]] = {}
     # WER, naturalness and latency are the paper's on its instructions.
     ordered = sorted(group, key=lambda one: dataset_kind(one.dataset) != "instructions")
     for name, column in COLUMNS.items():
@@ -117,7 +129,21 @@ def cells(group: Sequence[Results]) -> dict[str, Estimate | float]:
             task = one.tasks.get(column.task)
             if task and column.metric in task.metrics:
                 found.setdefault(name, task.metrics[column.metric])
-    return found
+                datasets.setdefault(name, []).append(one.dataset)
+    return found, datasets
+
+
+def choice(line: Line) -> str:
+    """Which data set's numbers a line shows, where a column is known of several; or ""."""
+    columns: dict[tuple[str, ...], list[str]] = {}
+    for name, datasets in line.datasets.items():
+        if len(datasets) > 1:
+            columns.setdefault(tuple(datasets), []).append(COLUMNS[name].title)
+    said = [
+        f"{', '.join(titles)} on {first}; on {', '.join(others)}: see below"
+        for (first, *others), titles in columns.items()
+    ]
+    return f"{line.label}: {'. '.join(said)}." if said else ""
 
 
 def cell(line: Line, column: Column, name: str) -> str:

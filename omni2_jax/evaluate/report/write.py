@@ -1,5 +1,6 @@
 """Writing a report: report.md and its plots, from directories of `omni2 evaluate`."""
 
+import itertools
 import re
 import shutil
 from collections.abc import Mapping, Sequence
@@ -7,6 +8,7 @@ from pathlib import Path
 
 from omni2_jax.evaluate import results as result_files
 from omni2_jax.evaluate.report import plots
+from omni2_jax.evaluate.report.labels import told_apart, unused
 from omni2_jax.evaluate.report.published import COLUMNS, published
 from omni2_jax.evaluate.report.tables import markdown_table, paper_tables, shown
 from omni2_jax.evaluate.results import Results, Summary, as_text
@@ -21,10 +23,10 @@ LEGEND = (
 )
 
 
-def read_results(folders: Sequence[Path]) -> list[Results]:
-    """All results in or below the folders, in the order of their paths.
+def read_results(folders: Sequence[Path]) -> dict[Path, Results]:
+    """All results in or below the folders, by the directories that hold them.
 
-    Raises ValueError for a folder without any.
+    No label stands for two systems (`told_apart`). Raises ValueError for a folder without any.
     """
     found: dict[Path, Results] = {}
     for folder in folders:
@@ -32,8 +34,8 @@ def read_results(folders: Sequence[Path]) -> list[Results]:
         if not paths:
             raise ValueError(f"{folder} holds no {result_files.FILE} of `omni2 evaluate`")
         for path in paths:
-            found.setdefault(path.resolve(), Results.load(path))
-    return list(found.values())
+            found.setdefault(path.resolve().parent, Results.load(path))
+    return dict(zip(found, told_apart(list(found.values())), strict=True))
 
 
 def write_report(folders: Sequence[Path], out: Path, runs: Sequence[Path] = ()) -> Path:
@@ -42,7 +44,8 @@ def write_report(folders: Sequence[Path], out: Path, runs: Sequence[Path] = ()) 
     runs: directories of `omni2 train`, the curves of which are drawn. Raises ValueError for folders
     without results, and for runs without metrics, before anything is written.
     """
-    results = read_results(folders)
+    found = read_results(folders)
+    results = list(found.values())
     for run in runs:
         plots.metrics_of(run)
     out.mkdir(parents=True, exist_ok=True)
@@ -96,13 +99,13 @@ def everything(results: Sequence[Results]) -> str:
 def group_sections(results: Sequence[Results], out: Path) -> list[str]:
     """The main metrics of each task for each value of the items' metadata."""
     parts: list[str] = []
+    taken: set[str] = set()  # names of plots
     for found in results:
         for task, one in found.tasks.items():
             names = [name for name in task_class(task).metrics if name in one.metrics]
             for key, values in one.groups.items():
-                parts += group_section(
-                    found, task, key, values, [n for n in names if n in MAIN], out
-                )
+                shown_names = [name for name in names if name in MAIN]
+                parts += group_section(found, task, key, values, shown_names, out, taken)
     return ["## By group", *parts] if parts else []
 
 
@@ -113,8 +116,12 @@ def group_section(
     values: Mapping[str, Summary],
     names: Sequence[str],
     out: Path,
+    taken: set[str],
 ) -> list[str]:
-    """The metrics `names` of a task by a metadata key: a table, and a plot of the last of them."""
+    """The metrics `names` of a task by a metadata key: a table, and a plot of the last of them.
+
+    taken: names of plots that there are already; this one is added.
+    """
     rows = {value: summary for value, summary in values.items() if set(names) <= set(summary)}
     if len(rows) < 2 or not names:
         return []
@@ -125,7 +132,9 @@ def group_section(
         for value, summary in rows.items()
     ]
     last = metrics[names[-1]]
-    file = re.sub(r"[^\w.-]+", "-", f"{found.label}-{found.dataset}-{task}-{key}") + ".png"
+    stem = re.sub(r"[^\w.-]+", "-", f"{found.label}-{found.dataset}-{task}-{key}")
+    numbered = (f"{stem}-{count}.png" for count in itertools.count(2))
+    file = unused(itertools.chain([f"{stem}.png"], numbered), taken)
     bars = [(value, summary[names[-1]]) for value, summary in rows.items()]
     plots.draw_groups(title, bars, f"{last.title} {last.unit}", out / file)
     table = markdown_table([key, *(metrics[name].title for name in names)], cells)
