@@ -168,6 +168,19 @@ def test_plots_of_like_names(tmp_path):
         assert text.count(f"]({name}.png)") == 1 and is_picture(tmp_path / f"report/{name}.png")
 
 
+def test_spectrograms_of_several_evaluations(tmp_path):
+    """Of each the same recording; its pictures stand below its name."""
+    for number, label in enumerate(("one", "two")):
+        folder = write(tmp_path / label, "talk", label=label, asr_wer=task(wer=5.0)) / "copies"
+        folder.mkdir()
+        (folder / "sea.png").write_bytes(bytes([number]))
+    report = write_report([tmp_path], tmp_path / "report")
+    for number, label in enumerate(("one", "two")):
+        below = f"### {label} on talk\n\n![sea](copy-{number}-sea.png)"
+        assert below in report.read_text()
+        assert (tmp_path / "report" / f"copy-{number}-sea.png").read_bytes() == bytes([number])
+
+
 def test_tables_of_ablations(tmp_path):
     """A measured row follows the published one; points of a grid need none."""
     for mix in ("gate", "sum"):

@@ -58,7 +58,7 @@ def write_report(folders: Sequence[Path], out: Path, runs: Sequence[Path] = ()) 
             parts.append(f"![{table.title}]({picture.name})")
     parts += ["## Everything measured", everything(results)]
     parts += group_sections(results, out)
-    parts += spectrograms(folders, out)
+    parts += spectrograms(found, out)
     for number, run in enumerate(runs):
         picture = plots.draw_run(run, out / f"run-{number}-{run.name}.png")
         parts.append(f"## Training: {run.name}\n\n![{run.name}]({picture.name})")
@@ -71,11 +71,13 @@ def write_report(folders: Sequence[Path], out: Path, runs: Sequence[Path] = ()) 
     return path
 
 
-def spectrograms(folders: Sequence[Path], out: Path) -> list[str]:
-    """The pictures that copy synthesis drew, copied to the report."""
+def spectrograms(results: Mapping[Path, Results], out: Path) -> list[str]:
+    """The pictures that copy syntheses drew, copied to the report, each below its evaluation."""
     parts: list[str] = []
-    for number, folder in enumerate(folders):
-        for picture in sorted(folder.rglob("copies/*.png")):
+    drawn = {folder: sorted(folder.glob("copies/*.png")) for folder in results}
+    for number, folder in enumerate(folder for folder in drawn if drawn[folder]):
+        parts.append(f"### {results[folder].label} on {results[folder].dataset}")
+        for picture in drawn[folder]:
             name = f"copy-{number}-{picture.name}"
             shutil.copyfile(picture, out / name)
             parts.append(f"![{picture.stem}]({name})")
