@@ -29,9 +29,9 @@ def place(fault: ErrorDetails, given: Any) -> list[str]:
     names: list[str] = []
     *_, last = fault["loc"] or ("",)
     for name in fault["loc"]:
-        held = isinstance(given, dict) and name in given
-        if held or (isinstance(given, list) and isinstance(name, int)):
-            given = given[name]
+        inner: Any = dict(enumerate(given)) if isinstance(given, list) else given
+        if isinstance(inner, dict) and name in inner:
+            given = inner[name]
         elif name != "[key]" and (fault["type"], name) != ("missing", last):
             continue  # a type's name
         names.append(str(name))
