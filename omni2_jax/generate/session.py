@@ -84,9 +84,9 @@ class Session:
     def respond(self, sound: Sound) -> Iterator[Reply]:
         """Answer a spoken turn. Leaving the loop early interrupts the answer.
 
-        sound: a file, or samples [N] at 16 kHz. Raises ValueError for bad audio or a conversation
-        that is too long, RuntimeError while another answer is being generated, QueueFullError, and
-        GenerationError.
+        sound: a file, or samples [N] at 16 kHz, floats from -1 to 1 or int16. Raises ValueError for
+        bad audio or a conversation that is too long, RuntimeError while another answer is being
+        generated, QueueFullError, and GenerationError.
         """
         self.check_idle()
         yield from self.reply(self.hear(sound))
