@@ -119,7 +119,7 @@ def dialogues(
 
         if endpoint or model:
             raise typer.BadParameter("--endpoint and --model are for --seeds; a grammar needs none")
-        refuse(context, FOR_MODELS, "for --seeds only; a grammar does without")
+        refuse(context, FOR_MODELS, "for --seeds only, not with --grammar")
         if workers or ray or shard:
             raise typer.BadParameter(
                 "--workers, --ray and --shard are for --seeds; a grammar's file is written at once"

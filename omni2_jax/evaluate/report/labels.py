@@ -47,10 +47,11 @@ def measurements(found: Results) -> set[tuple[str, str, str]]:
 
 
 def identity(found: Results) -> dict[str, Any]:
-    """What tells systems of one label apart.
+    """What must be equal in all results of one system.
 
-    A label that the user has chosen may stand for one checkpoint with several settings, or for
-    several folders of one system's answers; the name that it has by default stands for one of them.
+    Where the user has chosen the label, the checkpoint: it may have been measured with several
+    settings, or in several folders of answers. Where the label is the name that a system has by
+    default, its whole description.
     """
     is_chosen = any(word.partition("=")[0] == "--label" for word in found.command)
     if found.label == found.system.get("name") and not is_chosen:
@@ -64,7 +65,7 @@ def description(found: Results) -> dict[str, Any]:
 
 
 def flat(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings without settings in them: these stand beside the others."""
+    """All settings in one mapping, also those that lie within others."""
     flattened: dict[str, Any] = {}
     for name, value in settings.items():
         flattened |= flat(value) if isinstance(value, Mapping) else {name: value}
